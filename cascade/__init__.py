@@ -1,0 +1,27 @@
+"""A pixel-space text-to-image cascade: T5 text, a 64 px base diffusion model, two super-resolution stages.
+
+    from cascade import CascadePipeline
+    CascadePipeline.from_pretrained()("a red apple", seed=7).images[0].save("apple.png")
+"""
+
+from cascade._version import __version__
+from cascade.conditioning import Conditioning
+from cascade.config import StageConfig, TrainConfig, load_train_config
+from cascade.errors import CascadeError
+from cascade.pipeline import CascadeOutput, CascadePipeline
+from cascade.stage import Stage
+from cascade.text.t5 import TextEmbeddings, TextEncoder
+
+__all__ = [
+    "CascadeError",
+    "CascadeOutput",
+    "CascadePipeline",
+    "Conditioning",
+    "Stage",
+    "StageConfig",
+    "TextEmbeddings",
+    "TextEncoder",
+    "TrainConfig",
+    "__version__",
+    "load_train_config",
+]

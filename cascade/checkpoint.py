@@ -1,0 +1,185 @@
+"""Atomic saving and loading: a file or folder is there whole, or not at all. Weights are safetensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cascade.config import FORMAT_VERSION, StageConfig, parse
+from cascade.errors import CascadeError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on success it is synced and renamed to `path`.
+
+    Raises CascadeError when the folder cannot be written or the disk is full; what stood at `path` is untouched.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill; on success every file is synced and the folder takes the name `path`.
+
+    A folder that stood there is replaced; there is a moment in which neither has the name, never one in which
+    half of one does.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for file in sorted(temporary.rglob("*")):
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+                path.replace(old / path.name)
+                temporary.replace(path)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CascadeError when it is missing, damaged or no object."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CascadeError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CascadeError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CascadeError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors, atomically; floating ones as `dtype` if given."""
+    plain = {
+        name: tensor.detach()
+        .to(device="cpu", dtype=dtype if tensor.is_floating_point() else None, copy=True)
+        .contiguous()
+        for name, tensor in tensors.items()
+    }
+    with atomic_file(path) as temporary:
+        save_file(plain, temporary)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CascadeError when it is missing, truncated or no such file."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CascadeError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CascadeError(f"{path}: damaged, or not safetensors ({error}); copy or download it again") from None
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Fill a module, casting to its number format. Raises CascadeError naming a missing, extra or misshapen weight."""
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
+    problems += [f"{name} is not in this network" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, this network has {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CascadeError(f"{origin}: {min(problems)}{more}; the weights belong to other settings")
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=_on_meta(module))
+
+
+def save_stage(
+    folder: str | Path, config: StageConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """A stage folder: stage.json, the settings that rebuild it, beside model.safetensors; as `dtype` if given."""
+    with atomic_folder(folder) as temporary:
+        write_json(temporary / "stage.json", {"format": FORMAT_VERSION, **config.model_dump(mode="json")})
+        save_tensors(temporary / "model.safetensors", weights, dtype)
+
+
+def read_stage_config(folder: str | Path) -> StageConfig:
+    """The settings in a stage folder. Raises CascadeError for another format version or a wrong setting."""
+    path = Path(folder) / "stage.json"
+    data = read_json(path)
+    check_format(path, data.pop("format", None))
+    return parse(StageConfig, data, str(path))
+
+
+def check_format(path: Path, version: object) -> None:
+    """Raises CascadeError unless a file's `format` is the one that this version reads."""
+    if version != FORMAT_VERSION:
+        raise CascadeError(
+            f"{path}: format {version!r}; this version of cascade reads format {FORMAT_VERSION},"
+            " so write the file again with the version of cascade that you run"
+        )
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,70 @@
+"""Everything a network may see besides the noisy picture and its noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The conditions of a batch of B pictures.
+
+    text: (B, N, D) token embeddings; text_mask: (B, N) bool, True where a token is real.
+    low_res: (B, 3, h, w) in [-1, 1], the smaller picture, already noised; None for a base stage.
+    low_res_log_snr: (B, 1, 1, 1), how much noise `low_res` carries, in the coordinate of the diffusion itself.
+    """
+
+    text: Tensor
+    text_mask: Tensor
+    low_res: Tensor | None = None
+    low_res_log_snr: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.text.shape[0]
+
+    def with_text(self, text: Tensor, text_mask: Tensor) -> Conditioning:
+        """The same picture conditions under another text: how the null or a negative prompt takes its place."""
+        return replace(self, text=text, text_mask=text_mask)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move everything to `device`; cast text and pictures, but never the log SNR, to `dtype`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                keep = field.name in ("text_mask", "low_res_log_snr")
+                value = value.to(device=device, dtype=None if keep else dtype)
+            moved[field.name] = value
+        return Conditioning(**moved)
+
+
+def concatenate(conditions: Sequence[Conditioning]) -> Conditioning:
+    """Join batches of conditions; shorter texts are padded with masked tokens."""
+    longest = max(condition.text.shape[1] for condition in conditions)
+    padded = [pad_text(condition.text, condition.text_mask, longest) for condition in conditions]
+    return Conditioning(
+        text=torch.cat([text for text, _ in padded]),
+        text_mask=torch.cat([mask for _, mask in padded]),
+        low_res=_cat([condition.low_res for condition in conditions]),
+        low_res_log_snr=_cat([condition.low_res_log_snr for condition in conditions]),
+    )
+
+
+def pad_text(text: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Append masked zero tokens until the text has `length` of them: (B, length, D), (B, length)."""
+    missing = length - text.shape[1]
+    if missing == 0:
+        return text, mask
+    return torch.nn.functional.pad(text, (0, 0, 0, missing)), torch.nn.functional.pad(mask, (0, missing))
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    assert len(present) == len(parts), "either every batch of conditions has a smaller picture or none has"
+    return torch.cat(present)

@@ -1,0 +1,622 @@
+"""Typed, strict settings: YAML in, YAML out. What each setting builds is one hop away, in `cascade.build`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cascade.errors import CascadeError
+
+FORMAT_VERSION = 1
+"""Version of every file that is written from these settings; `cascade.load` reads this one."""
+
+Kind = Literal["eps", "v", "x", "velocity"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown names are errors, values are immutable, docstrings are the reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+# --- the noise -------------------------------------------------------------------------------------------
+
+
+class ConstantSchedule(Settings):
+    """The same beta at every step (Prince ch. 18)."""
+
+    kind: Literal["constant"] = "constant"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the variance that is replaced by noise in each step."""
+    steps: PositiveInt = 1000
+    """Number of diffusion steps T."""
+
+
+class LinearSchedule(Settings):
+    """beta grows linearly from `beta_start` to `beta_end` (Ho et al. 2020)."""
+
+    kind: Literal["linear"] = "linear"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """First beta."""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Last beta."""
+    steps: PositiveInt = 1000
+    """Number of diffusion steps T."""
+
+
+class SquaredCosineSchedule(Settings):
+    """Discrete cosine of Nichol & Dhariwal (2021) with capped betas, as diffusers and DeepFloyd IF write it."""
+
+    kind: Literal["squared_cosine"] = "squared_cosine"
+    steps: PositiveInt = 1000
+    """Number of diffusion steps T."""
+    max_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Cap on beta, which would reach 1 at the last step."""
+
+
+class CosineSchedule(Settings):
+    """Continuous cosine; shifted by resolution when `reference_resolution` is given (simple diffusion, 2023)."""
+
+    kind: Literal["cosine"] = "cosine"
+    reference_resolution: PositiveInt | None = None
+    """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
+    log_snr_min: float = -20.0
+    """Log SNR at t = 1 is clipped to this."""
+    log_snr_max: float = 20.0
+    """Log SNR at t = 0 is clipped to this."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.log_snr_min >= self.log_snr_max:
+            raise ValueError(f"log_snr_min {self.log_snr_min} must lie below log_snr_max {self.log_snr_max}")
+        return self
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule | LinearSchedule | SquaredCosineSchedule | CosineSchedule, Field(discriminator="kind")
+]
+
+
+# --- the network -----------------------------------------------------------------------------------------
+
+
+class UNetConfig(Settings):
+    """The U-Net. Lists have one entry per level, from the finest to the coarsest."""
+
+    kind: Literal["unet"] = "unet"
+    channels: tuple[PositiveInt, ...] = (64, 128, 192)
+    """Width of each level."""
+    blocks: tuple[PositiveInt, ...] = (1, 2, 2)
+    """Residual blocks of each level, the same on the way down and up."""
+    strides: tuple[Literal[1, 2], ...] = (1, 2, 2)
+    """Downsampling *before* each level's blocks. Starting with 2 gives the Efficient U-Net of Imagen (fig. A.28)."""
+    attention: tuple[bool, ...] = (False, True, True)
+    """Whether the blocks of a level are followed by global self-attention (with the text tokens joined in)."""
+    middle_blocks: Annotated[int, Field(ge=0)] = 1
+    """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
+    patch: PositiveInt = 1
+    """Space-to-depth factor of the stem: the network works at 1/patch of the resolution."""
+    skips: Literal["concat", "add"] = "concat"
+    """How the way up receives the way down."""
+    skip_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the skips; Imagen's Efficient U-Net uses 1/sqrt(2)."""
+    norm: Literal["group", "pixel"] = "group"
+    """`group`: GroupNorm over the picture. `pixel`: over the channels of each pixel, the same on crop and whole."""
+    groups: PositiveInt = 32
+    """Groups of `norm: group`."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head."""
+    embedding_dim: PositiveInt = 256
+    """Width of the noise-level embedding."""
+    text: Literal["attention", "pooled", "none"] = "attention"
+    """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
+    text_dim: PositiveInt = 256
+    """Width of the text encoder's embeddings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside residual blocks at levels with attention (the coarse ones)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("blocks", "strides", "attention"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
+                    " give one per level"
+                )
+        if self.skips == "add" and any(width % 2 for width in self.channels):
+            raise ValueError("channels must be even")
+        for width, attends in zip(self.channels, self.attention, strict=True):
+            if attends and width % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels that attend")
+            if self.norm == "group" and width % self.groups:
+                raise ValueError(f"groups {self.groups} does not divide {width} channels; use norm: pixel or fewer groups")
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        total = self.patch
+        for stride in self.strides:
+            total *= stride
+        return total
+
+
+# --- a stage ---------------------------------------------------------------------------------------------
+
+
+class SamplingConfig(Settings):
+    """How a stage draws unless the caller says otherwise."""
+
+    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddim"
+    """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
+    steps: PositiveInt = 50
+    """Number of sampling steps (Heun calls the network twice in each but the last)."""
+    spacing: Literal["t", "log_snr"] = "t"
+    """Steps are spread evenly in the schedule's time or in log SNR."""
+    variance: Literal["posterior", "beta"] = "posterior"
+    """Variance sigma_t^2 of `ddpm`: of the posterior, or beta_t."""
+    eta: Fraction = 0.0
+    """`ddim`: 0 is deterministic, 1 adds as much noise as `ddpm`."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of classifier-free guidance, 1 = none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["clip"] | None = "clip"
+    """Dynamic thresholding at a quantile such as 0.995 (Imagen), static `clip` to [-1, 1], or none."""
+    aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Super-resolution: standard deviation of the noise on the smaller picture."""
+
+
+class PresetConfig(Settings):
+    """What a named preset changes in `sampling`."""
+
+    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] | None = None
+    """See sampling.sampler."""
+    steps: PositiveInt | None = None
+    """See sampling.steps."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """See sampling.guidance."""
+    aug_level: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """See sampling.aug_level."""
+
+
+class StageConfig(Settings):
+    """One diffusion model of the cascade: network, noise, and what the network predicts. Saved as stage.json."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name by which per-stage options speak of it, such as `base`."""
+    resolution: PositiveInt
+    """Height and width of the pictures it draws by default, in pixels."""
+    low_resolution: PositiveInt | None = None
+    """Super-resolution: size of the smaller picture it starts from. None: a base stage."""
+    path: Literal["picture", "residual"] = "picture"
+    """What is diffused: the picture, or (super-resolution) its difference from the upsampled smaller one."""
+    residual_scale: Annotated[float, Field(gt=0)] = 1.0
+    """`path: residual`: the difference is divided by this, so that it has about unit variance."""
+    parameterization: Kind = "eps"
+    """What the network predicts."""
+    schedule: ScheduleConfig = CosineSchedule()
+    """Noise level as a function of time."""
+    model: UNetConfig = UNetConfig()
+    """The network."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Defaults when drawing."""
+    presets: dict[Literal["fast", "best"], PresetConfig] = {}
+    """Named changes of `sampling`; `default` is `sampling` itself."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.low_resolution is not None and self.resolution % self.low_resolution:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
+        if self.path == "residual" and self.low_resolution is None:
+            raise ValueError("path: residual needs low_resolution, the smaller picture it differs from")
+        if self.resolution % self.model.downsampling:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.model.downsampling}, by which the model divides it")
+        return self
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+class TextConfig(Settings):
+    """The frozen text encoder of a training run."""
+
+    encoder: str = "bundled"
+    """`bundled`, a folder in transformers' layout, or a hub id such as google/flan-t5-base."""
+    max_length: PositiveInt = 64
+    """Tokens kept of a caption; longer ones are cut with a warning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the encoder."""
+    cache: str | None = None
+    """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
+
+
+# --- data ------------------------------------------------------------------------------------------------
+
+
+class FolderSource(Settings):
+    """A folder of pictures with captions: sidecar .txt files, or metadata.jsonl / metadata.csv with file_name."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    """The folder; searched recursively."""
+    caption_column: str = "caption"
+    """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the views, relative to the other sources."""
+
+
+class ParquetSource(Settings):
+    """Parquet files with an encoded picture and a caption in each row."""
+
+    kind: Literal["parquet"] = "parquet"
+    files: tuple[str, ...]
+    """Paths or glob patterns."""
+    image_column: str = "image"
+    """Column of encoded pictures (bytes, or a struct with `bytes`)."""
+    caption_column: str = "caption"
+    """Column of captions, or of lists of variants of which one is drawn per view."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the views, relative to the other sources."""
+
+
+class HubSource(Settings):
+    """Any dataset that Hugging Face `datasets` loads, streaming or not."""
+
+    kind: Literal["datasets"] = "datasets"
+    name: str
+    """Hub id, builder name or local folder, as for `datasets.load_dataset`."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    split: str = "train"
+    """Split."""
+    streaming: bool = False
+    """Read as a stream, without downloading first."""
+    shuffle_buffer: PositiveInt = 1000
+    """Streaming: records are shuffled within blocks of this many."""
+    image_column: str = "image"
+    """Column of pictures."""
+    caption_column: str = "caption"
+    """Column of captions or lists of variants."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the views, relative to the other sources."""
+
+
+class ScenesSource(Settings):
+    """Drawn scenes of coloured shapes: endless, labelled, no files."""
+
+    kind: Literal["scenes"] = "scenes"
+    held_out: bool = False
+    """Draw only the attribute pairs that are otherwise never drawn; for evaluation."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the views, relative to the other sources."""
+
+
+SourceConfig = Annotated[FolderSource | ParquetSource | HubSource | ScenesSource, Field(discriminator="kind")]
+
+
+class DataConfig(Settings):
+    """Where pictures and captions come from and how a view is made of them."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """One or several sources, mixed by weight."""
+    caption_dropout: Fraction = 0.1
+    """Probability that a caption gives way to the null text, for classifier-free guidance."""
+    crop: PositiveInt | None = None
+    """Super-resolution: train on random crops of this size (in pixels of the large picture). None: whole pictures."""
+    tiles: bool = False
+    """Super-resolution: the pictures are tiles cut from pictures of `resolution`; they are cropped, never resized."""
+    aspect: Literal["crop", "pad"] = "pad"
+    """Pictures that are not square are centre-cropped, or padded with white."""
+    flip: Fraction = 0.0
+    """Probability of mirroring; leave 0 where captions speak of left and right."""
+    jitter: Fraction = 0.0
+    """Largest random shift and zoom, as a share of the size, with white around; for pictures on white."""
+    max_aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Super-resolution: noise on the smaller picture is uniform in [0, this]."""
+    max_bad_share: Fraction = 0.05
+    """Stop when a larger share of the records is broken or has no caption."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode pictures beside the training process."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tiles and self.crop is None:
+            raise ValueError("tiles: true needs crop, the size to cut from each tile")
+        if self.tiles and self.jitter:
+            raise ValueError("jitter resamples whole pictures; leave it 0 with tiles: true")
+        return self
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+class UniformLevels(Settings):
+    """t uniform, as in algorithm 18.1: over the T steps of a discrete schedule, over (0, 1) of a continuous one."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class LogitNormalLevels(Settings):
+    """logit t of the straight path (log SNR = -2 logit t) is normal; t = 1 is noise (Esser et al. 2024)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.4
+    """Mean of logit t; larger means noisier."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of logit t."""
+
+
+class LossConfig(Settings):
+    """The training loss: a weighted square, and the distribution of noise levels."""
+
+    space: Kind = "eps"
+    """The square is taken between true and predicted eps, v, x or velocity, whatever the network predicts."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Weight min(SNR, gamma) on the square in x (Hang et al. 2023), in place of `space`."""
+    max_weight: Annotated[float, Field(gt=0)] | None = None
+    """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
+    levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
+    """Distribution of the noise levels."""
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their distribution: same mean, less variance."""
+
+
+class OptimizerConfig(Settings):
+    """Optimizer and learning-rate schedule, counted in optimizer steps."""
+
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """AdamW's averaging factors."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices and kernels only."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the fall at the end."""
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the fall; it ends at 0 with the last step of the run. 0 with a decay: everything after the warm-up."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm. None: never."""
+
+
+class EMAConfig(Settings):
+    """Average of the weights over the recent past, which is what gets saved for drawing."""
+
+    half_life_images: PositiveInt = 50_000
+    """Pictures after which a weight's contribution has halved."""
+    warmup: bool = True
+    """Shorten the half-life to a fifth of the pictures seen so far, so that the start is forgotten."""
+
+
+class TrainingConfig(Settings):
+    """The run."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 16
+    """Pictures per optimizer step, over all processes and accumulation."""
+    accumulation: PositiveInt = 1
+    """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic inside the network; weights stay float32. fp16 needs a GPU."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random follows from it."""
+    init_from: str | None = None
+    """Stage folder whose weights the network starts from."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the network; worth it on a GPU or for long runs."""
+    loss: LossConfig = LossConfig()
+    """The loss."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    ema: EMAConfig = EMAConfig()
+    """The weight average."""
+    log_every: PositiveInt = 50
+    """Steps between log entries."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between grids of sample pictures; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the grids; empty: the captions of the first pictures."""
+    sample_count: PositiveInt = 8
+    """Pictures in a grid when `sample_prompts` is empty, and for super-resolution."""
+    save_every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers of accelerate by name, such as tensorboard. A log.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps + decay_steps = {self.optimizer.warmup_steps + self.optimizer.decay_steps}"
+                f" is longer than the run of {self.steps} steps"
+            )
+        return self
+
+
+class TrainConfig(Settings):
+    """One stage's training run: a YAML file of `configs/`."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+    output: str
+    """Folder of the run: checkpoints, samples, log and the finished stage."""
+    stage: StageConfig
+    """What is trained."""
+    text: TextConfig = TextConfig()
+    """The text encoder."""
+    data: DataConfig
+    """What it is trained on."""
+    training: TrainingConfig = TrainingConfig()
+    """How it is trained."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        crop = self.data.crop
+        if crop is not None:
+            if self.stage.low_resolution is None:
+                raise ValueError("data.crop is for super-resolution stages; this stage has no low_resolution")
+            if crop > self.stage.resolution:
+                raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
+            scale = self.stage.resolution // self.stage.low_resolution
+            step = max(scale, self.stage.model.downsampling)
+            if crop % step:
+                raise ValueError(f"data.crop {crop} must be a multiple of {step}")
+        return self
+
+
+# --- YAML in, YAML out -----------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-4` is a number, as everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises CascadeError for a missing file, wrong YAML, or anything but a mapping."""
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise CascadeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CascadeError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise CascadeError(f"{path}: expected settings as `name: value`, found {type(data).__name__}")
+    return data
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `section.name=value` assignments, the value read as YAML, to a copy of `data`."""
+    data = json.loads(json.dumps(data))
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name:
+            raise CascadeError(f"{assignment!r}: expected key=value, such as training.steps=100")
+        try:
+            value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            raise CascadeError(f"{assignment!r}: {text!r} is not a YAML value") from None
+        _assign(data, name.split("."), value, assignment)
+    return data
+
+
+def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
+    for depth, key in enumerate(keys):
+        position: Any = key
+        if isinstance(data, list):
+            if not key.isdigit() or int(key) >= len(data):
+                raise CascadeError(f"{assignment!r}: {'.'.join(keys[:depth])} is a list of {len(data)}; {key!r} is no place in it")
+            position = int(key)
+        elif not isinstance(data, dict):
+            raise CascadeError(f"{assignment!r}: {'.'.join(keys[:depth])} is a value, not a section")
+        if depth == len(keys) - 1:
+            data[position] = value
+        else:
+            data = data[position] if isinstance(data, list) else data.setdefault(key, {})
+
+
+def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
+    """Settings of `kind` from plain data. Raises CascadeError with one line per mistake, named by `origin`."""
+    try:
+        # Strict JSON rules: lists become tuples, but "3" is no number and 1 is no boolean.
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(kind, detail)}" for detail in error.errors()]
+        raise CascadeError("\n".join(lines)) from None
+    except TypeError as error:
+        raise CascadeError(f"{origin}: {error}") from None
+
+
+def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
+    """The training run described by a YAML file and `key=value` changes."""
+    return parse(TrainConfig, override(read_yaml(path), assignments), str(path))
+
+
+def to_yaml(settings: Settings) -> str:
+    """Every setting, defaults included, as YAML that `parse` reads back to an equal object."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _explain(kind: type[Settings], detail: Any) -> str:
+    names = [str(part) for part in detail["loc"]]
+    section, path = _walk(kind, names)
+    dotted = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(names[-1], section.model_fields, n=1) if section else []
+        parent = ".".join(path[:-1])
+        suggestion = ".".join(filter(None, [parent, close[0]])) if close else ""
+        if suggestion:
+            return f"{dotted} is not a setting; did you mean {suggestion}?"
+        known = ", ".join(section.model_fields) if section else ""
+        return f"{dotted} is not a setting; {parent or 'the file'} has {known}"
+    if detail["type"] == "missing":
+        return f"{dotted} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    message = message[0].lower() + message[1:]
+    return f"{dotted}: {message}, not {json.dumps(detail['input'], default=str)[:80]}"
+
+
+def _walk(kind: type[Settings], names: list[str]) -> tuple[type[Settings] | None, list[str]]:
+    """The section that holds the last name, and the path without pydantic's tags of unions."""
+    section: type[Settings] | None = kind
+    path: list[str] = []
+    for depth, name in enumerate(names):
+        if section is not None and name in section.model_fields:
+            path.append(name)
+            last = depth == len(names) - 1
+            if not last:
+                section = _section_below(section, name, names[depth + 1 :])
+        elif depth == len(names) - 1 or name.isdigit():
+            path.append(name)
+        elif section is None:
+            path.append(name)
+    return section, path
+
+
+def _section_below(section: type[Settings], name: str, rest: list[str]) -> type[Settings] | None:
+    candidates = list(_settings_in(section.model_fields[name].annotation))
+    for candidate in candidates:
+        field = candidate.model_fields.get("kind")
+        if field is not None and len(candidates) > 1 and field.default in rest:
+            return candidate
+    return candidates[0] if candidates else None
+
+
+def _settings_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    found: list[type[Settings]] = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += _settings_in(argument)
+    return found

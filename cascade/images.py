@@ -1,0 +1,123 @@
+"""Pictures at the edges: uint8 <-> [-1, 1], PIL, and the two resizings on which the cascade stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+WHITE = 255
+_LABEL_HEIGHT = 14
+_GAP = 2
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], any shape."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1], clamped there -> uint8 in 0..255, rounded half to even, any shape."""
+    return ((images.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """PIL picture of any mode -> uint8 (3, H, W), upright as EXIF says, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16 bits of gray, which PIL's own conversion would cut off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    # A copy, because torch wants memory that it may write to.
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Float (B, 3, H, W) in [-1, 1] -> B PIL pictures."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
+
+
+def downsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Exact area mean: each pixel of the result is the mean over the rectangle that it covers.
+
+    images: float (B, C, H, W).  size: height and width of the result, or one number for both; not larger.
+    Pixels that straddle an edge count by their share. (`F.interpolate(mode="area")` counts them in full, so
+    its rectangles overlap; where the sizes divide, the two agree.)
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    old_height, old_width = images.shape[-2:]
+    if height > old_height or width > old_width:
+        raise ValueError(f"downsample: {height}x{width} is larger than the picture, {old_height}x{old_width}")
+    if old_height % height == 0 and old_width % width == 0:
+        return F.avg_pool2d(images, (old_height // height, old_width // width))
+    rows = _area_weights(old_height, height).to(images)
+    columns = _area_weights(old_width, width).to(images)
+    return rows @ images @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _area_weights(old: int, new: int) -> Tensor:
+    """(new, old): share of each old pixel in each new one; rows sum to 1."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    pixels = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * new / old
+
+
+def upsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Bicubic enlargement of the smaller picture, as every super-resolution network sees it.
+
+    images: float (B, C, H, W).  size: height and width of the result, or one number for both.
+    """
+    target = (size, size) if isinstance(size, int) else size
+    return F.interpolate(images, size=target, mode="bicubic", align_corners=False, antialias=False)
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, cell: int | None = None
+) -> Image.Image:
+    """A grid of pictures, row by row, each with its label beneath.
+
+    cell: width and height in which each picture is fitted, in pixels; the largest picture's size when None.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"contact_sheet needs pictures and columns, got {len(images)} and {columns}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"contact_sheet got {len(labels)} labels for {len(images)} pictures")
+    cell = cell or max(max(image.size) for image in images)
+    pitch_x = cell + _GAP
+    pitch_y = cell + _GAP + (_LABEL_HEIGHT if labels else 0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * pitch_x - _GAP, rows * pitch_y - _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left, top = index % columns * pitch_x, index // columns * pitch_y
+        fitted = (
+            image.convert("RGB")
+            if max(image.size) == cell
+            else ImageOps.contain(image.convert("RGB"), (cell, cell))
+        )
+        sheet.paste(fitted, (left + (cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
+        if labels:
+            pen.text((left + 1, top + cell + 1), _shortened(labels[index], cell, pen), fill="black")
+    return sheet
+
+
+def _shortened(label: str, width: int, pen: ImageDraw.ImageDraw) -> str:
+    """`label`, cut with an ellipsis where it would not fit into `width` pixels."""
+    # PIL's built-in font without FreeType draws Latin-1 only; other letters become question marks.
+    label = label.encode("latin-1", "replace").decode("latin-1")
+    if pen.textlength(label) <= width:
+        return label
+    while label and pen.textlength(label + "...") > width:
+        label = label[:-1]
+    return label + "..."
