@@ -1,0 +1,101 @@
+"""From denoiser to denoiser: guidance, thresholding, and the change between a picture and its residual."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cascade.conditioning import Conditioning, concatenate
+from cascade.diffusion.noise import Denoiser
+
+
+class ConditionalDenoiser(Protocol):
+    """A denoiser that also sees conditions. A `Stage` is one."""
+
+    def prepare(self, cond: Conditioning) -> Denoiser:
+        """The denoiser for these conditions; what does not change between steps is computed here, once."""
+
+
+def guide(
+    model: ConditionalDenoiser,
+    cond: Conditioning,
+    null: Conditioning,
+    weight: float | Tensor,
+    interval: tuple[float, float] | None = None,
+) -> Denoiser:
+    """Classifier-free guidance: x_null + weight (x_cond - x_null), both halves in one batch.
+
+    weight: 1 = none; a number, or (B, 1, 1, 1), one for each picture.
+    null: the conditions under the null text, or a negative prompt in its place.
+    interval: log SNR range in which guidance acts; outside it only `cond` is evaluated, at half the cost.
+    Source: Ho & Salimans (2022) eq. 6, for x in place of eps (the two are equal, since both are linear in the
+    output at fixed z); the interval, Kynkaanniemi et al. (2024).
+    """
+    if not isinstance(weight, Tensor) and weight == 1:
+        return model.prepare(cond)
+    both = model.prepare(concatenate([cond, null]))
+
+    def guided(z: Tensor, log_snr: Tensor) -> Tensor:
+        x_cond, x_null = both(torch.cat([z, z]), torch.cat([log_snr, log_snr])).chunk(2)
+        return x_null + weight * (x_cond - x_null)
+
+    if interval is None:
+        return guided
+    unguided, (low, high) = model.prepare(cond), interval
+
+    def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
+        acts = low <= float(log_snr.flatten()[0]) <= high  # a sampler moves all pictures together
+        return guided(z, log_snr) if acts else unguided(z, log_snr)
+
+    return denoise
+
+
+def clip(denoise: Denoiser) -> Denoiser:
+    """Static thresholding: x_hat is clipped to [-1, 1]."""
+
+    def clipped(z: Tensor, log_snr: Tensor) -> Tensor:
+        return denoise(z, log_snr).clamp(-1, 1)
+
+    return clipped
+
+
+def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) -> Denoiser:
+    """Dynamic thresholding: clip x_hat to its own quantile s of |x_hat| and divide by s, where s exceeds 1.
+
+    quantile: in (0, 1), such as 0.995, taken over each picture alone. maximum: cap on s (DeepFloyd IF's
+    `sample_max_value`). Source: Saharia et al. (2022) sec. 2.3 and fig. A.10.
+    """
+
+    def thresholded(z: Tensor, log_snr: Tensor) -> Tensor:
+        x_hat = denoise(z, log_snr)
+        s = torch.quantile(x_hat.float().abs().flatten(1), quantile, dim=1).clamp(1.0, maximum)
+        s = s.to(x_hat.dtype)[:, None, None, None]
+        return x_hat.clamp(-s, s) / s
+
+    return thresholded
+
+
+def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
+    """From a denoiser of residuals to the picture that its x_hat stands for: base + scale x_hat.
+
+    base: (B, C, H, W), the upsampled smaller picture; z stays the noisy residual. Diffusing r = (x - base) / scale
+    from pure noise is a path from base plus noise of standard deviation `scale` to x, so one process serves both
+    (ResShift, Yue et al. 2023, states it as a process of its own). Around `clip` or `threshold`, which must act on
+    the picture: to_residual(clip(to_picture(denoise, base, scale)), base, scale).
+    """
+
+    def picture(z: Tensor, log_snr: Tensor) -> Tensor:
+        return base + scale * denoise(z, log_snr)
+
+    return picture
+
+
+def to_residual(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
+    """The inverse of `to_picture`."""
+
+    def residual(z: Tensor, log_snr: Tensor) -> Tensor:
+        return (denoise(z, log_snr) - base) / scale
+
+    return residual

@@ -1,0 +1,92 @@
+"""The Gaussian identities of diffusion, in one coordinate: log SNR.
+
+A noisy picture is z = sqrt(alpha) x + sqrt(1 - alpha) eps, and log SNR = log alpha / (1 - alpha). Every log SNR
+here is float32 of shape (B, 1, 1, 1). `one_minus_alpha` exists because in float32 `1 - alpha` is zero at low noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(z, log_snr) -> x_hat: (B, C, H, W), (B, 1, 1, 1) -> (B, C, H, W)."""
+
+LOG_SNR_RANGE = (-20.0, 20.0)
+"""Log SNR is clipped to this wherever a formula would reach infinity; at the ends 2e-9 of signal or noise is left."""
+
+
+def alpha(log_snr: Tensor) -> Tensor:
+    """Share of the variance that is signal, prod(1 - beta_s) (Prince 2023, eq. 18.7)."""
+    return torch.sigmoid(log_snr)
+
+
+def one_minus_alpha(log_snr: Tensor) -> Tensor:
+    """Share of the variance that is noise, exact where alpha rounds to 1."""
+    return torch.sigmoid(-log_snr)
+
+
+def log_snr_from_alpha(alpha: Tensor) -> Tensor:
+    """log alpha / (1 - alpha), clipped to LOG_SNR_RANGE."""
+    return torch.logit(alpha).clamp(*LOG_SNR_RANGE)
+
+
+def log_snr_from_std(std: Tensor) -> Tensor:
+    """Log SNR at which variance-preserving noise has this standard deviation, in [0, 1); clipped.
+
+    The one place where `aug_level` becomes a log SNR: std^2 = 1 - alpha.
+    """
+    return -torch.logit(std.double().square()).clamp(*LOG_SNR_RANGE).to(torch.float32)
+
+
+def diffuse_step(z: Tensor, eps: Tensor, beta: Tensor) -> Tensor:
+    """One step of the forward process, z_t = sqrt(1 - beta_t) z_{t-1} + sqrt(beta_t) eps (Prince 2023, eq. 18.1)."""
+    return (1 - beta).sqrt() * z + beta.sqrt() * eps
+
+
+def diffuse(x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
+    """A sample of q(z_t | x) = N(sqrt(alpha) x, 1 - alpha) (Prince 2023, eq. 18.8).
+
+    x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
+    """
+    return alpha(log_snr).sqrt() * x + one_minus_alpha(log_snr).sqrt() * eps
+
+
+def step_beta(log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
+    """Variance added between noise level s and a higher level t: beta = 1 - alpha_t / alpha_s.
+
+    For neighbouring steps of a discrete schedule it is beta_t. Written as
+    (1 - SNR_t / SNR_s)(1 - alpha_t), which does not cancel in float32.
+    """
+    return -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_t)
+
+
+def posterior(x: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of q(z_s | z_t, x): one step back, from noise level t to a lower level s.
+
+    x, z: (B, C, H, W), x in [-1, 1].  log_snr_*: (B, 1, 1, 1), log_snr_s > log_snr_t.
+    Source: Prince (2023) eq. 18.15, for any s < t, written in log SNR so that float32 suffices.
+    """
+    ratio = torch.exp(log_snr_t - log_snr_s)  # SNR_t / SNR_s, in (0, 1)
+    from_z = ratio * (alpha(log_snr_s) / alpha(log_snr_t)).sqrt()
+    from_x = -torch.expm1(log_snr_t - log_snr_s) * alpha(log_snr_s).sqrt()
+    variance = -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_s)
+    return from_z * z + from_x * x, variance
+
+
+def predicted_eps(x_hat: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+    """The noise that makes z of x_hat: (z - sqrt(alpha) x_hat) / sqrt(1 - alpha)."""
+    return (z - alpha(log_snr).sqrt() * x_hat) / one_minus_alpha(log_snr).sqrt()
+
+
+def noise_like(z: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise shaped like z (B, C, H, W): picture b draws from rng[b] alone, in float32 on the CPU.
+
+    So a picture's noise is the same in bits in any batch and on any device.
+    """
+    if len(rng) != z.shape[0]:
+        raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; give one each")
+    noise = [torch.randn(z.shape[1:], generator=g, dtype=torch.float32) for g in rng]
+    return torch.stack(noise).to(device=z.device, dtype=z.dtype)

@@ -1,0 +1,67 @@
+"""What the network predicts: eps, v, x or velocity. Each is one linear combination of z and x_hat.
+
+    eps       the noise                            (Ho et al. 2020)
+    v         sqrt(alpha) eps - sqrt(1-alpha) x    (Salimans & Ho 2022), variance preserving
+    x         the clean picture
+    velocity  eps - x, of the straight path (1-t) x + t eps   (Lipman et al. 2023)
+
+The straight path is the same process at another scale: z / (sqrt(alpha) + sqrt(1-alpha)) lies on it at
+t = sqrt(1-alpha) / (sqrt(alpha) + sqrt(1-alpha)), so `velocity` needs no second kind of z.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion.noise import alpha, one_minus_alpha, predicted_eps
+
+Kind = Literal["eps", "v", "x", "velocity"]
+
+
+def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+    """The x_hat that a network's output stands for. output, z: (B, C, H, W); log_snr: (B, 1, 1, 1)."""
+    signal, noise = alpha(log_snr).sqrt(), one_minus_alpha(log_snr).sqrt()
+    match kind:
+        case "x":
+            return output
+        case "eps":
+            return (z - noise * output) / signal
+        case "v":
+            return signal * z - noise * output
+        case "velocity":
+            return (z - noise * output) / (signal + noise)
+
+
+def from_x(kind: Kind, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+    """The inverse of `to_x`: the output that stands for this x."""
+    eps = predicted_eps(x, z, log_snr)
+    return target(kind, x, eps, log_snr)
+
+
+def target(kind: Kind, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
+    """What the output should have been, for the x and eps that made z."""
+    match kind:
+        case "x":
+            return x
+        case "eps":
+            return eps
+        case "v":
+            return alpha(log_snr).sqrt() * eps - one_minus_alpha(log_snr).sqrt() * x
+        case "velocity":
+            return eps - x
+
+
+def log_weight_in_x(kind: Kind, log_snr: Tensor) -> Tensor:
+    """log w such that |target - output|^2 = w |x - x_hat|^2: SNR, 1 + SNR, 1 or (1 + sqrt(SNR))^2."""
+    match kind:
+        case "x":
+            return torch.zeros_like(log_snr)
+        case "eps":
+            return log_snr
+        case "v":
+            return torch.nn.functional.softplus(log_snr)
+        case "velocity":
+            return 2 * torch.nn.functional.softplus(log_snr / 2)

@@ -1,0 +1,106 @@
+"""Noise schedules: time t in [0, 1], from clean to noise, to log SNR. The book's step t of T is t / T here."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion.noise import LOG_SNR_RANGE
+
+
+class NoiseSchedule(Protocol):
+    """Noise level as a function of time."""
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps T of a discrete schedule, None for a continuous one."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Log SNR at t in [0, 1], decreasing, finite at both ends; same shape as t, float32."""
+
+
+class DiscreteSchedule:
+    """The log SNR of alpha_t = prod(1 - beta_s) at t = k / T, linear in between."""
+
+    def __init__(self, betas: Tensor) -> None:
+        """betas: (T,), beta_1 .. beta_T in (0, 1)."""
+        self.betas = betas.double()
+        log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0)])
+        # log alpha - log(1 - alpha), without the cancellation of 1 - alpha near t = 0
+        log_snr = log_alpha - torch.log(-torch.expm1(log_alpha))
+        self.table = log_snr.clamp(*LOG_SNR_RANGE)
+
+    @property
+    def steps(self) -> int | None:
+        return len(self.betas)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Exact at the steps k / T; see NoiseSchedule."""
+        position = t.double().clamp(0, 1) * len(self.betas)
+        # k / T in float32 may fall a hair beside the integer k; it means step k
+        nearest = position.round()
+        position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
+        low = position.floor().long().clamp(max=len(self.betas) - 1)
+        table = self.table.to(t.device)
+        return torch.lerp(table[low], table[low + 1], position - low).float()
+
+
+def constant_betas(beta: float, steps: int) -> Tensor:
+    """The same beta at every step (Prince 2023, sec. 18.2)."""
+    return torch.full((steps,), beta, dtype=torch.float64)
+
+
+def linear_betas(start: float, end: float, steps: int) -> Tensor:
+    """beta from `start` to `end` in equal steps (Ho et al. 2020: 1e-4 to 0.02 in 1000)."""
+    return torch.linspace(start, end, steps, dtype=torch.float64)
+
+
+def squared_cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
+    """beta_t = 1 - f(t/T) / f((t-1)/T), f(t) = cos^2(pi/2 (t + 0.008) / 1.008), capped.
+
+    Source: Nichol & Dhariwal (2021) eq. 17, as diffusers' `squaredcos_cap_v2`.
+    """
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+
+
+class CosineSchedule:
+    """alpha = cos^2(pi t / 2), so log SNR = -2 log tan(pi t / 2), plus a shift, clipped.
+
+    Source: Nichol & Dhariwal (2021) without their offset; the shift 2 log(reference / resolution) of
+    simple diffusion (Hoogeboom et al. 2023, eq. 5): twice the resolution needs four times the noise variance.
+    """
+
+    steps: int | None = None
+
+    def __init__(self, shift: float = 0.0, clip: tuple[float, float] = LOG_SNR_RANGE) -> None:
+        self.shift = shift
+        self.clip = clip
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """See NoiseSchedule."""
+        angle = t.double().clamp(0, 1) * (math.pi / 2)
+        log_snr = 2 * (angle.cos().clamp(min=1e-30).log() - angle.sin().clamp(min=1e-30).log())
+        return (log_snr + self.shift).clamp(*self.clip).float()
+
+
+def resolution_shift(resolution: int, reference: int) -> float:
+    """Shift of log SNR that gives pictures of `resolution` the noise, averaged down, of `reference`."""
+    return 2 * math.log(reference / resolution)
+
+
+def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: str = "t") -> Tensor:
+    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0.
+
+    spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and
+    steps = T these are the T steps of algorithm 18.2.
+    """
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if spacing == "t":
+        return schedule.log_snr(t)
+    ends = schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    return torch.lerp(ends[:1], ends[1:], (1 - t).float())
