@@ -1,0 +1,45 @@
+"""From settings to objects: the only place where a string chooses a class."""
+
+from __future__ import annotations
+
+import torch
+
+from cascade.config import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    ScheduleConfig,
+    SquaredCosineSchedule,
+    StageConfig,
+)
+from cascade.diffusion import schedules
+from cascade.models.unet import UNet
+from cascade.stage import Stage
+
+
+def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSchedule:
+    """The noise schedule of a stage of this resolution."""
+    match config:
+        case ConstantSchedule():
+            return schedules.DiscreteSchedule(schedules.constant_betas(config.beta, config.steps))
+        case LinearSchedule():
+            return schedules.DiscreteSchedule(
+                schedules.linear_betas(config.beta_start, config.beta_end, config.steps)
+            )
+        case SquaredCosineSchedule():
+            return schedules.DiscreteSchedule(schedules.squared_cosine_betas(config.steps, config.max_beta))
+        case CosineSchedule():
+            reference = config.reference_resolution
+            shift = schedules.resolution_shift(resolution, reference) if reference else 0.0
+            return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max))
+
+
+def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:
+    """A stage with fresh weights that follow from `seed`; `device` may be "meta" to hold none at all."""
+    low_res_channels = 0 if config.low_resolution is None else 3
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        network = UNet(config.model, low_res_channels=low_res_channels)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Stage(config, network, build_schedule(config.schedule, config.resolution))
+

@@ -1,0 +1,109 @@
+"""Residual blocks, and the steps between levels."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", nn.Linear, nn.Conv2d)
+
+
+def zero_init(layer: ModuleT) -> ModuleT:
+    """Start a layer at zero, so that what it adds to is at first left alone."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def silu(h: Tensor) -> Tensor:
+    """SiLU, in place where no gradient needs the input: at 1024 px memory traffic is the cost."""
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+class Normalize(nn.Module):
+    """GroupNorm over the picture, or LayerNorm over the channels of each pixel.
+
+    The second has no statistics over positions, so a crop and the whole picture see the same function
+    (Chu et al. 2022, TLC, measure what goes wrong otherwise).
+    """
+
+    def __init__(self, channels: int, kind: str, groups: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.groups = groups if kind == "group" else None
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if self.groups is not None:
+            return F.group_norm(h, self.groups, self.weight, self.bias)
+        # A view when h is channels-last, as it is here; torch has a fused kernel for LayerNorm only.
+        pixels = h.permute(0, 2, 3, 1)
+        return F.layer_norm(pixels, (self.channels,), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """h + conv(silu(scale-shift(norm(conv(silu(norm(h))))))), scale and shift from the embedding.
+
+    Source: Prince (2023) sec. 18.6.1 and fig. 18.9, with the scale-shift of Dhariwal & Nichol (2021).
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, embedding_dim: int, norm: str, groups: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm_in = Normalize(channels_in, norm, groups)
+        self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.embed = nn.Linear(embedding_dim, 2 * channels)
+        self.norm_out = Normalize(channels, norm, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """h: (B, C_in, H, W); embedding: (B, E), after its SiLU -> (B, C, H, W)."""
+        scale, shift = self.embed(embedding)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+        inner = self.conv_in(silu(self.norm_in(h)))
+        inner = torch.addcmul(shift, self.norm_out(inner), 1 + scale)
+        return self.shortcut(h) + self.conv_out(self.dropout(silu(inner)))
+
+
+class Downsample(nn.Module):
+    """To the next level: space-to-depth and a 1x1 convolution, which loses nothing before it chooses."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.mix = nn.Conv2d(channels_in * stride**2, channels, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H / stride, W / stride)."""
+        return self.mix(space_to_depth(h, self.stride))
+
+
+class Upsample(nn.Module):
+    """Back to the finer level: a 1x1 convolution and depth-to-space."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.mix = nn.Conv2d(channels_in, channels * stride**2, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H stride, W stride)."""
+        return depth_to_space(self.mix(h), self.stride)
+
+
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) -> (B, C factor^2, H / factor, W / factor)."""
+    return x if factor == 1 else F.pixel_unshuffle(x, factor)
+
+
+def depth_to_space(x: Tensor, factor: int) -> Tensor:
+    """(B, C factor^2, H, W) -> (B, C, H factor, W factor)."""
+    return x if factor == 1 else F.pixel_shuffle(x, factor)

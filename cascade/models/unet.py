@@ -1,0 +1,200 @@
+"""The U-Net of Prince (2023) fig. 18.9 with the text conditioning of Imagen.
+
+Two of its settings make Imagen's Efficient U-Net for super-resolution of it: `strides` that begin with 2 (each level
+downsamples before its blocks and upsamples after them) and most `blocks` at the coarse levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cascade.conditioning import Conditioning
+from cascade.config import UNetConfig
+from cascade.models.attention import Attention, KeysValues
+from cascade.models.blocks import (
+    Downsample,
+    Normalize,
+    ResidualBlock,
+    Upsample,
+    depth_to_space,
+    silu,
+    space_to_depth,
+    zero_init,
+)
+from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a U-Net computes once per picture rather than once per step.
+
+    embedding: (B, E) from pooled text and augmentation level. text: keys and values for each attention, in order.
+    visible: (B, 1, 1, N), None when all tokens are real. low_res: (B, 3, H, W), upsampled.
+    """
+
+    embedding: Tensor
+    text: tuple[KeysValues | None, ...]
+    visible: Tensor | None
+    low_res: Tensor | None
+
+
+class Block(nn.Module):
+    """A residual block, followed by attention at the levels that have it."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool) -> None:
+        super().__init__()
+        dropout = config.dropout if attends else 0.0
+        self.residual = ResidualBlock(
+            channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout
+        )
+        text_dim = config.text_dim if config.text == "attention" else None
+        self.attention = (
+            Attention(channels, config.head_dim, text_dim, config.norm, config.groups) if attends else None
+        )
+
+    def forward(self, h: Tensor, embedding: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H, W)."""
+        h = self.residual(h, embedding)
+        return h if self.attention is None else self.attention(h, text, visible)
+
+
+class Level(nn.Module):
+    """One resolution: down, blocks on the way down, the same number on the way up with the skips, up."""
+
+    def __init__(self, config: UNetConfig, index: int) -> None:
+        super().__init__()
+        channels, stride = config.channels[index], config.strides[index]
+        outer = config.channels[max(index - 1, 0)]
+        attends = config.attention[index]
+        joined = 2 * channels if config.skips == "concat" else channels
+        changes = stride > 1 or outer != channels
+        self.down = Downsample(outer, channels, stride) if changes else nn.Identity()
+        self.encode = nn.ModuleList(Block(config, channels, channels, attends) for _ in range(config.blocks[index]))
+        self.decode = nn.ModuleList(Block(config, joined, channels, attends) for _ in range(config.blocks[index]))
+        self.up = Upsample(channels, outer, stride) if changes else nn.Identity()
+
+    def encoder(self) -> list[Block]:
+        """Blocks on the way down."""
+        return cast("list[Block]", list(self.encode))
+
+    def decoder(self) -> list[Block]:
+        """Blocks on the way up."""
+        return cast("list[Block]", list(self.decode))
+
+
+class UNet(nn.Module):
+    """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
+
+    def __init__(self, config: UNetConfig, image_channels: int = 3, low_res_channels: int = 0) -> None:
+        """low_res_channels: 3 for a super-resolution stage, whose conditions hold the smaller picture."""
+        super().__init__()
+        self.config = config
+        self.image_channels = image_channels
+        self.low_res_channels = low_res_channels
+        self.activation_checkpointing = False
+        width, bottom, patch = config.embedding_dim, config.channels[-1], config.patch
+        self.noise_level = NoiseLevelEmbedding(width)
+        self.aug_level = NoiseLevelEmbedding(width) if low_res_channels else None
+        self.text_norm = nn.LayerNorm(config.text_dim) if config.text != "none" else None
+        self.text_pooling = TextPooling(config.text_dim, width) if config.text != "none" else None
+        self.stem = nn.Conv2d((image_channels + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.channels)))
+        self.middle = nn.ModuleList(
+            Block(config, bottom, bottom, config.attention[-1] and index < config.middle_blocks - 1)
+            for index in range(config.middle_blocks)
+        )
+        self.head_norm = Normalize(config.channels[0], config.norm, config.groups)
+        self.head = zero_init(nn.Conv2d(config.channels[0], image_channels * patch**2, 3, padding=1))
+
+    def prepare(self, cond: Conditioning) -> Prepared:
+        """Everything that depends on the conditions alone. cond.low_res: (B, 3, H, W), already upsampled to z's size.
+
+        Raises ValueError when a smaller picture is missing or not expected.
+        """
+        self._check_conditions(cond)
+        embedding = torch.zeros((), device=self.stem.weight.device, dtype=self.stem.weight.dtype)
+        text: list[KeysValues | None] = [None] * sum(1 for _ in self._attentions())
+        visible = None
+        if self.text_norm is not None and self.text_pooling is not None:
+            normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
+            embedding = embedding + self.text_pooling(normalized, cond.text_mask)
+            text = [attention.read_text(normalized) for attention in self._attentions()]
+            visible = None if bool(cond.text_mask.all()) else cond.text_mask[:, None, None, :]
+        if self.aug_level is not None:
+            embedding = embedding + self.aug_level(cond.low_res_log_snr)
+        return Prepared(embedding, tuple(text), visible, cond.low_res)
+
+    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Prepared) -> Tensor:
+        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C, H, W). H and W: multiples of config.downsampling.
+
+        Raises ValueError for any other size.
+        """
+        seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
+        self._check_size(z, seen.low_res)
+        embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
+        text = iter(seen.text)
+
+        def apply(block: Block, h: Tensor) -> Tensor:
+            keys_values = next(text) if block.attention is not None else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, h, embedding, keys_values, seen.visible, use_reentrant=False)
+            return block(h, embedding, keys_values, seen.visible)
+
+        x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
+        x = x.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
+        h = self.stem(space_to_depth(x, self.config.patch))
+        skips = []
+        for level in self._levels():
+            h = level.down(h)
+            for block in level.encoder():
+                h = apply(block, h)
+                skips.append(h)
+        for block in self._middle():
+            h = apply(block, h)
+        for level in reversed(self._levels()):
+            for block in level.decoder():
+                h = apply(block, self._join(h, skips.pop()))
+            h = level.up(h)
+        return depth_to_space(self.head(silu(self.head_norm(h))), self.config.patch)
+
+    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
+        skip = skip if self.config.skip_scale == 1 else skip * self.config.skip_scale
+        return torch.cat([h, skip], dim=1) if self.config.skips == "concat" else h + skip
+
+    def _levels(self) -> list[Level]:
+        return cast("list[Level]", list(self.levels))
+
+    def _middle(self) -> list[Block]:
+        return cast("list[Block]", list(self.middle))
+
+    def _attentions(self) -> Iterator[Attention]:
+        """All attentions in the order in which `forward` meets them."""
+        blocks = [block for level in self._levels() for block in level.encoder()]
+        blocks += [*self._middle(), *(block for level in reversed(self._levels()) for block in level.decoder())]
+        return (block.attention for block in blocks if block.attention is not None)
+
+    def _check_conditions(self, cond: Conditioning) -> None:
+        complete = cond.low_res is not None and cond.low_res_log_snr is not None
+        if self.low_res_channels and not complete:
+            raise ValueError("a super-resolution network needs low_res and low_res_log_snr in its conditions")
+        if not self.low_res_channels and cond.low_res is not None:
+            raise ValueError("a base network sees no smaller picture; leave low_res out of its conditions")
+
+    def _check_size(self, z: Tensor, low_res: Tensor | None) -> None:
+        step, (height, width) = self.config.downsampling, z.shape[-2:]
+        if height % step or width % step:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {step}, by which this network divides them"
+            )
+        if low_res is not None and low_res.shape[-2:] != z.shape[-2:]:
+            raise ValueError(
+                f"low_res is {low_res.shape[-2]} x {low_res.shape[-1]}, the noisy picture {height} x {width};"
+                " upsample it to the same size"
+            )

@@ -1,0 +1,147 @@
+"""A stage: a network, its noise schedule and what it predicts, at one resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cascade.conditioning import Conditioning
+from cascade.config import SamplingConfig, StageConfig
+from cascade.diffusion import denoisers
+from cascade.diffusion.loss import Weighting, diffusion_loss
+from cascade.diffusion.noise import Denoiser, alpha
+from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.samplers import Generators, OnStep, sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
+from cascade.diffusion.schedules import NoiseSchedule, log_snr_grid
+from cascade.images import upsample
+from cascade.models.unet import UNet
+
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass
+class Stage:
+    """One diffusion model of the cascade. It is a ConditionalDenoiser: `prepare` gives the denoiser of a generation.
+
+    What is diffused, r, is the picture itself (path `picture`) or its scaled difference from the upsampled smaller
+    picture (path `residual`); `prepare` and the sampler speak of r, `sample` and `loss` of pictures.
+    """
+
+    config: StageConfig
+    network: UNet
+    schedule: NoiseSchedule
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def scale(self) -> int:
+        """Factor from the smaller picture to this one, 1 for a base stage."""
+        return self.config.resolution // (self.config.low_resolution or self.config.resolution)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.stem.weight.device
+
+    def prepare(self, cond: Conditioning) -> Denoiser:
+        """The denoiser of r for these conditions; text and the smaller picture are read here, once."""
+        prepared = self.network.prepare(self.enlarge(cond).to(dtype=self.network.stem.weight.dtype))
+
+        def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
+            output = self.network(z, log_snr, prepared).float()
+            return to_x(self.config.parameterization, output, z, log_snr)
+
+        return denoise
+
+    def sample(
+        self,
+        cond: Conditioning,
+        null: Conditioning,
+        z: Tensor,
+        rng: Generators,
+        settings: SamplingConfig | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw pictures from the noise z (B, 3, H, W), whose size they have: float32, about [-1, 1].
+
+        cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
+        rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
+        """
+        settings = settings or self.config.sampling
+        base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
+        guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
+        picture = limit(denoisers.to_picture(guided, base, scale), settings.threshold)
+        log_snrs = log_snr_grid(self.schedule, settings.steps, settings.spacing)
+        report = (lambda step, r: on_step(step, base + scale * r)) if on_step else (lambda step, r: None)
+        r = run_sampler(settings, denoisers.to_residual(picture, base, scale), z, log_snrs, rng, report)
+        return base + scale * r
+
+    def loss(
+        self,
+        network: Network,
+        weighting: Weighting,
+        x: Tensor,
+        cond: Conditioning,
+        log_snr: Tensor,
+        eps: Tensor,
+    ) -> Tensor:
+        """Training loss of each picture x (B, 3, H, W): (B,). `network` is this stage's, perhaps wrapped."""
+        base = self.origin(cond, (x.shape[-2], x.shape[-1]))
+        r = (x - base) / self._residual_scale
+        seen = self.enlarge(cond)
+        return diffusion_loss(
+            lambda z, level: network(z, level, seen), self.config.parameterization, weighting, r, log_snr, eps
+        )
+
+    def enlarge(self, cond: Conditioning) -> Conditioning:
+        """The conditions with the smaller picture upsampled to this stage's scale."""
+        if cond.low_res is None:
+            return cond
+        height, width = cond.low_res.shape[-2:]
+        return replace(cond, low_res=upsample(cond.low_res, (height * self.scale, width * self.scale)))
+
+    def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
+        """What r is measured from: zero, or the upsampled smaller picture with its signal scaled back to 1."""
+        if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
+            return torch.zeros(len(cond), 3, *size, device=cond.text.device)
+        return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
+        """Move the network; convolutions run fastest channels-last."""
+        self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    @property
+    def _residual_scale(self) -> float:
+        return self.config.residual_scale if self.config.path == "residual" else 1.0
+
+
+def limit(denoise: Denoiser, how: float | str | None) -> Denoiser:
+    """The thresholding that a setting asks for: none, `clip`, or dynamic at a quantile."""
+    if how is None:
+        return denoise
+    return denoisers.clip(denoise) if isinstance(how, str) else denoisers.threshold(denoise, how)
+
+
+def run_sampler(
+    settings: SamplingConfig, denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep
+) -> Tensor:
+    """The sampler that the settings name."""
+    match settings.sampler:
+        case "ddpm":
+            return sample_ddpm(denoise, z, log_snrs, rng, on_step, variance=settings.variance)
+        case "ddim":
+            return sample_ddim(denoise, z, log_snrs, rng, on_step, eta=settings.eta)
+        case "heun":
+            return sample_heun(denoise, z, log_snrs, rng, on_step)
+        case "dpm++":
+            return sample_dpmpp(denoise, z, log_snrs, rng, on_step)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in module.parameters())
