@@ -1,0 +1,269 @@
+"""Batches. View n of a run is a function of (settings, seed, n), so the only state to save is a number.
+
+Neither workers nor processes change what view n is: they only share out the numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cascade.config import DataConfig, HubSource, ScenesSource, StageConfig
+from cascade.data.dataset import BadRecordError, open_records, open_source
+from cascade.data.transforms import choose_caption, training_picture
+from cascade.errors import CascadeError
+from cascade.seeds import derive_seed, generator
+
+logger = logging.getLogger("cascade.data")
+
+CYCLE = 1000
+"""Views after which every source has had exactly its share."""
+MAX_ATTEMPTS = 50
+"""Records tried for one view before giving up."""
+PATIENCE = 20
+"""Records seen before the share of bad ones is judged."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture with one caption.
+
+    image: uint8 (3, S, S).  sample: its number in the run.  bad: what was wrong with each record that was
+    read before it in its place.
+    """
+
+    image: Tensor
+    caption: str
+    sample: int
+    bad: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run."""
+
+    images: Tensor
+    captions: list[str]
+    samples: list[int]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Mixture:
+    """Which source view n uses, and for the how-manieth time.
+
+    Every cycle of views holds each source by its weight (at least once), shuffled by a generator keyed by
+    (seed, cycle); so the count of uses before n is arithmetic, and a resumed run knows it at once.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self._counts = torch.tensor(_shares(weights, max(CYCLE, len(weights))))
+        self._length = int(self._counts.sum())
+        self._seed = seed
+        self._cycle = -1
+        self._sources = torch.empty(0, dtype=torch.int64)
+
+    def locate(self, view: int) -> tuple[int, int]:
+        """(source, use of that source) of a view."""
+        cycle, position = divmod(view, self._length)
+        if cycle != self._cycle:
+            ordered = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
+            order = torch.randperm(self._length, generator=generator(self._seed, "mixture", cycle))
+            self._sources, self._cycle = ordered[order], cycle
+        source = int(self._sources[position])
+        earlier = int((self._sources[:position] == source).sum())
+        return source, cycle * int(self._counts[source]) + earlier
+
+
+def _shares(weights: Sequence[float], length: int) -> list[int]:
+    """Whole numbers, at least 1, that sum to about `length` in proportion to `weights`."""
+    exact = [weight / sum(weights) * length for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: max(0, length - sum(counts))]:
+        counts[index] += 1
+    return counts
+
+
+class Views(Dataset[View]):
+    """All views of a run: `views[n]` for any n >= 0. Opening reads the sources' listings, no pictures."""
+
+    def __init__(self, data: DataConfig, stage: StageConfig, seed: int) -> None:
+        self._data = data
+        self._stage = stage
+        self._seed = seed
+        self._mixture = Mixture([source.weight for source in data.sources], seed)
+        self._sources = [
+            open_source(source, stage.resolution, (seed, "source", index))
+            for index, source in enumerate(data.sources)
+        ]
+
+    def __getitem__(self, sample: int) -> View:
+        source, use = self._mixture.locate(sample)
+        bad: list[str] = []
+        for attempt in range(MAX_ATTEMPTS):
+            record = self._sources[source].record(use, attempt)
+            # Two generators, so that a setting of captions moves no pictures.
+            picture_rng, caption_rng = (
+                random.Random(derive_seed(self._seed, purpose, sample)) for purpose in ("picture", "caption")
+            )
+            try:
+                caption = choose_caption(record, self._data.caption_dropout, caption_rng)
+                picture = training_picture(record, self._data, self._stage, picture_rng)
+            except BadRecordError as error:
+                bad.append(str(error))
+            else:
+                return View(picture, caption, sample, tuple(bad))
+        raise CascadeError(
+            f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}"
+        )
+
+
+class BadRecords:
+    """Counts bad records, names each once in the log, and stops the run when there are too many."""
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self._named: dict[str, None] = {}
+        self._seen = 0
+        self._bad = 0
+
+    def add(self, view: View) -> None:
+        """Raises CascadeError when the share of bad records is above the limit, beyond chance."""
+        self._seen += 1 + len(view.bad)
+        self._bad += len(view.bad)
+        for message in view.bad:
+            if message not in self._named:
+                self._named[message] = None
+                logger.warning("skipped %s", message)
+        if view.bad and self._seen >= PATIENCE and self._too_many():
+            first = "; ".join(list(self._named)[:3])
+            raise CascadeError(
+                f"data: {self._bad} of {self._seen} records are broken or have no caption, more than"
+                f" data.max_bad_share {self._max_share:g}: {first}; repair them or raise the limit"
+            )
+
+    def _too_many(self) -> bool:
+        # Two standard deviations of grace: 2 of the first 20 may well be bad when 1 in 100 is.
+        expected = self._seen * self._max_share
+        return self._bad > expected + 2 * math.sqrt(expected * (1 - self._max_share))
+
+
+def batches(
+    data: DataConfig,
+    stage: StageConfig,
+    seed: int,
+    *,
+    batch_size: int,
+    first_batch: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    workers: int | None = None,
+) -> Iterator[Batch]:
+    """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
+
+    batch_size: of all processes together; each takes a contiguous share.  first_batch: where to go on.
+    workers: decoding processes, data.workers when None.  A streaming source is read by every worker of every
+    process from its start, each keeping its own share. Close the iterator to end the workers.
+    """
+    if batch_size % processes:
+        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes")
+    share = batch_size // processes
+    views = Views(data, stage, seed)
+    numbers = _sample_numbers(batch_size, share, first_batch, process)
+    return _checked(
+        _loaded(views, numbers, data.workers if workers is None else workers), BadRecords(data.max_bad_share)
+    )
+
+
+def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int) -> Iterator[list[int]]:
+    start = first_batch * batch_size + process * share
+    while True:
+        yield list(range(start, start + share))
+        start += batch_size
+
+
+def _checked(shares: Iterator[list[View]], bad_records: BadRecords) -> Iterator[Batch]:
+    for views in shares:
+        for view in views:
+            bad_records.add(view)
+        yield Batch(
+            images=torch.stack([view.image for view in views]),
+            captions=[view.caption for view in views],
+            samples=[view.sample for view in views],
+        )
+
+
+def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Iterator[list[View]]:
+    if workers == 0:
+        yield from ([views[number] for number in share] for share in numbers)
+        return
+    with warnings.catch_warnings():
+        # How many workers to start is the user's choice, also on a machine with fewer cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Shares(views),
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_leave_signals,
+        )
+        loaded = iter(loader)
+    try:
+        for share in loaded:
+            if isinstance(share, CascadeError):
+                raise share
+            yield share
+    finally:
+        # The loader's iterator ends its workers when it goes, and it must go now, not at a later collection.
+        del loaded
+
+
+class _Shares(Dataset["list[View] | CascadeError"]):
+    """Several views by their numbers. A user's mistake is returned: raised, it would become a traceback."""
+
+    def __init__(self, views: Views) -> None:
+        self._views = views
+
+    def __getitem__(self, numbers: list[int]) -> list[View] | CascadeError:
+        try:
+            return [self._views[number] for number in numbers]
+        except CascadeError as error:
+            return error
+
+
+def _unchanged(share: list[View] | CascadeError) -> list[View] | CascadeError:
+    return share
+
+
+def _leave_signals(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group, but the training process decides; SIGTERM ends a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def unique_captions(data: DataConfig) -> Iterator[str]:
+    """Every caption variant of the finite sources, once each, in order of appearance; pictures stay unread.
+
+    Scenes and streams have no end or are read once only; their captions are encoded when met.
+    """
+    seen: set[str] = set()
+    for source in data.sources:
+        if isinstance(source, ScenesSource) or (isinstance(source, HubSource) and source.streaming):
+            continue
+        for variants in open_records(source).captions():
+            for caption in variants:
+                if caption not in seen:
+                    seen.add(caption)
+                    yield caption
