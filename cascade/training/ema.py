@@ -1,0 +1,57 @@
+"""An average of the weights over the recent past, which draws better than the weights of the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cascade.config import EMAConfig
+
+
+class EMA:
+    """Exponential moving average in float32, its memory measured in pictures and not in steps.
+
+    So a run with twice the batch averages over the same data (Karras et al. 2024, sec. 3).
+    """
+
+    def __init__(self, network: nn.Module, config: EMAConfig) -> None:
+        self.config = config
+        self.weights = {name: value.detach().float().clone() for name, value in network.named_parameters()}
+
+    def decay(self, images_seen: int, batch_size: int) -> float:
+        """Weight of the old average at the step that brings the pictures seen to `images_seen`."""
+        half_life = float(self.config.half_life_images)
+        if self.config.warmup:
+            half_life = min(half_life, 0.2 * images_seen)
+        return 0.5 ** (batch_size / half_life)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
+        """Take the weights of the moment into the average."""
+        fresh = [parameter.detach().float() for parameter in network.parameters()]
+        share = 1 - self.decay(images_seen, batch_size)
+        torch._foreach_lerp_(list(self.weights.values()), fresh, share)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue from a saved average."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+
+    @contextmanager
+    def in_place_of(self, network: nn.Module) -> Iterator[None]:
+        """Run with the average in the network; the weights of the moment come back afterwards."""
+        kept = {name: value.detach().clone() for name, value in network.named_parameters()}
+        self._fill(network, self.weights)
+        try:
+            yield
+        finally:
+            self._fill(network, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in network.named_parameters():
+            parameter.copy_(weights[name])

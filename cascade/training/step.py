@@ -1,0 +1,99 @@
+"""What one training step is: algorithm 18.1, for any stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade.conditioning import Conditioning
+from cascade.config import LossConfig, LogitNormalLevels
+from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
+from cascade.diffusion.noise import diffuse, log_snr_from_std
+from cascade.images import downsample
+from cascade.seeds import generator
+from cascade.stage import Network, Stage
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Pictures with their text, and who they are.
+
+    x: (B, 3, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
+    run, from which their noise follows. positions: (B,) places in the batch of all processes, of `batch_size`.
+    """
+
+    x: Tensor
+    text: Tensor
+    text_mask: Tensor
+    samples: Sequence[int]
+    positions: Tensor
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: (B, 3, h, w) or None."""
+
+    u: Tensor
+    eps: Tensor
+    aug_level: Tensor
+    aug_eps: Tensor | None
+
+    def to(self, device: torch.device) -> Draw:
+        """The same noise on another device."""
+        aug_eps = None if self.aug_eps is None else self.aug_eps.to(device)
+        return Draw(self.u.to(device), self.eps.to(device), self.aug_level.to(device), aug_eps)
+
+
+def draw_noise(samples: Sequence[int], shape: tuple[int, int], scale: int, seed: int, max_aug_level: float) -> Draw:
+    """The noise of each view, keyed by (seed, its number): the same in any batch and any process.
+
+    shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage.
+    """
+    height, width = shape
+    rngs = [generator(seed, sample, "train") for sample in samples]
+    uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
+    eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
+    aug_eps = None
+    if scale > 1:
+        aug_eps = torch.stack([torch.randn(3, height // scale, width // scale, generator=rng) for rng in rngs])
+    return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
+
+
+def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
+    """Log SNR (B, 1, 1, 1) for u (B,) uniform in [0, 1), by the distribution that the settings name."""
+    if isinstance(loss.levels, LogitNormalLevels):
+        return logit_normal_levels(stage.schedule, u, loss.levels.mean, loss.levels.std)
+    return uniform_levels(stage.schedule, u)
+
+
+def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
+    """What the network may see: the text and, for super-resolution, the area-averaged and noised smaller picture."""
+    if draw.aug_eps is None:
+        return Conditioning(batch.text, batch.text_mask)
+    height, width = batch.x.shape[-2:]
+    low = downsample(batch.x, (height // stage.scale, width // stage.scale))
+    level = log_snr_from_std(draw.aug_level)[:, None, None, None]
+    noised = diffuse(low, draw.aug_eps, level)
+    return Conditioning(batch.text, batch.text_mask, noised, level)
+
+
+def training_loss(
+    stage: Stage,
+    network: Network,
+    batch: TrainingBatch,
+    loss: LossConfig,
+    weighting: Weighting,
+    draw: Draw,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
+
+    Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
+    """
+    u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
+    log_snr = noise_levels(stage, loss, u)
+    cond = conditions(stage, batch, draw)
+    return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr
