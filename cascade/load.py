@@ -1,0 +1,187 @@
+"""From files to objects: a folder or hub id becomes a stage, a pipeline, a text encoder or a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cascade.build import build_stage
+from cascade.checkpoint import check_format, load_tensors, load_weights, read_json, read_stage_config
+from cascade.config import StageConfig, TextConfig, TrainConfig
+from cascade.errors import CascadeError
+from cascade.pipeline import CascadePipeline, StageSlot
+from cascade.stage import Stage
+from cascade.text.cache import CachedTextEncoder, EmbeddingCache
+from cascade.text.t5 import TextEncoder, TextEncoderProtocol
+
+if TYPE_CHECKING:
+    from cascade.training.trainer import Trainer
+
+BUNDLED = Path(__file__).parent / "pretrained"
+"""The cascade that travels in the package."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md"]
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    *,
+    super_resolution: Sequence[str | Path] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    low_memory: bool = False,
+) -> CascadePipeline:
+    """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    folder = find_model(model)
+    index_path = folder / "cascade.json"
+    index = read_json(index_path)
+    check_format(index_path, index.get("format"))
+    stage_folders = [folder / str(name) for name in _strings(index, "stages", index_path)]
+    if super_resolution is not None:
+        stage_folders = stage_folders[:1] + [find_stage(source) for source in super_resolution]
+    target = choose_device(device)
+    number_format = choose_dtype(dtype, target)
+    text = TextEncoder.from_pretrained(
+        folder / "text_encoder", max_length=int(index.get("max_text_length", 64)), device=target
+    )
+    slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
+    pipeline = CascadePipeline(
+        text, slots, name=str(index.get("name", folder.name)), license=str(index.get("license", "unstated"))
+    )
+    pipeline.device, pipeline.dtype = target, number_format
+    return pipeline
+
+
+def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
+    """A stage from its folder (stage.json, model.safetensors), ready to draw."""
+    return _load_stage(Path(folder), read_stage_config(folder), device, dtype)
+
+
+def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
+    """The frozen encoder of a training run, behind its cache of embeddings if it has one."""
+    source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    encoder = TextEncoder.from_pretrained(source, max_length=config.max_length, dtype=dtype)
+    if config.cache is None:
+        return encoder
+    cache = EmbeddingCache(Path(config.cache), encoder.fingerprint, encoder.dim)
+    return CachedTextEncoder(cache, lambda: encoder)
+
+
+def load_trainer(config: TrainConfig) -> Trainer:
+    """Everything that a training run needs, with fresh weights or those of `training.init_from`."""
+    from cascade.training.trainer import Trainer  # brings accelerate, which drawing does not need
+
+    text = load_text_encoder(config.text)
+    if config.stage.model.text != "none" and config.stage.model.text_dim != text.dim:
+        raise CascadeError(
+            f"stage.model.text_dim is {config.stage.model.text_dim}, but {config.text.encoder} gives"
+            f" embeddings of width {text.dim}; set stage.model.text_dim={text.dim}"
+        )
+    stage = build_stage(config.stage, seed=config.training.seed)
+    if config.training.init_from is not None:
+        path = find_stage(config.training.init_from) / "model.safetensors"
+        load_weights(stage.network, load_tensors(path), path)
+    return Trainer(config, stage, text)
+
+
+def find_model(model: str | Path | None) -> Path:
+    """The folder of a model: the bundled one, a local folder, or a hub id (downloaded once)."""
+    if model is None or model == "bundled":
+        return BUNDLED
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if _is_hub_id(model):
+        return _download(str(model))
+    raise CascadeError(f"{model}: no such model folder; give a folder with cascade.json, a hub id, or `bundled`")
+
+
+def find_stage(source: str | Path) -> Path:
+    """The folder of one stage: itself, `stage` of a training run, or `model/stage` of a cascade."""
+    path = Path(source)
+    for candidate in (path, path / "stage"):
+        if (candidate / "stage.json").is_file():
+            return candidate
+    parent, _, name = str(source).rpartition("/")
+    if parent and (find_model(parent) / name / "stage.json").is_file():
+        return find_model(parent) / name
+    raise CascadeError(f"{source}: no stage here; give a folder with stage.json, a training run, or model/stage")
+
+
+def assemble(
+    text_encoder: str | Path, stages: Iterable[str | Path], *, name: str, license: str, max_length: int = 64
+) -> CascadePipeline:
+    """Put trained stages behind a text encoder. Raises CascadeError when they do not chain."""
+    source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
+    encoder = TextEncoder.from_pretrained(source, max_length=max_length)
+    return CascadePipeline(encoder, [load_stage(find_stage(stage)) for stage in stages], name=name, license=license)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or a GPU if there is one. Raises CascadeError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise CascadeError(f"device: {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return target
+
+
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The number format asked for, or float32 on a CPU and bfloat16 on a GPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise CascadeError(f"dtype: {dtype!r}; expected one of {', '.join(known)}")
+    if dtype == "float16" and device.type == "cpu":
+        raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
+    return known[dtype]
+
+
+def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool) -> StageSlot:
+    config = read_stage_config(folder)
+    if low_memory:
+        return StageSlot(config, lambda: _load_stage(folder, config, device, dtype))
+    return StageSlot.holding(_load_stage(folder, config, device, dtype))
+
+
+def _load_stage(folder: Path, config: StageConfig, device: torch.device | str, dtype: torch.dtype) -> Stage:
+    """Built without memory on the meta device, then filled: the weights exist once."""
+    stage = build_stage(config, device="meta")
+    path = folder / "model.safetensors"
+    load_weights(stage.network, load_tensors(path), path)
+    stage.network.eval().requires_grad_(False)
+    return stage.to(device, dtype)
+
+
+def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
+    values = index.get(key)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise CascadeError(f"{path}: {key}: expected a list of stage names")
+    return values
+
+
+def _is_hub_id(model: str | Path) -> bool:
+    text = str(model)
+    return isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CascadeError(
+            f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,47 @@
+"""Which sampling settings hold for each stage: its defaults, a preset, and the caller's own values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cascade.config import SamplingConfig, StageConfig, parse
+from cascade.errors import CascadeError
+
+PRESETS = ("fast", "default", "best")
+
+
+def resolve_sampling(
+    stages: Sequence[StageConfig], preset: str | None, overrides: Mapping[str, Any]
+) -> dict[str, SamplingConfig]:
+    """Settings by stage name. overrides: {setting: value, {stage: value} or None}.
+
+    Raises CascadeError for an unknown preset or stage, and for a value that the setting does not allow.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise CascadeError(f"preset: {preset!r}; expected one of {', '.join(PRESETS)}")
+    names = [stage.name for stage in stages]
+    for setting, value in overrides.items():
+        if isinstance(value, Mapping):
+            for name in value:
+                _check_name(setting, name, names)
+    return {stage.name: _resolve(stage, preset, overrides) for stage in stages}
+
+
+def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any]) -> SamplingConfig:
+    values = stage.sampling.model_dump(mode="json")
+    if preset in stage.presets:
+        values |= stage.presets[preset].model_dump(mode="json", exclude_none=True)
+    for setting, value in overrides.items():
+        own = value.get(stage.name) if isinstance(value, Mapping) else value
+        if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
+            values[setting] = None if own == "none" else own
+    return parse(SamplingConfig, values, f"stage {stage.name}")
+
+
+def _check_name(setting: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise CascadeError(f"{setting}: no stage is called {name!r}; this cascade has {', '.join(names)}{hint}")
