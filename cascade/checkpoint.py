@@ -181,5 +181,6 @@ def _umask() -> int:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CascadeError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CascadeError(f"{path}: cannot be written: {reason or error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
-from typing import Literal
 
 import torch
 from torch import Tensor

@@ -51,13 +51,9 @@ class Block(nn.Module):
     def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool) -> None:
         super().__init__()
         dropout = config.dropout if attends else 0.0
-        self.residual = ResidualBlock(
-            channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout
-        )
+        self.residual = ResidualBlock(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
         text_dim = config.text_dim if config.text == "attention" else None
-        self.attention = (
-            Attention(channels, config.head_dim, text_dim, config.norm, config.groups) if attends else None
-        )
+        self.attention = Attention(channels, config.head_dim, text_dim, config.norm, config.groups) if attends else None
 
     def forward(self, h: Tensor, embedding: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W)."""

@@ -1,0 +1,137 @@
+"""Imports point one way, and heavy packages stay out until they are needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cascade
+
+PACKAGE = Path(cascade.__file__).parent
+HEAVY = {"transformers", "accelerate", "datasets"}
+
+LEAVES = {"conditioning", "config", "images", "checkpoint", "errors", "seeds", "_version"}
+CORE = LEAVES | {"models", "diffusion"}
+STAGE = CORE | {"stage"}
+
+# Which parts of the package each part may import. A part is a module of the package, or one of its folders.
+MAY_IMPORT: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES},
+    "config": {"errors"},
+    "images": {"errors"},
+    "seeds": {"errors"},
+    "checkpoint": {"errors", "config"},  # a stage folder holds the settings that made it
+    "sampling": {"errors", "config"},
+    "prompts": LEAVES | {"text", "sampling"},
+    "models": LEAVES,
+    "diffusion": LEAVES,
+    "text": LEAVES,
+    "data": LEAVES,
+    "stage": CORE,
+    "training": STAGE | {"text", "data"},
+    "evaluation": STAGE | {"text", "data"},
+    "pipeline": STAGE | {"text", "data", "sampling"},
+    "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
+    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build"},
+    "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    "__init__": STAGE | {"text", "pipeline"},  # the public names
+}
+# What stands at the top may import everything.
+TOP = {"cli", "__main__"}
+# The one late import against the direction: CascadePipeline.from_pretrained.
+EXCEPTED = {("pipeline", "load")}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = ("cascade", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    match node:
+        case ast.Import(names=names):
+            return [name.name for name in names]
+        case ast.ImportFrom(module=module, names=names, level=0):
+            return [f"{module}.{name.name}" for name in names]
+        case ast.ImportFrom():
+            raise AssertionError("relative import; the package writes its imports in full")
+    return []
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a file imports anywhere, in functions too."""
+    names = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)]
+    return {name.split(".")[1] for name in names if name.startswith("cascade.")} - {part_of(path)}
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted)
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    if part in TOP:
+        return
+    assert part in MAY_IMPORT, f"{part} is new: say in this table what it may import"
+    forbidden = {other for other in imported_parts(path) - MAY_IMPORT[part] if (part, other) not in EXCEPTED}
+    assert not forbidden, f"{dotted(path)} must not import {', '.join(sorted(forbidden))}"
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    """Parts that import none but parts already placed are placed, until all are."""
+    placed: set[str] = set(LEAVES)
+    rest = {part: others - {part} for part, others in MAY_IMPORT.items() if part not in LEAVES}
+    while ready := {part for part, others in rest.items() if others <= placed}:
+        placed |= ready
+        rest = {part: others for part, others in rest.items() if part not in ready}
+    assert not rest
+
+
+def test_networks_know_no_schedules_and_samplers_no_text() -> None:
+    for path in modules():
+        source = path.read_text()
+        if part_of(path) == "models":
+            assert "schedule" not in "".join(imported_parts(path)), path
+        if path.name in ("samplers.py", "noise.py", "loss.py", "schedules.py", "parameterization.py"):
+            assert "import Conditioning" not in source, path
+
+
+LOADED = """
+import sys
+import {module}
+print(*sorted({{name.partition('.')[0] for name in sys.modules}} & {heavy}))
+"""
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The heavy packages that are loaded after importing `statement`, comma-separated modules, in a new process."""
+    code = LOADED.format(module=statement, heavy=HEAVY)
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_cascade_loads_nothing_heavy() -> None:
+    assert loaded_by("cascade") == set()
+
+
+def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:
+    names = [dotted(path) for path in modules() if dotted(path) not in ("cascade.training.trainer", "cascade.__main__")]
+    assert loaded_by(", ".join(names)) == set()
+
+
+def test_the_trainer_brings_accelerate_only() -> None:
+    """accelerate may load what it finds; that ours loads no transformers or datasets is in the imports themselves."""
+    imported = {
+        name.partition(".")[0]
+        for node in ast.parse((PACKAGE / "training" / "trainer.py").read_text()).body
+        for name in imported_names(node)
+    }
+    assert imported & HEAVY == {"accelerate"}
