@@ -102,9 +102,7 @@ def contact_sheet(
     for index, image in enumerate(images):
         left, top = index % columns * pitch_x, index // columns * pitch_y
         fitted = (
-            image.convert("RGB")
-            if max(image.size) == cell
-            else ImageOps.contain(image.convert("RGB"), (cell, cell))
+            image.convert("RGB") if max(image.size) == cell else ImageOps.contain(image.convert("RGB"), (cell, cell))
         )
         sheet.paste(fitted, (left + (cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
         if labels:
@@ -114,8 +112,8 @@ def contact_sheet(
 
 def _shortened(label: str, width: int, pen: ImageDraw.ImageDraw) -> str:
     """`label`, cut with an ellipsis where it would not fit into `width` pixels."""
-    # PIL's built-in font without FreeType draws Latin-1 only; other letters become question marks.
-    label = label.encode("latin-1", "replace").decode("latin-1")
+    # PIL's built-in font has little beyond ASCII; other letters become question marks.
+    label = label.encode("ascii", "replace").decode("ascii")
     if pen.textlength(label) <= width:
         return label
     while label and pen.textlength(label + "...") > width:

@@ -207,9 +207,7 @@ def prepare_photos(source: Path, out: Path) -> int:
     required=True,
     help="Folder with emoji/ and photos/.",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
 def main(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_grad_enabled(False)

@@ -120,9 +120,7 @@ class StreamSource:
     a run that resumes in a later epoch reads through it once to know.
     """
 
-    def __init__(
-        self, open_stream: Callable[[int], Iterable[Record]], block_size: int, name: str, key: Key
-    ) -> None:
+    def __init__(self, open_stream: Callable[[int], Iterable[Record]], block_size: int, name: str, key: Key) -> None:
         self._open_stream = open_stream
         self._block_size = block_size
         self._name = name
@@ -152,9 +150,7 @@ class StreamSource:
         if position < self._start + len(self._block):
             return epoch, position
         if self._length is not None:
-            raise CascadeError(
-                f"data source {self._name}: the stream ended after fewer records than the first time"
-            )
+            raise CascadeError(f"data source {self._name}: the stream ended after fewer records than the first time")
         # The stream ended before `use`: now its length can be known.
         self._length = self._start + len(self._block) if self._block else self._count()
         if self._length == 0:
@@ -217,9 +213,7 @@ class FolderRecords:
         pictures = {path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}
         self._paths = sorted(pictures | self._listed.keys())
         if not self._paths:
-            raise CascadeError(
-                f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}"
-            )
+            raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -392,9 +386,7 @@ def _load_hub(config: HubSource) -> Any:
     import datasets
 
     return _quietly(
-        lambda: datasets.load_dataset(
-            config.name, config.config, split=config.split, streaming=config.streaming
-        ),
+        lambda: datasets.load_dataset(config.name, config.config, split=config.split, streaming=config.streaming),
         config.name,
     )
 

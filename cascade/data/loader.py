@@ -10,7 +10,8 @@ import math
 import random
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,7 @@ class Views(Dataset[View]):
         self._seed = seed
         self._mixture = Mixture([source.weight for source in data.sources], seed)
         self._sources = [
-            open_source(source, stage.resolution, (seed, "source", index))
-            for index, source in enumerate(data.sources)
+            open_source(source, stage.resolution, (seed, "source", index)) for index, source in enumerate(data.sources)
         ]
 
     def __getitem__(self, sample: int) -> View:
@@ -124,9 +124,7 @@ class Views(Dataset[View]):
                 bad.append(str(error))
             else:
                 return View(picture, caption, sample, tuple(bad))
-        raise CascadeError(
-            f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}"
-        )
+        raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
 
 
 class BadRecords:
@@ -169,7 +167,7 @@ def batches(
     process: int = 0,
     processes: int = 1,
     workers: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
 
     batch_size: of all processes together; each takes a contiguous share.  first_batch: where to go on.
@@ -193,18 +191,20 @@ def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int)
         start += batch_size
 
 
-def _checked(shares: Iterator[list[View]], bad_records: BadRecords) -> Iterator[Batch]:
-    for views in shares:
-        for view in views:
-            bad_records.add(view)
-        yield Batch(
-            images=torch.stack([view.image for view in views]),
-            captions=[view.caption for view in views],
-            samples=[view.sample for view in views],
-        )
+def _checked(shares: Generator[list[View], None, None], bad_records: BadRecords) -> Generator[Batch, None, None]:
+    # Closed at once in any case: an error's traceback would keep the workers waiting.
+    with closing(shares):
+        for views in shares:
+            for view in views:
+                bad_records.add(view)
+            yield Batch(
+                images=torch.stack([view.image for view in views]),
+                captions=[view.caption for view in views],
+                samples=[view.sample for view in views],
+            )
 
 
-def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Iterator[list[View]]:
+def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Generator[list[View], None, None]:
     if workers == 0:
         yield from ([views[number] for number in share] for share in numbers)
         return

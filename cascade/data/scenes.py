@@ -37,9 +37,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 WHITE = (255, 255, 255)
 
-HELD_OUT_PAIRS = frozenset(
-    (colour, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, colour in enumerate(COLOURS)
-)
+HELD_OUT_PAIRS = frozenset((colour, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, colour in enumerate(COLOURS))
 """(colour, shape) pairs that training never draws: every colour and every shape exactly once, so that each
 of them is known from other pairs, and a right picture of such a pair means that the two were put together."""
 
@@ -182,9 +180,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
     subject = _subject(scene, rng)
     if scene.background != "white" or rng.random() < 0.15:
         subject += f" on {_article(scene.background)} background"
-    pattern = rng.choice(
-        ("{}, {style}", "{}, {style}", "{style}, {}", "{style}: {}", "a picture of {}, {style}")
-    )
+    pattern = rng.choice(("{}, {style}", "{}, {style}", "{style}, {}", "{style}: {}", "a picture of {}, {style}"))
     return pattern.format(subject, style=STYLE_WORDS)
 
 
@@ -246,9 +242,7 @@ def draw(scene: Scene, resolution: int) -> Image.Image:
     return canvas.reduce(factor)
 
 
-def _draw_object(
-    pen: ImageDraw.ImageDraw, item: SceneObject, large: int, ground: tuple[int, int, int]
-) -> None:
+def _draw_object(pen: ImageDraw.ImageDraw, item: SceneObject, large: int, ground: tuple[int, int, int]) -> None:
     def on_canvas(points: Sequence[Point]) -> list[Point]:
         return [((item.x + item.radius * x) * large, (item.y + item.radius * y) * large) for x, y in points]
 

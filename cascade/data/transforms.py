@@ -57,9 +57,7 @@ def decode(record: Record) -> Tensor:
     if isinstance(record.image, Image.Image):
         return from_pil(record.image)
     try:
-        with Image.open(
-            io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image
-        ) as image:
+        with Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
             return from_pil(image)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
         raise BadRecordError(record.origin, f"broken picture: {error}") from error

@@ -1,0 +1,1 @@
+"""Standing here, this file puts tests/ on the import path: every test finds the helpers_*.py beside it."""

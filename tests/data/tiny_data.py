@@ -1,0 +1,52 @@
+"""Small synthetic data: a picture's colour is its number, so that a view tells where it came from."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+SIZE = 8
+
+
+def plain_picture(number: int, size: int = SIZE) -> Image.Image:
+    return Image.new("RGB", (size, size), (number, 255 - number, 7))
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, count: int, broken: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> Path:
+    """Pictures 000.png, ... with sidecar captions, but for those that are `broken` or `silent`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        path = folder / f"{number:03}.png"
+        path.write_bytes(b"no picture" if number in broken else encoded(plain_picture(number)))
+        if number not in silent:
+            path.with_suffix(".txt").write_text(f"picture {number}\n")
+    return folder
+
+
+def write_parquet(path: Path, first: int, count: int) -> Path:
+    """Rows with a picture, a caption, and a list of caption variants."""
+    import datasets
+
+    numbers = range(first, first + count)
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "captions": datasets.List(datasets.Value("string")),
+        }
+    )
+    rows = {
+        "image": [{"bytes": encoded(plain_picture(number)), "path": None} for number in numbers],
+        "caption": [f"picture {number}" for number in numbers],
+        "captions": [[f"picture {number}", f"number {number}"] for number in numbers],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path)
+    return path

@@ -1,0 +1,235 @@
+"""Embeddings on disk: equal to the encoder's, found by prompt, safe against crashes and mix-ups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.checkpoint import save_tensors
+from cascade.errors import CascadeError
+from cascade.text.cache import CachedTextEncoder, EmbeddingCache, fill
+from cascade.text.t5 import TextEmbeddings
+
+CAPTIONS = [
+    f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")
+]
+
+
+class CountingEncoder:
+    """Embeddings that follow from the prompt's bytes alone, and a list of what was encoded."""
+
+    dim = 4
+
+    def __init__(self, fingerprint: str = "counting") -> None:
+        self.fingerprint = fingerprint
+        self.encoded: list[str] = []
+        self.released = False
+
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
+        assert batch_size >= 1
+        self.encoded += prompts
+        return TextEmbeddings.from_rows([self.row(prompt) for prompt in prompts])
+
+    def row(self, prompt: str) -> torch.Tensor:
+        values = torch.tensor([*prompt.encode(), 0], dtype=torch.float32)
+        return torch.sin(values[:, None] * torch.arange(1, self.dim + 1))
+
+    def release(self) -> None:
+        self.released = True
+
+
+@pytest.fixture
+def encoder() -> CountingEncoder:
+    return CountingEncoder()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EmbeddingCache:
+    return EmbeddingCache(tmp_path / "cache", "counting", 4)
+
+
+def _filled(tmp_path: Path, shard_size: int = 4) -> Path:
+    encoder = CountingEncoder()
+    fill(EmbeddingCache(tmp_path / "cache", "counting", 4), encoder, CAPTIONS, shard_size=shard_size)
+    return tmp_path / "cache"
+
+
+def test_values_are_the_encoders_rounded_to_bf16(encoder: CountingEncoder, tmp_path: Path) -> None:
+    reopened = EmbeddingCache(_filled(tmp_path), "counting", 4)
+    read = reopened.get(CAPTIONS)
+    expected = encoder.encode(CAPTIONS).to(dtype=torch.bfloat16)
+    assert torch.equal(read.tokens, expected.tokens)
+    assert torch.equal(read.mask, expected.mask)
+
+
+def test_each_caption_and_the_null_text_are_encoded_once(
+    encoder: CountingEncoder, cache: EmbeddingCache
+) -> None:
+    assert fill(cache, encoder, CAPTIONS * 3, shard_size=4) == len(CAPTIONS) + 1
+    assert sorted(encoder.encoded) == sorted(["", *CAPTIONS])
+    assert fill(cache, encoder, CAPTIONS) == 0
+
+
+def test_shards_are_unpadded(cache: EmbeddingCache, encoder: CountingEncoder) -> None:
+    fill(cache, encoder, CAPTIONS, shard_size=100)
+    tokens = sum(len(encoder.row(caption)) for caption in ["", *CAPTIONS])
+    hashes_and_lengths = (len(CAPTIONS) + 1) * (32 + 4)
+    payload = tokens * 4 * 2 + hashes_and_lengths
+    total = cache.bytes_per_caption * len(cache)
+    assert payload < total < payload + 400, "the safetensors header is the only overhead"
+
+
+def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder: CountingEncoder) -> None:
+    def interrupted() -> Iterator[str]:
+        yield from CAPTIONS[:6]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(EmbeddingCache(tmp_path, "counting", 4), encoder, interrupted(), shard_size=2)
+    done = list(encoder.encoded)
+    assert len(done) == 6, "three shards of two, the null text among them"
+    fill(EmbeddingCache(tmp_path, "counting", 4), encoder, CAPTIONS, shard_size=2)
+    assert sorted(encoder.encoded) == sorted(["", *CAPTIONS]), "nothing twice"
+    assert torch.equal(
+        EmbeddingCache(tmp_path, "counting", 4).get(CAPTIONS).tokens,
+        encoder.encode(CAPTIONS).to(dtype=torch.bfloat16).tokens,
+    )
+
+
+def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(
+    tmp_path: Path, encoder: CountingEncoder
+) -> None:
+    cache = EmbeddingCache(tmp_path, "counting", 4)
+    fill(cache, encoder, CAPTIONS[:2])
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"half of a")
+    fill(cache, encoder, CAPTIONS)
+    assert not EmbeddingCache(tmp_path, "counting", 4).missing(CAPTIONS)
+
+
+def test_shards_are_filled_from_a_stream_one_at_a_time(
+    cache: EmbeddingCache, encoder: CountingEncoder
+) -> None:
+    ahead = []
+
+    def stream() -> Iterator[str]:
+        for caption in CAPTIONS:
+            yield caption
+            ahead.append(len(ahead) + 1 - len(cache))
+
+    fill(cache, encoder, stream(), shard_size=3)
+    assert max(ahead) <= 3
+
+
+def test_missing_names_each_once_in_order(cache: EmbeddingCache) -> None:
+    cache.add(["b"], [torch.zeros(2, 4)])
+    assert cache.missing(["c", "b", "a", "c"]) == ["c", "a"]
+    assert ("b" in cache, "a" in cache, len(cache)) == (True, False, 1)
+
+
+def test_adding_again_writes_nothing(cache: EmbeddingCache) -> None:
+    cache.add(["a"], [torch.zeros(1, 4)])
+    cache.add(["a"], [torch.ones(1, 4)])
+    assert len(list(cache.folder.glob("shard-*"))) == 1
+    assert cache.get(["a"]).tokens.sum() == 0
+
+
+def test_a_prompt_that_is_not_there_is_named(cache: EmbeddingCache) -> None:
+    with pytest.raises(CascadeError, match=r"no embedding of 'a fox'.*cascade encode"):
+        cache.get(["a fox"])
+
+
+def test_a_cache_can_be_opened_without_knowing_its_encoder(tmp_path: Path) -> None:
+    cache = EmbeddingCache.open(_filled(tmp_path))
+    assert (cache.fingerprint, cache.dim, len(cache)) == ("counting", 4, len(CAPTIONS) + 1)
+
+
+def test_a_cache_of_another_encoder_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = _filled(tmp_path)
+    for fingerprint, dim in (("another", 4), ("counting", 8)):
+        with pytest.raises(CascadeError, match=r"another text encoder.*cascade encode"):
+            EmbeddingCache(folder, fingerprint, dim)
+    with pytest.raises(CascadeError, match="another text encoder"):
+        fill(EmbeddingCache.open(folder), CountingEncoder("another"), ["new"])
+    with pytest.raises(CascadeError, match="another text encoder"):
+        CachedTextEncoder(EmbeddingCache.open(folder), lambda: CountingEncoder("another")).encode(["new"])
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = _filled(tmp_path)
+    shard = folder / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    for content in (whole[:-10], whole[:5], b""):
+        shard.write_bytes(content)
+        with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: damaged") as caught:
+            EmbeddingCache.open(folder)
+        assert "\n" not in str(caught.value)
+    save_tensors(
+        shard, {"tokens": torch.zeros(3, 4), "lengths": torch.ones(2).int(), "keys": torch.zeros(2, 32)}
+    )
+    with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: its parts do not fit together"):
+        EmbeddingCache.open(folder)
+    shard.unlink()
+    with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: no such file"):
+        EmbeddingCache.open(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": 1}', '{"format": 1, "encoder": "x", "dim": null, "shards": []}']
+)
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    folder = _filled(tmp_path)
+    (folder / "index.json").write_text(text)
+    with pytest.raises(CascadeError, match=r"index\.json: "):
+        EmbeddingCache.open(folder)
+
+
+def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
+    index = _filled(tmp_path) / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "format": 99}))
+    with pytest.raises(CascadeError, match="format 99"):
+        EmbeddingCache.open(index.parent)
+
+
+def test_the_real_encoder_is_loaded_only_for_what_is_missing(tmp_path: Path) -> None:
+    loaded: list[CountingEncoder] = []
+
+    def load() -> CountingEncoder:
+        loaded.append(CountingEncoder())
+        return loaded[-1]
+
+    text = CachedTextEncoder(EmbeddingCache.open(_filled(tmp_path)), load)
+    text.encode([*CAPTIONS, ""])
+    assert not loaded
+    text.encode([CAPTIONS[0], "new", "new"])
+    text.encode(["newer"])
+    assert [encoder.encoded for encoder in loaded] == [["new", "newer"]]
+    text.release()
+    assert loaded[0].released
+    text.encode(CAPTIONS)
+    assert len(loaded) == 1
+
+
+def test_whether_a_caption_was_cached_changes_nothing(tmp_path: Path) -> None:
+    prompts = [CAPTIONS[3], "", CAPTIONS[1], CAPTIONS[3]]
+    empty = CachedTextEncoder(EmbeddingCache(tmp_path / "none", "counting", 4), CountingEncoder)
+    full = CachedTextEncoder(EmbeddingCache.open(_filled(tmp_path)), CountingEncoder)
+    half_cache = EmbeddingCache(tmp_path / "half", "counting", 4)
+    fill(half_cache, CountingEncoder(), CAPTIONS[:2])
+    results = [text.encode(prompts) for text in (empty, full, CachedTextEncoder(half_cache, CountingEncoder))]
+    assert results[0].tokens.dtype == torch.float32
+    assert all(torch.equal(result.tokens, results[0].tokens) for result in results)
+    assert all(torch.equal(result.mask, results[0].mask) for result in results)
+
+
+def test_captions_made_on_the_fly_do_not_grow_the_cache_but_fill_does(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "cache", "counting", 4)
+    text = CachedTextEncoder(cache, CountingEncoder)
+    text.encode(["made on the fly"])
+    assert (len(cache), cache.bytes_per_caption) == (0, 0)
+    assert not cache.folder.exists()
+    fill(cache, text, ["made on the fly"])
+    assert "made on the fly" in cache
