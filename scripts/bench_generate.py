@@ -1,0 +1,141 @@
+"""Seconds, FLOPs, achieved GFLOP/s against this machine's convolution peak, and memory: per stage and whole.
+
+    python scripts/bench_generate.py [--model MODEL] [--dtype float32] [--repeats 5]
+
+The peak is measured in the same run, with 3x3 convolutions at the widths that U-Nets use, before and after. The
+load is printed: a second busy process costs several times, so measure on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import click
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade import CascadePipeline
+from cascade.load import choose_device, choose_dtype
+
+WIDTHS = ((64, 64), (128, 32), (192, 32), (256, 16))
+"""(channels, size) of the convolutions of the peak."""
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """Median time of `action`, once warmed up."""
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Best GFLOP/s of 3x3 convolutions, channels-last."""
+    best = 0.0
+    for channels, size in WIDTHS:
+        x = torch.randn(8, channels, size, size, device=device, dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(
+            memory_format=torch.channels_last
+        )
+        flops = 2 * 9 * channels**2 * size**2 * 8
+        best = max(best, flops / seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 15) / 1e9)
+    return best
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, in GB."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def stage_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) -> dict[str, float]:
+    """Seconds of each stage in one run: from the last step of the stage before to its own; then the rest."""
+    marks = {"start": time.perf_counter()}
+
+    def mark(stage: str, _step: int, _steps: int, _x_hat: torch.Tensor) -> None:
+        marks[stage] = time.perf_counter()
+
+    pipeline(prompt, seed=0, preset=preset, callback=mark)
+    marks["picture"] = time.perf_counter()
+    return {name: marks[name] - before for before, name in zip(marks.values(), list(marks)[1:], strict=False)}
+
+
+def stage_gflop(
+    pipeline: CascadePipeline, prompt: str, preset: str | None
+) -> tuple[dict[str, float], dict[str, int]]:
+    """GFLOP and steps of each stage, counted by torch while a picture is drawn."""
+    totals: dict[str, float] = {}
+    steps: dict[str, int] = {}
+    with FlopCounterMode(display=False) as counter:
+
+        def mark(stage: str, _step: int, count: int, _x_hat: torch.Tensor) -> None:
+            totals[stage], steps[stage] = counter.get_total_flops() / 1e9, count
+
+        pipeline(prompt, seed=0, preset=preset, callback=mark)
+    return {
+        name: total - before
+        for (name, total), before in zip(totals.items(), [0.0, *totals.values()], strict=False)
+    }, steps
+
+
+@click.command()
+@click.option("--model", default=None, help="Folder or hub id; default the bundled cascade.")
+@click.option("--prompt", default="a red apple, noto style")
+@click.option("--dtype", default=None, help="float32 or bfloat16.")
+@click.option("--device", default=None)
+@click.option("--preset", default=None)
+@click.option("--repeats", default=7, show_default=True)
+def main(
+    model: str | None, prompt: str, dtype: str | None, device: str | None, preset: str | None, repeats: int
+) -> None:
+    """Print the table."""
+    target = choose_device(device)
+    number_format = choose_dtype(dtype, target)
+    start = time.perf_counter()
+    pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=number_format)
+    loading = time.perf_counter() - start
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    print(
+        f"{target}, {number_format}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {load:.1f}"
+    )
+    print(f"loading the model: {loading:.2f} s, {peak_memory():.2f} GB\n")
+    before = convolution_peak(target, number_format)
+    gflop, steps = stage_gflop(pipeline, prompt, preset)
+    runs = [stage_seconds(pipeline, prompt, preset) for _ in range(repeats)]
+    peak = max(before, convolution_peak(target, number_format))
+    print("| part | steps | GFLOP | seconds | GFLOP/s | of conv peak |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in runs[0]:
+        elapsed = statistics.median(run[name] for run in runs)
+        if name in gflop:
+            rate = gflop[name] / elapsed
+            print(
+                f"| {name} | {steps[name]} | {gflop[name]:.1f} | {elapsed:.3f} | {rate:.0f} | {rate / peak:.0%} |"
+            )
+        else:
+            print(f"| to PIL | | | {elapsed:.3f} | | |")
+    total, whole = statistics.median(sum(run.values()) for run in runs), sum(gflop.values())
+    print(
+        f"| prompt to picture | | {whole:.1f} | {total:.3f} | {whole / total:.0f} | {whole / total / peak:.0%} |"
+    )
+    print(
+        f"\n3x3 convolution peak {peak:.0f} GFLOP/s; peak memory {peak_memory():.2f} GB; medians of {repeats} runs"
+    )
+
+
+if __name__ == "__main__":
+    main()
