@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 
 def band_names() -> list[str]:
     """`loss/log_snr<-6`, `loss/log_snr-6..-3`, ..., `loss/log_snr>6`."""
-    inner = [f"{low:g}..{high:g}" for low, high in zip(BAND_EDGES, BAND_EDGES[1:], strict=False)]
+    inner = [f"{low:g}..{high:g}" for low, high in pairwise(BAND_EDGES)]
     return [f"loss/log_snr{band}" for band in [f"<{BAND_EDGES[0]:g}", *inner, f">{BAND_EDGES[-1]:g}"]]
 
 

@@ -57,7 +57,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
     for name, parameter in network.named_parameters():
         own = {key.split("::")[1]: value for key, value in state.items() if key.split("::")[0] == name}
         if own:
+            fused = isinstance(optimizer, torch.optim.AdamW)  # its kernel wants the step count beside the weights
             optimizer.state[parameter] = {
-                quantity: value.clone() if quantity == "step" else value.to(parameter.device)
+                quantity: value if quantity == "step" and not fused else _beside(parameter, value)
                 for quantity, value in own.items()
             }
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """On the parameter's device and, where it has its shape, in its memory layout.
+
+    Fused AdamW walks both by address: in another layout (ours is channels-last) it would mix up the elements.
+    """
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -32,7 +32,10 @@ class RunState:
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
-    """Write a checkpoint, then delete all but the newest `keep`."""
+    """Write a checkpoint, then delete all but the newest `keep`.
+
+    Later ones go too: they are the damaged ones that a resume skipped, and would count as the newest.
+    """
     with atomic_folder(_folder(output, state.step)) as folder:
         for name in _FILES:
             save_tensors(folder / f"{name}.safetensors", getattr(state, name))
@@ -47,14 +50,17 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
                 "config": config.model_dump(mode="json"),
             },
         )
-    for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
+    folders = checkpoints(output)
+    kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
-    Raises CascadeError when there is none.
+    Raises CascadeError when there is none, or when it was made by the other optimizer.
     """
     for folder in reversed(checkpoints(output)):
         try:
@@ -63,6 +69,11 @@ def load_newest(output: Path, config: TrainConfig) -> RunState:
             logger.warning("%s: skipped, the checkpoint before it is used instead: %s", folder, error)
             continue
         for line in differences(saved_config, config.model_dump(mode="json")):
+            if line.startswith("training.optimizer.kind:"):
+                raise CascadeError(
+                    f"{folder}: {line}: one optimizer cannot go on from the other's memory;"
+                    f" start a new run with training.init_from={output}"
+                )
             logger.warning("%s: setting changed since the checkpoint: %s", folder, line)
         return state
     raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")

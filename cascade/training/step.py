@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import LossConfig, LogitNormalLevels
+from cascade.config import LogitNormalLevels, LossConfig
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
-from cascade.config import TrainConfig, to_yaml
+from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
 from cascade.errors import CascadeError
 from cascade.images import to_float
 from cascade.seeds import derive_seed
+from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoderProtocol
 from cascade.training.ema import EMA
@@ -128,7 +131,7 @@ class Trainer:
             text=text.tokens.to(device, torch.float32),
             text_mask=text.mask.to(device),
             samples=batch.samples,
-            positions=torch.tensor([sample - first for sample in batch.samples]),
+            positions=torch.tensor([sample - first for sample in batch.samples], device=device),
             batch_size=size,
         )
 
@@ -253,18 +256,26 @@ class Trainer:
 def _accelerator(config: TrainConfig) -> Accelerator:
     precision = config.training.precision
     trackers = list(config.training.trackers)
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
-            log_with=trackers or None,
-            project_dir=config.output,
-        )
-    except ValueError as error:
-        raise CascadeError(f"training.trackers: {error}; install it, or leave it out") from None
-    if precision == "fp16" and accelerator.device.type == "cpu":
+    if precision == "fp16" and PartialState().device.type == "cpu":
         raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
+    # It is shared by all accelerators of a process, and refuses another precision than the run before had.
+    AcceleratorState._reset_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with=")  # the error below says it
+            accelerator = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision,
+                log_with=trackers or None,
+                project_dir=config.output,
+            )
+    except ValueError as error:
+        raise CascadeError(f"training.trackers: {error}") from None
+    if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
+        found = {str(tracker) for tracker in accelerator.log_with}
+        missing = [tracker for tracker in trackers if tracker not in found]
+        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
     if trackers:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers(config.stage.name)
     return accelerator
 
 

@@ -1,0 +1,526 @@
+"""Every setting does something: the table below names, for each field of a training run, a value that changes what
+can be observed, and how to observe it. A new field without a row fails."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import tempfile
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers_text import make_tiny_t5
+from helpers_training import SUPER_RESOLUTION, TEXT_DIM, WordEncoder, fill, log_entries, micro_config, trainer
+from PIL import Image
+from torch import Tensor
+
+from cascade.build import build_stage
+from cascade.conditioning import Conditioning
+from cascade.config import TrainConfig
+from cascade.data.loader import batches
+from cascade.diffusion.loss import uniform_levels
+from cascade.errors import CascadeError
+from cascade.load import load_text_encoder, load_trainer
+from cascade.sampling import resolve_sampling
+from cascade.settings import Settings
+from cascade.stage import Stage
+from cascade.training.samples import sample_grid
+from cascade.training.state import load_newest
+
+# --- what can be observed ----------------------------------------------------------------------------------------
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A fingerprint of names, shapes and numbers."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def filled_stage(config: TrainConfig) -> Stage:
+    stage = build_stage(config.stage)
+    fill(stage.network)
+    return stage
+
+
+def some_text(seed: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, TEXT_DIM, generator=rng), torch.ones(2, 3, dtype=torch.bool)
+
+
+def some_conditions(stage: Stage) -> Conditioning:
+    """Two texts, and for super-resolution two smaller pictures."""
+    cond, rng = Conditioning(*some_text(0)), torch.Generator().manual_seed(1)
+    if stage.config.low_resolution is None:
+        return cond
+    return Conditioning(cond.text, cond.text_mask, torch.randn(2, 3, 4, 4, generator=rng), torch.zeros(2, 1, 1, 1))
+
+
+def noise_levels(config: TrainConfig) -> object:
+    """Log SNR at eight times."""
+    return uniform_levels(build_stage(config.stage).schedule, torch.arange(8) / 8).flatten().tolist()
+
+
+def weights(config: TrainConfig) -> object:
+    """Names and shapes of the network's weights."""
+    network = build_stage(config.stage, device="meta").network
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+
+
+@torch.inference_mode()
+def network_output(config: TrainConfig) -> object:
+    """What the network says of some noise."""
+    stage = filled_stage(config)
+    z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return digest({"output": stage.network(z, torch.zeros(2, 1, 1, 1), stage.enlarge(some_conditions(stage)))})
+
+
+@torch.inference_mode()
+def drawn(config: TrainConfig) -> object:
+    """Two pictures."""
+    stage = filled_stage(config)
+    cond = some_conditions(stage)
+    rng = [torch.Generator().manual_seed(index) for index in range(2)]
+    z = torch.stack([torch.randn(3, 8, 8, generator=generator) for generator in rng])
+    return digest({"pictures": stage.sample(cond, cond.with_text(*some_text(5)), z, rng)})
+
+
+def drawn_fast(config: TrainConfig) -> object:
+    """Two pictures with the preset `fast`, and its augmentation level, which whoever makes the smaller picture uses."""
+    sampling = resolve_sampling([config.stage], "fast", {})[config.stage.name]
+    stage = config.stage.model_copy(update={"sampling": sampling})
+    return drawn(config.model_copy(update={"stage": stage})), sampling.aug_level
+
+
+def sample_sheet(config: TrainConfig) -> object:
+    """The grid of sample pictures that training draws."""
+    return hashlib.sha256(sample_grid(config, filled_stage(config), WordEncoder()).tobytes()).hexdigest()
+
+
+def embeddings(config: TrainConfig) -> object:
+    """What the text encoder gives for two captions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the prompt .* was cut")
+        return digest({"tokens": load_text_encoder(config.text).encode(["a red apple", "two blue stars"]).tokens})
+
+
+def views(config: TrainConfig) -> object:
+    """Pictures and captions of the first batches, or that there is an error."""
+    seen = []
+    try:
+        for batch in islice(batches(config.data, config.stage, 0, batch_size=4, workers=0), 12):
+            seen.append((digest({"images": batch.images}), tuple(batch.captions)))
+    except CascadeError:
+        return "error"
+    return seen
+
+
+def reading_processes(config: TrainConfig) -> object:
+    """How many processes read pictures."""
+    before = set(multiprocessing.active_children())
+    data = batches(config.data, config.stage, 0, batch_size=4)
+    next(data)
+    return len(set(multiprocessing.active_children()) - before)
+
+
+def starting_weights(config: TrainConfig) -> object:
+    """The weights before the first step."""
+    return digest(dict(load_trainer(config).stage.network.named_parameters()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of four steps leaves behind and did on the way."""
+
+    weights: str
+    averages: str
+    log: list[dict[str, float]]
+    files: dict[str, str]
+    encodings: int
+    block_calls: int
+    compilations: int
+
+
+def outcome(config: TrainConfig) -> Outcome:
+    """Train. Files: names relative to the folder two above `output`, with fingerprints of the sample pictures."""
+    encoder, block_calls = WordEncoder(), []
+    with patch.object(torch, "compile", side_effect=lambda network: network) as compiled:
+        run = trainer(config, encoder)
+        block = run.stage.network.levels[0].encode[0].residual
+        block.register_forward_hook(lambda *_: block_calls.append(1))
+        assert run.run()
+    output = Path(config.output)
+    state = load_newest(output, config)
+    return Outcome(
+        weights=digest(state.network),
+        averages=digest(state.ema),
+        log=log_entries(output),
+        files={str(path.relative_to(output.parents[1])): contents(path) for path in output.rglob("*")},
+        encodings=encoder.calls,
+        block_calls=len(block_calls),
+        compilations=compiled.call_count,
+    )
+
+
+def contents(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".png" else ""
+
+
+def trained_weights(config: TrainConfig) -> object:
+    return outcome(config).weights
+
+
+def averaged_weights(config: TrainConfig) -> object:
+    return outcome(config).averages
+
+
+def log(config: TrainConfig) -> object:
+    return outcome(config).log
+
+
+def files(config: TrainConfig) -> object:
+    return {name.partition(".tfevents")[0]: content for name, content in outcome(config).files.items()}
+
+
+def encodings(config: TrainConfig) -> object:
+    """How often captions were encoded: once in each pass."""
+    return outcome(config).encodings
+
+
+def block_calls(config: TrainConfig) -> object:
+    """How often a block computed its activations."""
+    return outcome(config).block_calls
+
+
+def compilations(config: TrainConfig) -> object:
+    return outcome(config).compilations
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+Observer = Callable[[TrainConfig], object]
+FOLDER = "data.sources=[{kind: folder, path: WORLD/pictures}]"
+PARQUET = 'data.sources=[{kind: parquet, files: ["WORLD/hub/one.parquet"]}]'
+HUB = "data.sources=[{kind: datasets, name: WORLD/hub}]"
+STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
+SCENES = "data.sources=[{kind: scenes}]"
+SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
+T5 = "text.encoder=WORLD/t5"
+CROPS = (*SUPER_RESOLUTION, "stage.path=picture", FOLDER, "data.crop=4")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Another value of a field, where to look, and settings under which the field matters."""
+
+    value: str
+    observe: Observer
+    base: tuple[str, ...] = ()
+    assignment: str = ""
+    """In place of `field=value`, where a field cannot change alone."""
+
+
+def mixed(source: str) -> tuple[str, ...]:
+    return (source.removesuffix("]") + SCENES_BESIDE,)
+
+
+ROWS: dict[str, Row] = {
+    "output": Row("WORLD/elsewhere/run", files),
+    # the stage
+    "stage.name": Row("other", sample_sheet),
+    "stage.resolution": Row("16", views),
+    "stage.low_resolution": Row("4", weights),
+    "stage.path": Row("residual", log, (*SUPER_RESOLUTION, "stage.path=picture")),
+    "stage.residual_scale": Row("0.5", log, SUPER_RESOLUTION),
+    "stage.parameterization": Row("v", log),
+    "stage.schedule[constant].kind": Row("constant", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[constant].beta": Row("0.05", noise_levels, ("stage.schedule={kind: constant}",)),
+    "stage.schedule[constant].steps": Row("50", noise_levels, ("stage.schedule={kind: constant}",)),
+    "stage.schedule[linear].kind": Row("linear", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[linear].beta_start": Row("1e-3", noise_levels, ("stage.schedule={kind: linear}",)),
+    "stage.schedule[linear].beta_end": Row("0.05", noise_levels, ("stage.schedule={kind: linear}",)),
+    "stage.schedule[linear].steps": Row("50", noise_levels, ("stage.schedule={kind: linear}",)),
+    "stage.schedule[squared_cosine].kind": Row("squared_cosine", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[squared_cosine].steps": Row("50", noise_levels, ("stage.schedule={kind: squared_cosine}",)),
+    "stage.schedule[squared_cosine].max_beta": Row(
+        "0.5", noise_levels, ("stage.schedule={kind: squared_cosine, steps: 8}",)
+    ),
+    "stage.schedule[cosine].kind": Row("cosine", noise_levels, ("stage.schedule={kind: linear}",)),
+    "stage.schedule[cosine].reference_resolution": Row("32", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[cosine].log_snr_min": Row("-1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[cosine].log_snr_max": Row("1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.model.channels": Row("[16]", weights),
+    "stage.model.blocks": Row("[2]", weights),
+    "stage.model.strides": Row("[2]", weights),
+    "stage.model.attention": Row("[false]", weights),
+    "stage.model.middle_blocks": Row("2", weights),
+    "stage.model.patch": Row("2", weights),
+    "stage.model.skips": Row("add", weights),
+    "stage.model.skip_scale": Row("0.5", network_output),
+    "stage.model.norm": Row("pixel", network_output),
+    "stage.model.groups": Row("2", network_output),
+    "stage.model.head_dim": Row("4", network_output),
+    "stage.model.embedding_dim": Row("32", weights),
+    "stage.model.text": Row("pooled", weights),
+    "stage.model.text_dim": Row("32", weights),
+    "stage.model.dropout": Row("0.5", log),
+    "stage.sampling.sampler": Row("heun", drawn),
+    "stage.sampling.steps": Row("3", drawn),
+    "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
+    "stage.sampling.variance": Row("beta", drawn, ("stage.sampling.sampler=ddpm",)),
+    "stage.sampling.eta": Row("1.0", drawn),
+    "stage.sampling.guidance": Row("3.0", drawn),
+    "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
+    "stage.sampling.threshold": Row("null", drawn),
+    "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
+    "stage.presets[].sampler": Row("heun", drawn_fast),
+    "stage.presets[].steps": Row("3", drawn_fast),
+    "stage.presets[].guidance": Row("3.0", drawn_fast),
+    "stage.presets[].aug_level": Row("0.3", drawn_fast, SUPER_RESOLUTION),
+    # text
+    "text.encoder": Row("WORLD/other_t5", embeddings, (T5,)),
+    "text.max_length": Row("3", embeddings, (T5,)),
+    "text.dtype": Row("bfloat16", embeddings, (T5,)),
+    "text.cache": Row("WORLD/cache", embeddings, (T5,)),  # the cache stores bf16
+    # data
+    "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
+    "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
+    "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
+    "data.sources[folder].weight": Row("9.0", views, mixed(FOLDER)),
+    "data.sources[parquet].kind": Row("", views, (SCENES,), PARQUET),
+    "data.sources[parquet].files": Row('["WORLD/hub/two.parquet"]', views, (PARQUET,)),
+    "data.sources[parquet].image_column": Row("photo", views, (PARQUET,)),
+    "data.sources[parquet].caption_column": Row("other", views, (PARQUET,)),
+    "data.sources[parquet].weight": Row("9.0", views, mixed(PARQUET)),
+    "data.sources[datasets].kind": Row("", views, (SCENES,), HUB),
+    "data.sources[datasets].name": Row("WORLD/other_hub", views, (HUB,)),
+    "data.sources[datasets].config": Row("two", views, (HUB,)),
+    "data.sources[datasets].split": Row("test", views, (HUB,)),
+    "data.sources[datasets].streaming": Row("true", views, (HUB,)),
+    "data.sources[datasets].shuffle_buffer": Row("2", views, (STREAM,)),
+    "data.sources[datasets].image_column": Row("photo", views, (HUB,)),
+    "data.sources[datasets].caption_column": Row("other", views, (HUB,)),
+    "data.sources[datasets].weight": Row("9.0", views, mixed(HUB)),
+    "data.sources[scenes].kind": Row("", views, (FOLDER,), SCENES),
+    "data.sources[scenes].held_out": Row("true", views),
+    "data.sources[scenes].weight": Row(
+        "9.0", views, ("data.sources=[{kind: scenes}, {kind: folder, path: WORLD/pictures}]",)
+    ),
+    "data.caption_dropout": Row("0.9", views),
+    "data.crop": Row("4", views, SUPER_RESOLUTION),
+    "data.tiles": Row("true", views, CROPS),
+    "data.aspect": Row("crop", views, (FOLDER,)),
+    "data.flip": Row("1.0", views),
+    "data.jitter": Row("0.2", views),
+    "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),
+    "data.max_bad_share": Row("1.0", views, ("data.sources=[{kind: folder, path: WORLD/half_broken}]",)),
+    "data.workers": Row("1", reading_processes),
+    # training
+    "training.steps": Row("3", files),
+    "training.batch_size": Row("2", log),
+    "training.accumulation": Row("2", encodings),
+    "training.precision": Row("bf16", log),
+    "training.seed": Row("1", trained_weights),
+    "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
+    "training.activation_checkpointing": Row("true", block_calls),
+    "training.compile": Row("true", compilations),
+    "training.loss.space": Row("velocity", log),
+    "training.loss.min_snr_gamma": Row("5.0", log),
+    "training.loss.max_weight": Row("2.0", log),
+    "training.loss.levels[uniform].kind": Row("uniform", log, ("training.loss.levels={kind: logit_normal}",)),
+    "training.loss.levels[logit_normal].kind": Row("logit_normal", log, ("training.loss.levels={kind: uniform}",)),
+    "training.loss.levels[logit_normal].mean": Row("1.0", log, ("training.loss.levels={kind: logit_normal}",)),
+    "training.loss.levels[logit_normal].std": Row("2.0", log, ("training.loss.levels={kind: logit_normal}",)),
+    "training.loss.stratified": Row("true", log),
+    "training.optimizer.kind": Row("adafactor", trained_weights),
+    "training.optimizer.learning_rate": Row("1e-3", trained_weights),
+    "training.optimizer.betas": Row("[0.5, 0.9]", trained_weights),
+    "training.optimizer.weight_decay": Row("0.5", trained_weights),
+    "training.optimizer.warmup_steps": Row("2", trained_weights),
+    "training.optimizer.decay": Row("linear", trained_weights),
+    "training.optimizer.decay_steps": Row("2", trained_weights, ("training.optimizer.decay=linear",)),
+    "training.optimizer.clip_norm": Row("0.01", trained_weights),
+    "training.ema.half_life_images": Row("2", averaged_weights),
+    "training.ema.warmup": Row("false", averaged_weights),
+    "training.log_every": Row("2", log),
+    "training.sample_every": Row("2", files),
+    "training.sample_prompts": Row("[red]", files, ("training.sample_every=4",)),
+    "training.sample_count": Row("2", files, ("training.sample_every=4",)),
+    "training.save_every": Row("2", files),
+    "training.keep_checkpoints": Row("3", files, ("training.save_every=1",)),
+    "training.trackers": Row("[tensorboard]", files),
+}
+
+FIXED = {"format", "stage.model.kind"}
+"""Settings with one value so far; another is an error."""
+
+
+# --- every field of the settings ------------------------------------------------------------------------------------
+
+
+def sections_in(annotation: Any) -> list[type[Settings]]:
+    """The sections that a value of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in sections_in(argument)]
+
+
+def all_fields(kind: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings; `[member]` where one of several sections may stand, `[]` in a mapping."""
+    for name, field in kind.model_fields.items():
+        members = sections_in(field.annotation)
+        if not members:
+            yield prefix + name
+        for member in members:
+            where = f"[{member.model_fields['kind'].default}]" if len(members) > 1 else ""
+            where = "[]" if typing.get_origin(field.annotation) is dict else where
+            yield from all_fields(member, f"{prefix}{name}{where}.")
+
+
+def key_of(field: str) -> str:
+    """`data.sources[folder].path` -> `data.sources.0.path`: a place where that section can stand."""
+    start, bracket, rest = field.partition("[")
+    if not bracket:
+        return field
+    place = {"data.sources": ".0", "stage.presets": ".fast"}.get(start, "")
+    return start + place + rest.partition("]")[2]
+
+
+def test_every_field_has_a_row_and_every_row_a_field() -> None:
+    assert set(all_fields(TrainConfig)) == ROWS.keys() | FIXED
+
+
+def test_the_walk_sees_sections_in_unions_tuples_and_mappings() -> None:
+    class Part(Settings):
+        kind: Literal["part"] = "part"
+        size: int = 1
+
+    class Other(Settings):
+        kind: Literal["other"] = "other"
+
+    class Whole(Settings):
+        either: Part | Other
+        several: tuple[Part | Other, ...]
+        named: dict[str, Part]
+        maybe: Part | None
+
+    assert list(all_fields(Whole)) == [
+        *("either[part].kind", "either[part].size", "either[other].kind"),
+        *("several[part].kind", "several[part].size", "several[other].kind"),
+        *("named[].kind", "named[].size", "maybe.kind", "maybe.size"),
+    ]
+
+
+@pytest.mark.parametrize("field", sorted(FIXED))
+def test_settings_with_one_value_allow_no_other(tmp_path: Path, field: str) -> None:
+    with pytest.raises(CascadeError, match=field):
+        micro_config(tmp_path / "run", f"{field}=2")
+
+
+# --- what the rows need ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Pictures, tables, text encoders and weights of which the rows speak."""
+    import datasets
+
+    world = tmp_path_factory.mktemp("world")
+    write_pictures(world / "pictures", shade=0)
+    write_pictures(world / "other_pictures", shade=100)
+    write_pictures(world / "half_broken", shade=0, broken=2)
+    write_hub(world / "hub", shade=0)
+    write_hub(world / "other_hub", shade=20)
+    make_tiny_t5(world / "t5", dim=TEXT_DIM)
+    make_tiny_t5(world / "other_t5", dim=TEXT_DIM, seed=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "arrow")
+        trainer(micro_config(world / "trained", "training.steps=1")).run()
+        (world / "trained" / "stage").rename(world / "stage")
+        yield world
+
+
+def write_pictures(folder: Path, shade: int, broken: int = 0) -> None:
+    """Four pictures of 24x16 px, half of them `broken` if 2, with two columns of captions."""
+    folder.mkdir()
+    lines = []
+    for index in range(4):
+        picture(shade + 10 * index, (24, 16)).save(folder / f"{index}.png")
+        if index < broken:
+            (folder / f"{index}.png").write_bytes(b"no picture")
+        lines.append(f'{{"file_name": "{index}.png", "caption": "picture {index}", "other": "number {index}"}}')
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def picture(shade: int, size: tuple[int, int]) -> Image.Image:
+    """A ramp, so that a crop or a mirror shows."""
+    image = Image.new("RGB", size)
+    image.putdata([(shade + x, 5 * y, 7 * x) for y in range(size[1]) for x in range(size[0])])
+    return image
+
+
+def write_hub(folder: Path, shade: int) -> None:
+    """A local dataset of two Parquet files: two configurations, the first of two splits."""
+    import datasets
+
+    folder.mkdir()
+    features = {"image": datasets.Image(), "photo": datasets.Image()}
+    features |= {"caption": datasets.Value("string"), "other": datasets.Value("string")}
+    for start, name in ((shade, "one"), (shade + 50, "two")):
+        rows = {
+            "image": [picture(start + index, (8, 8)) for index in range(6)],
+            "photo": [picture(start + 100 + index, (8, 8)) for index in range(6)],
+            "caption": [f"picture {start + index}" for index in range(6)],
+            "other": [f"number {start + index}" for index in range(6)],
+        }
+        datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: one, default: true, data_files: [{split: train, path: one.parquet},"
+        " {split: test, path: two.parquet}]}\n"
+        "- {config_name: two, data_files: [{split: train, path: two.parquet}]}\n"
+        "---\n"
+    )
+
+
+def observed(row: Row, world: Path, *changes: str) -> object:
+    """What the row's observer sees, in a folder of its own."""
+    with tempfile.TemporaryDirectory(dir=world) as folder:
+        assignments = [change.replace("WORLD", str(world)) for change in (*row.base, *changes)]
+        return row.observe(micro_config(Path(folder) / "runs" / "run", *assignments))
+
+
+seen_before: dict[tuple[Observer, tuple[str, ...]], object] = {}
+
+
+def seen_without_change(row: Row, world: Path) -> object:
+    """Many rows share what they start from."""
+    key = (row.observe, row.base)
+    if key not in seen_before:
+        seen_before[key] = observed(row, world)
+    return seen_before[key]
+
+
+@pytest.mark.parametrize("field", ROWS)
+def test_changing_a_setting_changes_what_can_be_observed(field: str, world: Path) -> None:
+    row = ROWS[field]
+    change = row.assignment or f"{key_of(field)}={row.value}"
+    assert observed(row, world, change) != seen_without_change(row, world)
+
+
+@pytest.mark.parametrize(
+    "row", {row.observe: row for row in ROWS.values()}.values(), ids=lambda row: row.observe.__name__
+)
+def test_without_a_change_nothing_changes(row: Row, world: Path) -> None:
+    """Else the test above would prove nothing."""
+    assert observed(row, world) == seen_without_change(row, world)

@@ -1,0 +1,168 @@
+"""A run that stops and resumes is the run that did not, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_training import WordEncoder, log_entries, micro_config, trainer, write_pictures
+from PIL import Image
+
+from cascade.config import TrainConfig
+from cascade.text.cache import CachedTextEncoder, EmbeddingCache, fill
+from cascade.training.state import RunState, load_newest
+
+TESTS = Path(__file__).parents[1]
+# Two levels with strides and 3x3 kernels, so that layouts in memory matter as they do in real networks.
+TWO_LEVELS = (
+    "stage.model.channels=[8, 16]",
+    "stage.model.blocks=[1, 1]",
+    "stage.model.strides=[1, 2]",
+    "stage.model.attention=[false, true]",
+)
+CASES = {
+    "adamw": TWO_LEVELS,
+    "adafactor": (*TWO_LEVELS, "training.optimizer.kind=adafactor"),
+    "dropout": (*TWO_LEVELS, "stage.model.dropout=0.5"),
+    "accumulation": ("training.accumulation=2", "training.loss.stratified=true"),
+    "decay": ("training.optimizer.decay=cosine", "training.optimizer.warmup_steps=3"),
+    "bf16": ("training.precision=bf16",),
+}
+
+
+def config_of(output: Path, steps: int, *changes: str) -> TrainConfig:
+    return micro_config(output, f"training.steps={steps}", "training.save_every=5", *changes)
+
+
+def train(config: TrainConfig, text: WordEncoder | None = None, resume: bool = False) -> bool:
+    return trainer(config, text).run(resume)
+
+
+def stop_at(call: int, number: signal.Signals = signal.SIGTERM) -> WordEncoder:
+    """An encoder during whose n-th call the process receives a signal."""
+    return WordEncoder(lambda calls: signal.raise_signal(number) if calls == call else None)
+
+
+def state_of(config: TrainConfig) -> RunState:
+    return load_newest(Path(config.output), config)
+
+
+def assert_same_run(one: TrainConfig, other: TrainConfig, log: bool = True) -> None:
+    """Step, network, EMA, optimizer and log are the same in bits."""
+    a, b = state_of(one), state_of(other)
+    assert a.step == b.step
+    for part in ("network", "ema", "optimizer"):
+        tensors, others = getattr(a, part), getattr(b, part)
+        assert tensors.keys() == others.keys()
+        assert not [name for name in tensors if not torch.equal(tensors[name], others[name])], part
+    assert a.optimizer, "an empty optimizer state proves nothing"
+    if log:
+        assert log_entries(Path(one.output)) == log_entries(Path(other.output))
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_ten_steps_equal_five_and_a_resume_and_five(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    whole, halves = (config_of(tmp_path / name, 10, *changes) for name in ("whole", "halves"))
+    assert train(whole)
+    calls_per_step = halves.training.accumulation
+    assert not train(halves, stop_at(5 * calls_per_step))
+    assert state_of(halves).step == 5
+    assert train(halves, resume=True)
+    assert_same_run(whole, halves)
+
+
+def test_a_text_cache_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """With a cache that knows every other caption, the rest is encoded when met."""
+    captions = [f"picture {index}" for index in range(6)]
+    pictures = {caption: Image.new("RGB", (8, 8), (40 * i, 0, 99)) for i, caption in enumerate(captions)}
+    folder = write_pictures(tmp_path / "pictures", pictures)
+    fill(EmbeddingCache(tmp_path / "cache", WordEncoder.fingerprint, WordEncoder.dim), WordEncoder(), captions[::2])
+
+    def cached(inner: WordEncoder) -> CachedTextEncoder:
+        return CachedTextEncoder(EmbeddingCache(tmp_path / "cache", inner.fingerprint, inner.dim), lambda: inner)
+
+    whole, halves = (
+        config_of(tmp_path / name, 10, f"data.sources=[{{kind: folder, path: {folder}}}]")
+        for name in ("whole", "halves")
+    )
+    assert trainer(whole, cached(WordEncoder())).run()
+    assert not trainer(halves, cached(stop_at(5))).run()
+    assert 5 <= state_of(halves).step < 10
+    assert trainer(halves, cached(WordEncoder())).run(resume=True)
+    assert_same_run(whole, halves)
+
+
+@pytest.mark.slow
+def test_worker_processes_resume_bit_for_bit_and_change_nothing(tmp_path: Path) -> None:
+    whole, halves, alone = (config_of(tmp_path / name, 10, "data.workers=1") for name in ("whole", "halves", "alone"))
+    alone = alone.model_copy(update={"data": alone.data.model_copy(update={"workers": 0})})
+    assert train(whole)
+    assert train(alone)
+    assert not train(halves, stop_at(5))
+    assert train(halves, resume=True)
+    assert_same_run(whole, halves)
+    assert_same_run(whole, alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_checkpoints_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
+    whole, stopped = (config_of(tmp_path / name, 6) for name in ("whole", "stopped"))
+    assert train(whole)
+    before = signal.getsignal(number)
+    assert not train(stopped, stop_at(3, number))
+    assert signal.getsignal(number) == before
+    assert state_of(stopped).step == 3
+    assert train(stopped, resume=True)
+    assert_same_run(whole, stopped)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def twice(calls: int) -> None:
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(tmp_path / "run", 6), WordEncoder(twice))
+
+
+SLOW_RUN = """
+import sys
+from pathlib import Path
+from helpers_training import WordEncoder, micro_config, trainer
+config = micro_config(Path(sys.argv[1]), "training.steps=40", "training.save_every=1000")
+sys.exit(0 if trainer(config, WordEncoder(delay_seconds=0.1)).run() else 7)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_weights(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    whole, stopped = (
+        micro_config(tmp_path / name, "training.steps=40", "training.save_every=1000") for name in ("whole", "stopped")
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, stopped.output], env=environment)
+    try:
+        wait_for(Path(stopped.output) / "log.jsonl", process)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 7
+    finally:
+        process.kill()
+    assert 1 <= state_of(stopped).step < 40
+    assert train(whole)
+    assert train(stopped, resume=True)
+    assert_same_run(whole, stopped)
+
+
+def wait_for(log: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Until the log has a line; each of the 40 steps takes at least a tenth of a second."""
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None, "the run ended before its first step"
+        time.sleep(0.02)

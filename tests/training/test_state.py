@@ -1,0 +1,117 @@
+"""Checkpoints: the newest are kept, damaged ones are passed over, and nothing is overwritten by accident."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_training import WordEncoder, micro_config, trainer
+
+from cascade.config import TrainConfig
+from cascade.errors import CascadeError
+from cascade.training.state import RunState, checkpoints, differences, load_newest, save_state
+
+
+def tiny_state(step: int) -> RunState:
+    return RunState(step, *({"weight": torch.full((2,), float(step))} for _ in range(3)))
+
+
+def names(output: Path) -> list[str]:
+    return [folder.name for folder in checkpoints(output)]
+
+
+def config_with(output: Path, *changes: str) -> TrainConfig:
+    return micro_config(output, "training.steps=2", *changes)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """A run with checkpoints of the steps 1 to 3, of which 2 are kept."""
+    config = micro_config(tmp_path / "run")
+    for step in (1, 2, 3):
+        save_state(tmp_path / "run", tiny_state(step), config, keep=2)
+    return config
+
+
+def damage(config: TrainConfig, step: int) -> None:
+    path = Path(config.output) / "checkpoints" / f"step-{step:08d}" / "network.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # one bit: still valid safetensors
+    path.write_bytes(data)
+
+
+def test_the_newest_checkpoints_are_kept(config: TrainConfig) -> None:
+    assert names(Path(config.output)) == ["step-00000002", "step-00000003"]
+
+
+def test_the_newest_checkpoint_is_loaded(config: TrainConfig) -> None:
+    state = load_newest(Path(config.output), config)
+    assert state.step == 3
+    for part in (state.network, state.ema, state.optimizer):
+        assert part["weight"].tolist() == [3.0, 3.0]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(config, step=3)
+    with caplog.at_level(logging.WARNING, "cascade.training"):
+        assert load_newest(Path(config.output), config).step == 2
+    assert "step-00000003" in caplog.text
+    assert "checksum" in caplog.text
+
+
+def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -> None:
+    """After a resume from step 2 with 3 damaged, "the newest one" must not mean the damaged one."""
+    damage(config, step=3)
+    output = Path(config.output)
+    (output / "checkpoints" / "step-00000003").rename(output / "checkpoints" / "step-00000009")
+    save_state(output, tiny_state(4), config, keep=1)
+    assert names(output) == ["step-00000004"]
+    assert load_newest(output, config).step == 4
+
+
+def test_without_a_usable_checkpoint_there_is_nothing_to_resume(config: TrainConfig, tmp_path: Path) -> None:
+    damage(config, step=2)
+    (Path(config.output) / "checkpoints" / "step-00000003" / "state.json").unlink()
+    with pytest.raises(CascadeError, match="no usable checkpoint"):
+        load_newest(Path(config.output), config)
+    with pytest.raises(CascadeError, match="no usable checkpoint"):
+        load_newest(tmp_path / "elsewhere", config)
+
+
+def test_changed_settings_are_named(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    changed = micro_config(Path(config.output), "training.batch_size=8", "data.flip=0.5")
+    with caplog.at_level(logging.WARNING, "cascade.training"):
+        load_newest(Path(config.output), changed)
+    assert "training.batch_size: 4 -> 8" in caplog.text
+    assert "data.flip: 0.0 -> 0.5" in caplog.text
+
+
+def test_differences_name_added_and_removed_settings() -> None:
+    assert list(differences({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": 2})) == ["a.b: 1 -> None", "a.d: None -> 3"]
+
+
+def test_the_other_optimizer_cannot_continue(config: TrainConfig) -> None:
+    other = micro_config(Path(config.output), "training.optimizer.kind=adafactor")
+    with pytest.raises(CascadeError, match=r"optimizer.kind: adamw -> adafactor.*init_from"):
+        load_newest(Path(config.output), other)
+
+
+def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    assert trainer(config_with(tmp_path / "run")).run()
+    with pytest.raises(CascadeError, match="--resume"):
+        trainer(config_with(tmp_path / "run")).run()
+
+
+def test_a_network_of_another_shape_does_not_resume(tmp_path: Path) -> None:
+    assert trainer(config_with(tmp_path / "run")).run()
+    with pytest.raises(CascadeError, match="has shape"):
+        trainer(config_with(tmp_path / "run", "stage.model.embedding_dim=32")).run(resume=True)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    assert trainer(config_with(tmp_path / "run")).run()
+    encoder = WordEncoder()
+    assert trainer(config_with(tmp_path / "run"), encoder).run(resume=True)
+    assert encoder.calls == 0

@@ -1,0 +1,252 @@
+"""What a run does besides learning: precision, refusals, samples, logs, and the stage folder it leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_text import make_tiny_t5
+from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_config, trainer
+from PIL import Image
+from torch import nn
+
+from cascade.checkpoint import load_tensors
+from cascade.errors import CascadeError
+from cascade.load import load_stage, load_trainer
+from cascade.training.log import Meter, RunLog, band_names
+from cascade.training.state import load_newest
+
+
+def losses_of(output: Path, *changes: str) -> list[float]:
+    assert trainer(micro_config(output, *changes)).run()
+    return [entry["loss"] for entry in log_entries(output)]
+
+
+# --- the loss ----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_views_named(tmp_path: Path) -> None:
+    config = micro_config(tmp_path / "run", "training.save_every=2")
+
+    def poison(call: int) -> None:
+        if call == 4:
+            run.stage.network.head.bias.data[0] = float("nan")
+
+    run = trainer(config, WordEncoder(poison))
+    with pytest.raises(CascadeError, match=r"not finite at step 4, views \[12, 13, 14, 15\]"):
+        run.run()
+    state = load_newest(tmp_path / "run", config)
+    assert state.step == 2
+    assert all(torch.isfinite(weight).all() for weight in state.network.values())
+    assert trainer(config).run(resume=True)
+
+
+def test_only_the_views_whose_loss_is_not_finite_are_named(tmp_path: Path) -> None:
+    run = trainer(micro_config(tmp_path / "run"))
+    batch = next(run._batches(0))
+    loss = torch.tensor([1.0, float("inf"), 2.0, float("nan")])
+    with pytest.raises(CascadeError, match=r"views \[1, 3\]"):
+        run._check_finite(loss, 1, batch)
+
+
+# --- precision and memory ----------------------------------------------------------------------------------
+
+
+def test_fp16_on_a_cpu_is_refused_and_bf16_named(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"training\.precision.*bf16"):
+        trainer(micro_config(tmp_path / "run", "training.precision=fp16"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_arithmetic_inside_the_network_has_the_precision_asked_for(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    run = trainer(micro_config(tmp_path / "run", "training.steps=1", f"training.precision={precision}"))
+    seen: set[torch.dtype] = set()
+    run.stage.network.stem.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    assert run.run()
+    assert seen == {dtype}
+    assert {parameter.dtype for parameter in run.stage.network.parameters()} == {torch.float32}
+    assert {value.dtype for value in run.ema.weights.values()} == {torch.float32}
+
+
+def test_activation_checkpointing_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cascade.models import unet
+
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*arguments, **options)
+
+    real = unet.checkpoint
+    monkeypatch.setattr(unet, "checkpoint", counted)
+    dropout = "stage.model.dropout=0.3"  # its masks must be the same when activations are computed again
+    plain = losses_of(tmp_path / "plain", dropout)
+    assert not calls
+    assert losses_of(tmp_path / "checkpointed", dropout, "training.activation_checkpointing=true") == plain
+    assert calls
+
+
+def test_compile_compiles_the_network_and_trains_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile_nothing(network: nn.Module) -> nn.Module:
+        compiled.append(network)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    plain = losses_of(tmp_path / "plain")
+    assert not compiled
+    assert losses_of(tmp_path / "compiled", "training.compile=true") == plain
+    assert len(compiled) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's tracer asks every tensor for it
+def test_a_compiled_run_saves_under_the_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by the real compiler, without its code generation, which needs a C++ compiler."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: real(network, backend="eager"))
+    plain = losses_of(tmp_path / "plain")
+    # Float32: the compiler may order a sum in another way.
+    assert losses_of(tmp_path / "compiled", "training.compile=true") == pytest.approx(plain, rel=1e-4)
+    weights = [load_tensors(tmp_path / name / "stage" / "model.safetensors") for name in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _self: 3))
+    with pytest.raises(CascadeError, match=r"= 4 does not divide among 3 processes"):
+        trainer(micro_config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_share_of_a_batch_knows_its_places_in_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    from accelerate import Accelerator
+
+    run = trainer(micro_config(tmp_path / "run"))
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _self: 2))
+    monkeypatch.setattr(Accelerator, "process_index", property(lambda _self: process))
+    ready = run.ready(next(run._batches(3)))
+    assert ready.samples == [12 + 2 * process, 13 + 2 * process]
+    assert ready.positions.tolist() == [2 * process, 2 * process + 1]
+    assert ready.batch_size == 4
+
+
+# --- what a run leaves ---------------------------------------------------------------------------------------
+
+
+def test_the_finished_stage_holds_the_averaged_weights(tmp_path: Path) -> None:
+    config = micro_config(tmp_path / "run")
+    run = trainer(config)
+    assert run.run()
+    stage = load_stage(tmp_path / "run" / "stage")
+    assert stage.config == config.stage
+    weights = dict(stage.network.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in run.ema.weights.items())
+    assert any(not torch.equal(weights[name], value) for name, value in run.stage.network.named_parameters())
+
+
+def test_base_grids_hold_a_picture_for_each_prompt(tmp_path: Path) -> None:
+    config = micro_config(tmp_path / "run", "training.sample_every=2", 'training.sample_prompts=["a", "b", "c"]')
+    assert trainer(config).run()
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert names == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(tmp_path / "run" / "samples" / names[0]) as grid:
+        assert grid.width > 2.5 * grid.height  # three cells and their labels
+
+
+def test_super_resolution_grids_show_low_input_output_and_truth(tmp_path: Path) -> None:
+    """From a white picture without noise on it: white, whatever the network makes of it, and white."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "white").save(folder / "white.png")
+    (folder / "white.txt").write_text("white")
+    source = f"data.sources=[{{kind: folder, path: {folder}}}]"
+    config = micro_config(
+        tmp_path / "run", *SUPER_RESOLUTION, source, "training.sample_every=4", "training.sample_count=1"
+    )
+    assert trainer(config).run()
+    with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as grid:
+        # Cells of 256 px with narrow gaps; their inner parts.
+        low, output, truth = (grid.crop((256 * k + 20, 20, 256 * k + 240, 240)) for k in range(3))
+    assert truth.getextrema() == ((255, 255),) * 3
+    assert low.getextrema()[0][0] > 250  # sampling.aug_level is 0
+    assert output.getextrema() != truth.getextrema()  # 4 steps of training draw no plain white
+
+
+def test_samples_leave_the_run_as_it_is(tmp_path: Path) -> None:
+    assert losses_of(tmp_path / "sampled", "training.sample_every=1", "stage.model.dropout=0.3") == losses_of(
+        tmp_path / "plain", "stage.model.dropout=0.3"
+    )
+
+
+def test_tensorboard_gets_an_event_file(tmp_path: Path) -> None:
+    assert trainer(micro_config(tmp_path / "run", "training.trackers=[tensorboard]")).run()
+    events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert events
+    assert all(path.stat().st_size > 0 for path in events)
+
+
+def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"training\.trackers.*nonesuch"):
+        trainer(micro_config(tmp_path / "run", "training.trackers=[nonesuch]"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.utils import LoggerType
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    with pytest.raises(CascadeError, match=r"training\.trackers: wandb is not installed"):
+        trainer(micro_config(tmp_path / "run", "training.trackers=[tensorboard, wandb]"))
+
+
+def test_the_log_has_the_loss_of_each_noise_band() -> None:
+    meter = Meter()
+    meter.add([1.0, 2.0, 4.0, 8.0], [-9.0, -1.0, -2.0, 9.0], grad_norm=0.5)
+    summary = meter.summary()
+    names = band_names()
+    assert summary["loss"] == 3.75
+    assert {name: summary[name] for name in summary if name in names} == {names[0]: 1.0, names[2]: 3.0, names[-1]: 8.0}
+    assert summary["gradient_norm"] == 0.5
+
+
+def test_a_resumed_log_drops_later_entries_and_half_a_line(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    log = RunLog(tmp_path / "log.jsonl", resume_step=1)
+    log.write(2, {"loss": 5})
+    assert log_entries(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5}]
+
+
+# --- through the loading code ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = make_tiny_t5(tmp_path_factory.mktemp("t5"), dim=16)
+    return f"text.encoder={folder}", "text.max_length=200"  # its tokens are hardly longer than letters
+
+
+def test_a_text_width_that_the_encoder_does_not_give_is_refused(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
+    config = micro_config(tmp_path / "run", *tiny_t5, "stage.model.text_dim=24")
+    with pytest.raises(CascadeError, match=r"text_dim is 24.*width 16; set stage.model.text_dim=16"):
+        load_trainer(config)
+
+
+def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
+    first = load_trainer(micro_config(tmp_path / "first", *tiny_t5))
+    assert first.run()
+    second = load_trainer(micro_config(tmp_path / "second", *tiny_t5, f"training.init_from={tmp_path / 'first'}"))
+    weights = dict(second.stage.network.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
+    assert second.run()
