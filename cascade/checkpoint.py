@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.config import FORMAT_VERSION, StageConfig, parse
+from cascade.config import FORMAT_VERSION, StageConfig
 from cascade.errors import CascadeError
+from cascade.settings import parse
 
 
 @contextmanager

@@ -1,19 +1,14 @@
-"""Typed, strict settings: YAML in, YAML out. What each setting builds is one hop away, in `cascade.build`."""
+"""The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
 from __future__ import annotations
 
-import copy
-import difflib
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from cascade.errors import CascadeError
+from cascade.settings import Settings, override, parse, read_yaml
 
 FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
@@ -21,14 +16,6 @@ FORMAT_VERSION = 1
 Kind = Literal["eps", "v", "x", "velocity"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Settings(BaseModel):
-    """Base of all sections: unknown names are errors, values are immutable, docstrings are the reference."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 # --- the noise -------------------------------------------------------------------------------------------
@@ -215,7 +202,7 @@ class StageConfig(Settings):
     """The network."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults when drawing."""
-    presets: dict[Literal["fast", "best"], PresetConfig] = {}
+    presets: dict[Literal["fast", "best"], PresetConfig] = Field(default_factory=dict)
     """Named changes of `sampling`; `default` is `sampling` itself."""
 
     @model_validator(mode="after")
@@ -492,164 +479,6 @@ class TrainConfig(Settings):
         return self
 
 
-# --- YAML in, YAML out -----------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-4` is a number and `2024-01-01` is text, as everybody expects."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-ConfigT = TypeVar("ConfigT", bound=Settings)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises CascadeError for a missing file, wrong YAML, or anything but a mapping."""
-    path = Path(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise CascadeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CascadeError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise CascadeError(f"{path}: expected settings as `name: value`, found {type(data).__name__}")
-    return data
-
-
-def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply `section.name=value` assignments, the value read as YAML, to a copy of `data`."""
-    data = copy.deepcopy(data)
-    for assignment in assignments:
-        name, separator, text = assignment.partition("=")
-        if not separator or not name:
-            raise CascadeError(f"{assignment!r}: expected key=value, such as training.steps=100")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise CascadeError(f"{assignment!r}: {text!r} is not a YAML value") from None
-        _assign(data, name.split("."), value, assignment)
-    return data
-
-
-def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
-    for depth, key in enumerate(keys):
-        position: Any = key
-        if isinstance(data, list):
-            if not key.isdigit() or int(key) >= len(data):
-                raise CascadeError(
-                    f"{assignment!r}: {'.'.join(keys[:depth])} is a list of {len(data)}; {key!r} is no place in it"
-                )
-            position = int(key)
-        elif not isinstance(data, dict):
-            raise CascadeError(f"{assignment!r}: {'.'.join(keys[:depth])} is a value, not a section")
-        if depth == len(keys) - 1:
-            data[position] = value
-        else:
-            data = data[position] if isinstance(data, list) else data.setdefault(key, {})
-
-
-def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
-    """Settings of `kind` from plain data. Raises CascadeError with one line per mistake, named by `origin`."""
-    try:
-        # Strict JSON rules: lists become tuples, but "3" is no number and 1 is no boolean.
-        return kind.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        mistakes: dict[str, list[Any]] = {}
-        for mistake in error.errors():
-            if mistake["type"] != "too_short" or not mistake["input"]:  # pydantic counts no item that has a mistake
-                mistakes.setdefault(".".join(_walk(kind, mistake["loc"])[1]), []).append(mistake)
-        lines = [f"{origin}: {_explain(kind, same_setting)}" for same_setting in mistakes.values()]
-        raise CascadeError("\n".join(lines)) from None
-    except TypeError as error:
-        raise CascadeError(f"{origin}: {error}") from None
-
-
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """The training run described by a YAML file and `key=value` changes."""
     return parse(TrainConfig, override(read_yaml(path), assignments), str(path))
-
-
-def to_yaml(settings: Settings) -> str:
-    """Every setting, defaults included, as YAML that `parse` reads back to an equal object."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-_PLAIN_WORDS = {"an object": "a section", "a valid array": "a list", "String should match": "text of the"}
-
-
-def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
-    """One line on what pydantic says of one setting: several things where its value may be of several types."""
-    first = mistakes[0]
-    section, path = _walk(kind, first["loc"])
-    dotted = ".".join(path)
-    match first["type"]:
-        case "extra_forbidden":
-            return _unknown(section, path)
-        case "missing":
-            return f"{dotted} is missing"
-        case "too_short":
-            return f"{dotted} is empty; give at least one"
-        case "value_error":
-            message = first["msg"].removeprefix("Value error, ")
-            return f"{dotted}: {message}" if dotted else message
-        case "union_tag_not_found":
-            return f"{dotted}.kind is missing"
-        case "union_tag_invalid":
-            return _not_one_of(f"{dotted}.kind", first["ctx"]["tag"], first["ctx"]["expected_tags"])
-        case "literal_error" if len(mistakes) == 1 and isinstance(first["input"], str):
-            return _not_one_of(dotted, first["input"], first["ctx"]["expected"])
-    wanted = " or ".join(mistake["msg"].removeprefix("Input should be ") for mistake in mistakes)
-    for theirs, ours in _PLAIN_WORDS.items():
-        wanted = wanted.replace(theirs, ours)
-    return f"{dotted}: should be {wanted}, not {json.dumps(first['input'], default=str)[:80]}"
-
-
-def _unknown(section: type[Settings] | None, path: Sequence[str]) -> str:
-    parent = ".".join(path[:-1])
-    known = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    if close:
-        return f"{'.'.join(path)} is not a setting; did you mean {'.'.join([*path[:-1], close[0]])}?"
-    return f"{'.'.join(path)} is not a setting; {parent or 'the file'} has {', '.join(known)}"
-
-
-def _not_one_of(setting: str, value: str, quoted: str) -> str:
-    names = re.findall(r"'(.+?)'", quoted)
-    close = difflib.get_close_matches(value, names, n=1)
-    guess = f"; did you mean {close[0]}?" if close else ""
-    return f"{setting}: {value!r} is not one of {', '.join(names)}{guess}"
-
-
-def _walk(kind: type[Settings], location: Sequence[str | int]) -> tuple[type[Settings] | None, list[str]]:
-    """The section that holds the end of pydantic's `location`, and its path without what pydantic adds to it."""
-    sections: list[type[Settings]] = [kind]
-    path: list[str] = []
-    for name in location:
-        tagged = [section for section in sections if len(sections) > 1 and section.model_fields["kind"].default == name]
-        if tagged:  # the tag of a union
-            sections = tagged
-        elif len(sections) == 1 and name in sections[0].model_fields:
-            path.append(str(name))
-            sections = list(_settings_in(sections[0].model_fields[str(name)].annotation))
-        elif isinstance(name, int) or (sections and name != "[key]"):  # else one of the types of a plain value
-            path.append(str(name))
-    return (sections[0] if sections else None), path
-
-
-def _settings_in(annotation: Any) -> list[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    found: list[type[Settings]] = []
-    for argument in getattr(annotation, "__args__", ()):
-        found += _settings_in(argument)
-    return found

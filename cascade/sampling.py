@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from cascade.config import SamplingConfig, StageConfig, parse
+from cascade.config import SamplingConfig, StageConfig
 from cascade.errors import CascadeError
+from cascade.settings import parse
 
+T = TypeVar("T")
 PRESETS = ("fast", "default", "best")
 
 
@@ -45,3 +48,45 @@ def _check_name(setting: str, name: str, names: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise CascadeError(f"{setting}: no stage is called {name!r}; this cascade has {', '.join(names)}{hint}")
+
+
+def per_stage(text: str, convert: Callable[[str], T]) -> T | dict[str, T]:
+    """What `20` or `base=20,sr256=4` stands for: one value for all stages, or {stage: value}. Raises ValueError."""
+    if "=" not in text:
+        return convert(text.strip())
+    values: dict[str, T] = {}
+    for part in text.split(","):
+        name, separator, value = (piece.strip() for piece in part.partition("="))
+        if not separator or not name or name in values:
+            raise ValueError(f"{text!r}; expected one value, or each stage once as in base=20,sr256=4")
+        values[name] = convert(value)
+    return values
+
+
+def whole_number(text: str) -> int:
+    """Raises ValueError with a readable reason."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """A finite number. Raises ValueError with a readable reason."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]!r} is not a number")
+    return value
+
+
+def threshold_value(text: str) -> float | str:
+    """A quantile, `clip` or `none`. Raises ValueError with a readable reason."""
+    if text in ("clip", "none"):
+        return text
+    try:
+        return number(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r}; expected a quantile such as 0.995, clip or none") from None

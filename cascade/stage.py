@@ -76,7 +76,11 @@ class Stage:
         guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
         picture = limit(denoisers.to_picture(guided, base, scale), settings.threshold)
         log_snrs = log_snr_grid(self.schedule, settings.steps, settings.spacing)
-        report = (lambda step, r: on_step(step, base + scale * r)) if on_step else (lambda step, r: None)
+
+        def report(step: int, r: Tensor) -> None:
+            if on_step is not None:
+                on_step(step, base + scale * r)
+
         r = run_sampler(settings, denoisers.to_residual(picture, base, scale), z, log_snrs, rng, report)
         return base + scale * r
 

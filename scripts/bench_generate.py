@@ -45,12 +45,8 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Best GFLOP/s of 3x3 convolutions, channels-last."""
     best = 0.0
     for channels, size in WIDTHS:
-        x = torch.randn(8, channels, size, size, device=device, dtype=dtype).to(
-            memory_format=torch.channels_last
-        )
-        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(8, channels, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         flops = 2 * 9 * channels**2 * size**2 * 8
         best = max(best, flops / seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 15) / 1e9)
     return best
@@ -74,9 +70,7 @@ def stage_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) ->
     return {name: marks[name] - before for before, name in zip(marks.values(), list(marks)[1:], strict=False)}
 
 
-def stage_gflop(
-    pipeline: CascadePipeline, prompt: str, preset: str | None
-) -> tuple[dict[str, float], dict[str, int]]:
+def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> tuple[dict[str, float], dict[str, int]]:
     """GFLOP and steps of each stage, counted by torch while a picture is drawn."""
     totals: dict[str, float] = {}
     steps: dict[str, int] = {}
@@ -87,8 +81,7 @@ def stage_gflop(
 
         pipeline(prompt, seed=0, preset=preset, callback=mark)
     return {
-        name: total - before
-        for (name, total), before in zip(totals.items(), [0.0, *totals.values()], strict=False)
+        name: total - before for (name, total), before in zip(totals.items(), [0.0, *totals.values()], strict=False)
     }, steps
 
 
@@ -109,9 +102,7 @@ def main(
     pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=number_format)
     loading = time.perf_counter() - start
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    print(
-        f"{target}, {number_format}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {load:.1f}"
-    )
+    print(f"{target}, {number_format}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {load:.1f}")
     print(f"loading the model: {loading:.2f} s, {peak_memory():.2f} GB\n")
     before = convolution_peak(target, number_format)
     gflop, steps = stage_gflop(pipeline, prompt, preset)
@@ -123,18 +114,12 @@ def main(
         elapsed = statistics.median(run[name] for run in runs)
         if name in gflop:
             rate = gflop[name] / elapsed
-            print(
-                f"| {name} | {steps[name]} | {gflop[name]:.1f} | {elapsed:.3f} | {rate:.0f} | {rate / peak:.0%} |"
-            )
+            print(f"| {name} | {steps[name]} | {gflop[name]:.1f} | {elapsed:.3f} | {rate:.0f} | {rate / peak:.0%} |")
         else:
             print(f"| to PIL | | | {elapsed:.3f} | | |")
     total, whole = statistics.median(sum(run.values()) for run in runs), sum(gflop.values())
-    print(
-        f"| prompt to picture | | {whole:.1f} | {total:.3f} | {whole / total:.0f} | {whole / total / peak:.0%} |"
-    )
-    print(
-        f"\n3x3 convolution peak {peak:.0f} GFLOP/s; peak memory {peak_memory():.2f} GB; medians of {repeats} runs"
-    )
+    print(f"| prompt to picture | | {whole:.1f} | {total:.3f} | {whole / total:.0f} | {whole / total / peak:.0%} |")
+    print(f"\n3x3 convolution peak {peak:.0f} GFLOP/s; peak memory {peak_memory():.2f} GB; medians of {repeats} runs")
 
 
 if __name__ == "__main__":

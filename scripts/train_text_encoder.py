@@ -259,15 +259,16 @@ def bag_of_words(batch: dict[str, Tensor], vocab_size: int, first_sentinel: int)
     return bag / bag.sum(1, keepdim=True).clamp(min=1)
 
 
-def words_loss(states: Tensor, mask: Tensor, words: torch.nn.Linear, bag: Tensor) -> Tensor:
+def words_loss(states: Tensor, mask: Tensor, words: torch.nn.Linear, embedding: Tensor, bag: Tensor) -> Tensor:
     """Cross-entropy of the caption's words, all of them, read off the mean of the encoder's states.
 
     Span corruption alone lets the states collapse to what the decoder's grammar needs (the note in `build_model`);
-    a network that draws needs to tell words apart.
+    a network that draws needs to tell words apart. The words are scored against the encoder's own input embedding,
+    held fixed here: an output layer of its own would have to learn each rare word from a few sightings.
     """
     normalized = torch.nn.functional.layer_norm(states.float(), states.shape[-1:])
     mean = (normalized * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    return -(bag * torch.log_softmax(words(mean), dim=1)).sum(1).mean()
+    return -(bag * torch.log_softmax(words(mean) @ embedding.detach().T, dim=1)).sum(1).mean()
 
 
 def train(
@@ -280,7 +281,7 @@ def train(
     """AdamW with linear warm-up and linear decay to zero. Returns what training.json says of the run."""
     rng = np.random.default_rng(recipe.seed)
     vocab_size = model.config.vocab_size
-    words = torch.nn.Linear(model.config.d_model, vocab_size)
+    words = torch.nn.Linear(model.config.d_model, model.config.d_model)
     parameters = [*model.parameters(), *words.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, (0.9, 0.98), weight_decay=0.01)
     stream = batches(training, recipe, first_sentinel, rng)
@@ -292,7 +293,8 @@ def train(
             batch = next(stream)
             output = model(**batch)
         bag = bag_of_words(batch, vocab_size, first_sentinel)
-        aside = words_loss(output.encoder_last_hidden_state, batch["attention_mask"], words, bag)
+        states = output.encoder_last_hidden_state
+        aside = words_loss(states, batch["attention_mask"], words, model.shared.weight, bag)
         loss = output.loss + recipe.words_weight * aside
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

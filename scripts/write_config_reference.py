@@ -17,7 +17,8 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cascade.config import Settings, TrainConfig
+from cascade.config import TrainConfig
+from cascade.settings import Settings
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration reference
@@ -25,7 +26,7 @@ HEAD = """# Configuration reference
 <!-- written by scripts/write_config_reference.py; do not edit -->
 
 A training run is one YAML file. Settings left out have the defaults below; unknown names are errors.
-On the command line, `section.name=value` after the file changes a setting: `cascade train base.yaml training.steps=100`.
+On the command line, `section.name=value` changes a setting: `cascade train base.yaml training.steps=100`.
 """
 
 
@@ -99,6 +100,8 @@ def bound(item: Any) -> str:
 
 def default(field: FieldInfo) -> str:
     """The default as YAML, `required`, or a hint that a section follows."""
+    if field.default_factory is not None:
+        return "`{}`"
     if field.default is PydanticUndefined:
         return "required"
     if isinstance(field.default, Settings):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cascade.config import StageConfig, TrainConfig, load_train_config, override, parse, read_yaml, to_yaml
+from cascade.config import StageConfig, TrainConfig, load_train_config
 from cascade.errors import CascadeError
+from cascade.settings import override, parse, read_yaml, to_yaml
 
 SMALLEST: dict[str, Any] = {
     "output": "runs/x",

@@ -14,18 +14,19 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "config", "images", "checkpoint", "errors", "seeds", "_version"}
+LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
-    "config": {"errors"},
+    "settings": {"errors"},
+    "config": {"errors", "settings"},
     "images": {"errors"},
     "seeds": {"errors"},
-    "checkpoint": {"errors", "config"},  # a stage folder holds the settings that made it
-    "sampling": {"errors", "config"},
+    "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
+    "sampling": {"errors", "settings", "config"},
     "prompts": LEAVES | {"text", "sampling"},
     "models": LEAVES,
     "diffusion": LEAVES,
