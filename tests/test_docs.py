@@ -1,0 +1,88 @@
+"""The documents say what is true: the reference follows the types, every command runs, every file is in the tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(page: str, language: str = "sh") -> list[str]:
+    """The lines of all code blocks of a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path) -> None:
+    """Run a shell command with this interpreter's `python` and `cascade`."""
+    environment = f'export PATH="{Path(sys.executable).parent}:$PATH" HF_HUB_OFFLINE=1; '
+    done = subprocess.run(
+        ["bash", "-c", environment + command], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout to a reader of the documents."""
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_configuration_reference_follows_the_types():
+    path = ROOT / "scripts" / "write_config_reference.py"
+    spec = importlib.util.spec_from_file_location("write_config_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == module.reference()
+
+
+def test_the_tree_in_the_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [path for path in (ROOT / "cascade").rglob("*.py") if path.stat().st_size > 0]
+    files += list((ROOT / "scripts").glob("*.py"))
+    missing = [str(path.relative_to(ROOT)) for path in files if path.name not in readme]
+    assert missing == []
+
+
+def test_links_between_documents_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "cascade" / "pretrained" / "README.md"]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_the_tutorial_goes_from_pictures_to_a_drawn_picture(checkout: Path):
+    for command in commands("docs/tutorial.md"):
+        run(command, checkout)
+    drawn = sorted((checkout / "drawn").glob("0*.png"))
+    assert len(drawn) == 8
+    assert all(Image.open(path).size == (64, 64) for path in drawn)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(checkout: Path):
+    (checkout / "readme.py").write_text("\n".join(commands("README.md", "python")), encoding="utf-8")
+    run("python readme.py", checkout)
+    assert (checkout / "my-cascade" / "cascade.json").exists()
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_draws_1024_pixels(tmp_path: Path):
+    (command,) = [line for line in commands("README.md") if line.startswith('cascade generate "a red apple"')]
+    run(command, tmp_path)
+    assert Image.open(tmp_path / "out" / "000000-a-red-apple.png").size == (1024, 1024)
