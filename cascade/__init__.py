@@ -1,7 +1,7 @@
 """A pixel-space text-to-image cascade: T5 text, a 64 px base diffusion model, two super-resolution stages.
 
-    from cascade import CascadePipeline
-    CascadePipeline.from_pretrained()("a red apple", seed=7).images[0].save("apple.png")
+from cascade import CascadePipeline
+CascadePipeline.from_pretrained()("a red apple", seed=7).images[0].save("apple.png")
 """
 
 from cascade._version import __version__

@@ -23,9 +23,7 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
         case ConstantSchedule():
             return schedules.DiscreteSchedule(schedules.constant_betas(config.beta, config.steps))
         case LinearSchedule():
-            return schedules.DiscreteSchedule(
-                schedules.linear_betas(config.beta_start, config.beta_end, config.steps)
-            )
+            return schedules.DiscreteSchedule(schedules.linear_betas(config.beta_start, config.beta_end, config.steps))
         case SquaredCosineSchedule():
             return schedules.DiscreteSchedule(schedules.squared_cosine_betas(config.steps, config.max_beta))
         case CosineSchedule():
@@ -42,4 +40,3 @@ def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: i
         network = UNet(config.model, low_res_channels=low_res_channels)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Stage(config, network, build_schedule(config.schedule, config.resolution))
-

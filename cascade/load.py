@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,24 +37,54 @@ def load_pipeline(
     low_memory: bool = False,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
-    folder = find_model(model)
-    index_path = folder / "cascade.json"
-    index = read_json(index_path)
-    check_format(index_path, index.get("format"))
-    stage_folders = [folder / str(name) for name in _strings(index, "stages", index_path)]
+    index = read_index(model)
+    stage_folders = list(index.stages)
     if super_resolution is not None:
         stage_folders = stage_folders[:1] + [find_stage(source) for source in super_resolution]
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
-    text = TextEncoder.from_pretrained(
-        folder / "text_encoder", max_length=int(index.get("max_text_length", 64)), device=target
+    load_text = partial(
+        TextEncoder.from_pretrained, index.text_encoder, max_length=index.max_text_length, device=target
     )
     slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
     pipeline = CascadePipeline(
-        text, slots, name=str(index.get("name", folder.name)), license=str(index.get("license", "unstated"))
+        load_text(),
+        slots,
+        name=index.name,
+        license=index.license,
+        reload_text_encoder=load_text if low_memory else None,
     )
     pipeline.device, pipeline.dtype = target, number_format
     return pipeline
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """What a cascade's cascade.json says, its folders as paths."""
+
+    name: str
+    license: str
+    text_encoder: Path
+    stages: tuple[Path, ...]
+    max_text_length: int
+
+
+def read_index(model: str | Path | None = None) -> ModelIndex:
+    """The index of a model: bundled, folder or hub id. Raises CascadeError naming what is missing or wrong."""
+    folder = find_model(model)
+    path = folder / "cascade.json"
+    data = read_json(path)
+    check_format(path, data.get("format"))
+    length = data.get("max_text_length", 64)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
+    return ModelIndex(
+        name=str(data.get("name", folder.name)),
+        license=str(data.get("license", "unstated")),
+        text_encoder=folder / "text_encoder",
+        stages=tuple(folder / name for name in _strings(data, "stages", path)),
+        max_text_length=length,
+    )
 
 
 def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
@@ -62,13 +94,22 @@ def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: to
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
     """The frozen encoder of a training run, behind its cache of embeddings if it has one."""
-    source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    encoder = TextEncoder.from_pretrained(source, max_length=config.max_length, dtype=dtype)
+    encoder = load_plain_text_encoder(config)
     if config.cache is None:
         return encoder
-    cache = EmbeddingCache(Path(config.cache), encoder.fingerprint, encoder.dim)
-    return CachedTextEncoder(cache, lambda: encoder)
+    return CachedTextEncoder(open_cache(config.cache, encoder), lambda: encoder)
+
+
+def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
+    """The frozen encoder of a training run, without a cache."""
+    source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    return TextEncoder.from_pretrained(source, max_length=config.max_length, dtype=dtype)
+
+
+def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:
+    """The embeddings of `encoder` in a folder, or a new cache there."""
+    return EmbeddingCache(folder, encoder.fingerprint, encoder.dim)
 
 
 def load_trainer(config: TrainConfig) -> Trainer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -18,7 +20,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import FORMAT_VERSION, SamplingConfig, StageConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.errors import CascadeError
-from cascade.images import to_float, to_pil, to_uint8
+from cascade.images import to_float, to_uint8
 from cascade.sampling import resolve_sampling
 from cascade.seeds import fresh_seed, generator
 from cascade.stage import Stage
@@ -78,9 +80,15 @@ class CascadePipeline:
         *,
         name: str = "unnamed",
         license: str = "unstated",
+        reload_text_encoder: Callable[[], TextEncoder] | None = None,
     ) -> None:
-        """Raises CascadeError when the sizes of the stages or the width of the text do not fit together."""
+        """Raises CascadeError when the sizes of the stages or the width of the text do not fit together.
+
+        reload_text_encoder: the encoder is released once it has read the prompts, and loaded again for the next ones.
+        """
         self.text_encoder = text_encoder
+        self._reload_text_encoder = reload_text_encoder
+        self._text_encoder_released = False
         self.slots = [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]
         self.name, self.license = name, license
         self.device = torch.device("cpu")
@@ -113,6 +121,11 @@ class CascadePipeline:
     def stage_names(self) -> list[str]:
         """Names for per-stage arguments, in order."""
         return [slot.config.name for slot in self.slots]
+
+    @property
+    def default_batch_size(self) -> int:
+        """Pictures per network call unless the caller says otherwise."""
+        return 1 if self.device.type == "cpu" else 8
 
     @torch.inference_mode()
     def __call__(
@@ -159,7 +172,7 @@ class CascadePipeline:
             for index in range(len(prompts))
             for number in range(_positive("num_images_per_prompt", num_images_per_prompt))
         ]
-        batch_size = _positive("batch_size", batch_size or (1 if self.device.type == "cpu" else 8))
+        batch_size = _positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
         drawn: dict[int, Tensor] = {}
         previous: Tensor | None = None
         for slot, size in zip(slots, sizes, strict=True):
@@ -174,6 +187,7 @@ class CascadePipeline:
                 previous = torch.cat(parts)
                 drawn[stage.config.resolution] = previous
                 watch.close()
+                del stage  # `--low-memory`: it must be gone before the next one is loaded
         return CascadeOutput(
             images=_as_type(drawn[slots[-1].config.resolution], output_type),
             stages={resolution: _as_type(pixels, output_type) for resolution, pixels in drawn.items()},
@@ -184,10 +198,14 @@ class CascadePipeline:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one folder: cascade.json, text_encoder/ and a folder a stage, safetensors; atomically.
 
-        dtype: number format of the stage weights, default the one they have.
+        dtype: number format of the stage weights, default the one they have. A cascade that stood there is replaced;
+        raises CascadeError if anything else stands there.
         """
+        folder = Path(folder)
+        if folder.exists() and not _may_be_replaced(folder):
+            raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
         with atomic_folder(folder) as temporary:
-            self.text_encoder.save_pretrained(temporary / "text_encoder")
+            self._loaded_text_encoder().save_pretrained(temporary / "text_encoder")
             for slot in self.slots:
                 stage = slot.load()
                 save_stage(temporary / slot.config.name, slot.config, stage.network.state_dict(), dtype)
@@ -216,10 +234,10 @@ class CascadePipeline:
             api.upload_folder(repo_id=repo, folder_path=folder)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CascadePipeline:
-        """Move the stages (and those loaded later) to a device and number format. The text encoder keeps its own format."""
+        """Move the stages to a device and number format. The text encoder moves too, but keeps its own format."""
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
-        self.text_encoder.to(device=self.device)
+        self._loaded_text_encoder().to(device=self.device)
         for slot in self.slots:
             slot.load().to(self.device, self.dtype)
         return self
@@ -251,7 +269,8 @@ class CascadePipeline:
         x = stage.sample(cond, null_cond, z, rng("step"), settings, watch.step)
         if not bool(torch.isfinite(x).all()):
             raise CascadeError(
-                f"stage {stage.name}: the network gave numbers that are not finite; try dtype float32, or check its weights"
+                f"stage {stage.name}: the network gave numbers that are not finite; try dtype float32,"
+                " or check its weights"
             )
         return to_uint8(x).cpu()
 
@@ -262,16 +281,30 @@ class CascadePipeline:
         negative_prompt: str | Sequence[str] | None,
     ) -> tuple[TextEmbeddings, TextEmbeddings]:
         """Embeddings of the prompts, and of what takes the null text's place for each."""
-        negative = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else negative_prompt
+        shared = negative_prompt is None or isinstance(negative_prompt, str)
+        negative = [str(negative_prompt or "")] if shared else list(negative_prompt or [])
         if len(negative) not in (1, len(prompts)):
-            raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one, or one for each")
-        text = embeds if embeds is not None else self.text_encoder.encode(prompts)
+            raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one or each its own")
+        encoder = self._loaded_text_encoder()
+        text = embeds if embeds is not None else encoder.encode(prompts)
         if text.tokens.shape[-1] != self.text_encoder.dim:
             raise CascadeError(
                 f"prompt_embeds: width {text.tokens.shape[-1]}, this cascade reads {self.text_encoder.dim}"
             )
-        null = self.text_encoder.encode(negative).select([index % len(negative) for index in range(len(prompts))])
-        return text, null
+        null = encoder.encode(negative).select([index % len(negative) for index in range(len(prompts))])
+        if self._reload_text_encoder is not None:
+            encoder.release()
+            self._text_encoder_released = True
+        # Always to the same length: sums over more tokens, masked or not, may differ in their last bits, and a
+        # picture should not depend on how long the other prompts are.
+        length = max(encoder.max_length, text.tokens.shape[1], null.tokens.shape[1])
+        return text.padded(length), null.padded(length)
+
+    def _loaded_text_encoder(self) -> TextEncoder:
+        if self._text_encoder_released and self._reload_text_encoder is not None:
+            self.text_encoder = self._reload_text_encoder()
+            self._text_encoder_released = False
+        return self.text_encoder
 
     def _slots_until(self, until: int | None) -> list[StageSlot]:
         resolutions = [slot.config.resolution for slot in self.slots]
@@ -342,6 +375,11 @@ def _watcher(
     return _Watcher(stage, steps, bar, callback)
 
 
+def _may_be_replaced(path: Path) -> bool:
+    """Whether `path` is a cascade or an empty folder."""
+    return path.is_dir() and ((path / "cascade.json").is_file() or not any(path.iterdir()))
+
+
 def _padded_batches(count: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
     """(members, how many of them are real): a short last batch repeats its last member.
 
@@ -385,7 +423,7 @@ def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None)
     for stage in stages:
         pair = []
         for name, wanted in (("height", height), ("width", width)):
-            pixels, rest = divmod((wanted or last) * stage.resolution, last)
+            pixels, rest = divmod((last if wanted is None else wanted) * stage.resolution, last)
             if rest or pixels % stage.model.downsampling or pixels < 1:
                 step = _common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
@@ -397,7 +435,7 @@ def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None)
 def _common_step(stages: Sequence[StageConfig]) -> int:
     last = stages[-1].resolution
     steps = [stage.model.downsampling * last // stage.resolution for stage in stages]
-    return max(steps)
+    return math.lcm(*steps)
 
 
 def _check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
@@ -408,7 +446,7 @@ def _check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
         raise CascadeError(f"stages {', '.join(names)}: every stage needs a name of its own")
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         if after.low_resolution != before.resolution:
             raise CascadeError(
                 f"stage {after.name} starts from {after.low_resolution} px, but stage {before.name} before it draws"

@@ -40,17 +40,11 @@ def _tokenizer():
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    rare = [
-        (piece, -1000.0) for piece in ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    ]
-    letters = [
-        (letter, -8.0) for letter in ["▁", *string.ascii_lowercase, *string.digits, *string.punctuation]
-    ]
+    rare = [(piece, -1000.0) for piece in ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]]
+    letters = [(letter, -8.0) for letter in ["▁", *string.ascii_lowercase, *string.digits, *string.punctuation]]
     words = [(f"▁{word}", -3.0) for word in WORDS]
     tokenizer = Tokenizer(models.Unigram([*rare, *letters, *words], unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

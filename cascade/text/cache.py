@@ -151,9 +151,7 @@ class EmbeddingCache:
             keys, lengths = shard.get_tensor("keys").numpy(), shard.get_tensor("lengths").tolist()
             shape = shard.get_slice("tokens").get_shape()
         except FileNotFoundError:
-            raise CascadeError(
-                f"{self.folder / name}: no such file, but the index lists it; {_START_AGAIN}"
-            ) from None
+            raise CascadeError(f"{self.folder / name}: no such file, but the index lists it; {_START_AGAIN}") from None
         except (SafetensorError, OSError) as error:
             raise CascadeError(f"{self.folder / name}: damaged ({error}); {_START_AGAIN}") from None
         if len(keys) != len(lengths) or shape != [sum(lengths), self.dim]:
@@ -167,9 +165,7 @@ class EmbeddingCache:
         place = self._places.get(_key(prompt))
         if place is None:
             raise CascadeError(f"{self.folder}: no embedding of {prompt!r}; add it with `cascade encode`")
-        tokens: Tensor = self._shards[place.shard].get_slice("tokens")[
-            place.start : place.start + place.length
-        ]
+        tokens: Tensor = self._shards[place.shard].get_slice("tokens")[place.start : place.start + place.length]
         return tokens
 
 
@@ -258,9 +254,7 @@ def fill(
     return added
 
 
-def _shards_of_missing(
-    cache: EmbeddingCache, captions: Iterable[str], shard_size: int
-) -> Iterator[list[str]]:
+def _shards_of_missing(cache: EmbeddingCache, captions: Iterable[str], shard_size: int) -> Iterator[list[str]]:
     """The captions that are missing, each once, in lists of `shard_size`; the cache grows in between."""
     waiting: dict[str, None] = {}
     for caption in captions:

@@ -62,9 +62,7 @@ class TextEmbeddings:
         assert length >= self.tokens.shape[1], f"{self.tokens.shape[1]} tokens do not fit into {length}"
         return TextEmbeddings(*pad_text(self.tokens, self.mask, length))
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> TextEmbeddings:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
         """Move to `device`, and cast the tokens to `dtype`."""
         return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
 
@@ -73,9 +71,7 @@ def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
     """One batch of several; the shorter ones are padded with masked zeros."""
     longest = max(part.tokens.shape[1] for part in parts)
     padded = [part.padded(longest) for part in parts]
-    return TextEmbeddings(
-        torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded])
-    )
+    return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
 
 
 class TextEncoderProtocol(Protocol):
@@ -105,9 +101,7 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 64) -> None:
         """model: transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>."""
         if max_length < 1:
-            raise CascadeError(
-                f"max_length is {max_length}; at least 1 token, the end of the text, is needed"
-            )
+            raise CascadeError(f"max_length is {max_length}; at least 1 token, the end of the text, is needed")
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._dim: int = model.config.d_model
@@ -219,9 +213,7 @@ class TextEncoder:
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise CascadeError(
-                f"{folder}: holds other files; name a new or empty folder for the text encoder"
-            )
+            raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
         model = _halved(self._loaded())
         with atomic_folder(folder) as temporary, _quiet(progress=False):
             model.save_pretrained(temporary)
@@ -232,8 +224,7 @@ class TextEncoder:
     def _loaded(self) -> Any:
         if self._model is None:
             raise CascadeError(
-                "this text encoder was released to free its memory; load it again with"
-                " TextEncoder.from_pretrained"
+                "this text encoder was released to free its memory; load it again with TextEncoder.from_pretrained"
             )
         return self._model
 
@@ -291,9 +282,7 @@ def _check_folder(folder: Path) -> None:
             " tokenizer.json, or a hub id such as google/flan-t5-base"
         )
     if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model")):
-        raise CascadeError(
-            f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights"
-        )
+        raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
 
 
 def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -304,9 +293,7 @@ def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(where, **options)
         if config.model_type != "t5":
-            raise CascadeError(
-                f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5"
-            )
+            raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model, loaded = T5EncoderModel.from_pretrained(
             where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -315,17 +302,12 @@ def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
         raise
     except Exception as error:  # damaged files raise OSError, ValueError, TypeError, SafetensorError, ...
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        way_out = (
-            "copy the folder again" if local else "check the name and the network, or give a local folder"
-        )
+        way_out = "copy the folder again" if local else "check the name and the network, or give a local folder"
         raise CascadeError(
-            f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')};"
-            f" {way_out}"
+            f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
         ) from error
     if loaded["missing_keys"]:
-        raise CascadeError(
-            f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again"
-        )
+        raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
     _check_tokenizer(where, tokenizer, config.vocab_size)
     return model, tokenizer
 
@@ -337,9 +319,7 @@ def _check_tokenizer(where: str, tokenizer: Any, vocab_size: int) -> None:
             " different models"
         )
     if tokenizer(NULL_TEXT)["input_ids"] != [tokenizer.eos_token_id]:
-        raise CascadeError(
-            f"{where}: the tokenizer does not end a text with </s>; use the one T5 was trained with"
-        )
+        raise CascadeError(f"{where}: the tokenizer does not end a text with </s>; use the one T5 was trained with")
 
 
 def _halved(model: Any) -> Any:

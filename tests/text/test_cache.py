@@ -14,9 +14,7 @@ from cascade.errors import CascadeError
 from cascade.text.cache import CachedTextEncoder, EmbeddingCache, fill
 from cascade.text.t5 import TextEmbeddings
 
-CAPTIONS = [
-    f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")
-]
+CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")]
 
 
 class CountingEncoder:
@@ -66,9 +64,7 @@ def test_values_are_the_encoders_rounded_to_bf16(encoder: CountingEncoder, tmp_p
     assert torch.equal(read.mask, expected.mask)
 
 
-def test_each_caption_and_the_null_text_are_encoded_once(
-    encoder: CountingEncoder, cache: EmbeddingCache
-) -> None:
+def test_each_caption_and_the_null_text_are_encoded_once(encoder: CountingEncoder, cache: EmbeddingCache) -> None:
     assert fill(cache, encoder, CAPTIONS * 3, shard_size=4) == len(CAPTIONS) + 1
     assert sorted(encoder.encoded) == sorted(["", *CAPTIONS])
     assert fill(cache, encoder, CAPTIONS) == 0
@@ -100,9 +96,7 @@ def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder:
     )
 
 
-def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(
-    tmp_path: Path, encoder: CountingEncoder
-) -> None:
+def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(tmp_path: Path, encoder: CountingEncoder) -> None:
     cache = EmbeddingCache(tmp_path, "counting", 4)
     fill(cache, encoder, CAPTIONS[:2])
     (tmp_path / "shard-00001.safetensors").write_bytes(b"half of a")
@@ -110,9 +104,7 @@ def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(
     assert not EmbeddingCache(tmp_path, "counting", 4).missing(CAPTIONS)
 
 
-def test_shards_are_filled_from_a_stream_one_at_a_time(
-    cache: EmbeddingCache, encoder: CountingEncoder
-) -> None:
+def test_shards_are_filled_from_a_stream_one_at_a_time(cache: EmbeddingCache, encoder: CountingEncoder) -> None:
     ahead = []
 
     def stream() -> Iterator[str]:
@@ -167,9 +159,7 @@ def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: damaged") as caught:
             EmbeddingCache.open(folder)
         assert "\n" not in str(caught.value)
-    save_tensors(
-        shard, {"tokens": torch.zeros(3, 4), "lengths": torch.ones(2).int(), "keys": torch.zeros(2, 32)}
-    )
+    save_tensors(shard, {"tokens": torch.zeros(3, 4), "lengths": torch.ones(2).int(), "keys": torch.zeros(2, 32)})
     with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: its parts do not fit together"):
         EmbeddingCache.open(folder)
     shard.unlink()

@@ -78,9 +78,7 @@ def test_the_empty_prompt_is_the_end_of_text_alone(encoder: TextEncoder, folder:
 
 def test_a_long_prompt_is_cut_and_the_warning_says_where(folder: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, max_length=4)
-    with pytest.warns(
-        UserWarning, match=r"'a red apple of the fox' has 7 tokens.*after 'a red apple', before 'of the"
-    ):
+    with pytest.warns(UserWarning, match=r"'a red apple of the fox' has 7 tokens.*after 'a red apple', before 'of the"):
         cut = encoder.encode(["a red apple of the fox"])
     assert torch.equal(cut.tokens, encoder.encode(["a red apple"]).tokens)
 
@@ -115,9 +113,7 @@ def test_text_that_spells_a_byte_is_not_that_byte(encoder: TextEncoder) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_encoder_loads_to_the_same_embeddings(
-    folder: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_a_saved_encoder_loads_to_the_same_embeddings(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     prompts = ["a red apple", "", "🦊 </s>"]
     original = TextEncoder.from_pretrained(folder, dtype=dtype)
     original.save_pretrained(tmp_path / "saved")
@@ -127,9 +123,7 @@ def test_a_saved_encoder_loads_to_the_same_embeddings(
 
 
 def test_weights_that_bf16_holds_are_saved_in_half_the_bytes(folder: Path, tmp_path: Path) -> None:
-    TextEncoder.from_pretrained(folder, dtype=torch.bfloat16).to(dtype=torch.float32).save_pretrained(
-        tmp_path / "t5"
-    )
+    TextEncoder.from_pretrained(folder, dtype=torch.bfloat16).to(dtype=torch.float32).save_pretrained(tmp_path / "t5")
     full, half = ((f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "t5"))
     assert 0.45 * full < half < 0.55 * full
 
@@ -165,9 +159,7 @@ def test_dtype_and_sizes_are_what_was_asked_for(folder: Path) -> None:
 
 
 def test_fingerprint_is_the_same_in_another_process(encoder: TextEncoder, folder: Path) -> None:
-    program = (
-        f"from cascade.text.t5 import TextEncoder as T; print(T.from_pretrained({str(folder)!r}).fingerprint)"
-    )
+    program = f"from cascade.text.t5 import TextEncoder as T; print(T.from_pretrained({str(folder)!r}).fingerprint)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == encoder.fingerprint
     assert done.stderr == "", "loading is quiet"
@@ -233,12 +225,8 @@ def test_a_broken_folder_is_one_line_that_names_it(
     assert capfd.readouterr() == ("", ""), "the line says it all; transformers' report stays away"
 
 
-@pytest.mark.parametrize(
-    "source", ["./missing", "/missing/t5", "../missing", "a/b/c", "~/missing", "models\\t5"]
-)
-def test_what_looks_like_a_path_never_reaches_the_network(
-    source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("source", ["./missing", "/missing/t5", "../missing", "a/b/c", "~/missing", "models\\t5"])
+def test_what_looks_like_a_path_never_reaches_the_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
     with pytest.raises(CascadeError, match="no such folder"):
         TextEncoder.from_pretrained(source)

@@ -1,0 +1,7 @@
+"""`python -m cascade` is the program `cascade`."""
+
+import sys
+
+from cascade.cli import main
+
+sys.exit(main())

@@ -1,0 +1,222 @@
+"""`cascade info` and `cascade assemble`: what a model folder holds, and how one is made of trained stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cascade.config import SamplingConfig, StageConfig
+    from cascade.load import ModelIndex
+    from cascade.stage import Stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table. gflop_per_call: of the network, one picture; calls: how many a picture takes."""
+
+    name: str
+    resolution: int | None
+    parameters: int
+    bytes: int
+    steps: int | None = None
+    calls: int | None = None
+    gflop_per_call: float | None = None
+
+    @property
+    def gflop_per_picture(self) -> float | None:
+        """All calls together."""
+        return None if self.calls is None or self.gflop_per_call is None else self.calls * self.gflop_per_call
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def info(model: str | None, as_json: bool) -> int:
+    """Show the parts of a cascade: sizes, parameters, arithmetic, licence.
+
+    MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
+    """
+    from cascade.config import FORMAT_VERSION
+    from cascade.load import read_index
+
+    index = read_index(model)
+    parts = _parts(index)
+    if as_json:
+        described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
+        head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION}
+        click.echo(json.dumps(head | {"parts": described}, indent=2))
+    else:
+        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}")
+    return 0
+
+
+def _parts(index: ModelIndex) -> list[Part]:
+    from cascade.checkpoint import read_stage_config
+
+    stages = [_stage_part(folder, read_stage_config(folder), index.max_text_length) for folder in index.stages]
+    text = Part("text encoder", None, _stored_parameters(index.text_encoder), _size(index.text_encoder))
+    return [text, *stages]
+
+
+def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
+    from cascade.build import build_stage
+    from cascade.stage import count_parameters
+
+    stage = build_stage(config, device="meta")
+    return Part(
+        name=config.name,
+        resolution=config.resolution,
+        parameters=count_parameters(stage.network),
+        bytes=_size(folder),
+        steps=config.sampling.steps,
+        calls=network_calls(stage, config.sampling),
+        gflop_per_call=gflop_per_call(stage, text_tokens),
+    )
+
+
+def network_calls(stage: Stage, settings: SamplingConfig) -> int:
+    """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
+    from cascade.diffusion.schedules import log_snr_grid
+
+    levels = log_snr_grid(stage.schedule, settings.steps, settings.spacing).tolist()
+    evaluated = levels[:-1] + (levels[1:-1] if settings.sampler == "heun" else [])
+    if settings.guidance == 1:
+        return len(evaluated)
+    low, high = settings.guidance_interval or (float("-inf"), float("inf"))
+    return sum(2 if low <= level <= high else 1 for level in evaluated)
+
+
+def gflop_per_call(stage: Stage, text_tokens: int) -> float:
+    """Multiplications and additions of one network call at the stage's own size, in 10^9; counted without memory.
+
+    stage: on the meta device. text_tokens: length of the text, to which every prompt is padded.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cascade.models.unet import Prepared
+
+    network, config = stage.network, stage.config
+    with torch.device("meta"), torch.inference_mode():
+        text = torch.zeros(1, text_tokens, config.model.text_dim)
+        picture = torch.zeros(1, 3, config.resolution, config.resolution)
+        # `network.prepare` looks at the values of the mask, which a meta tensor has not.
+        prepared = Prepared(
+            embedding=torch.zeros(1, config.model.embedding_dim),
+            text=tuple(attention.read_text(text) for attention in network._attentions()),
+            visible=None,
+            low_res=None if config.low_resolution is None else picture,
+        )
+        with FlopCounterMode(display=False) as counter:
+            network(picture, torch.zeros(1, 1, 1, 1), prepared)
+    return counter.get_total_flops() / 1e9
+
+
+def _stored_parameters(folder: Path) -> int:
+    """Parameters in the safetensors files of a text encoder; of a whole T5, those of the encoder."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name.startswith(("shared.", "encoder.")):
+                    total += _product(file.get_slice(name).get_shape())
+    return total
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _table(parts: list[Part]) -> str:
+    """Right-aligned columns, and the sums below."""
+    header = ["part", "pixels", "parameters", "MB on disk", "steps", "calls", "GFLOP per call", "GFLOP per picture"]
+    rows = [_row(part) for part in parts]
+    total = sum(part.gflop_per_picture or 0 for part in parts)
+    sums = [
+        "all",
+        "",
+        f"{sum(part.parameters for part in parts):,}",
+        f"{sum(part.bytes for part in parts) / 1e6:.1f}",
+        "",
+        "",
+        "",
+        _shown(float(total)),
+    ]
+    lines = [header, *rows, sums]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _row(part: Part) -> list[str]:
+    return [
+        part.name,
+        _shown(part.resolution),
+        f"{part.parameters:,}",
+        f"{part.bytes / 1e6:.1f}",
+        _shown(part.steps),
+        _shown(part.calls),
+        _shown(part.gflop_per_call),
+        _shown(part.gflop_per_picture),
+    ]
+
+
+def _shown(value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+    cells = [
+        cell.ljust(width) if column == 0 else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+@click.command()
+@click.option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
+@click.option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
+@click.option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
+@click.option("--name", required=True, help="Name of the cascade.")
+@click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format on disk; default: as trained.")
+@click.option("--max-text-length", type=click.IntRange(min=1), default=64, show_default=True, help="In tokens.")
+def assemble(
+    text_encoder: str,
+    stages: tuple[str, ...],
+    out: str,
+    name: str,
+    license: str,
+    dtype: str | None,
+    max_text_length: int,
+) -> int:
+    """Put trained stages behind a text encoder, as one model folder.
+
+    \b
+    cascade assemble --text-encoder bundled --stage runs/base --stage runs/sr256 \\
+        --out my-cascade --name my-cascade --license CC0-1.0
+    """
+    import torch
+
+    from cascade.load import assemble as assemble_pipeline
+
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    pipeline = assemble_pipeline(text_encoder, stages, name=name, license=license, max_length=max_text_length)
+    pipeline.save_pretrained(out, formats[dtype] if dtype else None)
+    click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
+    return 0

@@ -1,0 +1,92 @@
+"""`cascade train` and `cascade encode`: one stage's training run, and the text embeddings that it reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from cascade.errors import CascadeError
+
+PRESET = "preset:"
+_PACKAGE = Path(__file__).parents[1]
+PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "configs")
+"""Where presets are: in an installed package, or in a checkout of the sources."""
+
+
+@click.command()
+@click.argument("config")
+@click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint.")
+def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
+    """Train one stage.
+
+    CONFIG is a YAML file, or a preset such as preset:tiny/base; KEY=VALUE changes a setting of it.
+
+    \b
+    cascade train preset:tiny/base training.steps=200 output=runs/mine
+    accelerate launch -m cascade train configs/small/base.yaml --resume
+    """
+    from cascade.config import load_train_config
+    from cascade.load import load_trainer
+    from cascade.training.state import checkpoints
+
+    settings = load_train_config(find_config(config), assignments)
+    trainer = load_trainer(settings)
+    finished = trainer.run(resume)
+    if trainer.accelerator.is_main_process:
+        if finished:
+            click.echo(f"stage {settings.stage.name} is trained: {trainer.output / 'stage'}")
+        else:
+            step = int(checkpoints(trainer.output)[-1].name.removeprefix("step-"))
+            click.echo(f"cascade: stopped after step {step}; continue with --resume", err=True)
+    return 0 if finished else 1
+
+
+@click.command()
+@click.argument("config")
+@click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Captions at a time.")
+@click.option("--device", help="cpu, cuda, ...; default: the GPU if there is one.")
+def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: str | None) -> int:
+    """Fill the cache of text embeddings of a training run.
+
+    Encodes every caption of its finite sources; those of drawn scenes and of streams are encoded when met.
+    """
+    from cascade.config import load_train_config
+    from cascade.data.loader import unique_captions
+    from cascade.load import choose_device, load_plain_text_encoder, open_cache
+    from cascade.text.cache import fill
+
+    path = find_config(config)
+    settings = load_train_config(path, assignments)
+    if settings.text.cache is None:
+        raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
+    encoder = load_plain_text_encoder(settings.text).to(choose_device(device))
+    cache = open_cache(settings.text.cache, encoder)
+    added = fill(cache, encoder, unique_captions(settings.data), batch_size, progress=sys.stderr.isatty())
+    click.echo(
+        f"{added} captions encoded, {len(cache)} in {settings.text.cache}, {cache.bytes_per_caption:.0f} bytes each"
+    )
+    return 0
+
+
+def find_config(name: str) -> Path:
+    """The YAML file of a training run: a path, or a preset. Raises CascadeError with the known presets."""
+    if not name.startswith(PRESET):
+        return Path(name)
+    wanted = name.removeprefix(PRESET)
+    presets = known_presets()
+    if wanted not in presets:
+        raise CascadeError(f"{name}: no such preset; there are {', '.join(sorted(presets))}")
+    return presets[wanted]
+
+
+def known_presets() -> dict[str, Path]:
+    """The presets by name, `folder/stage`, from the first folder that has any."""
+    for folder in PRESET_FOLDERS:
+        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.glob("*/*.yaml")}
+        if files:
+            return files
+    return {}

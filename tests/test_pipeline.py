@@ -1,0 +1,256 @@
+"""Prompts through all stages: what a picture depends on, and what it does not."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, tiny_stage
+from torch import Tensor
+
+from cascade import CascadeError, CascadePipeline, Stage
+from cascade.load import assemble
+from cascade.pipeline import StageSlot
+
+LONG = "a blue star and two green circles of the fox style"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: Path) -> CascadePipeline:
+    return CascadePipeline.from_pretrained(model, device="cpu")
+
+
+def pixels(pipeline: CascadePipeline, *arguments: Any, **options: Any) -> dict[int, list[bytes]]:
+    """The bytes of every picture, by resolution."""
+    result = pipeline(*arguments, **{"seed": 1, **options})
+    return {resolution: [image.tobytes() for image in images] for resolution, images in result.stages.items()}
+
+
+def estimates(pipeline: CascadePipeline, prompts: str | Sequence[str], **options: Any) -> list[Tensor]:
+    """Every x_hat on the way: float32, so that a difference in the last bit shows."""
+    seen: list[Tensor] = []
+    pipeline(prompts, seed=1, callback=lambda _stage, _step, _steps, x_hat: seen.append(x_hat.clone()), **options)
+    return seen
+
+
+# --- sameness ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(pipeline: CascadePipeline) -> None:
+    first, second, other = (pixels(pipeline, "a red apple", seed=seed) for seed in (1, 1, 2))
+    assert first == second
+    assert all(first[resolution] != other[resolution] for resolution in RESOLUTIONS)
+
+
+def test_the_prompt_matters_in_every_stage(pipeline: CascadePipeline) -> None:
+    apple, fox = (pixels(pipeline, prompt) for prompt in ("a red apple", "a fox"))
+    assert all(apple[resolution] != fox[resolution] for resolution in RESOLUTIONS)
+
+
+def test_other_prompts_in_the_call_change_no_bit_at_batch_size_1(pipeline: CascadePipeline) -> None:
+    alone = estimates(pipeline, "a red apple")
+    together = estimates(pipeline, ["a red apple", LONG])
+    steps = len(alone) // len(STAGES)
+    first = [together[2 * steps * stage + step] for stage in range(len(STAGES)) for step in range(steps)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, first, strict=True))
+
+
+def test_a_short_last_batch_is_padded_so_that_place_and_company_do_not_matter(pipeline: CascadePipeline) -> None:
+    three = pixels(pipeline, ["a fox", LONG, "a red apple"], batch_size=2)
+    one = pixels(pipeline, "a red apple", batch_size=2)
+    assert {resolution: images[2] for resolution, images in three.items()} == {
+        resolution: images[0] for resolution, images in one.items()
+    }
+
+
+def test_pictures_of_one_prompt_differ_and_do_not_depend_on_how_many_there_are(pipeline: CascadePipeline) -> None:
+    two, three = (pixels(pipeline, "a fox", num_images_per_prompt=count)[RESOLUTIONS[-1]] for count in (2, 3))
+    assert two == three[:2]
+    assert len(set(three)) == 3
+
+
+def test_embeddings_in_place_of_a_prompt_give_the_same_bytes(pipeline: CascadePipeline) -> None:
+    embeds = pipeline.text_encoder.encode(["a red apple"])
+    assert pixels(pipeline, prompt_embeds=embeds) == pixels(pipeline, "a red apple")
+
+
+def test_a_saved_and_loaded_cascade_gives_the_same_bytes(pipeline: CascadePipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "again")
+    again = CascadePipeline.from_pretrained(tmp_path / "again", device="cpu")
+    assert (again.name, again.license) == ("tiny", "CC0-1.0")
+    assert pixels(again, "a red apple") == pixels(pipeline, "a red apple")
+
+
+def test_seeds_are_one_for_each_prompt_or_drawn_and_reported(pipeline: CascadePipeline) -> None:
+    both = pixels(pipeline, ["a fox", "a fox"], seed=[1, 2], until=8)[8]
+    assert both == [pixels(pipeline, "a fox", seed=seed, until=8)[8][0] for seed in (1, 2)]
+    drawn = pipeline("a fox", until=8)
+    assert pixels(pipeline, "a fox", seed=drawn.seeds[0], until=8)[8] == [drawn.images[0].tobytes()]
+
+
+# --- low memory --------------------------------------------------------------------------------------------
+
+
+def test_low_memory_gives_the_same_bytes_again_and_again(pipeline: CascadePipeline, model: Path) -> None:
+    frugal = CascadePipeline.from_pretrained(model, device="cpu", low_memory=True)
+    for prompt in ("a red apple", "a fox"):
+        assert pixels(frugal, prompt) == pixels(pipeline, prompt)
+
+
+def test_with_low_memory_no_two_stages_are_there_at_once_and_the_text_encoder_is_not(model: Path) -> None:
+    frugal = CascadePipeline.from_pretrained(model, device="cpu", low_memory=True)
+    alive: list[weakref.ref[Stage]] = []
+    released = []
+
+    def watched(slot: StageSlot) -> StageSlot:
+        def load() -> Stage:
+            assert not [reference for reference in alive if reference() is not None]
+            released.append(frugal.text_encoder._model is None)
+            stage = slot.load()
+            alive.append(weakref.ref(stage))
+            return stage
+
+        return StageSlot(slot.config, load)
+
+    frugal.slots = [watched(slot) for slot in frugal.slots]
+    frugal("a fox", seed=1)
+    assert len(alive) == len(STAGES)
+    assert all(released)
+
+
+# --- arguments ---------------------------------------------------------------------------------------------
+
+
+def test_until_stops_after_the_stage_of_that_size(pipeline: CascadePipeline) -> None:
+    result = pipeline("a fox", seed=1, until=16)
+    assert list(result.stages) == [8, 16]
+    assert result.images[0].size == (16, 16)
+    assert result.images[0].tobytes() == pixels(pipeline, "a fox")[16][0]
+
+
+def test_per_stage_settings_reach_the_stage_that_they_name(pipeline: CascadePipeline) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def note(stage: str, step: int, steps: int, _x_hat: Tensor) -> None:
+        seen.append((stage, step, steps))
+
+    pipeline("a fox", seed=1, steps={"base": 3, "sr32": 1}, callback=note)
+    assert seen == [*(("base", step, 3) for step in range(3)), ("sr16", 0, 2), ("sr16", 1, 2), ("sr32", 0, 1)]
+    seen.clear()
+    pipeline("a fox", seed=1, preset="fast", steps={"base": 2}, callback=note)
+    assert [(stage, steps) for stage, _, steps in seen] == [("base", 2), ("base", 2), ("sr16", 1), ("sr32", 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "first_changed"),
+    [
+        ({"guidance": {"sr16": 3.0}}, 16),
+        ({"sampler": {"base": "ddpm"}}, 8),
+        ({"aug_level": {"sr32": 0.5}}, 32),
+        ({"aug_level": 0.5}, 16),
+        ({"threshold": {"base": "none"}}, 8),
+        ({"negative_prompt": "a blue square"}, 8),
+    ],
+)
+def test_a_setting_changes_its_own_stage_and_what_follows(
+    pipeline: CascadePipeline, changes: dict[str, Any], first_changed: int
+) -> None:
+    plain, changed = pixels(pipeline, "a fox"), pixels(pipeline, "a fox", **changes)
+    assert [size for size in RESOLUTIONS if plain[size] != changed[size]] == [
+        size for size in RESOLUTIONS if size >= first_changed
+    ]
+
+
+def test_a_negative_prompt_for_each_prompt_is_its_own(pipeline: CascadePipeline) -> None:
+    both = pixels(pipeline, ["a fox", "a fox"], negative_prompt=["", "a star"], until=8)[8]
+    assert both == [pixels(pipeline, "a fox", negative_prompt=text, until=8)[8][0] for text in (None, "a star")]
+
+
+def test_height_and_width_are_those_of_the_last_stage(pipeline: CascadePipeline) -> None:
+    result = pipeline("a fox", seed=1, height=40, width=24)
+    assert {resolution: images[0].size for resolution, images in result.stages.items()} == {
+        8: (6, 10),
+        16: (12, 20),
+        32: (24, 40),
+    }
+
+
+def test_output_types_hold_the_same_numbers(pipeline: CascadePipeline) -> None:
+    pil, array, tensor = (pipeline("a fox", seed=1, output_type=kind).images for kind in ("pil", "np", "pt"))
+    assert array.shape == (1, 32, 32, 3)
+    assert pil[0].tobytes() == array[0].tobytes()
+    assert torch.equal(tensor, torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "list is empty"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt": "a", "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompt": "a", "until": 12}, "no stage draws 12 px; choose one of 8, 16, 32"),
+        ({"prompt": "a", "height": 30}, "height: 30 is not possible; expected a multiple of 8"),
+        ({"prompt": "a", "height": 0}, "height: 0 is not possible"),
+        ({"prompt": "a", "batch_size": 0}, "batch_size: 0; expected at least 1"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt: 0"),
+        ({"prompt": "a", "negative_prompt": ["a", "b"]}, "2 for 1 prompts"),
+        ({"prompt": "a", "steps": {"bse": 3}}, "no stage is called 'bse'.*did you mean base"),
+        ({"prompt": "a", "preset": "slow"}, "expected one of fast, default, best"),
+        ({"prompt": "a", "output_type": "tf"}, "expected \"pil\", \"np\" or \"pt\""),
+    ],
+)  # fmt: skip
+def test_an_argument_that_does_not_fit_is_named(
+    pipeline: CascadePipeline, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CascadeError, match=message):
+        pipeline(**arguments)
+
+
+# --- saving and assembling ---------------------------------------------------------------------------------
+
+
+def test_saving_replaces_a_cascade_but_nothing_else(pipeline: CascadePipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "cascade")
+    pipeline.save_pretrained(tmp_path / "cascade")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("the only copy")
+    with pytest.raises(CascadeError, match="holds other files"):
+        pipeline.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "the only copy"
+
+
+def test_super_resolution_stages_can_be_exchanged(pipeline: CascadePipeline, model: Path) -> None:
+    mixed = CascadePipeline.from_pretrained(model, device="cpu", super_resolution=[f"{model}/sr16"])
+    assert mixed.stage_names == ["base", "sr16"]
+    assert pixels(mixed, "a fox")[16] == pixels(pipeline, "a fox")[16]
+
+
+def test_assembled_stages_are_the_cascade_that_they_came_from(pipeline: CascadePipeline, model: Path) -> None:
+    again = assemble(
+        model / "text_encoder", [model / name for name in STAGES], name="again", license="CC0-1.0", max_length=48
+    )
+    assert pixels(again, "a fox") == pixels(pipeline, "a fox")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ((0, 2), "sr32 starts from 16 px, but stage base before it draws 8 px"),
+        ((1, 2), "the first stage must be a base stage"),
+        ((0, 1, 1), "every stage needs a name of its own"),
+        ((), "at least one stage"),
+    ],
+)
+def test_stages_that_do_not_chain_are_refused(pipeline: CascadePipeline, order: Sequence[int], message: str) -> None:
+    configs = tiny_configs()
+    with pytest.raises(CascadeError, match=message):
+        CascadePipeline(pipeline.text_encoder, [tiny_stage(configs[index]) for index in order])
