@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -116,6 +117,8 @@ class UNetConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.channels:
+            raise ValueError("channels is empty; give at least one level")
         for name in ("blocks", "strides", "attention"):
             if len(getattr(self, name)) != len(self.channels):
                 raise ValueError(
@@ -207,6 +210,8 @@ class StageConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.low_resolution is not None and self.low_resolution >= self.resolution:
+            raise ValueError(f"low_resolution {self.low_resolution} must be smaller than resolution {self.resolution}")
         if self.low_resolution is not None and self.resolution % self.low_resolution:
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
@@ -473,7 +478,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = max(scale, self.stage.model.downsampling)
+            step = math.lcm(scale, self.stage.model.downsampling)
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

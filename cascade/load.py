@@ -31,7 +31,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md"]
 def load_pipeline(
     model: str | Path | None = None,
     *,
-    super_resolution: Sequence[str | Path] | None = None,
+    super_resolution: str | Path | Sequence[str | Path] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     low_memory: bool = False,
@@ -40,7 +40,8 @@ def load_pipeline(
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
-        stage_folders = stage_folders[:1] + [find_stage(source) for source in super_resolution]
+        sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
+        stage_folders = stage_folders[:1] + [find_stage(source) for source in sources]
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     load_text = partial(
@@ -168,24 +169,23 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=target).item()  # `meta` has no values
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise CascadeError(f"device: {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return target
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """The number format asked for, or float32 on a CPU and bfloat16 on a GPU."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise CascadeError(f"dtype: {dtype!r}; expected one of {', '.join(known)}")
-    if dtype == "float16" and device.type == "cpu":
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise CascadeError(f"dtype: {name!r}; expected one of {', '.join(known)}")
+    if name == "float16" and device.type == "cpu":
         raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
-    return known[dtype]
+    return known[name]
 
 
 def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool) -> StageSlot:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,7 +24,7 @@ from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.errors import CascadeError
 from cascade.images import to_float, to_uint8
 from cascade.sampling import resolve_sampling
-from cascade.seeds import fresh_seed, generator
+from cascade.seeds import MAX_SEED, fresh_seed, generator
 from cascade.stage import Stage
 from cascade.text.t5 import TextEmbeddings, TextEncoder
 
@@ -40,11 +42,19 @@ class StageSlot:
 
     config: StageConfig
     load: Callable[[], Stage]
+    held: bool = False
 
     @classmethod
     def holding(cls, stage: Stage) -> StageSlot:
         """A slot whose stage stays in memory."""
-        return cls(stage.config, lambda: stage)
+        return cls(stage.config, lambda: stage, held=True)
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> StageSlot:
+        """The same slot, its stage on a device and in a number format: at once, or whenever it is loaded."""
+        if self.held:
+            self.load().to(device, dtype)
+            return self
+        return replace(self, load=lambda: self.load().to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class CascadePipeline:
         cls,
         model: str | Path | None = None,
         *,
-        super_resolution: Sequence[str | Path] | None = None,
+        super_resolution: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         low_memory: bool = False,
@@ -153,10 +163,12 @@ class CascadePipeline:
         """Draw pictures for prompts (or for embeddings in their place).
 
         seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
-        to run. height, width: of that stage, in pixels. preset: "fast", "default" or "best". batch_size: pictures
-        per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded. output_type: PIL, NumPy
-        (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
+        to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
+        the stage). preset: "fast", "default" or "best". batch_size: pictures per network call, default 1 on a CPU and
+        8 on a GPU; a short last batch is padded. output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W)
+        float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
         """
+        _check_output_type(output_type)
         prompts = _prompts(prompt, prompt_embeds)
         seeds = _seeds(seed, len(prompts))
         slots = self._slots_until(until)
@@ -238,8 +250,7 @@ class CascadePipeline:
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self._loaded_text_encoder().to(device=self.device)
-        for slot in self.slots:
-            slot.load().to(self.device, self.dtype)
+        self.slots = [slot.moved(self.device, self.dtype) for slot in self.slots]
         return self
 
     def _draw(
@@ -281,8 +292,7 @@ class CascadePipeline:
         negative_prompt: str | Sequence[str] | None,
     ) -> tuple[TextEmbeddings, TextEmbeddings]:
         """Embeddings of the prompts, and of what takes the null text's place for each."""
-        shared = negative_prompt is None or isinstance(negative_prompt, str)
-        negative = [str(negative_prompt or "")] if shared else list(negative_prompt or [])
+        negative = _texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negative) not in (1, len(prompts)):
             raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one or each its own")
         encoder = self._loaded_text_encoder()
@@ -394,26 +404,49 @@ def _prompts(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) 
     if (prompt is None) == (embeds is None):
         raise CascadeError("give either prompt or prompt_embeds")
     if embeds is not None:
-        return [""] * len(embeds.mask)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not isinstance(embeds, TextEmbeddings) or not len(embeds):
+            raise CascadeError("prompt_embeds: expected TextEmbeddings(tokens, mask) of at least one prompt")
+        return [""] * len(embeds)
+    prompts = _texts_of("prompt", prompt)
     if not prompts:
         raise CascadeError("prompt: the list is empty; give at least one prompt")
     return prompts
 
 
+def _texts_of(name: str, value: Any) -> list[str]:
+    texts: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
+    return texts
+
+
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [fresh_seed() for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise CascadeError(f"seed: {len(seeds)} seeds for {count} prompts; give one, or one for each prompt")
+    given: list[Any] = list(seed) if isinstance(seed, (Sequence, np.ndarray)) else [seed] * count
+    if len(given) != count:
+        raise CascadeError(f"seed: {len(given)} seeds for {count} prompts; give one, or one for each prompt")
+    # Plain numbers, because noise follows from how a seed is written: NumPy's 1 and ours must be the same.
+    seeds = [_whole_number("seed", value) for value in given]
+    for value in seeds:
+        if not 0 <= value <= MAX_SEED:
+            raise CascadeError(f"seed: {value}; expected a whole number in 0..{MAX_SEED}")
     return seeds
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CascadeError(f"{name}: {value!r}; expected a whole number") from None
+
+
+def _positive(name: str, value: Any) -> int:
+    number = _whole_number(name, value)
+    if number < 1:
         raise CascadeError(f"{name}: {value}; expected at least 1")
-    return value
+    return number
 
 
 def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
@@ -423,7 +456,7 @@ def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None)
     for stage in stages:
         pair = []
         for name, wanted in (("height", height), ("width", width)):
-            pixels, rest = divmod((last if wanted is None else wanted) * stage.resolution, last)
+            pixels, rest = divmod((last if wanted is None else _whole_number(name, wanted)) * stage.resolution, last)
             if rest or pixels % stage.model.downsampling or pixels < 1:
                 step = _common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
@@ -467,6 +500,10 @@ def _as_type(pixels: Tensor, output_type: str) -> Any:
             return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
         case "np":
             return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-        case "pt":
+        case _:
             return to_float(pixels)
-    raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in ("pil", "np", "pt"):
+        raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')

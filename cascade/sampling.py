@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+from torch import Tensor
+
 from cascade.config import SamplingConfig, StageConfig
 from cascade.errors import CascadeError
 from cascade.settings import parse
@@ -38,14 +41,16 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         values |= stage.presets[preset].model_dump(mode="json", exclude_none=True)
     for setting, value in overrides.items():
         own = value.get(stage.name) if isinstance(value, Mapping) else value
+        if isinstance(own, (np.generic, Tensor)):
+            own = own.item()
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             values[setting] = None if own == "none" else own
     return parse(SamplingConfig, values, f"stage {stage.name}")
 
 
-def _check_name(setting: str, name: str, names: Sequence[str]) -> None:
+def _check_name(setting: str, name: object, names: Sequence[str]) -> None:
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
+        close = difflib.get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise CascadeError(f"{setting}: no stage is called {name!r}; this cascade has {', '.join(names)}{hint}")
 

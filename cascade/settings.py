@@ -74,7 +74,7 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
     for depth, key in enumerate(keys):
         position: Any = key
         if isinstance(data, list):
-            if not key.isdigit() or int(key) >= len(data):
+            if not key.isdecimal() or int(key) >= len(data):
                 raise CascadeError(
                     f"{assignment!r}: {'.'.join(keys[:depth])} is a list of {len(data)}; {key!r} is no place in it"
                 )
@@ -99,7 +99,7 @@ def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
                 mistakes.setdefault(".".join(_walk(kind, mistake["loc"])[1]), []).append(mistake)
         lines = [f"{origin}: {_explain(kind, same_setting)}" for same_setting in mistakes.values()]
         raise CascadeError("\n".join(lines)) from None
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # a set, bytes, an alias of itself: YAML, but no settings
         raise CascadeError(f"{origin}: {error}") from None
 
 

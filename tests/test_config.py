@@ -67,6 +67,8 @@ MISTAKES = [
     ),
     ("stage.model.embedding_dim=33", "stage.model: embedding_dim 33 must be even: half sines, half cosines"),
     ("stage.low_resolution=48", "stage: resolution 64 is not a multiple of low_resolution 48"),
+    ("stage.low_resolution=64", "stage: low_resolution 64 must be smaller than resolution 64"),
+    ("stage.model.channels=[]", "stage.model: channels is empty; give at least one level"),
     ("stage.path=residual", "stage: path: residual needs low_resolution, the smaller picture it differs from"),
     ("stage.resolution=66", "stage: resolution 66 is not a multiple of 4, by which the model divides it"),
     ("data.crop=32", "data.crop is for super-resolution stages; this stage has no low_resolution"),
@@ -165,6 +167,7 @@ def test_assignments_change_a_copy_in_place_of_the_file(tmp_path: Path) -> None:
         ("=3", "'=3': expected key=value, such as training.steps=100"),
         ("training.steps=[", "'training.steps=[': '[' is not a YAML value"),
         ("data.sources.1.weight=2", "'data.sources.1.weight=2': data.sources is a list of 1; '1' is no place in it"),
+        ("data.sources.²=2", "'data.sources.²=2': data.sources is a list of 1; '²' is no place in it"),
         ("data.sources.x=2", "'data.sources.x=2': data.sources is a list of 1; 'x' is no place in it"),
         ("output.x=2", "'output.x=2': output is a value, not a section"),
     ],
@@ -185,3 +188,17 @@ def test_downsampling_counts_the_stem_and_all_strides() -> None:
         {"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}}
     ).model
     assert model.downsampling == 8
+
+
+def test_a_crop_must_suit_both_the_scale_and_the_depth() -> None:
+    """Scale 3 and depth 4: 16 is a multiple of the larger of the two and of no use."""
+    changes = ["stage.resolution=48", "stage.low_resolution=16", "data.crop=16"]
+    with pytest.raises(CascadeError, match=r"data\.crop 16 must be a multiple of 12"):
+        parse(TrainConfig, override(SMALLEST, changes), "test.yaml")
+
+
+def test_a_section_that_contains_itself_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "test.yaml"
+    path.write_text("output: &a [*a]\n")
+    with pytest.raises(CascadeError, match=r"test\.yaml: Circular reference"):
+        load_train_config(path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import csv
 import glob
+import io
 import itertools
 import json
 import random
@@ -254,9 +255,13 @@ def _metadata_rows(path: Path) -> Iterator[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise CascadeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     if path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(), restkey="")
+        try:
+            yield from csv.DictReader(io.StringIO(text, newline=""), restkey="")
+        except csv.Error as error:
+            raise CascadeError(f"{path}: not valid CSV: {error}") from None
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`, which also cuts at the rarer line ends that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

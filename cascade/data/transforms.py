@@ -54,9 +54,9 @@ def decode(record: Record) -> Tensor:
     """The stored picture -> uint8 (3, H, W), upright, over white. Raises BadRecordError."""
     if record.image is None:
         raise BadRecordError(record.origin, "no picture")
-    if isinstance(record.image, Image.Image):
-        return from_pil(record.image)
     try:
+        if isinstance(record.image, Image.Image):
+            return from_pil(record.image)
         with Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
             return from_pil(image)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more

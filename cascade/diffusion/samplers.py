@@ -141,7 +141,8 @@ def sample_dpmpp(
         x_hat = denoise(z, log_snr_t)
         h = log_snr_s - log_snr_t
         x = x_hat
-        if x_before is not None and step < len(log_snrs) - 2:
+        # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.
+        if x_before is not None and step < len(log_snrs) - 2 and bool((h_before > 0).all()):
             x = x_hat + h / (2 * h_before) * (x_hat - x_before)
         z = _move(x, z, log_snr_t, log_snr_s)
         x_before, h_before = x_hat, h

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ class Trainer:
             losses.append(loss.detach())
             levels.append(log_snr.detach().flatten())
         norm = self._clip()
+        self._check_gradient(norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
@@ -229,6 +231,14 @@ class Trainer:
             captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
             raise CascadeError(
                 f"the loss is not finite at step {step}, views {bad} ({captions[:3]}); the last checkpoint is intact."
+                " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+            )
+
+    def _check_gradient(self, norm: float, step: int) -> None:
+        """Before it reaches the weights, which would be saved. fp16's loss scaling skips such steps by itself."""
+        if not math.isfinite(norm) and self.config.training.precision != "fp16":
+            raise CascadeError(
+                f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
                 " Lower training.optimizer.learning_rate, or use training.precision=fp32"
             )
 

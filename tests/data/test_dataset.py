@@ -72,6 +72,7 @@ def test_metadata_names_captions_and_goes_before_sidecars(tmp_path: Path, name: 
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; there are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
+        ("metadata.csv", f"file_name,caption\na.png,{'x' * 200_000}\n", "metadata.csv: not valid CSV: field larger"),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: expected an object"),
     ],
 )
@@ -79,6 +80,18 @@ def test_wrong_metadata_is_named(tmp_path: Path, name: str, text: str, message: 
     (tmp_path / name).write_text(text)
     with pytest.raises(CascadeError, match=message):
         open_records(FolderSource(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "caption"),
+    [
+        ("metadata.csv", 'file_name,caption\r\na.png,"red\napple"\r\n', "red\napple"),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "red\u2028apple"}\r\n', "red\u2028apple"),
+    ],
+)
+def test_line_ends_inside_a_caption_are_part_of_it(tmp_path: Path, name: str, text: str, caption: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert listing(FolderSource(path=str(tmp_path))) == {str(tmp_path / "a.png"): (caption,)}
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:

@@ -212,3 +212,16 @@ def test_network_is_called_once_a_step_and_by_heun_twice_in_all_but_the_last(
 
     sampler(denoise, torch.ones(2, 1, 2, 2), torch.linspace(-3, 3, 6), generators(2))
     assert len(levels) == calls
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_no_length_at_the_ends_of_a_clipped_schedule_change_nothing(sampler: Callable[..., Tensor]) -> None:
+    log_snrs = log_snr_grid(CosineSchedule(clip=(-9.0, 12.0)), 1000)
+    assert int((log_snrs.diff() == 0).sum()) > 2
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
+    rest = torch.unique_consecutive(log_snrs)
+    found, expected = (sampler(best_denoiser, z, levels, generators(1)) for levels in (log_snrs, rest))
+    if sampler is sample_ddpm:  # its noise is drawn step by step, also for a step of no length
+        assert found.isfinite().all()
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # the one-step-later start of the second order

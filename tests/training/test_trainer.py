@@ -49,6 +49,18 @@ def test_only_the_views_whose_loss_is_not_finite_are_named(tmp_path: Path) -> No
         run._check_finite(loss, 1, batch)
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = micro_config(tmp_path / "run", "training.save_every=1")
+    run = trainer(config)
+    norms = iter([1.0, 1.0, float("inf")])
+    monkeypatch.setattr(run, "_clip", lambda: next(norms))
+    with pytest.raises(CascadeError, match="gradient is not finite at step 3"):
+        run.run()
+    assert load_newest(tmp_path / "run", config).step == 2
+
+
 # --- precision and memory ----------------------------------------------------------------------------------
 
 
