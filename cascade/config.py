@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 Kind = Literal["eps", "v", "x", "velocity"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
+LogSnr = Annotated[float, Field(ge=-20, le=20)]  # diffusion.noise.LOG_SNR_RANGE
 
 
 # --- the noise -------------------------------------------------------------------------------------------
@@ -60,9 +63,9 @@ class CosineSchedule(Settings):
     kind: Literal["cosine"] = "cosine"
     reference_resolution: PositiveInt | None = None
     """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
-    log_snr_min: float = -20.0
+    log_snr_min: LogSnr = -20.0
     """Log SNR at t = 1 is clipped to this."""
-    log_snr_max: float = 20.0
+    log_snr_max: LogSnr = 20.0
     """Log SNR at t = 0 is clipped to this."""
 
     @model_validator(mode="after")
@@ -153,7 +156,7 @@ class SamplingConfig(Settings):
 
     sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddim"
     """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
-    steps: PositiveInt = 50
+    steps: StepCount = 50
     """Number of sampling steps (Heun calls the network twice in each but the last)."""
     spacing: Literal["t", "log_snr"] = "t"
     """Steps are spread evenly in the schedule's time or in log SNR."""
@@ -170,13 +173,20 @@ class SamplingConfig(Settings):
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise ValueError(f"guidance_interval [{low:g}, {high:g}] is empty; give the smaller log SNR first")
+        return self
+
 
 class PresetConfig(Settings):
     """What a named preset changes in `sampling`."""
 
     sampler: Literal["ddpm", "ddim", "heun", "dpm++"] | None = None
     """See sampling.sampler."""
-    steps: PositiveInt | None = None
+    steps: StepCount | None = None
     """See sampling.steps."""
     guidance: Annotated[float, Field(ge=0)] | None = None
     """See sampling.guidance."""
@@ -188,7 +198,7 @@ class StageConfig(Settings):
     """One diffusion model of the cascade: network, noise, and what the network predicts. Saved as stage.json."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """Name by which per-stage options speak of it, such as `base`."""
+    """Name by which per-stage options speak of it, such as `base`; also of its folder in a cascade."""
     resolution: PositiveInt
     """Height and width of the pictures it draws by default, in pixels."""
     low_resolution: PositiveInt | None = None
@@ -210,6 +220,8 @@ class StageConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.name in ("text_encoder", "cascade"):
+            raise ValueError(f"name {self.name} is taken by another part of a cascade's folder; choose another")
         if self.low_resolution is not None and self.low_resolution >= self.resolution:
             raise ValueError(f"low_resolution {self.low_resolution} must be smaller than resolution {self.resolution}")
         if self.low_resolution is not None and self.resolution % self.low_resolution:
@@ -378,7 +390,7 @@ class OptimizerConfig(Settings):
     """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     """AdamW's averaging factors."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
@@ -412,7 +424,7 @@ class TrainingConfig(Settings):
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic inside the network; weights stay float32. fp16 needs a GPU."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: str | None = None
     """Stage folder whose weights the network starts from."""
