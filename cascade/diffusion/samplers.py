@@ -52,20 +52,20 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance: Literal["posterior", "beta"] = "posterior",
+    variance_of: Literal["posterior", "beta"] = "posterior",
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance: sigma_t^2 is that of the `posterior`, or `beta`. Source: Prince (2023) algorithm 18.2 with
+    variance_of: sigma_t^2 is that of the `posterior`, or `beta`. Source: Prince (2023) algorithm 18.2 with
     eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         x_hat = denoise(z, log_snr_t)
-        z, sigma_squared = posterior(x_hat, z, log_snr_t, log_snr_s)
-        if variance == "beta":
-            sigma_squared = step_beta(log_snr_t, log_snr_s)
+        z, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
+        if variance_of == "beta":
+            variance = step_beta(log_snr_t, log_snr_s)
         if step < len(log_snrs) - 2:
-            z = z + sigma_squared.sqrt() * noise_like(z, rng)
+            z = z + variance.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
@@ -86,13 +86,13 @@ def sample_ddim(
         x_hat = denoise(z, log_snr_t)
         eps_hat = predicted_eps(x_hat, z, log_snr_t)
         last = step == len(log_snrs) - 2
-        sigma_squared = torch.zeros_like(log_snr_t)
+        variance = torch.zeros_like(log_snr_t)
         if eta > 0 and not last:
-            sigma_squared = eta**2 * -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_s)
-        kept = (one_minus_alpha(log_snr_s) - sigma_squared).clamp(min=0).sqrt()
+            variance = eta**2 * -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_s)
+        kept = (one_minus_alpha(log_snr_s) - variance).clamp(min=0).sqrt()
         z = alpha(log_snr_s).sqrt() * x_hat + kept * eps_hat
         if eta > 0 and not last:
-            z = z + sigma_squared.sqrt() * noise_like(z, rng)
+            z = z + variance.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
