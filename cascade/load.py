@@ -94,11 +94,23 @@ def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: to
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
-    """The frozen encoder of a training run, behind its cache of embeddings if it has one."""
-    encoder = load_plain_text_encoder(config)
+    """The frozen encoder of a training run, behind its cache of embeddings if it has one.
+
+    A cache that the same settings made is trusted: T5 is loaded, and compared with it, only for a missing caption.
+    """
     if config.cache is None:
-        return encoder
+        return load_plain_text_encoder(config)
+    if (Path(config.cache) / "index.json").exists():
+        cache = EmbeddingCache.open(config.cache)
+        if cache.settings == encoder_settings(config):
+            return CachedTextEncoder(cache, lambda: load_plain_text_encoder(config))
+    encoder = load_plain_text_encoder(config)
     return CachedTextEncoder(open_cache(config.cache, encoder), lambda: encoder)
+
+
+def encoder_settings(config: TextConfig) -> dict[str, object]:
+    """The settings that decide what the encoder gives; `cascade encode` writes them into the cache."""
+    return config.model_dump(mode="json", exclude={"cache"})
 
 
 def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
@@ -137,7 +149,7 @@ def find_model(model: str | Path | None) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if _is_hub_id(model):
+    if _may_be_on_hub(model):
         return _download(str(model))
     raise CascadeError(f"{model}: no such model folder; give a folder with cascade.json, a hub id, or `bundled`")
 
@@ -149,9 +161,18 @@ def find_stage(source: str | Path) -> Path:
         if (candidate / "stage.json").is_file():
             return candidate
     parent, _, name = str(source).rpartition("/")
-    if parent and (find_model(parent) / name / "stage.json").is_file():
-        return find_model(parent) / name
-    raise CascadeError(f"{source}: no stage here; give a folder with stage.json, a training run, or model/stage")
+    reason = ""
+    if parent == "bundled" or Path(parent).is_dir() or _may_be_on_hub(parent):
+        try:
+            candidate = find_model(parent) / name
+        except CascadeError as error:
+            reason = f" ({error})"
+        else:
+            if (candidate / "stage.json").is_file():
+                return candidate
+    raise CascadeError(
+        f"{source}: no stage here; give a folder with stage.json, a training run, or model/stage{reason}"
+    )
 
 
 def assemble(
@@ -211,9 +232,11 @@ def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
     return values
 
 
-def _is_hub_id(model: str | Path) -> bool:
+def _may_be_on_hub(model: str | Path) -> bool:
+    """Whether `model` is written like a hub id, and no local folder is called like its first part."""
     text = str(model)
-    return isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+    looks_so = isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+    return looks_so and not Path(text.partition("/")[0]).exists()
 
 
 def _download(repo: str) -> Path:

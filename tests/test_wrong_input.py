@@ -20,6 +20,8 @@ from helpers_training import micro_settings
 
 from cascade.checkpoint import save_stage
 from cascade.cli import main
+from cascade.errors import CascadeError
+from cascade.load import find_stage
 from cascade.models.unet import UNet
 
 
@@ -268,3 +270,24 @@ def test_only_bad_lines_is_a_failure_that_leaves_nothing(
     assert stdout == f"0 pictures in {tmp_path / 'out'}, 2 failed\n"
     assert [line.split(": ")[0] for line in stderr.splitlines()] == [f"{tmp_path / 'p.jsonl'}:{n}" for n in (1, 2)]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["runs/mine/base", "runs/mine"])
+def test_what_looks_local_is_not_asked_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("cascade.load._download", None)
+    with pytest.raises(CascadeError, match=f"^{source}: no stage here; give a folder"):
+        find_stage(source)
+
+
+def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(repo: str) -> Path:
+        raise CascadeError(f"{repo}: neither a folder nor a model that the hub gives: offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cascade.load._download", offline)
+    with pytest.raises(CascadeError, match=r"^runs/nope/base: no stage here; .* \(runs/nope: neither .*offline\)$"):
+        find_stage("runs/nope/base")

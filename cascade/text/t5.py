@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.conditioning import pad_text
+from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
 
-NULL_TEXT = ""  # what the encoder gives for the empty prompt is the null text of every network
 DTYPES = (torch.float32, torch.bfloat16)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -67,13 +66,6 @@ class TextEmbeddings:
         return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
 
 
-def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """One batch of several; the shorter ones are padded with masked zeros."""
-    longest = max(part.tokens.shape[1] for part in parts)
-    padded = [part.padded(longest) for part in parts]
-    return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
-
-
 class TextEncoderProtocol(Protocol):
     """Whatever turns prompts into embeddings: a `TextEncoder`, or one with a cache before it."""
 
@@ -87,6 +79,9 @@ class TextEncoderProtocol(Protocol):
 
     def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, in their order."""
+
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move to `device`, where the prompts are read from then on, and return this encoder."""
 
     def release(self) -> None:
         """Free the memory of the weights."""

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
-from cascade.checkpoint import load_weights, save_stage, write_text
+from cascade.checkpoint import atomic_file, load_weights, save_stage, write_text
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
@@ -56,6 +56,7 @@ class Trainer:
         self.output = Path(config.output)
         settings = config.training
         self.accelerator = _accelerator(config)
+        text.to(self.accelerator.device)
         self._check_batch()
         stage.network.activation_checkpointing = settings.activation_checkpointing
         network = torch.compile(stage.network) if settings.compile else stage.network
@@ -74,6 +75,7 @@ class Trainer:
         first = self._restore() if resume else self._start()
         log = RunLog(self.output / "log.jsonl", first) if self.accelerator.is_main_process else None
         meter = Meter()
+        stop = False
         with _stop_signals() as stopped, self._progress(first) as progress:
             data = self._batches(first)
             for step in range(first + 1, self.config.training.steps + 1):
@@ -82,12 +84,13 @@ class Trainer:
                 progress.update()
                 if step % self.config.training.log_every == 0 or step == self.config.training.steps:
                     meter = self._log(step, meter, log, progress)
-                stop = self._any_process(stopped())
+                # Whoever asks to stop in the last step gets what the run was for: it is finished.
+                stop = self._any_process(stopped()) and step < self.config.training.steps
                 self._every_so_often(step, stop)
                 if stop:
                     break
         self.accelerator.end_training()
-        return not stop if first < self.config.training.steps else True
+        return not stop
 
     def _step(self, step: int, data: Iterator[Batch]) -> tuple[list[float], list[float], float]:
         """One optimizer step over all accumulated batches and processes."""
@@ -170,8 +173,8 @@ class Trainer:
         with self.ema.in_place_of(self.stage.network):
             sheet = sample_grid(self.config, self.stage, self.text)
         path = self.output / "samples" / f"step-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        with atomic_file(path) as temporary:
+            sheet.save(temporary, format="PNG")
 
     def _log(self, step: int, meter: Meter, log: RunLog | None, progress: tqdm[Any]) -> Meter:
         settings = self.config.training

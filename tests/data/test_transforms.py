@@ -147,3 +147,11 @@ def test_every_variant_is_drawn_and_captions_drop_as_often_as_set() -> None:
 def test_a_record_without_captions_is_bad_even_when_captions_drop() -> None:
     with pytest.raises(BadRecordError, match="no caption"):
         choose_caption(Record(None, (), "test"), 1.0, random.Random(0))
+
+
+def test_a_strip_is_a_bad_record_where_it_would_be_padded(stage: StageConfig) -> None:
+    strip = as_record(random_picture(2, 42))
+    with pytest.raises(BadRecordError, match="a strip of 42x2, beyond 20:1"):
+        training_picture(strip, data(aspect="pad"), stage, random.Random(0))
+    assert training_picture(strip, data(aspect="crop"), stage, random.Random(0)).shape[-2:] == (8, 8)
+    assert training_picture(as_record(random_picture(2, 40)), data(), stage, random.Random(0)).shape[-2:] == (8, 8)
