@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
 
 Kind = Literal["eps", "v", "x", "velocity"]
+"""What a network may predict; see `diffusion.parameterization`."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -138,6 +139,18 @@ class UNetConfig(Settings):
                     f"groups {self.groups} does not divide {width} channels; use norm: pixel or fewer groups"
                 )
         return self
+
+    @property
+    def least_activations(self) -> float:
+        """Numbers for each pixel of a picture that exist at once in a network call, or more: the skips and the input.
+
+        A lower bound, by which drawing refuses at once what cannot fit into memory.
+        """
+        total, scale = 3.0, self.patch
+        for width, blocks, stride in zip(self.channels, self.blocks, self.strides, strict=True):
+            scale *= stride
+            total += width * blocks / scale**2
+        return total
 
     @property
     def downsampling(self) -> int:

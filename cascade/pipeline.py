@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
+import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import FORMAT_VERSION, SamplingConfig, StageConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.errors import CascadeError
-from cascade.images import to_float, to_uint8
+from cascade.images import to_float, to_pil, to_uint8
 from cascade.sampling import resolve_sampling
 from cascade.seeds import MAX_SEED, fresh_seed, generator
 from cascade.stage import Stage
@@ -101,8 +101,12 @@ class CascadePipeline:
         self._text_encoder_released = False
         self.slots = [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]
         self.name, self.license = name, license
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        for slot in self.slots:
+            if slot.held:
+                weight = next(slot.load().network.parameters())
+                self.device, self.dtype = weight.device, weight.dtype
+                break
         _check_chain([slot.config for slot in self.slots], text_encoder.dim)
 
     @classmethod
@@ -188,6 +192,7 @@ class CascadePipeline:
         drawn: dict[int, Tensor] = {}
         previous: Tensor | None = None
         for slot, size in zip(slots, sizes, strict=True):
+            self._check_memory(slot.config, size, batch_size)
             with self._running(slot) as stage:
                 watch = _watcher(stage.name, settings[stage.name].steps, len(pictures), batch_size, progress, callback)
                 parts = []
@@ -324,6 +329,13 @@ class CascadePipeline:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
 
+    def _check_memory(self, stage: StageConfig, size: tuple[int, int], batch_size: int) -> None:
+        """Raises CascadeError for pictures that certainly do not fit, before any noise for them is drawn."""
+        needed = batch_size * math.prod(size) * stage.model.least_activations * self.dtype.itemsize
+        free = _free_bytes(self.device)
+        if needed > free:
+            raise _out_of_memory(stage.name, f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+
     @contextmanager
     def _running(self, slot: StageSlot) -> Iterator[Stage]:
         """The slot's stage; running out of memory inside is told with the stage's name."""
@@ -337,9 +349,17 @@ class CascadePipeline:
             raise
 
 
-def _out_of_memory(stage: str) -> CascadeError:
+def _free_bytes(device: torch.device) -> int:
+    """Memory for tensors on a device: of a GPU also what torch has reserved there and does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
     return CascadeError(
-        f"out of memory in stage {stage}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
+        f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
         " a smaller height and width, or stop earlier with until"
     )
 
@@ -497,7 +517,7 @@ def _as_type(pixels: Tensor, output_type: str) -> Any:
     """uint8 (B, 3, H, W) as PIL pictures, NumPy (B, H, W, 3) uint8, or torch float32 in [-1, 1]."""
     match output_type:
         case "pil":
-            return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
+            return to_pil(pixels)
         case "np":
             return pixels.permute(0, 2, 3, 1).contiguous().numpy()
         case _:

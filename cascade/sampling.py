@@ -27,6 +27,8 @@ def resolve_sampling(
     """
     if preset is not None and preset not in PRESETS:
         raise CascadeError(f"preset: {preset!r}; expected one of {', '.join(PRESETS)}")
+    if preset not in (None, "default") and not any(preset in stage.presets for stage in stages):
+        raise CascadeError(f"preset: no stage of this cascade defines {preset!r}; leave it out, or give steps instead")
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
         if isinstance(value, Mapping):

@@ -322,3 +322,24 @@ def test_one_super_resolution_stage_needs_no_list(model: Path) -> None:
 def test_formats_and_devices_that_cannot_draw_are_refused(model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CascadeError, match=message):
         CascadePipeline.from_pretrained(model, **({"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize("options", [{"height": 8 * 10**8}, {"batch_size": 10**8}], ids=str)
+def test_what_cannot_fit_into_memory_is_refused_before_noise_is_drawn(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    monkeypatch.setattr(CascadePipeline, "_draw", None)
+    with pytest.raises(CascadeError, match=r"^out of memory in stage base: needs more than .* GB, .* GB are free; use"):
+        pipeline("a fox", **options)
+
+
+def test_a_cascade_made_by_hand_has_the_device_and_format_of_its_stages(pipeline: CascadePipeline) -> None:
+    stages = [tiny_stage(config).to(dtype=torch.bfloat16) for config in tiny_configs()]
+    by_hand = CascadePipeline(pipeline.text_encoder, stages)
+    assert (by_hand.device, by_hand.dtype) == (torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_preset_that_no_stage_defines_is_refused_and_default_is_not(pipeline: CascadePipeline) -> None:
+    with pytest.raises(CascadeError, match="no stage of this cascade defines 'best'"):
+        pipeline("a fox", preset="best")
+    assert pixels(pipeline, "a fox", preset="default", until=8) == pixels(pipeline, "a fox", until=8)
