@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,8 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """The whole group at once: of a launch, launcher and processes."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it was done already
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -304,12 +306,13 @@ def test_two_processes_and_three_kills_change_nothing(
     log.mkdir()
     script = tmp_path / "run.py"
     script.write_text(
-        "import os, pathlib, sys\n"
+        "import pathlib, sys, time\n"
         "from cascade.batch.output import Output\n"
         "from cascade.cli import main\n"
         "write = Output.write\n"
         "def written(self, *arguments):\n"
         f"    pathlib.Path({str(log)!r}, f'{{self.rank}}-of-{{self.process_count}}').touch()\n"
+        "    time.sleep(0.1)\n"  # so that a kill finds it at work
         "    return write(self, *arguments)\n"
         "Output.write = written\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cascade._version import __version__
+from cascade.errors import CascadeError
 from cascade.load import ModelIndex
 
 _LOOKED_AT = 1 << 16
@@ -20,11 +21,18 @@ def model_identity(index: ModelIndex) -> str:
     for folder in (index.text_encoder, *index.stages):
         for path in _files(folder):
             digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_LOOKED_AT))
-                file.seek(max(0, path.stat().st_size - _LOOKED_AT))
-                digest.update(file.read(_LOOKED_AT))
+            digest.update(_looked_at(path))
     return f"{index.name} {digest.hexdigest()[:12]}"
+
+
+def _looked_at(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_LOOKED_AT)
+            file.seek(max(0, path.stat().st_size - _LOOKED_AT))
+            return beginning + file.read(_LOOKED_AT)
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def versions() -> str:

@@ -68,12 +68,22 @@ class Manifest:
             with self._mutex, held(self._handle):
                 self._refresh()  # also cuts off what a killed process left behind
                 os.ftruncate(self._handle, self._read)
-                written = os.write(self._handle, line)
-                if written < len(line):
-                    os.ftruncate(self._handle, self._read)
-                    raise OSError(28, "No space left on device")
+                self._write_whole(line)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _write_whole(self, line: bytes) -> None:
+        """On a full disk the system writes what fits, and tells only when asked for the rest."""
+        try:
+            while line:
+                line = line[os.write(self._handle, line) :]
+        except OSError:
+            os.ftruncate(self._handle, self._read)
+            raise
+
+    def is_empty(self) -> bool:
+        """Whether no process ever wrote a line."""
+        return os.fstat(self._handle).st_size == 0
 
     def tidy(self, temporary: Path) -> None:
         """Sort by index, and leave out lines that newer ones replaced. Only when nobody else writes.

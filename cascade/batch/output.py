@@ -177,7 +177,7 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let go of everything; a folder that was made for nothing goes again."""
-        nothing = self._manifest is None or self._manifest.count() == 0
+        nothing = self._manifest is None or self._manifest.is_empty()
         for part in (self._manifest, self._claims, self._drawing):
             if part is not None:
                 part.close()
