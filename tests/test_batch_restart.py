@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from helpers_model import make_tiny_cascade
 
+import cascade
 from cascade.cli import main
 
 PROMPTS = 24
@@ -242,7 +243,8 @@ def test_a_picture_is_drawn_again_to_the_same_bytes(
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    here = str(Path(cascade.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
