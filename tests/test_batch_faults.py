@@ -386,6 +386,7 @@ def test_the_page_has_every_picture_and_needs_nothing_else(
 ) -> None:
     assert generate(capsys, model, tmp_path / "out", "--html", "--", "</script>", "a fox")[0] == 0
     page = (tmp_path / "out" / "index.html").read_text()
+    assert '"000001", "3", 8, 8]' in page  # the seed as text: JavaScript would round a large one
     listed = json.loads("[" + page.partition("const pictures = [")[2].partition("\n];")[0] + "]")
     shown = [(entry[0], entry[1]) for entry in listed]
     assert shown == [

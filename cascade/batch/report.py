@@ -47,8 +47,8 @@ def write_page(entries: Iterable[Mapping[str, Any]], path: Path, title: str) -> 
     with path.open("w", encoding="utf-8") as file:
         file.write(head)
         for number, entry in enumerate(entries):
-            size = entry["settings"]
-            picture = [quote(entry["file"]), entry["prompt"], entry["id"], entry["seed"], size["width"], size["height"]]
+            size, seed = entry["settings"], str(entry["seed"])  # as text: JavaScript would round it
+            picture = [quote(entry["file"]), entry["prompt"], entry["id"], seed, size["width"], size["height"]]
             # `</script>` in a prompt must not end the script.
             file.write((",\n" if number else "") + json.dumps(picture, ensure_ascii=False).replace("<", "\\u003c"))
         file.write(tail)
