@@ -72,11 +72,11 @@ class Output:
         self.folder, self.layout, self._overwrite = Path(folder), layout or Layout(), overwrite
         self.rank, self.process_count, self._launch = processes()
         self._state = self.folder / STATE
-        temporary = self._state / self.layout.named("temporary", "")
-        self._temporary = temporary
-        self._store: Store = FolderStore(self.folder, temporary)
+        self._spool = self._state / self._named("spool", "")
+        self._temporary = self._state / self._named("temporary", "")
+        self._store: Store = FolderStore(self.folder, self._temporary)
         if self.layout.format == WEBDATASET:
-            self._store = TarStore(self.folder, self._state / "spool", temporary, self.layout.tar_size)
+            self._store = TarStore(self.folder, self._spool, self._temporary, self.layout.tar_size)
         self._lock: RunLock | None = None
         self._claims: Claims | None = None
         self._drawing: Claims | None = None
@@ -129,6 +129,8 @@ class Output:
             settled = _with_seed(settings, None)
         else:
             settled = self._compared(settings)
+        if self.earlier() != settled:
+            shutil.rmtree(self.shelf, ignore_errors=True)  # smaller pictures of other settings, or of another model
         shutil.rmtree(self._temporary, ignore_errors=True)  # what a killed run had half-written
         self._temporary.mkdir()
         (self.folder / self._named("failures", ".jsonl")).unlink(missing_ok=True)
@@ -168,7 +170,7 @@ class Output:
                             path_of.unlink(missing_ok=True)
                 manifest.close()
             path.unlink()
-        shutil.rmtree(self._state / "spool", ignore_errors=True)
+        shutil.rmtree(self._spool, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -201,7 +203,7 @@ class Output:
     @property
     def shelf(self) -> Path:
         """Where smaller pictures wait, when memory is short."""
-        return self._state / "shelf"
+        return self._state / self._named("shelf", "")
 
     def owns(self, index: int) -> bool:
         """Whether a line belongs to this shard."""
