@@ -21,6 +21,7 @@ from cascade.checkpoint import atomic_folder, save_stage, write_json
 from cascade.conditioning import Conditioning
 from cascade.config import FORMAT_VERSION, SamplingConfig, StageConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
+from cascade.diffusion.samplers import OnStep
 from cascade.errors import CascadeError
 from cascade.images import to_float, to_pil, to_uint8
 from cascade.sampling import resolve_sampling
@@ -72,7 +73,7 @@ class CascadeOutput:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One picture to draw: which text it has, and (seed, number), from which all its noise follows."""
 
     text: int
@@ -175,16 +176,16 @@ class CascadePipeline:
         _check_output_type(output_type)
         prompts = _prompts(prompt, prompt_embeds)
         seeds = _seeds(seed, len(prompts))
-        slots = self._slots_until(until)
+        slots = self.slots_until(until)
         settings = resolve_sampling(
             [slot.config for slot in self.slots],
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        sizes = _sizes([slot.config for slot in slots], height, width)
+        sizes = stage_sizes([slot.config for slot in slots], height, width)
         text, null = self._texts(prompts, prompt_embeds, negative_prompt)
         pictures = [
-            _Picture(index, seeds[index], number)
+            Picture(index, seeds[index], number)
             for index in range(len(prompts))
             for number in range(_positive("num_images_per_prompt", num_images_per_prompt))
         ]
@@ -192,14 +193,14 @@ class CascadePipeline:
         drawn: dict[int, Tensor] = {}
         previous: Tensor | None = None
         for slot, size in zip(slots, sizes, strict=True):
-            self._check_memory(slot.config, size, batch_size)
-            with self._running(slot) as stage:
+            with self.running(slot) as stage:
+                self._check_memory(slot.config, size, batch_size)
                 watch = _watcher(stage.name, settings[stage.name].steps, len(pictures), batch_size, progress, callback)
                 parts = []
                 for members, count in _padded_batches(len(pictures), batch_size):
                     batch = [pictures[index] for index in members]
                     low = None if previous is None else previous[members]
-                    x = self._draw(stage, settings[stage.name], size, batch, text, null, low, watch)
+                    x = self._draw(stage, settings[stage.name], size, batch, text, null, low, watch.step)
                     parts.append(x[:count])
                 previous = torch.cat(parts)
                 drawn[stage.config.resolution] = previous
@@ -258,37 +259,51 @@ class CascadePipeline:
         self.slots = [slot.moved(self.device, self.dtype) for slot in self.slots]
         return self
 
-    def _draw(
+    def _draw(self, stage: Stage, *arguments: Any) -> Tensor:
+        """`draw_batch` as (B, 3, H, W) uint8, on the CPU. Raises CascadeError for numbers that are not finite.
+
+        Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
+        bits of float arithmetic do not travel on.
+        """
+        x = self.draw_batch(stage, *arguments)
+        if not bool(torch.isfinite(x).all()):
+            raise CascadeError(not_finite(stage.name))
+        return to_uint8(x).cpu()
+
+    def encode(self, texts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings of texts, each encoded alone and padded to the longest allowed; `low_memory` then releases T5."""
+        encoder = self._loaded_text_encoder()
+        embeddings = encoder.encode(texts)
+        if self._reload_text_encoder is not None:
+            encoder.release()
+            self._text_encoder_released = True
+        return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
+
+    def draw_batch(
         self,
         stage: Stage,
         settings: SamplingConfig,
         size: tuple[int, int],
-        batch: Sequence[_Picture],
+        batch: Sequence[Picture],
         text: TextEmbeddings,
         null: TextEmbeddings,
         low: Tensor | None,
-        watch: _Watcher,
+        on_step: OnStep | None = None,
     ) -> Tensor:
-        """One batch of one stage: (B, 3, H, W) uint8, on the CPU.
+        """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
 
-        Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
-        bits of float arithmetic do not travel on.
+        text, null: from which each picture takes the row `picture.text`. low: (B, 3, h, w) uint8, the smaller pictures.
         """
 
         def rng(purpose: str) -> list[torch.Generator]:
             return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
 
+        self._check_memory(stage.config, size, len(batch))
         cond = _conditioning(batch, text, low, settings.aug_level, rng("augment")).to(self.device)
         null_text = null.select([picture.text for picture in batch])
         null_cond = cond.with_text(null_text.tokens.to(self.device), null_text.mask.to(self.device))
         z = noise_like(torch.empty(len(batch), 3, *size, device=self.device), rng("start"))
-        x = stage.sample(cond, null_cond, z, rng("step"), settings, watch.step)
-        if not bool(torch.isfinite(x).all()):
-            raise CascadeError(
-                f"stage {stage.name}: the network gave numbers that are not finite; try dtype float32,"
-                " or check its weights"
-            )
-        return to_uint8(x).cpu()
+        return stage.sample(cond, null_cond, z, rng("step"), settings, on_step)
 
     def _texts(
         self,
@@ -321,7 +336,8 @@ class CascadePipeline:
             self._text_encoder_released = False
         return self.text_encoder
 
-    def _slots_until(self, until: int | None) -> list[StageSlot]:
+    def slots_until(self, until: int | None) -> list[StageSlot]:
+        """The stages up to the one that draws `until` px; all of them for None. Raises CascadeError."""
         resolutions = [slot.config.resolution for slot in self.slots]
         if until is None:
             return self.slots
@@ -330,22 +346,21 @@ class CascadePipeline:
         return self.slots[: resolutions.index(until) + 1]
 
     def _check_memory(self, stage: StageConfig, size: tuple[int, int], batch_size: int) -> None:
-        """Raises CascadeError for pictures that certainly do not fit, before any noise for them is drawn."""
+        """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
         needed = batch_size * math.prod(size) * stage.model.least_activations * self.dtype.itemsize
         free = _free_bytes(self.device)
         if needed > free:
-            raise _out_of_memory(stage.name, f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+            raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
     @contextmanager
-    def _running(self, slot: StageSlot) -> Iterator[Stage]:
+    def running(self, slot: StageSlot) -> Iterator[Stage]:
         """The slot's stage; running out of memory inside is told with the stage's name."""
         try:
             yield slot.load()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(slot.config.name) from error
-        except RuntimeError as error:
-            if "not enough memory" in str(error) or "out of memory" in str(error):
-                raise _out_of_memory(slot.config.name) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                numbers = str(error) if isinstance(error, MemoryError) else ""
+                raise _out_of_memory(slot.config.name, numbers) from error
             raise
 
 
@@ -357,6 +372,18 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def not_finite(stage: str) -> str:
+    """What is said of NaN in a picture."""
+    return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a smaller batch could help."""
+    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+        return True
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
     return CascadeError(
         f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
@@ -365,7 +392,7 @@ def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
 
 
 def _conditioning(
-    batch: Sequence[_Picture],
+    batch: Sequence[Picture],
     text: TextEmbeddings,
     low: Tensor | None,
     aug_level: float,
@@ -469,7 +496,7 @@ def _positive(name: str, value: Any) -> int:
     return number
 
 
-def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
+def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
     """(height, width) of each stage, so that the last has the size asked for."""
     last = stages[-1].resolution
     sizes = []

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build"},
     "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
     "__init__": STAGE | {"text", "pipeline"},  # the public names
 }
 # What stands at the top may import everything.

@@ -66,6 +66,13 @@ class TextEmbeddings:
         return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
 
 
+def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    """One batch of several; the shorter ones are padded with masked zeros."""
+    longest = max(part.tokens.shape[1] for part in parts)
+    padded = [part.padded(longest) for part in parts]
+    return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
+
+
 class TextEncoderProtocol(Protocol):
     """Whatever turns prompts into embeddings: a `TextEncoder`, or one with a cache before it."""
 
