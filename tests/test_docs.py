@@ -31,6 +31,12 @@ def run(command: str, folder: Path) -> None:
     assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
+def size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture."""
+    with Image.open(path) as image:
+        return image.size
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder that looks like the checkout to a reader of the documents."""
@@ -71,7 +77,7 @@ def test_the_tutorial_goes_from_pictures_to_a_drawn_picture(checkout: Path):
         run(command, checkout)
     drawn = sorted((checkout / "drawn").glob("0*.png"))
     assert len(drawn) == 8
-    assert all(Image.open(path).size == (64, 64) for path in drawn)
+    assert {size(path) for path in drawn} == {(64, 64)}
 
 
 @pytest.mark.slow
@@ -85,4 +91,4 @@ def test_the_python_of_the_readme_runs(checkout: Path):
 def test_the_first_command_of_the_readme_draws_1024_pixels(tmp_path: Path):
     (command,) = [line for line in commands("README.md") if line.startswith('cascade generate "a red apple"')]
     run(command, tmp_path)
-    assert Image.open(tmp_path / "out" / "000000-a-red-apple.png").size == (1024, 1024)
+    assert size(tmp_path / "out" / "000000-a-red-apple.png") == (1024, 1024)
