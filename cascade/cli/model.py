@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,9 @@ def info(model: str | None, as_json: bool) -> int:
 
 
 def _parts(index: ModelIndex) -> list[Part]:
-    from cascade.checkpoint import read_stage_config
+    from cascade.load import read_config
 
-    stages = [_stage_part(folder, read_stage_config(folder), index.max_text_length) for folder in index.stages]
+    stages = [_stage_part(folder, read_config(folder), index.max_text_length) for folder in index.stages]
     text = Part("text encoder", None, _stored_parameters(index.text_encoder), _size(index.text_encoder))
     return [text, *stages]
 
@@ -81,9 +81,7 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
 
 def network_calls(stage: Stage, settings: SamplingConfig) -> int:
     """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    from cascade.diffusion.schedules import log_snr_grid
-
-    levels = log_snr_grid(stage.schedule, settings.steps, settings.spacing).tolist()
+    levels = stage.noise_levels(settings).tolist()
     evaluated = levels[:-1] + (levels[1:-1] if settings.sampler == "heun" else [])
     if settings.guidance == 1:
         return len(evaluated)
@@ -99,21 +97,19 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cascade.models.unet import Prepared
+    from cascade.conditioning import Conditioning
 
     network, config = stage.network, stage.config
     with torch.device("meta"), torch.inference_mode():
-        text = torch.zeros(1, text_tokens, config.model.text_dim)
         picture = torch.zeros(1, 3, config.resolution, config.resolution)
-        # `network.prepare` looks at the values of the mask, which a meta tensor has not.
-        prepared = Prepared(
-            embedding=torch.zeros(1, config.model.embedding_dim),
-            text=tuple(attention.read_text(text) for attention in network._attentions()),
-            visible=None,
-            low_res=None if config.low_resolution is None else picture,
-        )
+        level = torch.zeros(1, 1, 1, 1)
+        text = torch.zeros(1, text_tokens, config.model.text_dim)
+        cond = Conditioning(text, torch.ones(1, text_tokens, dtype=torch.bool))
+        if config.low_resolution is not None:
+            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        prepared = network.prepare(cond)
         with FlopCounterMode(display=False) as counter:
-            network(picture, torch.zeros(1, 1, 1, 1), prepared)
+            network(picture, level, prepared)
     return counter.get_total_flops() / 1e9
 
 
@@ -219,4 +215,21 @@ def assemble(
     pipeline = assemble_pipeline(text_encoder, stages, name=name, license=license, max_length=max_text_length)
     pipeline.save_pretrained(out, formats[dtype] if dtype else None)
     click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
+    return 0
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
+def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
+    """Turn DeepFloyd IF from diffusers' folder layout into ours, or back. Weights stay bit for bit.
+
+    SOURCE is a folder or hub id. One of diffusers' becomes OUT, a cascade of ours; one of ours becomes diffusers
+    folders: OUT itself, or one a stage below it.
+    """
+    from cascade.convert import convert as convert_model
+
+    names = convert_model(source, out, super_resolution)
+    click.echo(f"{', '.join(names)} in {out}")
     return 0

@@ -116,9 +116,13 @@ class Trainer:
         ready = self.ready(batch)
         height, width = ready.x.shape[-2:]
         draw = draw_noise(
-            batch.samples, (height, width), self.stage.scale, settings.seed, self.config.data.max_aug_level
-        )
-        draw = draw.to(device)
+            batch.samples,
+            (height, width),
+            self.stage.scale,
+            settings.seed,
+            self.config.data.max_aug_level,
+            self.stage.config.model.enlarges_first,
+        ).to(device)
         return training_loss(self.stage, self.network, ready, settings.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:
