@@ -311,6 +311,8 @@ class StageConfig(Settings):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
             raise ValueError("path: residual needs low_resolution, the smaller picture it differs from")
+        if isinstance(self.model, IFUNetConfig) and not isinstance(self.schedule, SquaredCosineSchedule):
+            raise ValueError("model.kind: if_unet needs schedule.kind: squared_cosine, whose steps it was trained on")
         if self.sampling.variance == "learned" and not isinstance(self.model, IFUNetConfig):
             raise ValueError("sampling.variance: learned needs model.kind: if_unet, which predicts it")
         if self.resolution % self.model.downsampling:
@@ -466,6 +468,8 @@ class LossConfig(Settings):
     """Weight min(SNR, gamma) on the square in x (Hang et al. 2023), in place of `space`."""
     max_weight: Annotated[float, Field(gt=0)] | None = None
     """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
+    variance_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`if_unet`: weight of the variational bound, in bits per dimension, which alone trains the predicted variance."""
     levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
     """Distribution of the noise levels."""
     stratified: bool = False

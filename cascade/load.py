@@ -63,6 +63,7 @@ def load_pipeline(
         padded=index.text_padded,
         captions=captions or index.captions,
         device=target,
+        dtype=torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32,
     )
     slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
     pipeline = CascadePipeline(
@@ -87,6 +88,11 @@ class ModelIndex:
     max_text_length: int
     text_padded: bool = False
     captions: Captions = "as_is"
+
+    @property
+    def halves_text(self) -> bool:
+        """Whether the text encoder (4.8 billion weights in IF) is bfloat16 beside 16-bit stages; elsewhere float32."""
+        return self.text_padded
 
 
 def read_index(model: str | Path | None = None) -> ModelIndex:

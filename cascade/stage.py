@@ -15,7 +15,14 @@ from cascade.diffusion.loss import Weighting, diffusion_loss
 from cascade.diffusion.noise import Denoiser, Estimate, alpha
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import Generators, OnStep, sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
-from cascade.diffusion.schedules import NoiseSchedule, log_snr_grid, named_steps, spaced_steps, step_grid
+from cascade.diffusion.schedules import (
+    DiscreteSchedule,
+    NoiseSchedule,
+    log_snr_grid,
+    named_steps,
+    spaced_steps,
+    step_grid,
+)
 from cascade.errors import CascadeError
 from cascade.images import upsample, upsample_corners
 from cascade.models.if_unet import IFUNet
@@ -101,9 +108,9 @@ class Stage:
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
         r = (x - base) / self._residual_scale
         seen = self.enlarge(cond)
-        return diffusion_loss(
-            lambda z, level: network(z, level, seen), self.config.parameterization, weighting, r, log_snr, eps
-        )
+        kind = self.config.parameterization
+        step = self.schedule.reverse_step(log_snr) if isinstance(self.schedule, DiscreteSchedule) else None
+        return diffusion_loss(lambda z, level: network(z, level, seen), kind, weighting, r, log_snr, eps, step)
 
     def noise_levels(self, settings: SamplingConfig | None = None) -> Tensor:
         """Log SNR from step to step, and at the end: (N + 1,), increasing.

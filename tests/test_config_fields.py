@@ -29,6 +29,8 @@ from cascade.data.loader import batches
 from cascade.diffusion.loss import uniform_levels
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
+from cascade.models.blocks import ResidualBlock
+from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
@@ -158,7 +160,8 @@ def outcome(config: TrainConfig) -> Outcome:
     encoder, block_calls = WordEncoder(), []
     with patch.object(torch, "compile", side_effect=lambda network: network) as compiled:
         run = trainer(config, encoder)
-        block = run.stage.network.levels[0].encode[0].residual
+        blocks = (ResidualBlock, IFResidualBlock)
+        block = next(module for module in run.stage.network.modules() if isinstance(module, blocks))
         block.register_forward_hook(lambda *_: block_calls.append(1))
         assert run.run()
     output = Path(config.output)
@@ -218,7 +221,9 @@ STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
 SCENES = "data.sources=[{kind: scenes}]"
 SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
 T5 = "text.encoder=WORLD/t5"
+SQUARED_COSINE = "stage.schedule={kind: squared_cosine}"
 IF = (
+    SQUARED_COSINE,
     "stage.model={kind: if_unet, channels: [8], blocks: [1], attention: [true], embedding_dim: 16, text_dim: 16,"
     " context_dim: 32, head_dim: 8, pooling_heads: 2, groups: 4}",
 )
@@ -281,7 +286,7 @@ ROWS: dict[str, Row] = {
     "stage.model[unet].text_dim": Row("32", weights),
     "stage.model[unet].dropout": Row("0.5", log),
     "stage.model[unet].kind": Row("unet", weights, IF, "stage.model={kind: unet, text_dim: 16}"),
-    "stage.model[if_unet].kind": Row("if_unet", weights, (), IF[0]),
+    "stage.model[if_unet].kind": Row("if_unet", weights, (SQUARED_COSINE,), IF[1]),
     "stage.model[if_unet].channels": Row("[16]", weights, IF),
     "stage.model[if_unet].blocks": Row("[2]", weights, IF),
     "stage.model[if_unet].attention": Row("[false]", weights, IF),
@@ -360,6 +365,7 @@ ROWS: dict[str, Row] = {
     "training.loss.space": Row("velocity", log),
     "training.loss.min_snr_gamma": Row("5.0", log),
     "training.loss.max_weight": Row("2.0", log),
+    "training.loss.variance_weight": Row("3.0", log, IF),
     "training.loss.levels[uniform].kind": Row("uniform", log, ("training.loss.levels={kind: logit_normal}",)),
     "training.loss.levels[logit_normal].kind": Row("logit_normal", log, ("training.loss.levels={kind: uniform}",)),
     "training.loss.levels[logit_normal].mean": Row("1.0", log, ("training.loss.levels={kind: logit_normal}",)),

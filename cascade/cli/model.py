@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from cascade.config import SamplingConfig, StageConfig
     from cascade.load import ModelIndex
+    from cascade.memory import Way
     from cascade.stage import Stage
 
 
@@ -42,17 +44,31 @@ def info(model: str | None, as_json: bool) -> int:
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
     from cascade.config import FORMAT_VERSION
-    from cascade.load import read_index
+    from cascade.load import read_config, read_index
+    from cascade.memory import free_bytes, ways
 
     index = read_index(model)
     parts = _parts(index)
+    configs = [read_config(folder) for folder in index.stages]
+    possible = ways(configs, parts[0].parameters, index.max_text_length, index.halves_text)
+    free = free_bytes()
     if as_json:
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
         head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION}
-        click.echo(json.dumps(head | {"parts": described}, indent=2))
+        memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
+        click.echo(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
-        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}")
+        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
+        click.echo(_memory(possible, free))
     return 0
+
+
+def _memory(possible: Sequence[Way], free: int) -> str:
+    """A line for each way to load the model, and the first that fits."""
+    lines = [f"{way.bytes / 1e9:6.1f} GB at most with {way.arguments}" for way in possible]
+    fitting = next((way.arguments for way in possible if way.bytes <= free), None)
+    advice = f"fits with {fitting}" if fitting else "no setting fits"
+    return "\n".join([*lines, f"{free / 1e9:6.1f} GB are free on this device: {advice}"])
 
 
 def _parts(index: ModelIndex) -> list[Part]:
@@ -72,8 +88,8 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
         name=config.name,
         resolution=config.resolution,
         parameters=count_parameters(stage.network),
-        bytes=_size(folder),
-        steps=config.sampling.steps,
+        bytes=_size(folder / "unet" if (folder / "unet").is_dir() else folder),
+        steps=len(stage.noise_levels()) - 1,
         calls=network_calls(stage, config.sampling),
         gflop_per_call=gflop_per_call(stage, text_tokens),
     )
@@ -118,7 +134,8 @@ def _stored_parameters(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for path in folder.glob("*.safetensors"):
+    files = list(folder.glob("*.safetensors"))
+    for path in [file for file in files if ".fp16" not in file.name] or files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name.startswith(("shared.", "encoder.")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ class NoiseSchedule(Protocol):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Log SNR at t in [0, 1], decreasing, finite at both ends; same shape as t, float32."""
+
+
+class ReverseStep(NamedTuple):
+    """One step back from a noise level. before: log SNR there. small, large: log variance of the posterior and of beta.
+
+    Each (B, 1, 1, 1). The first step's posterior has no variance; it is given that of the second (Nichol & Dhariwal
+    2021, in their code).
+    """
+
+    before: Tensor
+    small: Tensor
+    large: Tensor
 
 
 class DiscreteSchedule:
@@ -55,6 +67,18 @@ class DiscreteSchedule:
         """
         steps = self.table[1:].to(log_snr.device)
         return (log_snr.double().flatten()[:, None] - steps).abs().argmin(dim=1)
+
+    def reverse_step(self, log_snr: Tensor) -> ReverseStep:
+        """From the step nearest to log_snr (B, 1, 1, 1) to the one before it."""
+        table = self.table.to(log_snr.device)
+        step = self.nearest_step(log_snr)
+        inner = step.clamp(min=1)
+        small = -torch.expm1(table[inner + 1] - table[inner]) * torch.sigmoid(-table[inner])
+        large = -torch.expm1(table[step + 1] - table[step]) * torch.sigmoid(-table[step + 1])
+        before, small, large = (
+            values.float()[:, None, None, None] for values in (table[step], small.log(), large.log())
+        )
+        return ReverseStep(before, small, large)
 
 
 def constant_betas(beta: float, steps: int) -> Tensor:

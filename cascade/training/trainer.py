@@ -62,7 +62,7 @@ class Trainer:
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.ema = EMA(stage.network, settings.ema)
         loss = settings.loss
-        self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight)
+        self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
 
     def run(self, resume: bool = False) -> bool:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
