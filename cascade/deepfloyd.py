@@ -102,12 +102,11 @@ def write_stage(
 
     Raises CascadeError for a network that is not IF's.
     """
-    if not isinstance(config.model, IFUNetConfig):
-        raise CascadeError(f"stage {config.name}: diffusers has no {config.model.kind} network; only IF's is written")
+    settings = unet_settings(config)
     if not isinstance(config.schedule, SquaredCosineSchedule):
         raise CascadeError(f"stage {config.name}: schedule {config.schedule.kind}; IF's in diffusers is squared_cosine")
     (folder / "unet").mkdir(parents=True)
-    write_json(folder / "unet" / "config.json", _unet(config, config.model))
+    write_json(folder / "unet" / "config.json", settings)
     save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
     enlarges = config.low_resolution is not None
     schedulers = {"scheduler": _scheduler(config.schedule, config.sampling)}
@@ -200,8 +199,11 @@ def _aug_level(step: int) -> float:
     return float(one_minus_alpha(IF_NOISE.table[step + 1]).sqrt())
 
 
-def _unet(config: StageConfig, model: IFUNetConfig) -> dict[str, Any]:
-    """unet/config.json."""
+def unet_settings(config: StageConfig) -> dict[str, Any]:
+    """What unet/config.json says of an IF network. Raises CascadeError for another network."""
+    model = config.model
+    if not isinstance(model, IFUNetConfig):
+        raise CascadeError(f"stage {config.name}: diffusers has no {model.kind} network; only IF's is written")
     enlarges = config.low_resolution is not None
     attends = list(model.attention)
     names = {attention: name for name, attention in _UNET_TYPES.items()}
