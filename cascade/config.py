@@ -521,6 +521,9 @@ class TrainingConfig(Settings):
     """Everything random follows from it."""
     init_from: str | None = None
     """Stage folder whose weights the network starts from."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
+    0: train all weights."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

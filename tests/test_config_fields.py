@@ -360,6 +360,7 @@ ROWS: dict[str, Row] = {
     "training.precision": Row("bf16", log),
     "training.seed": Row("1", trained_weights),
     "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
+    "training.lora_rank": Row("2", trained_weights),
     "training.activation_checkpointing": Row("true", block_calls),
     "training.compile": Row("true", compilations),
     "training.loss.space": Row("velocity", log),

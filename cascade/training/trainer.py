@@ -28,6 +28,7 @@ from cascade.stage import Stage
 from cascade.text.t5 import TextEncoderProtocol
 from cascade.training.ema import EMA
 from cascade.training.log import Meter, RunLog, flatten
+from cascade.training.lora import add_low_rank, merged
 from cascade.training.optim import (
     build_optimizer,
     learning_rate,
@@ -57,6 +58,8 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self._check_batch()
         stage.network.activation_checkpointing = settings.activation_checkpointing
+        if settings.lora_rank:
+            add_low_rank(stage.network, settings.lora_rank, settings.seed)
         network = torch.compile(stage.network) if settings.compile else stage.network
         optimizer = build_optimizer(stage.network, settings.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
@@ -164,7 +167,7 @@ class Trainer:
                 optimizer=optimizer_state(self.optimizer.optimizer, self.stage.network),
             )
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
-            save_stage(self.output / "stage", self.stage.config, self.ema.weights)
+            save_stage(self.output / "stage", self.stage.config, merged(self.ema.weights))
 
         self._main_only(write)
 

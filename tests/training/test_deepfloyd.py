@@ -148,3 +148,22 @@ def test_fine_tuning_lowers_the_loss_and_diffusers_reads_the_result(
         labels = torch.tensor([250]) if enlarges else None
         output = theirs(seen, 500, encoder_hidden_states=text, class_labels=labels).sample
     torch.testing.assert_close(ours, output, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt .* was cut")
+def test_low_rank_adaptation_changes_attention_alone_by_its_rank_and_resumes(
+    folders: dict[bool, Path], tmp_path: Path
+) -> None:
+    optimizer = {"learning_rate": 1e-2, "warmup_steps": 0}
+    config = run_of(folders[False], tmp_path / "run", steps=6, batch_size=4, lora_rank=2, optimizer=optimizer)
+    assert load_trainer(config).run()
+    before, after = (load_stage(folder).network.state_dict() for folder in (folders[False], tmp_path / "run" / "stage"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    for name in changed:
+        assert "attentions" in name
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 8})})
+    assert load_trainer(longer).run(resume=True)
