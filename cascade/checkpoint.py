@@ -28,7 +28,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises CascadeError when the folder cannot be written or the disk is full; what stood at `path` is untouched.
     """
     path = Path(path)
-    with _explained(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -51,7 +51,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     half of one does.
     """
     path = Path(path)
-    with _explained(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
@@ -179,7 +179,8 @@ def _umask() -> int:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes to `path`: a full disk or a folder that is not ours becomes a CascadeError."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own

@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+NULL_TEXT = ""
+"""The text that stands for no text: what the encoder gives for it is what classifier-free guidance departs from."""
+
 
 @dataclass(frozen=True)
 class Conditioning:

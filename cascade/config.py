@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +16,12 @@ FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
 
 Kind = Literal["eps", "v", "x", "velocity"]
+"""What a network may predict; see `diffusion.parameterization`."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
+LogSnr = Annotated[float, Field(ge=-20, le=20)]  # diffusion.noise.LOG_SNR_RANGE
 NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
 
 
@@ -61,9 +66,9 @@ class CosineSchedule(Settings):
     kind: Literal["cosine"] = "cosine"
     reference_resolution: PositiveInt | None = None
     """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
-    log_snr_min: float = -20.0
+    log_snr_min: LogSnr = -20.0
     """Log SNR at t = 1 is clipped to this."""
-    log_snr_max: float = 20.0
+    log_snr_max: LogSnr = 20.0
     """Log SNR at t = 0 is clipped to this."""
 
     @model_validator(mode="after")
@@ -118,6 +123,8 @@ class UNetConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.channels:
+            raise ValueError("channels is empty; give at least one level")
         for name in ("blocks", "strides", "attention"):
             if len(getattr(self, name)) != len(self.channels):
                 raise ValueError(
@@ -144,6 +151,18 @@ class UNetConfig(Settings):
     def enlarges_first(self) -> bool:
         """Whether a smaller picture is noised after it is enlarged."""
         return False
+
+    @property
+    def least_activations(self) -> float:
+        """Numbers for each pixel of a picture that exist at once in a network call, or more: the skips and the input.
+
+        A lower bound, by which drawing refuses at once what cannot fit into memory.
+        """
+        total, scale = 3.0, self.patch
+        for width, blocks, stride in zip(self.channels, self.blocks, self.strides, strict=True):
+            scale *= stride
+            total += width * blocks / scale**2
+        return total
 
     @property
     def downsampling(self) -> int:
@@ -213,6 +232,19 @@ class IFUNetConfig(Settings):
         return True
 
     @property
+    def least_activations(self) -> float:
+        """Numbers for each pixel of a picture that exist at once in a network call, or more: the skips and the input.
+
+        See `UNetConfig.least_activations`.
+        """
+        total = 3.0 + self.channels[0]
+        for level, (width, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
+            total += width * blocks / 4**level
+            if level < len(self.channels) - 1:
+                total += width / 4 ** (level + 1)
+        return total
+
+    @property
     def downsampling(self) -> int:
         """Height and width of a picture must be multiples of this."""
         return int(2 ** (len(self.channels) - 1))
@@ -236,7 +268,7 @@ class SamplingConfig(Settings):
 
     sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddim"
     """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
-    steps: PositiveInt = 50
+    steps: StepCount = 50
     """Number of sampling steps (Heun calls the network twice in each but the last)."""
     spacing: Literal["t", "log_snr", "leading", "trailing"] = "t"
     """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
@@ -267,13 +299,20 @@ class SamplingConfig(Settings):
             raise ValueError("timesteps must fall from step to step, from high noise to low, such as [999, 500, 0]")
         return self
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise ValueError(f"guidance_interval [{low:g}, {high:g}] is empty; give the smaller log SNR first")
+        return self
+
 
 class PresetConfig(Settings):
     """What a named preset changes in `sampling`."""
 
     sampler: Literal["ddpm", "ddim", "heun", "dpm++"] | None = None
     """See sampling.sampler."""
-    steps: PositiveInt | None = None
+    steps: StepCount | None = None
     """See sampling.steps."""
     guidance: Annotated[float, Field(ge=0)] | None = None
     """See sampling.guidance."""
@@ -285,7 +324,7 @@ class StageConfig(Settings):
     """One diffusion model of the cascade: network, noise, and what the network predicts. Saved as stage.json."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """Name by which per-stage options speak of it, such as `base`."""
+    """Name by which per-stage options speak of it, such as `base`; also of its folder in a cascade."""
     resolution: PositiveInt
     """Height and width of the pictures it draws by default, in pixels."""
     low_resolution: PositiveInt | None = None
@@ -307,6 +346,10 @@ class StageConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.name in ("text_encoder", "cascade"):
+            raise ValueError(f"name {self.name} is taken by another part of a cascade's folder; choose another")
+        if self.low_resolution is not None and self.low_resolution >= self.resolution:
+            raise ValueError(f"low_resolution {self.low_resolution} must be smaller than resolution {self.resolution}")
         if self.low_resolution is not None and self.resolution % self.low_resolution:
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
@@ -483,7 +526,7 @@ class OptimizerConfig(Settings):
     """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     """AdamW's averaging factors."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
@@ -517,7 +560,7 @@ class TrainingConfig(Settings):
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic inside the network; weights stay float32. fp16 needs a GPU."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: str | None = None
     """Stage folder whose weights the network starts from."""
@@ -586,7 +629,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = max(scale, self.stage.model.downsampling)
+            step = math.lcm(scale, self.stage.model.downsampling)
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """PIL picture of any mode -> uint8 (3, H, W), upright as EXIF says, transparency over white."""
+    """PIL picture of any mode -> uint8 (3, H, W), upright as EXIF says, transparency over white.
+
+    Gray of 16 bits keeps its upper byte. Modes `I` and `F` (int32, float32) do not say what white is, so their largest
+    value does: up to 1 (`F` alone) white is 1, up to 255 it is 255, and above that 65535; what lies outside is clipped.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16 bits of gray, which PIL's own conversion would cut off at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_gray_bytes(np.asarray(image), image.mode))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -40,9 +44,23 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def _gray_bytes(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
+    """Gray of more than 8 bits as uint8, which PIL's own conversion would cut off at 255; see `from_pil`."""
+    if mode.startswith("I;"):
+        return (values >> 8).astype(np.uint8)
+    numbers = np.nan_to_num(values.astype(np.float64))
+    largest = numbers.max()
+    if mode == "F" and largest <= 1:
+        numbers = (numbers * 255).round()
+    elif largest > 255:
+        numbers = numbers // 256
+    return numbers.clip(0, 255).astype(np.uint8)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Float (B, 3, H, W) in [-1, 1] -> B PIL pictures."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    """(B, 3, H, W), uint8 or float in [-1, 1] -> B PIL pictures."""
+    whole = images if images.dtype == torch.uint8 else to_uint8(images)
+    pixels = whole.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
 
 

@@ -40,7 +40,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md"]
 def load_pipeline(
     model: str | Path | None = None,
     *,
-    super_resolution: Sequence[str | Path] | None = None,
+    super_resolution: str | Path | Sequence[str | Path] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     low_memory: bool = False,
@@ -50,10 +50,8 @@ def load_pipeline(
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
-        stage_folders = stage_folders[:1] + [find_stage(source) for source in super_resolution]
-    # Other people's weights come with other people's terms, of which whoever draws with them should hear.
-    level = logging.WARNING if any(map(deepfloyd.is_diffusers, stage_folders)) else logging.INFO
-    logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
+        sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
+        stage_folders = stage_folders[:1] + [find_stage(source) for source in sources]
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     load_text = partial(
@@ -66,6 +64,9 @@ def load_pipeline(
         dtype=torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32,
     )
     slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
+    # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
+    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots) else logging.DEBUG
+    logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
         load_text(),
         slots,
@@ -158,11 +159,23 @@ def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: to
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
-    """The frozen encoder of a training run, behind its cache of embeddings if it has one."""
-    encoder = load_plain_text_encoder(config)
+    """The frozen encoder of a training run, behind its cache of embeddings if it has one.
+
+    A cache that the same settings made is trusted: T5 is loaded, and compared with it, only for a missing caption.
+    """
     if config.cache is None:
-        return encoder
+        return load_plain_text_encoder(config)
+    if (Path(config.cache) / "index.json").exists():
+        cache = EmbeddingCache.open(config.cache)
+        if cache.settings == encoder_settings(config):
+            return CachedTextEncoder(cache, lambda: load_plain_text_encoder(config))
+    encoder = load_plain_text_encoder(config)
     return CachedTextEncoder(open_cache(config.cache, encoder), lambda: encoder)
+
+
+def encoder_settings(config: TextConfig) -> dict[str, object]:
+    """The settings that decide what the encoder gives; `cascade encode` writes them into the cache."""
+    return config.model_dump(mode="json", exclude={"cache"})
 
 
 def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
@@ -202,7 +215,7 @@ def find_model(model: str | Path | None) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if _is_hub_id(model):
+    if _may_be_on_hub(model):
         return _download(str(model))
     raise CascadeError(f"{model}: no such model folder; give a folder with cascade.json, a hub id, or `bundled`")
 
@@ -214,15 +227,21 @@ def find_stage(source: str | Path) -> Path:
         if (candidate / "stage.json").is_file() or deepfloyd.is_diffusers(candidate):
             return candidate
     parent, _, name = str(source).rpartition("/")
-    if _is_hub_id(source) and not path.exists() and parent != "bundled" and not Path(parent).exists():
-        folder = _download(str(source), ignore=["text_encoder/*", "tokenizer/*"])
-        if deepfloyd.is_diffusers(folder):
-            return folder
-    elif parent and (find_model(parent) / name / "stage.json").is_file():
-        return find_model(parent) / name
+    reason = ""
+    try:
+        if parent != "bundled" and _may_be_on_hub(source):
+            candidate = _download(str(source), ignore=["text_encoder/*", "tokenizer/*"])
+            if deepfloyd.is_diffusers(candidate):
+                return candidate
+        elif parent == "bundled" or Path(parent).is_dir() or _may_be_on_hub(parent):
+            candidate = find_model(parent) / name
+            if (candidate / "stage.json").is_file():
+                return candidate
+    except CascadeError as error:
+        reason = f" ({error})"
     raise CascadeError(
         f"{source}: no stage here; give a folder with stage.json, a training run, model/stage, or DeepFloyd IF in"
-        " diffusers' layout"
+        f" diffusers' layout{reason}"
     )
 
 
@@ -241,24 +260,23 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=target).item()  # `meta` has no values
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise CascadeError(f"device: {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return target
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """The number format asked for, or float32 on a CPU and bfloat16 on a GPU."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise CascadeError(f"dtype: {dtype!r}; expected one of {', '.join(known)}")
-    if dtype == "float16" and device.type == "cpu":
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise CascadeError(f"dtype: {name!r}; expected one of {', '.join(known)}")
+    if name == "float16" and device.type == "cpu":
         raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
-    return known[dtype]
+    return known[name]
 
 
 def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool) -> StageSlot:
@@ -283,9 +301,11 @@ def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
     return values
 
 
-def _is_hub_id(model: str | Path) -> bool:
+def _may_be_on_hub(model: str | Path) -> bool:
+    """Whether `model` is written like a hub id, and no local folder is called like its first part."""
     text = str(model)
-    return isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+    looks_so = isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+    return looks_so and not Path(text.partition("/")[0]).exists()
 
 
 def _download(repo: str, ignore: Sequence[str] = ()) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,10 +21,11 @@ from cascade.checkpoint import atomic_folder, save_stage, write_json
 from cascade.conditioning import Conditioning
 from cascade.config import FORMAT_VERSION, SamplingConfig, StageConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
+from cascade.diffusion.samplers import OnStep
 from cascade.errors import CascadeError
-from cascade.images import to_float, to_uint8
+from cascade.images import to_float, to_pil, to_uint8
 from cascade.sampling import resolve_sampling
-from cascade.seeds import fresh_seed, generator
+from cascade.seeds import MAX_SEED, fresh_seed, generator
 from cascade.stage import Stage
 from cascade.text.captions import Captions
 from cascade.text.t5 import TextEmbeddings, TextEncoder
@@ -41,11 +44,19 @@ class StageSlot:
 
     config: StageConfig
     load: Callable[[], Stage]
+    held: bool = False
 
     @classmethod
     def holding(cls, stage: Stage) -> StageSlot:
         """A slot whose stage stays in memory."""
-        return cls(stage.config, lambda: stage)
+        return cls(stage.config, lambda: stage, held=True)
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> StageSlot:
+        """The same slot, its stage on a device and in a number format: at once, or whenever it is loaded."""
+        if self.held:
+            self.load().to(device, dtype)
+            return self
+        return replace(self, load=lambda: self.load().to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class CascadeOutput:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One picture to draw: which text it has, and (seed, number), from which all its noise follows."""
 
     text: int
@@ -92,8 +103,12 @@ class CascadePipeline:
         self._text_encoder_released = False
         self.slots = [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]
         self.name, self.license = name, license
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        for slot in self.slots:
+            if slot.held:
+                weight = next(slot.load().network.parameters())
+                self.device, self.dtype = weight.device, weight.dtype
+                break
         _check_chain([slot.config for slot in self.slots], text_encoder.dim)
 
     @classmethod
@@ -101,7 +116,7 @@ class CascadePipeline:
         cls,
         model: str | Path | None = None,
         *,
-        super_resolution: Sequence[str | Path] | None = None,
+        super_resolution: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         low_memory: bool = False,
@@ -161,22 +176,24 @@ class CascadePipeline:
         """Draw pictures for prompts (or for embeddings in their place).
 
         seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
-        to run. height, width: of that stage, in pixels. preset: "fast", "default" or "best". batch_size: pictures
-        per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded. output_type: PIL, NumPy
-        (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
+        to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
+        the stage). preset: "fast", "default" or "best". batch_size: pictures per network call, default 1 on a CPU and
+        8 on a GPU; a short last batch is padded. output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W)
+        float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
         """
+        _check_output_type(output_type)
         prompts = _prompts(prompt, prompt_embeds)
         seeds = _seeds(seed, len(prompts))
-        slots = self._slots_until(until)
+        slots = self.slots_until(until)
         settings = resolve_sampling(
             [slot.config for slot in self.slots],
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        sizes = _sizes([slot.config for slot in slots], height, width)
+        sizes = stage_sizes([slot.config for slot in slots], height, width)
         text, null = self._texts(prompts, prompt_embeds, negative_prompt)
         pictures = [
-            _Picture(index, seeds[index], number)
+            Picture(index, seeds[index], number)
             for index in range(len(prompts))
             for number in range(_positive("num_images_per_prompt", num_images_per_prompt))
         ]
@@ -184,14 +201,15 @@ class CascadePipeline:
         drawn: dict[int, Tensor] = {}
         previous: Tensor | None = None
         for slot, size in zip(slots, sizes, strict=True):
-            with self._running(slot) as stage:
+            with self.running(slot) as stage:
+                self._check_memory(slot.config, size, batch_size)
                 steps_count = len(stage.noise_levels(settings[stage.name])) - 1
                 watch = _watcher(stage.name, steps_count, len(pictures), batch_size, progress, callback)
                 parts = []
                 for members, count in _padded_batches(len(pictures), batch_size):
                     batch = [pictures[index] for index in members]
                     low = None if previous is None else previous[members]
-                    x = self._draw(stage, settings[stage.name], size, batch, text, null, low, watch)
+                    x = self._draw(stage, settings[stage.name], size, batch, text, null, low, watch.step)
                     parts.append(x[:count])
                 previous = torch.cat(parts)
                 drawn[stage.config.resolution] = previous
@@ -249,42 +267,55 @@ class CascadePipeline:
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self._loaded_text_encoder().to(device=self.device)
-        for slot in self.slots:
-            slot.load().to(self.device, self.dtype)
+        self.slots = [slot.moved(self.device, self.dtype) for slot in self.slots]
         return self
 
-    def _draw(
+    def _draw(self, stage: Stage, *arguments: Any) -> Tensor:
+        """`draw_batch` as (B, 3, H, W) uint8, on the CPU. Raises CascadeError for numbers that are not finite.
+
+        Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
+        bits of float arithmetic do not travel on.
+        """
+        x = self.draw_batch(stage, *arguments)
+        if not bool(torch.isfinite(x).all()):
+            raise CascadeError(not_finite(stage.name))
+        return to_uint8(x).cpu()
+
+    def encode(self, texts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings of texts, each encoded alone and padded to the longest allowed; `low_memory` then releases T5."""
+        encoder = self._loaded_text_encoder()
+        embeddings = encoder.encode(texts)
+        if self._reload_text_encoder is not None:
+            encoder.release()
+            self._text_encoder_released = True
+        return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
+
+    def draw_batch(
         self,
         stage: Stage,
         settings: SamplingConfig,
         size: tuple[int, int],
-        batch: Sequence[_Picture],
+        batch: Sequence[Picture],
         text: TextEmbeddings,
         null: TextEmbeddings,
         low: Tensor | None,
-        watch: _Watcher,
+        on_step: OnStep | None = None,
     ) -> Tensor:
-        """One batch of one stage: (B, 3, H, W) uint8, on the CPU.
+        """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
 
-        Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
-        bits of float arithmetic do not travel on.
+        text, null: from which each picture takes the row `picture.text`. low: (B, 3, h, w) uint8, the smaller pictures.
         """
 
         def rng(purpose: str) -> list[torch.Generator]:
             return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
 
+        self._check_memory(stage.config, size, len(batch))
         low = None if low is None else stage.unnoised(to_float(low))
         cond = _conditioning(batch, text, low, settings.aug_level, rng("augment")).to(self.device)
         null_text = null.select([picture.text for picture in batch])
         null_cond = cond.with_text(null_text.tokens.to(self.device), null_text.mask.to(self.device))
         z = noise_like(torch.empty(len(batch), 3, *size, device=self.device), rng("start"))
-        x = stage.sample(cond, null_cond, z, rng("step"), settings, watch.step)
-        if not bool(torch.isfinite(x).all()):
-            raise CascadeError(
-                f"stage {stage.name}: the network gave numbers that are not finite; try dtype float32,"
-                " or check its weights"
-            )
-        return to_uint8(x).cpu()
+        return stage.sample(cond, null_cond, z, rng("step"), settings, on_step)
 
     def _texts(
         self,
@@ -293,8 +324,7 @@ class CascadePipeline:
         negative_prompt: str | Sequence[str] | None,
     ) -> tuple[TextEmbeddings, TextEmbeddings]:
         """Embeddings of the prompts, and of what takes the null text's place for each."""
-        shared = negative_prompt is None or isinstance(negative_prompt, str)
-        negative = [str(negative_prompt or "")] if shared else list(negative_prompt or [])
+        negative = _texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negative) not in (1, len(prompts)):
             raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one or each its own")
         encoder = self._loaded_text_encoder()
@@ -318,7 +348,8 @@ class CascadePipeline:
             self._text_encoder_released = False
         return self.text_encoder
 
-    def _slots_until(self, until: int | None) -> list[StageSlot]:
+    def slots_until(self, until: int | None) -> list[StageSlot]:
+        """The stages up to the one that draws `until` px; all of them for None. Raises CascadeError."""
         resolutions = [slot.config.resolution for slot in self.slots]
         if until is None:
             return self.slots
@@ -326,28 +357,54 @@ class CascadePipeline:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
 
+    def _check_memory(self, stage: StageConfig, size: tuple[int, int], batch_size: int) -> None:
+        """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
+        needed = batch_size * math.prod(size) * stage.model.least_activations * self.dtype.itemsize
+        free = _free_bytes(self.device)
+        if needed > free:
+            raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+
     @contextmanager
-    def _running(self, slot: StageSlot) -> Iterator[Stage]:
+    def running(self, slot: StageSlot) -> Iterator[Stage]:
         """The slot's stage; running out of memory inside is told with the stage's name."""
         try:
             yield slot.load()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(slot.config.name) from error
-        except RuntimeError as error:
-            if "not enough memory" in str(error) or "out of memory" in str(error):
-                raise _out_of_memory(slot.config.name) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                numbers = str(error) if isinstance(error, MemoryError) else ""
+                raise _out_of_memory(slot.config.name, numbers) from error
             raise
 
 
-def _out_of_memory(stage: str) -> CascadeError:
+def _free_bytes(device: torch.device) -> int:
+    """Memory for tensors on a device: of a GPU also what torch has reserved there and does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def not_finite(stage: str) -> str:
+    """What is said of NaN in a picture."""
+    return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a smaller batch could help."""
+    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+        return True
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
     return CascadeError(
-        f"out of memory in stage {stage}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
+        f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
         " a smaller height and width, or stop earlier with until"
     )
 
 
 def _conditioning(
-    batch: Sequence[_Picture],
+    batch: Sequence[Picture],
     text: TextEmbeddings,
     low: Tensor | None,
     aug_level: float,
@@ -405,36 +462,59 @@ def _prompts(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) 
     if (prompt is None) == (embeds is None):
         raise CascadeError("give either prompt or prompt_embeds")
     if embeds is not None:
-        return [""] * len(embeds.mask)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not isinstance(embeds, TextEmbeddings) or not len(embeds):
+            raise CascadeError("prompt_embeds: expected TextEmbeddings(tokens, mask) of at least one prompt")
+        return [""] * len(embeds)
+    prompts = _texts_of("prompt", prompt)
     if not prompts:
         raise CascadeError("prompt: the list is empty; give at least one prompt")
     return prompts
 
 
+def _texts_of(name: str, value: Any) -> list[str]:
+    texts: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
+    return texts
+
+
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [fresh_seed() for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise CascadeError(f"seed: {len(seeds)} seeds for {count} prompts; give one, or one for each prompt")
+    given: list[Any] = list(seed) if isinstance(seed, (Sequence, np.ndarray)) else [seed] * count
+    if len(given) != count:
+        raise CascadeError(f"seed: {len(given)} seeds for {count} prompts; give one, or one for each prompt")
+    # Plain numbers, because noise follows from how a seed is written: NumPy's 1 and ours must be the same.
+    seeds = [_whole_number("seed", value) for value in given]
+    for value in seeds:
+        if not 0 <= value <= MAX_SEED:
+            raise CascadeError(f"seed: {value}; expected a whole number in 0..{MAX_SEED}")
     return seeds
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CascadeError(f"{name}: {value!r}; expected a whole number") from None
+
+
+def _positive(name: str, value: Any) -> int:
+    number = _whole_number(name, value)
+    if number < 1:
         raise CascadeError(f"{name}: {value}; expected at least 1")
-    return value
+    return number
 
 
-def _sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
+def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
     """(height, width) of each stage, so that the last has the size asked for."""
     last = stages[-1].resolution
     sizes = []
     for stage in stages:
         pair = []
         for name, wanted in (("height", height), ("width", width)):
-            pixels, rest = divmod((last if wanted is None else wanted) * stage.resolution, last)
+            pixels, rest = divmod((last if wanted is None else _whole_number(name, wanted)) * stage.resolution, last)
             if rest or pixels % stage.model.downsampling or pixels < 1:
                 step = _common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
@@ -475,9 +555,13 @@ def _as_type(pixels: Tensor, output_type: str) -> Any:
     """uint8 (B, 3, H, W) as PIL pictures, NumPy (B, H, W, 3) uint8, or torch float32 in [-1, 1]."""
     match output_type:
         case "pil":
-            return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
+            return to_pil(pixels)
         case "np":
             return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-        case "pt":
+        case _:
             return to_float(pixels)
-    raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in ("pil", "np", "pt"):
+        raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')

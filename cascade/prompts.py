@@ -1,4 +1,7 @@
-"""Prompt files as streams of records: .txt, .jsonl, .csv and standard input. A bad line is named, the others go on."""
+"""Prompts as streams of records: .txt, .jsonl, .csv, Parquet, folders of captions, standard input.
+
+A bad line is named, the others go on. Memory does not grow with the number of lines.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import csv
 import difflib
 import hashlib
 import json
+import os
 import re
+import sqlite3
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -48,10 +52,11 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """A line of a prompt file that cannot be drawn, and why."""
+    """A line of a prompt file, or a picture of one, that cannot be drawn, and why. index: the line's place."""
 
     origin: str
     reason: str
+    index: int = 0
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}"
@@ -67,7 +72,7 @@ def given_prompts(prompts: Iterable[str], seed: int) -> Iterator[PromptRecord]:
 
 
 def read_prompts(source: str, run_seed: int) -> Iterator[PromptRecord | Failure]:
-    """The prompts of a file, or of standard input (`-`, a prompt a line), read as they are asked for.
+    """The prompts of a file, a folder of .txt captions, or standard input (`-`, a prompt a line), as they are needed.
 
     A line without a seed gets one from (run seed, its id), or without an id from its text and how often that text
     occurred before. Raises CascadeError, at once, when the file is missing, empty, of no known kind, or its header
@@ -87,10 +92,24 @@ Lines = Iterable[tuple[int, str]]
 Row = tuple[int, "Mapping[str, Any] | BadLineError"]
 """(line number, the values by column, or what is wrong with the line)."""
 
+PlacedRow = tuple[str, "Mapping[str, Any] | BadLineError"]
+"""(where it stands, to be appended to the name of the source; values or fault)."""
 
-def _rows(source: str) -> Iterator[Row]:
+
+def _rows(source: str) -> Iterator[PlacedRow]:
+    if source != STANDARD_INPUT and Path(source).is_dir():
+        yield from _caption_rows(Path(source))
+        return
+    for line, row in _numbered_rows(source):
+        yield f":{line}", row
+
+
+def _numbered_rows(source: str) -> Iterator[Row]:
     if source == STANDARD_INPUT:
         yield from _text_rows(_lines(sys.stdin.buffer))
+        return
+    if Path(source).suffix.lower() == ".parquet":
+        yield from _parquet_rows(source)
         return
     kinds: dict[str, Callable[[Lines], Iterator[Row]]] = {
         ".txt": _text_rows,
@@ -99,16 +118,24 @@ def _rows(source: str) -> Iterator[Row]:
     }
     kind = kinds.get(Path(source).suffix.lower())
     if kind is None:
-        raise CascadeError(f"{source}: unknown kind of prompt file; expected one of {', '.join(kinds)}, or `-`")
+        raise CascadeError(
+            f"{source}: unknown kind of prompt file; expected one of {', '.join(kinds)}, .parquet, a folder of .txt,"
+            " or `-`"
+        )
     with _open(source) as file:
         yield from kind(_lines(file))
 
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
+    with _readable(path), Path(path).open("rb") as file:
+        yield file
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        with Path(path).open("rb") as file:
-            yield file
+        yield
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
@@ -120,6 +147,42 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
     for line, raw in enumerate(file, start=1):
         text = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
         yield line, text.removeprefix("\ufeff") if line == 1 else text
+
+
+def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
+    """Each .txt file is one prompt, in the order of the names; its id is the name."""
+    with _readable(str(folder)):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".txt"))
+    for name in names:
+        try:
+            text = (folder / name).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+            yield f"/{name}", {"prompt": text, "id": name.removesuffix(".txt")}
+        except OSError as error:
+            yield f"/{name}", BadLineError(f"cannot be read: {error.strerror or error}")
+
+
+def _parquet_rows(source: str) -> Iterator[Row]:
+    """The rows of a Parquet file, read in small batches; a null counts as not given."""
+    from pyarrow import ArrowException, parquet
+
+    with _open(source) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            _check_header(table.schema_arrow.names, source)
+            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from enumerate((_without_nulls(row) for row in rows), start=1)
+        except ArrowException as error:
+            raise CascadeError(f"{source}: damaged, or not Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without nulls, in {stage: value} too: there Parquet writes every stage of any row."""
+    values = {}
+    for column, value in row.items():
+        kept = {name: own for name, own in value.items() if own is not None} if isinstance(value, dict) else value
+        if kept is not None and kept != {}:
+            values[column] = kept
+    return values
 
 
 def _text_rows(lines: Lines) -> Iterator[Row]:
@@ -216,34 +279,43 @@ def _csv_value(column: str, cell: str) -> Any:
     return cell.strip()
 
 
-def _records(rows: Iterable[Row], name: str, run_seed: int) -> Iterator[PromptRecord | Failure]:
-    ids: set[bytes] = set()
-    occurrences: Counter[bytes] = Counter()
-    for index, (line, row) in enumerate(rows):
-        origin = f"{name}:{line}"
-        try:
-            values = _checked(row)
-            identifier, prompt = values.get("id"), values["prompt"]
-            if identifier is not None:
-                _add_new(ids, identifier)
-            if "seed" not in values:
-                own = ("id", identifier) if identifier else ("text", prompt, occurrences[_digest(prompt)])
-                values["seed"] = derive_seed(run_seed, *own)
-            occurrences[_digest(prompt)] += 1
-            yield PromptRecord(index, origin=origin, **values)
-        except BadLineError as error:
-            yield Failure(origin, str(error))
+def _records(rows: Iterable[PlacedRow], name: str, run_seed: int) -> Iterator[PromptRecord | Failure]:
+    with closing(_Counts()) as counts:
+        for index, (place, row) in enumerate(rows):
+            origin = name + place
+            try:
+                values = _checked(row)
+                identifier, prompt = values.get("id"), values["prompt"]
+                if identifier is not None and counts.add("id", identifier):
+                    raise BadLineError(f"id: {identifier!r} stands on an earlier line; every id must be its own")
+                earlier = counts.add("text", prompt)
+                if "seed" not in values:
+                    own = ("id", identifier) if identifier else ("text", prompt, earlier)
+                    values["seed"] = derive_seed(run_seed, *own)
+                yield PromptRecord(index, origin=origin, **values)
+            except BadLineError as error:
+                yield Failure(origin, str(error), index)
 
 
-def _add_new(ids: set[bytes], identifier: str) -> None:
-    if _digest(identifier) in ids:
-        raise BadLineError(f"id: {identifier!r} stands on an earlier line; every id must be its own")
-    ids.add(_digest(identifier))
+class _Counts:
+    """How often each text was seen: in a temporary database of SQLite, which keeps to a few MB of memory."""
 
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None)  # the empty name: on disk, gone when closed
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
+        self._database.execute("BEGIN")
 
-def _digest(text: str) -> bytes:
-    """Short, so that the memory of a million lines is a small multiple of this."""
-    return hashlib.sha256(text.encode()).digest()[:12]
+    def add(self, kind: str, text: str) -> int:
+        """How often `text` was added before."""
+        key = hashlib.sha256(f"{kind} {text}".encode()).digest()[:16]
+        row = self._database.execute(
+            "INSERT INTO seen VALUES (?, 0) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times", (key,)
+        ).fetchone()
+        return int(row[0])
+
+    def close(self) -> None:
+        self._database.close()
 
 
 def _checked(row: Mapping[str, Any] | BadLineError) -> dict[str, Any]:
@@ -328,3 +400,18 @@ _COLUMNS: dict[str, Callable[[str, Any], Any]] = {
     "guidance": _each_stage(_weight),
     "steps": _each_stage(_at_least_one),
 }
+
+
+def count_prompts(source: str) -> int | None:
+    """About how many prompts a source has, bad lines counted, for the time left; None when that is not known."""
+    path = Path(source)
+    if source == STANDARD_INPUT or not path.exists():
+        return None
+    if path.is_dir():
+        return sum(entry.name.endswith(".txt") for entry in os.scandir(path))
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(path).num_rows)
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file) - (path.suffix.lower() == ".csv")

@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+from torch import Tensor
+
 from cascade.config import SamplingConfig, StageConfig
 from cascade.errors import CascadeError
 from cascade.settings import parse
@@ -24,6 +27,8 @@ def resolve_sampling(
     """
     if preset is not None and preset not in PRESETS:
         raise CascadeError(f"preset: {preset!r}; expected one of {', '.join(PRESETS)}")
+    if preset not in (None, "default") and not any(preset in stage.presets for stage in stages):
+        raise CascadeError(f"preset: no stage of this cascade defines {preset!r}; leave it out, or give steps instead")
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
         if isinstance(value, Mapping):
@@ -39,16 +44,22 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
         own = value.get(stage.name) if isinstance(value, Mapping) else value
+        if isinstance(own, (np.generic, Tensor)):
+            own = own.item()
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps takes the place of a list
             values[setting] = None if own == "none" else own
-    return parse(SamplingConfig, values, f"stage {stage.name}")
+    settings = parse(SamplingConfig, values, f"stage {stage.name}")
+    total = getattr(stage.schedule, "steps", None)
+    if total and settings.timesteps is None and settings.spacing in ("leading", "trailing") and settings.steps > total:
+        raise CascadeError(f"stage {stage.name}: steps: {settings.steps}; its schedule has only {total}")
+    return settings
 
 
-def _check_name(setting: str, name: str, names: Sequence[str]) -> None:
+def _check_name(setting: str, name: object, names: Sequence[str]) -> None:
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
+        close = difflib.get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise CascadeError(f"{setting}: no stage is called {name!r}; this cascade has {', '.join(names)}{hint}")
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,24 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
+
+class _RepeatedKeyError(yaml.YAMLError):
+    """A key that stands twice in one mapping, of which YAML would silently drop the first."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[dict[Any, Any]]:
+    """A mapping as PyYAML constructs it, if no key of it is repeated; keys merged in by `<<` may be."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise _RepeatedKeyError(f"line {key.start_mark.line + 1}: {key.value} is there a second time; keep one")
+            seen.add(key.value)
+    yield from loader.construct_yaml_map(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
 ConfigT = TypeVar("ConfigT", bound=Settings)
 
 
@@ -48,7 +66,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise CascadeError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CascadeError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except _RepeatedKeyError as error:
+        raise CascadeError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise CascadeError(f"{path}: expected settings as `name: value`, found {type(data).__name__}")
@@ -64,8 +84,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             raise CascadeError(f"{assignment!r}: expected key=value, such as training.steps=100")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise CascadeError(f"{assignment!r}: {text!r} is not a YAML value") from None
+        except (yaml.YAMLError, ValueError):
+            raise CascadeError(f"{assignment[:200]!r}: {text[:80]!r} is not a YAML value") from None
         _assign(data, name.split("."), value, assignment)
     return data
 
@@ -74,7 +94,7 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
     for depth, key in enumerate(keys):
         position: Any = key
         if isinstance(data, list):
-            if not key.isdigit() or int(key) >= len(data):
+            if not key.isdecimal() or int(key) >= len(data):
                 raise CascadeError(
                     f"{assignment!r}: {'.'.join(keys[:depth])} is a list of {len(data)}; {key!r} is no place in it"
                 )
@@ -99,8 +119,9 @@ def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
                 mistakes.setdefault(".".join(_walk(kind, mistake["loc"])[1]), []).append(mistake)
         lines = [f"{origin}: {_explain(kind, same_setting)}" for same_setting in mistakes.values()]
         raise CascadeError("\n".join(lines)) from None
-    except TypeError as error:
-        raise CascadeError(f"{origin}: {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # a set, bytes, an alias of itself: YAML, but no settings
+        reason = "a number has thousands of digits" if "integer string conversion" in str(error) else error
+        raise CascadeError(f"{origin}: {reason}") from None
 
 
 def to_yaml(settings: Settings) -> str:

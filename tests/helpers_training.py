@@ -29,6 +29,7 @@ class WordEncoder:
 
     def __init__(self, before: Callable[[int], None] | None = None, delay_seconds: float = 0.0) -> None:
         self.calls = 0
+        self.device: torch.device | str | None = None
         self._before = before
         self._delay_seconds = delay_seconds
 
@@ -38,6 +39,11 @@ class WordEncoder:
         if self._before is not None:
             self._before(self.calls)
         return TextEmbeddings.from_rows([torch.stack([_vector(word) for word in [*p.split(), ""]]) for p in prompts])
+
+    def to(self, device: torch.device | str | None = None) -> WordEncoder:
+        """There is nothing to move but this note of it."""
+        self.device = device
+        return self
 
     def release(self) -> None:
         """There is nothing to free."""

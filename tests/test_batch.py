@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.batch import DrawOptions, Job, PictureFolder, Summary, draw, file_stem, plan, run_batch
+from cascade.batch import DrawOptions, Engine, Output, Shelf, Summary, Task, Undrawn, plan, run_batch
 from cascade.prompts import Failure, PromptRecord, given_prompts, read_prompts
 from cascade.seeds import MAX_SEED, derive_seed
 
@@ -189,52 +190,99 @@ def test_a_line_overrides_the_call(pipeline: CascadePipeline) -> None:
     assert own.settings["sr32"].guidance == 1.0
 
 
-def windows(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOptions) -> list[int]:
-    """Prompts in each call of the pipeline."""
+def tasks(pipeline: CascadePipeline, records: Iterable[PromptRecord], call: DrawOptions) -> list[Task]:
+    return [task for record in records for task in plan(pipeline, record, call).tasks()]
+
+
+def batches(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOptions) -> list[int]:
+    """Pictures in each call of the network of the last stage; those that fill it up to its size count."""
     counts: list[int] = []
+    draw_batch = pipeline.draw_batch
 
-    class Watched:
-        default_batch_size = 1
+    def watched(*arguments: Any) -> Any:
+        counts.append(len(arguments[3]))
+        return draw_batch(*arguments)
 
-        def __call__(self, prompts: list[str], **arguments: Any) -> Any:
-            counts.append(len(prompts))
-            return pipeline(prompts, **arguments)
-
-    jobs = [plan(pipeline, record, call) for record in records]
-    drawn = list(draw(Watched(), jobs, call))  # type: ignore[arg-type]
-    assert [(d.job.record.index, d.number) for d in drawn] == [
-        (job.record.index, number) for job in jobs for number in range(job.num_images)
-    ]
+    pipeline.draw_batch = watched  # type: ignore[method-assign]
+    try:
+        drawn = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
+    finally:
+        del pipeline.draw_batch
+    assert len(drawn) == len(tasks(pipeline, records, call))
     return counts
 
 
-def test_lines_with_equal_settings_are_drawn_together_up_to_the_window(pipeline: CascadePipeline) -> None:
+def test_pictures_with_equal_settings_share_batches_of_one_size(pipeline: CascadePipeline) -> None:
     records = [PromptRecord(index, "a", index) for index in range(5)]
-    assert windows(pipeline, records, options()) == [1] * 5
-    assert windows(pipeline, records, options(batch_size=2)) == [2, 2, 1]
-    assert windows(pipeline, records, options(window=4)) == [4, 1]
-    assert windows(pipeline, records, options(window=4, num_images=2)) == [2, 2, 1]
-    assert windows(pipeline, records, options(window=2, num_images=3)) == [1] * 5
-    mixed = [replace(record, steps=record.index // 2 + 1) for record in records]
-    assert windows(pipeline, mixed, options(window=4)) == [2, 2, 1]
+    assert batches(pipeline, records, options()) == [1] * 5
+    assert batches(pipeline, records, options(batch_size=2)) == [2, 2, 2]
+    assert batches(pipeline, records, options(batch_size=4, num_images=2)) == [4, 4, 4]
+    mixed = [replace(record, steps=record.index % 2 + 1) for record in records]
+    assert batches(pipeline, mixed, options(batch_size=3)) == [3, 3]
 
 
-def test_windows_change_no_bytes(pipeline: CascadePipeline) -> None:
+def test_windows_and_the_disk_change_no_bytes(pipeline: CascadePipeline, tmp_path: Path) -> None:
     records = [PromptRecord(index, prompt, 3) for index, prompt in enumerate(["a fox", "two blue stars", "a"])]
     drawn = []
-    for call in (options(), options(window=8)):
-        jobs = [plan(pipeline, record, call) for record in records]
-        drawn.append([picture.image.tobytes() for picture in draw(pipeline, jobs, call)])
-    assert drawn[0] == drawn[1]
+    for shelf in (None, Shelf(tmp_path)):
+        call = options(until=None)
+        results = list(Engine(pipeline, call, shelf=shelf).draw(tasks(pipeline, records, call)))
+        drawn.append({result.task.job.record.index: result.image.tobytes() for result in results})
+    expected = pipeline([record.prompt for record in records], seed=3).images
+    assert drawn == [{index: image.tobytes() for index, image in enumerate(expected)}] * 2
+    assert not list(tmp_path.iterdir())
 
 
-def test_pictures_appear_before_later_prompts_are_read(pipeline: CascadePipeline) -> None:
-    def jobs() -> Iterable[Job]:
-        yield plan(pipeline, PromptRecord(0, "a", 0), options())
-        yield plan(pipeline, PromptRecord(1, "b", 0), options())
-        raise AssertionError("read too far")
+def test_each_text_is_encoded_once(pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = pipeline.encode
+    monkeypatch.setattr(pipeline, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    engine = Engine(pipeline, options())
+    for prompts in (["a", "b", "a"], ["b", "c"]):
+        records = [PromptRecord(index, prompt, index) for index, prompt in enumerate(prompts)]
+        assert len(list(engine.draw(tasks(pipeline, records, options())))) == len(prompts)
+    assert seen == ["a", "", "b", "c"]
 
-    assert next(iter(draw(pipeline, jobs(), options()))).job.record.prompt == "a"
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_batch = pipeline.draw_batch
+
+    def limited(*arguments: Any) -> Any:
+        if len(arguments[3]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw_batch(*arguments)
+
+    records = [PromptRecord(index, "a", index) for index in range(5)]
+    monkeypatch.setattr(pipeline, "draw_batch", limited)
+    monkeypatch.setattr("cascade.batch.engine._AUTO_BATCH_ON_CPU", 16)
+    call = options(batch_size="auto")
+    results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
+    assert [result.batch_sizes["base"] for result in results] == [2] * 5
+    fixed = Engine(pipeline, options(batch_size=2)).draw(tasks(pipeline, records, call))
+    assert [result.image.tobytes() for result in results] == [result.image.tobytes() for result in fixed]
+    with pytest.raises(CascadeError, match="out of memory in stage base"):
+        list(Engine(pipeline, options(batch_size=4)).draw(tasks(pipeline, records, call)))
+
+
+def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_batch = pipeline.draw_batch
+
+    def spoiled(*arguments: Any) -> Any:
+        x = draw_batch(*arguments)
+        x[[picture.seed == 1 for picture in arguments[3]]] = float("nan")
+        return x
+
+    monkeypatch.setattr(pipeline, "draw_batch", spoiled)
+    call = options(batch_size=2, until=16)
+    records = [PromptRecord(index, "a", index) for index in range(4)]
+    results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
+    bad = [result for result in results if isinstance(result, Undrawn)]
+    assert [(result.task.job.record.index, result.reason[:10]) for result in bad] == [(1, "stage base")]
+    assert {result.task.job.record.index for result in results} == {0, 1, 2, 3}
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -252,14 +300,16 @@ def test_pictures_appear_before_later_prompts_are_read(pipeline: CascadePipeline
 )
 def test_files_are_named_by_number_and_slug(pipeline: CascadePipeline, prompt: str, count: int, stem: str) -> None:
     job = plan(pipeline, PromptRecord(7, prompt, 0), options(num_images=count))
-    assert file_stem(job, 1) == stem
+    assert Task(job, 1).stem == stem
     assert len(stem) <= 60
 
 
 def run(pipeline: CascadePipeline, out: Path, records: Iterable[PromptRecord | Failure], **changes: Any) -> Summary:
-    with PictureFolder(out, save_stages=True) as folder:
-        summary = run_batch(pipeline, records, options(**{"until": None, **changes}), folder, [].append)
-        folder.write_grid()
+    with Output(out) as output:
+        output.begin({"seed": 0})
+        summary = run_batch(pipeline, records, options(**{"until": None, "save_stages": True, **changes}), output)
+        output.complete()
+        output.write_grid()
     return summary
 
 
@@ -287,8 +337,10 @@ def test_the_manifest_says_what_each_picture_is(pipeline: CascadePipeline, tmp_p
         for resolution, file in line["stages"].items():
             with Image.open(tmp_path / "out" / file) as smaller:
                 assert smaller.size == (int(resolution), int(resolution))
-    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("[!.]*.*")}
     assert written == {
+        "run.json",
+        "failures.jsonl",
         "manifest.jsonl",
         "grid.png",
         *(line["file"] for line in lines),
@@ -314,11 +366,9 @@ def test_a_line_whose_settings_this_cascade_refuses_is_named_and_the_others_go_o
     pipeline: CascadePipeline, tmp_path: Path
 ) -> None:
     records = [PromptRecord(0, "a", 1, origin="p:1", steps={"bse": 3}), PromptRecord(1, "b", 1)]
-    failures: list[Failure] = []
-    with PictureFolder(tmp_path / "out") as folder:
-        summary = run_batch(pipeline, records, options(), folder, failures.append)
-    assert summary == Summary(pictures=1, failures=1)
-    assert str(failures[0]).startswith("p:1: steps: no stage is called 'bse'")
+    assert run(pipeline, tmp_path / "out", records, until=8) == Summary(pictures=1, failures=1)
+    (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert json.loads(failure)["reason"].startswith("steps: no stage is called 'bse'")
     assert [line["index"] for line in manifest(tmp_path / "out")] == [1]
 
 
@@ -332,14 +382,4 @@ def test_pictures_that_were_finished_before_an_error_stay_and_are_in_the_manifes
 
     with pytest.raises(CascadeError, match="disk"):
         run(pipeline, tmp_path / "out", records(), until=8)
-    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a"]
-
-
-def test_a_folder_of_an_earlier_run_is_kept_unless_told_otherwise(pipeline: CascadePipeline, tmp_path: Path) -> None:
-    run(pipeline, tmp_path / "out", [PromptRecord(0, "a", 1)], until=8)
-    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
-    with pytest.raises(CascadeError, match="earlier run"):
-        PictureFolder(tmp_path / "out")
-    with PictureFolder(tmp_path / "out", overwrite=True):
-        pass
-    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a", "b"]

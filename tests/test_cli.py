@@ -49,7 +49,7 @@ def manifest(out: Path) -> list[dict[str, Any]]:
 
 
 def names(out: Path) -> list[str]:
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
+    return sorted(str(path.relative_to(out)) for path in out.rglob("[!.]*.*"))
 
 
 # --- the program -------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CascadePipeline, "__call__", interrupted)
+    monkeypatch.setattr(CascadePipeline, "draw_batch", interrupted)
     status, _, err = run(capsys, "generate", "a", "--model", model, "--out", tmp_path / "out")
     assert (status, err.strip()) == (1, "cascade: stopped")
     assert not (tmp_path / "out").exists()
@@ -109,7 +109,7 @@ def test_generate_writes_what_the_pipeline_draws(
             file = f"{stem}.png" if resolution == 32 else f"stages/{stem}-{resolution}.png"
             with Image.open(out / file) as written:
                 assert written.tobytes() == image.tobytes(), file
-    assert len(names(out)) == 4 + 8 + len(["grid.png", "manifest.jsonl"])
+    assert len(names(out)) == 4 + 8 + len(["grid.png", "manifest.jsonl", "run.json"])
     assert [line["seed"] for line in manifest(out)] == [7] * 4
 
 

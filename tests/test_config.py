@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cascade.config import StageConfig, TrainConfig, load_train_config
+from cascade.config import CosineSchedule, SamplingConfig, StageConfig, TrainConfig, load_train_config
+from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.errors import CascadeError
 from cascade.settings import override, parse, read_yaml, to_yaml
 
@@ -50,9 +51,36 @@ MISTAKES = [
     ("stage.schedule={steps: 10}", "stage.schedule.kind is missing"),
     ("stage.schedule={kind: linear, beta_end: 2}", "stage.schedule.beta_end: should be less than 1, not 2"),
     (
-        "stage.schedule={kind: cosine, log_snr_min: 30}",
-        "stage.schedule: log_snr_min 30.0 must lie below log_snr_max 20.0",
+        "stage.schedule={kind: cosine, log_snr_min: 5, log_snr_max: 3}",
+        "stage.schedule: log_snr_min 5.0 must lie below log_snr_max 3.0",
     ),
+    (
+        "stage.schedule={kind: cosine, log_snr_min: -30}",
+        "stage.schedule.log_snr_min: should be greater than or equal to -20, not -30",
+    ),
+    (
+        "stage.schedule={kind: cosine, log_snr_max: 21}",
+        "stage.schedule.log_snr_max: should be less than or equal to 20, not 21",
+    ),
+    (
+        f"training.seed={2**63}",
+        f"training.seed: should be less than or equal to {2**63 - 1}, not {2**63}",
+    ),
+    ("training.optimizer.betas=[0.9, 1.0]", "training.optimizer.betas.1: should be less than 1, not 1.0"),
+    ("stage.sampling.steps=1000001", "stage.sampling.steps: should be less than or equal to 1000000, not 1000001"),
+    (
+        "stage.presets.fast.steps=1000001",
+        "stage.presets.fast.steps: should be less than or equal to 1000000, not 1000001",
+    ),
+    (
+        "stage.sampling.guidance_interval=[3, -2.5]",
+        "stage.sampling: guidance_interval [3, -2.5] is empty; give the smaller log SNR first",
+    ),
+    (
+        "stage.name=text_encoder",
+        "stage: name text_encoder is taken by another part of a cascade's folder; choose another",
+    ),
+    ("stage.name=cascade", "stage: name cascade is taken by another part of a cascade's folder; choose another"),
     ("data.sources=[]", "data.sources is empty; give at least one"),
     ("data.sources=[{kind: folder}]", "data.sources.0.path is missing"),
     (
@@ -67,6 +95,8 @@ MISTAKES = [
     ),
     ("stage.model.embedding_dim=33", "stage.model: embedding_dim 33 must be even: half sines, half cosines"),
     ("stage.low_resolution=48", "stage: resolution 64 is not a multiple of low_resolution 48"),
+    ("stage.low_resolution=64", "stage: low_resolution 64 must be smaller than resolution 64"),
+    ("stage.model.channels=[]", "stage.model: channels is empty; give at least one level"),
     ("stage.path=residual", "stage: path: residual needs low_resolution, the smaller picture it differs from"),
     ("stage.resolution=66", "stage: resolution 66 is not a multiple of 4, by which the model divides it"),
     ("data.crop=32", "data.crop is for super-resolution stages; this stage has no low_resolution"),
@@ -114,6 +144,39 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, messa
         read_yaml(path)
     assert str(raised.value).startswith(f"{path}: {message}")
     assert "\n" not in str(raised.value)
+
+
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("training:\n  steps: 1\n  seed: 2\n  steps: 3\n")
+    with pytest.raises(CascadeError) as raised:
+        read_yaml(path)
+    assert str(raised.value) == f"{path}: line 4: steps is there a second time; keep one"
+    with pytest.raises(CascadeError, match="is not a YAML value"):
+        override(SMALLEST, ["training={steps: 1, steps: 2}"])
+
+
+def test_the_same_key_elsewhere_and_a_merged_one_are_no_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {b: 1, c: 2}\nb: {<<: *a, b: 3}\n")
+    assert read_yaml(path) == {"a": {"b": 1, "c": 2}, "b": {"b": 3, "c": 2}}
+
+
+def test_a_number_of_thousands_of_digits_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: " + "9" * 5000)
+    with pytest.raises(CascadeError, match=r"x\.yaml: not valid YAML"):
+        read_yaml(path)
+    with pytest.raises(CascadeError, match="is not a YAML value"):
+        override(SMALLEST, ["training.steps=" + "9" * 5000])
+    with pytest.raises(CascadeError, match=r"^stage base: a number has thousands of digits$"):
+        parse(SamplingConfig, {"steps": 10**5000}, "stage base")
+
+
+def test_log_snr_may_be_set_as_far_as_the_mathematics_clips_it() -> None:
+    fields = CosineSchedule.model_fields
+    bounds = {bound for name in ("log_snr_min", "log_snr_max") for bound in map(repr, fields[name].metadata)}
+    assert bounds == {f"Ge(ge={LOG_SNR_RANGE[0]:g})", f"Le(le={LOG_SNR_RANGE[1]:g})"}
 
 
 def test_a_missing_and_an_unreadable_file_are_named(tmp_path: Path) -> None:
@@ -165,6 +228,7 @@ def test_assignments_change_a_copy_in_place_of_the_file(tmp_path: Path) -> None:
         ("=3", "'=3': expected key=value, such as training.steps=100"),
         ("training.steps=[", "'training.steps=[': '[' is not a YAML value"),
         ("data.sources.1.weight=2", "'data.sources.1.weight=2': data.sources is a list of 1; '1' is no place in it"),
+        ("data.sources.²=2", "'data.sources.²=2': data.sources is a list of 1; '²' is no place in it"),
         ("data.sources.x=2", "'data.sources.x=2': data.sources is a list of 1; 'x' is no place in it"),
         ("output.x=2", "'output.x=2': output is a value, not a section"),
     ],
@@ -185,3 +249,17 @@ def test_downsampling_counts_the_stem_and_all_strides() -> None:
         {"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}}
     ).model
     assert model.downsampling == 8
+
+
+def test_a_crop_must_suit_both_the_scale_and_the_depth() -> None:
+    """Scale 3 and depth 4: 16 is a multiple of the larger of the two and of no use."""
+    changes = ["stage.resolution=48", "stage.low_resolution=16", "data.crop=16"]
+    with pytest.raises(CascadeError, match=r"data\.crop 16 must be a multiple of 12"):
+        parse(TrainConfig, override(SMALLEST, changes), "test.yaml")
+
+
+def test_a_section_that_contains_itself_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "test.yaml"
+    path.write_text("output: &a [*a]\n")
+    with pytest.raises(CascadeError, match=r"test\.yaml: Circular reference"):
+        load_train_config(path)

@@ -99,7 +99,8 @@ def drawn(config: TrainConfig) -> object:
 
 def drawn_fast(config: TrainConfig) -> object:
     """Two pictures with the preset `fast`, and its augmentation level, which whoever makes the smaller picture uses."""
-    sampling = resolve_sampling([config.stage], "fast", {})[config.stage.name]
+    preset = "fast" if config.stage.presets else "default"  # a preset that no stage defines is refused
+    sampling = resolve_sampling([config.stage], preset, {})[config.stage.name]
     stage = config.stage.model_copy(update={"sampling": sampling})
     return drawn(config.model_copy(update={"stage": stage})), sampling.aug_level
 

@@ -13,6 +13,8 @@ from helpers_if import TEXT_DIM, make_if, make_unet
 from torch import Tensor
 
 from cascade import CascadePipeline
+from cascade.batch import Drawn, DrawOptions, Engine, plan
+from cascade.batch.identity import model_identity
 from cascade.build import IF_NOISE, build_stage
 from cascade.cli import main
 from cascade.conditioning import Conditioning
@@ -21,7 +23,9 @@ from cascade.deepfloyd import read_stage, read_weights
 from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
 from cascade.errors import CascadeError
-from cascade.load import load_stage
+from cascade.load import load_stage, read_index
+from cascade.memory import stage_memory
+from cascade.prompts import given_prompts
 from cascade.stage import Stage, count_parameters
 from cascade.text.t5 import TextEncoder
 
@@ -349,3 +353,50 @@ def test_what_is_not_deepfloyd_if_is_refused_by_name(
     edit(tmp_path / "if" / file, **change)
     with pytest.raises(CascadeError, match=message):
         load_stage(tmp_path / "if")
+
+
+# --- batch runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_batch_run_draws_what_a_call_draws(peers: dict[bool, tuple[Path, Any]], low_memory: bool) -> None:
+    prompts = ["a red apple", "two stars"]
+    pipeline = CascadePipeline.from_pretrained(
+        peers[False][0], super_resolution=[peers[True][0]], device="cpu", low_memory=low_memory
+    )
+    steps: list[tuple[str, int, int]] = []
+    engine = Engine(
+        pipeline,
+        DrawOptions(run_seed=0, sampling={"steps": 3}, batch_size=2),
+        on_step=lambda *step: steps.append(step),
+    )
+    tasks = [task for record in given_prompts(prompts, 0) for task in plan(pipeline, record, engine.options).tasks()]
+    seeds = [task.job.record.seed for task in tasks]
+    drawn = {result.task: result.image for result in engine.draw(tasks) if isinstance(result, Drawn)}
+    expected = pipeline(prompts, seed=seeds, steps=3, batch_size=2).images
+    assert [drawn[task].tobytes() for task in tasks] == [image.tobytes() for image in expected]
+    assert steps == [(stage, step, 3) for stage in ("base", "sr32") for step in range(3)]
+
+
+def test_a_line_that_asks_for_more_steps_than_the_schedule_has_is_refused_when_planned(
+    peers: dict[bool, tuple[Path, Any]],
+) -> None:
+    pipeline = CascadePipeline.from_pretrained(peers[False][0], device="cpu")
+    (record,) = given_prompts(["a red apple"], 0)
+    with pytest.raises(CascadeError, match="steps: 1001; its schedule has only 1000"):
+        plan(pipeline, record, DrawOptions(run_seed=0, sampling={"steps": 1001}))
+
+
+def test_other_weights_in_a_folder_of_diffusers_are_another_model(tmp_path: Path) -> None:
+    make_if(tmp_path / "if")
+    before = model_identity(read_index(tmp_path / "if"))
+    assert model_identity(read_index(tmp_path / "if")) == before
+    make_unet(False, layers_per_block=[1, 1]).save_pretrained(tmp_path / "if" / "unet")
+    assert model_identity(read_index(tmp_path / "if")) != before
+
+
+def test_the_least_memory_of_a_network_call_is_no_more_than_it_takes(peers: dict[bool, tuple[Path, Any]]) -> None:
+    for folder, _ in peers.values():
+        config = read_stage(folder)
+        taken = stage_memory(config).activations / 4 / (2 * config.resolution**2)  # with guidance two of each
+        assert 0.05 * taken < config.model.least_activations < taken

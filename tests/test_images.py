@@ -29,6 +29,7 @@ def test_pil_and_back_is_the_same_picture() -> None:
     images = to_pil(to_float(picture))
     assert [image.size for image in images] == [(7, 5), (7, 5)]
     assert torch.equal(torch.stack([from_pil(image) for image in images]), picture)
+    assert [image.tobytes() for image in to_pil(picture)] == [image.tobytes() for image in images]
 
 
 def test_transparency_lies_over_white() -> None:
@@ -109,3 +110,19 @@ def test_contact_sheet_writes_labels_beneath_and_fits_other_aspects() -> None:
 def test_contact_sheet_wants_a_label_for_every_picture() -> None:
     with pytest.raises(ValueError, match="1 labels for 2 pictures"):
         contact_sheet([Image.new("RGB", (2, 2))] * 2, columns=2, labels=["one"])
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([0, 7, 255], np.int32, [0, 7, 255]),
+        ([-5, 257, 65535], np.int32, [0, 1, 255]),
+        ([0.0, 0.2, 1.0], np.float32, [0, 51, 255]),
+        ([0.0, 51.0, 255.0], np.float32, [0, 51, 255]),
+        ([0.0, 257.0, 65535.0], np.float32, [0, 1, 255]),
+    ],
+)
+def test_gray_that_does_not_say_what_white_is_goes_by_its_largest_value(
+    values: list[float], dtype: type, expected: list[int]
+) -> None:
+    assert from_pil(Image.fromarray(np.array([values], dtype=dtype)))[0].tolist() == [expected]

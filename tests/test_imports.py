@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd"},
     "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
+    "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
     "__init__": STAGE | {"text", "pipeline"},  # the public names
 }
 # What stands at the top may import everything.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, tiny_stage
@@ -254,3 +256,90 @@ def test_stages_that_do_not_chain_are_refused(pipeline: CascadePipeline, order: 
     configs = tiny_configs()
     with pytest.raises(CascadeError, match=message):
         CascadePipeline(pipeline.text_encoder, [tiny_stage(configs[index]) for index in order])
+
+
+# --- the caller's own types ---------------------------------------------------------------------------------
+
+
+def test_numpy_numbers_mean_what_plain_numbers_mean(pipeline: CascadePipeline) -> None:
+    plain = pixels(pipeline, "a fox", seed=1, steps=1, guidance=2.0)
+    for seed in (np.int64(1), [np.int64(1)], np.array([1]), True):
+        assert pixels(pipeline, "a fox", seed=seed, steps=np.int64(1), guidance=np.float32(2)) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": 5}, "prompt: 5 is no text"),
+        ({"prompt": ["a", None]}, "prompt: None is no text"),
+        ({"negative_prompt": [None]}, "negative_prompt: None is no text"),
+        ({"seed": 1.5}, "seed: 1.5; expected a whole number"),
+        ({"seed": "1"}, "seed: '1'"),
+        ({"seed": [None]}, "seed: None; expected a whole number"),
+        ({"seed": -1}, "seed: -1; expected a whole number in 0.."),
+        ({"seed": 2**63}, "expected a whole number in 0.."),
+        ({"num_images_per_prompt": 2.0}, "num_images_per_prompt: 2.0; expected a whole number"),
+        ({"batch_size": "2"}, "batch_size: '2'; expected a whole number"),
+        ({"height": 32.0}, "height: 32.0; expected a whole number"),
+        ({"steps": {1: 2}}, "no stage is called 1"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 32)}, "prompt_embeds: expected TextEmbeddings"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_the_wrong_kind_is_named(
+    pipeline: CascadePipeline, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CascadeError, match=re.escape(message)):
+        pipeline(**{"prompt": "a fox", **options})
+
+
+def test_a_wrong_output_type_is_refused_before_anything_is_drawn(pipeline: CascadePipeline) -> None:
+    with pytest.raises(CascadeError, match="output_type: 'jpeg'"):
+        estimates(pipeline, "a fox", output_type="jpeg", steps={"base": -1})
+
+
+def test_moving_a_cascade_also_moves_stages_that_are_loaded_later(model: Path) -> None:
+    held, lazy = (CascadePipeline.from_pretrained(model, device="cpu", low_memory=low) for low in (False, True))
+    expected = pixels(held.to(dtype=torch.bfloat16), "a fox")
+    assert pixels(lazy.to(dtype=torch.bfloat16), "a fox") == expected
+    assert lazy.slots[0].load().network.stem.weight.dtype == torch.bfloat16
+
+
+def test_one_super_resolution_stage_needs_no_list(model: Path) -> None:
+    for source in (model / "sr16", str(model / "sr16")):
+        assert CascadePipeline.from_pretrained(model, super_resolution=source).stage_names == ["base", "sr16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype: 'int8'"),
+        ({"dtype": torch.float16}, "needs a GPU"),
+        ({"device": "meta"}, "device: meta"),
+    ],
+    ids=["int8", "float16", "meta"],
+)
+def test_formats_and_devices_that_cannot_draw_are_refused(model: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CascadeError, match=message):
+        CascadePipeline.from_pretrained(model, **({"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize("options", [{"height": 8 * 10**8}, {"batch_size": 10**8}], ids=str)
+def test_what_cannot_fit_into_memory_is_refused_before_noise_is_drawn(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    monkeypatch.setattr(CascadePipeline, "_draw", None)
+    with pytest.raises(CascadeError, match=r"^out of memory in stage base: needs more than .* GB, .* GB are free; use"):
+        pipeline("a fox", **options)
+
+
+def test_a_cascade_made_by_hand_has_the_device_and_format_of_its_stages(pipeline: CascadePipeline) -> None:
+    stages = [tiny_stage(config).to(dtype=torch.bfloat16) for config in tiny_configs()]
+    by_hand = CascadePipeline(pipeline.text_encoder, stages)
+    assert (by_hand.device, by_hand.dtype) == (torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_preset_that_no_stage_defines_is_refused_and_default_is_not(pipeline: CascadePipeline) -> None:
+    with pytest.raises(CascadeError, match="no stage of this cascade defines 'best'"):
+        pipeline("a fox", preset="best")
+    assert pixels(pipeline, "a fox", preset="default", until=8) == pixels(pipeline, "a fox", until=8)

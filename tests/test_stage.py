@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_diffusion import from_x
 from torch import Tensor
 
 from cascade.build import build_stage
@@ -15,7 +16,7 @@ from cascade.config import SamplingConfig, StageConfig
 from cascade.diffusion.denoisers import clip, guide
 from cascade.diffusion.loss import Weighting
 from cascade.diffusion.noise import alpha, diffuse, noise_like
-from cascade.diffusion.parameterization import from_x, to_x
+from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import OnStep, sample_ddim
 from cascade.diffusion.schedules import log_snr_grid
 from cascade.images import upsample

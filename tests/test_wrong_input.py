@@ -20,6 +20,8 @@ from helpers_training import micro_settings
 
 from cascade.checkpoint import save_stage
 from cascade.cli import main
+from cascade.errors import CascadeError
+from cascade.load import find_stage
 from cascade.models.unet import UNet
 
 
@@ -164,11 +166,10 @@ DRAWING = [
     Case("text encoder missing", OWN, "text_encoder: no such folder", removed("text_encoder")),
     Case("out of memory", DRAW, "out of memory in stage sr32; use a smaller batch_size", forward(runs_out_of_memory)),
     Case("out of memory on a CPU", DRAW, "out of memory in stage base", forward(cannot_allocate)),
-    Case("NaN", DRAW, "stage base: the network gave numbers that are not finite", forward(gives_nan)),
     Case("prompt file missing", FILE + "{folder}/p.txt", "p.txt: no such file"),
-    Case("prompt file is a folder", FILE + "{folder}/p.txt", "p.txt: cannot be read: Is a directory", lambda world: (world.folder / "p.txt").mkdir()),
+    Case("prompt file is a folder", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", lambda world: (world.folder / "p.txt").mkdir()),
     Case("prompt file empty", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", written("p.txt", "\n")),
-    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .csv, or `-`"),
+    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .csv, .parquet, a folder of .txt, or `-`"),
     Case("prompt table header", FILE + "{folder}/p.csv", "p.csv:1: 'promt' is not a column; did you mean prompt?", written("p.csv", "promt\nfox\n")),
     Case("output below a file", "generate fox --model {model} --out {folder}/file/out", "file/out: cannot be written", written("file", "")),
     Case("output is a file", "generate fox --model {model} --out {folder}/file", "file: cannot be written", written("file", "")),
@@ -268,3 +269,24 @@ def test_only_bad_lines_is_a_failure_that_leaves_nothing(
     assert stdout == f"0 pictures in {tmp_path / 'out'}, 2 failed\n"
     assert [line.split(": ")[0] for line in stderr.splitlines()] == [f"{tmp_path / 'p.jsonl'}:{n}" for n in (1, 2)]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["runs/mine/base", "runs/mine"])
+def test_what_looks_local_is_not_asked_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("cascade.load._download", None)
+    with pytest.raises(CascadeError, match=f"^{source}: no stage here; give a folder"):
+        find_stage(source)
+
+
+def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(repo: str) -> Path:
+        raise CascadeError(f"{repo}: neither a folder nor a model that the hub gives: offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cascade.load._download", offline)
+    with pytest.raises(CascadeError, match=r"^runs/nope/base: no stage here; .* \(runs/nope: neither .*offline\)$"):
+        find_stage("runs/nope/base")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cascade.errors import CascadeError
 from cascade.sampling import PRESETS, number, per_stage, threshold_value, whole_number
-from cascade.seeds import MAX_SEED, fresh_seed
+from cascade.seeds import MAX_SEED
 
 if TYPE_CHECKING:
-    from cascade.batch import DrawOptions, PictureFolder, Summary
+    from cascade.batch import DrawOptions, Layout, Output, Progress, Summary
     from cascade.pipeline import CascadePipeline
 
 SAMPLING = ("steps", "guidance", "sampler", "aug_level", "threshold")
@@ -36,12 +41,42 @@ def _for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable
 _POSITIVE = click.IntRange(min=1)
 
 
+def _batch_size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        size = whole_number(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; expected one of at least 1, or auto.") from None
+    if size < 1:
+        raise click.BadParameter(f"{size} is not in the range x>=1.")
+    return size
+
+
+def _shard(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, int]:
+    if text is None:
+        return (0, 1)
+    which, _, count = text.partition("/")
+    if which.isdecimal() and count.isdecimal() and 1 <= int(which) <= int(count):
+        return (int(which) - 1, int(count))
+    raise click.BadParameter(f"{text!r}; expected which of how many, such as 3/16.")
+
+
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@click.option("--prompts", "file", metavar="FILE", help="Prompts: .txt (one a line), .jsonl, .csv, or `-`: one a line.")
+@click.option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
+@click.option(
+    "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
+)
 @click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
 @click.option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds pictures of an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Begin anew in a folder with pictures of an earlier run; they go.")
+@click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
+@click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts in a shard of webdataset.")
+@click.option("--manifest", type=click.Choice(("jsonl", "parquet")), default="jsonl", help="Parquet: beside the JSONL.")
+@click.option("--html", is_flag=True, help="Also write a page of pictures beside prompts, FOLDER/index.html.")
+@click.option("--shard", callback=_shard, metavar="I/N", help="Draw only the I-th of N parts, such as 3/16.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same pictures; default: drawn and reported.")
 @click.option("-n", "--num-images-per-prompt", type=_POSITIVE, default=1, show_default=True)
 @click.option("--negative-prompt", metavar="TEXT", help="What the pictures should not be like.")
@@ -58,8 +93,10 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.")
-@click.option("--batch-size", type=_POSITIVE, help="Pictures per network call; default: 1 on a CPU, 8 on a GPU.")
-@click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
+@click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
+@click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
+@click.option("--window", type=_POSITIVE, help="Prompts drawn together; default: a batch, 64 with --low-memory.")
+@click.option("--log-json", is_flag=True, help="For machines: a line of JSON for everything that happens, on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
 def generate(**values: Any) -> int:
     """Draw pictures.
@@ -69,8 +106,16 @@ def generate(**values: Any) -> int:
     cascade generate --prompts prompts.jsonl --out pictures
     """
     request = Request(**values)
+    if request.from_image is not None:
+        from cascade.cli.redraw import redraw
+
+        if request.prompts or request.file:
+            raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
+        return redraw(request.from_image, model=request.model, out=request.out, device=request.device)
     if bool(request.prompts) == bool(request.file):
         raise CascadeError("give either prompts or --prompts FILE")
+    if request.html and request.format == "webdataset":
+        raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
     return request.run()
 
 
@@ -80,9 +125,16 @@ class Request:
 
     prompts: tuple[str, ...]
     file: str | None
+    strict: bool
+    from_image: str | None
     model: str | None
     out: str
     overwrite: bool
+    format: str
+    tar_size: int
+    manifest: str
+    html: bool
+    shard: tuple[int, int]
     seed: int | None
     num_images_per_prompt: int
     negative_prompt: str | None
@@ -99,24 +151,60 @@ class Request:
     grid: bool
     device: str | None
     dtype: str | None
-    batch_size: int | None
+    batch_size: int | str | None
     low_memory: bool
+    window: int | None
+    log_json: bool
     quiet: bool
 
     def run(self) -> int:
         """Draw everything; the exit status."""
-        from cascade.batch import PictureFolder, run_batch
+        from cascade.batch import Output, run_batch
         from cascade.prompts import given_prompts, read_prompts
 
-        run_seed = fresh_seed() if self.seed is None else self.seed
-        records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-        with PictureFolder(self.out, overwrite=self.overwrite, save_stages=self.save_stages) as folder:
+        with Output(self.out, self._layout(), overwrite=self.overwrite) as output:
+            self._check_split(output)
+            run_seed = output.begin(self._settings())["seed"]
+            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
             pipeline = self._pipeline()
-            summary = run_batch(
-                pipeline, records, self._options(run_seed), folder, lambda failure: click.echo(failure, err=True)
-            )
-            self._finish(folder, summary, run_seed)
-        return 1 if summary.failures else 0
+            progress = self._progress()
+            progress.begin(self._total(output))
+            with _told_to_stop() as stop:
+                summary = run_batch(
+                    pipeline, records, self._options(run_seed), output, progress,
+                    strict=self.strict, low_memory=self.low_memory, stop=stop,
+                )  # fmt: skip
+            progress.end()
+            return self._finish(output, summary, run_seed)
+
+    def _layout(self) -> Layout:
+        from cascade.batch import Layout
+
+        return Layout(self.format, self.tar_size, self.shard)
+
+    def _check_split(self, output: Output) -> None:
+        """Several processes read the same prompts and must know the same seed."""
+        if output.process_count > 1 and self.file == "-":
+            raise CascadeError("--prompts -: several processes cannot share standard input; name a file")
+        if self.shard[1] > 1 and self.seed is None:
+            raise CascadeError("--shard: shards need the same seed; give one with --seed")
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the bytes of the output; `Output` refuses to continue a run of which any was different."""
+        from cascade.batch.identity import model_identity, versions
+        from cascade.load import choose_device, choose_dtype, read_index
+
+        device = choose_device(self.device)
+        own = ("seed", "num_images_per_prompt", "negative_prompt", *SAMPLING, "preset", "until", "height", "width")
+        stored = ("batch_size", "format", "save_stages")
+        return {
+            "versions": versions(),
+            "model": model_identity(read_index(self.model)),
+            **{name: getattr(self, name) for name in (*own, *stored)},
+            "tar_size": self.tar_size if self.format == "webdataset" else None,
+            "device": device.type,
+            "dtype": str(choose_dtype(self.dtype, device)).removeprefix("torch."),
+        }
 
     def _pipeline(self) -> CascadePipeline:
         from cascade.pipeline import CascadePipeline
@@ -138,18 +226,81 @@ class Request:
             sampling={name: getattr(self, name) for name in SAMPLING},
             preset=self.preset,
             batch_size=self.batch_size,
-            window=LOW_MEMORY_WINDOW if self.low_memory else None,
-            progress=sys.stderr.isatty() and not self.quiet,
+            window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
+            save_stages=self.save_stages,
         )
 
-    def _finish(self, folder: PictureFolder, summary: Summary, run_seed: int) -> None:
-        if self.grid:
-            folder.write_grid(columns=self.num_images_per_prompt if self.num_images_per_prompt > 1 else None)
+    def _progress(self) -> Progress:
+        from cascade.batch import Bar, JsonLog, Progress
+
+        if self.log_json:
+            return JsonLog()
+        return Bar() if sys.stderr.isatty() and not self.quiet else Progress()
+
+    def _total(self, output: Output) -> int | None:
+        """Pictures of this process, about."""
+        from cascade.prompts import count_prompts
+
+        prompts = count_prompts(self.file) if self.file else len(self.prompts)
+        if prompts is None:
+            return None
+        return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.process_count))
+
+    def _finish(self, output: Output, summary: Summary, run_seed: int) -> int:
+        """What comes once all is drawn; with several processes, the first does it for all."""
+        output.wait_for_the_others()
+        if output.rank > 0:
+            return 0
+        output.manifest.refresh()
+        pictures, failures = output.manifest.count(), output.failures()
+        if not summary.stopped:
+            output.complete()
+        self._write_extras(output)
         if self.seed is None:
             self._say(f"seed: {run_seed}")
-        failed = f", {summary.failures} failed" if summary.failures else ""
-        self._say(f"{summary.pictures} picture{'s' * (summary.pictures != 1)} in {self.out}{failed}")
+        kept = f", {summary.kept} of them from before" if summary.kept else ""
+        failed = f", {failures} failed" if failures else ""
+        page = f"; see {output.path('index', '.html')}" if self.html else ""
+        self._say(f"{pictures} picture{'s' * (pictures != 1)} in {self.out}{kept}{failed}{page}")
+        if summary.stopped:
+            click.echo("cascade: stopped; the same command continues", err=True)
+        if self.log_json:
+            click.echo(_event("end", pictures=pictures, kept=summary.kept, failures=failures, out=self.out))
+        return 1 if failures or summary.stopped else 0
+
+    def _write_extras(self, output: Output) -> None:
+        from cascade.batch.report import write_page, write_parquet
+
+        if output.manifest.count() == 0:
+            return
+        if self.grid:
+            output.write_grid(columns=self.num_images_per_prompt if self.num_images_per_prompt > 1 else None)
+        if self.manifest == "parquet":
+            output.write_with("manifest", ".parquet", lambda path: write_parquet(output.manifest.entries(), path))
+        if self.html:
+            title = Path(self.out).resolve().name
+            output.write_with("index", ".html", lambda path: write_page(output.manifest.entries(), path, title))
 
     def _say(self, line: str) -> None:
-        if not self.quiet:
+        if not self.quiet and not self.log_json:
             click.echo(line)
+
+
+def _event(name: str, **values: Any) -> str:
+    return json.dumps({"event": name, **values}, ensure_ascii=False)
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came: then the pictures at hand are finished, and the run ends."""
+    asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

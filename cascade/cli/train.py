@@ -56,7 +56,7 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     """
     from cascade.config import load_train_config
     from cascade.data.loader import unique_captions
-    from cascade.load import choose_device, load_plain_text_encoder, open_cache
+    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, open_cache
     from cascade.text.cache import fill
 
     path = find_config(config)
@@ -65,6 +65,7 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
         raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
     encoder = load_plain_text_encoder(settings.text).to(choose_device(device))
     cache = open_cache(settings.text.cache, encoder)
+    cache.note_settings(encoder_settings(settings.text))
     added = fill(cache, encoder, unique_captions(settings.data), batch_size, progress=sys.stderr.isatty())
     click.echo(
         f"{added} captions encoded, {len(cache)} in {settings.text.cache}, {cache.bytes_per_caption:.0f} bytes each"

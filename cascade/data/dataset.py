@@ -12,10 +12,12 @@ from __future__ import annotations
 import bisect
 import csv
 import glob
+import io
 import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,17 +61,21 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadRecordError when its captions cannot be read."""
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of every record, without touching pictures."""
+        """The captions of every record that has readable ones, without touching pictures."""
 
 
 class Source(Protocol):
     """Records in an order of its own."""
 
     def record(self, use: int, attempt: int = 0) -> Record:
-        """The record of the `use`-th view of this source; `attempt` > 0: another in place of a bad one."""
+        """The record of the `use`-th view of this source; `attempt` > 0: another in place of a bad one.
+
+        Raises BadRecordError when its captions cannot be read.
+        """
 
 
 def open_source(config: SourceConfig, resolution: int, key: Key) -> Source:
@@ -210,7 +216,8 @@ class FolderRecords:
         for name in METADATA_NAMES:
             for path in sorted(folder.rglob(name)):
                 self._listed.update(_read_metadata(path, caption_column))
-        pictures = {path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}
+        files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        pictures = {path for path in files if not path.is_dir()}
         self._paths = sorted(pictures | self._listed.keys())
         if not self._paths:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
@@ -223,15 +230,23 @@ class FolderRecords:
         return Record(path, self._captions_of(path), str(path))
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        return map(self._captions_of, self._paths)
+        for path in self._paths:
+            with suppress(BadRecordError):
+                yield self._captions_of(path)
 
     def _captions_of(self, path: Path) -> tuple[str, ...]:
         if path in self._listed:
             return self._listed[path]
-        try:
-            return caption_variants(path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines())
-        except (OSError, UnicodeDecodeError):
-            return ()
+        for sidecar in (path.with_suffix(".txt"), path.with_suffix(".TXT")):
+            try:
+                return caption_variants(sidecar.read_text(encoding="utf-8-sig").splitlines())
+            except FileNotFoundError:
+                continue
+            except UnicodeDecodeError:
+                raise BadRecordError(str(sidecar), "not UTF-8") from None
+            except OSError as error:
+                raise BadRecordError(str(sidecar), f"cannot be read: {error.strerror}") from None
+        return ()
 
 
 def _read_metadata(path: Path, caption_column: str) -> dict[Path, tuple[str, ...]]:
@@ -254,9 +269,13 @@ def _metadata_rows(path: Path) -> Iterator[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise CascadeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     if path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(), restkey="")
+        try:
+            yield from csv.DictReader(io.StringIO(text, newline=""), restkey="")
+        except csv.Error as error:
+            raise CascadeError(f"{path}: not valid CSV: {error}") from None
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`, which also cuts at the rarer line ends that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -354,6 +373,8 @@ def _open_hub_table(config: HubSource) -> TableRecords:
     table = _load_hub(config)
     columns = (config.image_column, config.caption_column)
     _require_columns(config.name, table.column_names, columns)
+    if not len(table):
+        raise CascadeError(f"data source {config.name}: there are no rows")
     table = _undecoded(table.select_columns(list(columns)), config.image_column)
     return TableRecords(table, columns, partial(_hub_row, config.name))
 
@@ -373,13 +394,21 @@ def _open_stream(config: HubSource) -> Callable[[int], Iterator[Record]]:
 
 def _stream_records(stream: Any, config: HubSource, skip: int) -> Iterator[Record]:
     number = skip
-    # `iter` and not a plain loop, which in a worker process would see only the worker's part of the stream.
-    for batch in stream.skip(skip).iter(batch_size=_ROWS_AT_ONCE):
+    for batch in _stream_batches(stream, config.name, skip):
         # Only now are the columns of every kind of stream known.
         _require_columns(config.name, list(batch), (config.image_column, config.caption_column))
         for image, captions in zip(batch[config.image_column], batch[config.caption_column], strict=True):
             yield Record(encoded_picture(image), caption_variants(captions), _hub_row(config.name, number))
             number += 1
+
+
+def _stream_batches(stream: Any, name: str, skip: int) -> Iterator[dict[str, Any]]:
+    """Batches of rows, and whatever breaks while the library reads them as CascadeError."""
+    try:
+        # `iter` and not a plain loop, which in a worker process would see only the worker's part of the stream.
+        yield from stream.skip(skip).iter(batch_size=_ROWS_AT_ONCE)
+    except Exception as error:  # files, networks and builders raise nearly everything
+        raise CascadeError(f"data source {name}: the stream broke off: {_first_line(error)}") from error
 
 
 def _load_hub(config: HubSource) -> Any:

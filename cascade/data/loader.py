@@ -112,12 +112,12 @@ class Views(Dataset[View]):
         source, use = self._mixture.locate(sample)
         bad: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
-            record = self._sources[source].record(use, attempt)
             # Two generators, so that a setting of captions moves no pictures.
             picture_rng, caption_rng = (
                 random.Random(derive_seed(self._seed, purpose, sample)) for purpose in ("picture", "caption")
             )
             try:
+                record = self._sources[source].record(use, attempt)
                 caption = choose_caption(record, self._data.caption_dropout, caption_rng)
                 picture = training_picture(record, self._data, self._stage, picture_rng)
             except BadRecordError as error:

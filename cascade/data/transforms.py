@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cascade.conditioning import NULL_TEXT
 from cascade.config import DataConfig, StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
 
-NULL_CAPTION = ""
-"""The text that stands for no text: classifier-free guidance departs from it."""
+MAX_ASPECT = 20
+"""Longer strips are bad records: padded to a square they are hardly more than white, and may not fit into memory."""
 
 
 def training_picture(record: Record, data: DataConfig, stage: StageConfig, rng: random.Random) -> Tensor:
@@ -25,6 +26,9 @@ def training_picture(record: Record, data: DataConfig, stage: StageConfig, rng: 
     For super-resolution this is the large picture; the smaller one is its area mean and needs no file.
     """
     picture = decode(record)
+    height, width = picture.shape[-2:]
+    if data.aspect == "pad" and max(height, width) > MAX_ASPECT * min(height, width):
+        raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
     if not data.tiles:
         picture = square(picture, data.aspect)
     if rng.random() < data.flip:
@@ -47,16 +51,16 @@ def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
     if not record.captions:
         raise BadRecordError(record.origin, "no caption")
     caption = rng.choice(record.captions)
-    return NULL_CAPTION if rng.random() < dropout else caption
+    return NULL_TEXT if rng.random() < dropout else caption
 
 
 def decode(record: Record) -> Tensor:
     """The stored picture -> uint8 (3, H, W), upright, over white. Raises BadRecordError."""
     if record.image is None:
         raise BadRecordError(record.origin, "no picture")
-    if isinstance(record.image, Image.Image):
-        return from_pil(record.image)
     try:
+        if isinstance(record.image, Image.Image):
+            return from_pil(record.image)
         with Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
             return from_pil(image)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more

@@ -75,11 +75,24 @@ def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) ->
     def thresholded(z: Tensor, log_snr: Tensor) -> Estimate:
         estimate = denoise(z, log_snr)
         x_hat = x_of(estimate)
-        s = torch.quantile(x_hat.float().abs().flatten(1), quantile, dim=1).clamp(1.0, maximum)
+        s = quantile_of_rows(x_hat.float().abs().flatten(1), quantile).clamp(1.0, maximum)
         s = s.to(x_hat.dtype)[:, None, None, None]
         return with_x(estimate, x_hat.clamp(-s, s) / s)
 
     return thresholded
+
+
+def quantile_of_rows(values: Tensor, quantile: float) -> Tensor:
+    """The quantile of each row, between neighbours linear: (B, n) -> (B,), the same bits as `torch.quantile`.
+
+    That one refuses rows of more than 2^24 values, less than a picture of 2400 x 2400 has.
+    """
+    count = values.shape[1]
+    rank = float(torch.tensor(quantile, dtype=values.dtype) * (count - 1))
+    below = min(int(rank), count - 1)
+    # Not `kthvalue`, which takes minutes where the values happen to be in descending order.
+    ordered = values.sort(dim=1).values
+    return torch.lerp(ordered[:, below], ordered[:, min(below + 1, count - 1)], rank - below)
 
 
 def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:

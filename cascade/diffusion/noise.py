@@ -44,11 +44,6 @@ def one_minus_alpha(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(-log_snr)
 
 
-def log_snr_from_alpha(alpha: Tensor) -> Tensor:
-    """log alpha / (1 - alpha), clipped to LOG_SNR_RANGE."""
-    return torch.logit(alpha).clamp(*LOG_SNR_RANGE)
-
-
 def log_snr_from_std(std: Tensor) -> Tensor:
     """Log SNR at which variance-preserving noise has this standard deviation, in [0, 1); clipped.
 

@@ -11,14 +11,11 @@ t = sqrt(1-alpha) / (sqrt(alpha) + sqrt(1-alpha)), so `velocity` needs no second
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import alpha, one_minus_alpha, predicted_eps
-
-Kind = Literal["eps", "v", "x", "velocity"]
+from cascade.config import Kind
+from cascade.diffusion.noise import alpha, one_minus_alpha
 
 
 def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
@@ -33,12 +30,6 @@ def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
             return signal * z - noise * output
         case "velocity":
             return (z - noise * output) / (signal + noise)
-
-
-def from_x(kind: Kind, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The inverse of `to_x`: the output that stands for this x."""
-    eps = predicted_eps(x, z, log_snr)
-    return target(kind, x, eps, log_snr)
 
 
 def target(kind: Kind, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:

@@ -54,26 +54,26 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance: Literal["posterior", "beta", "learned"] = "posterior",
+    variance_of: Literal["posterior", "beta", "learned"] = "posterior",
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
+    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
     (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances,
     Nichol & Dhariwal (2021) eq. 15 for what lies between.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
         x_hat = x_of(estimate)
-        z, sigma_squared = posterior(x_hat, z, log_snr_t, log_snr_s)
+        z, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
         beta = step_beta(log_snr_t, log_snr_s)
-        if variance == "beta":
-            sigma_squared = beta
-        elif variance == "learned":
+        if variance_of == "beta":
+            variance = beta
+        elif variance_of == "learned":
             assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
-            sigma_squared = torch.lerp(sigma_squared.log(), beta.log(), estimate[1]).exp()
+            variance = torch.lerp(variance.log(), beta.log(), estimate[1]).exp()
         if step < len(log_snrs) - 2:
-            z = z + sigma_squared.sqrt() * noise_like(z, rng)
+            z = z + variance.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
@@ -94,13 +94,13 @@ def sample_ddim(
         x_hat = x_of(denoise(z, log_snr_t))
         eps_hat = predicted_eps(x_hat, z, log_snr_t)
         last = step == len(log_snrs) - 2
-        sigma_squared = torch.zeros_like(log_snr_t)
+        variance = torch.zeros_like(log_snr_t)
         if eta > 0 and not last:
-            sigma_squared = eta**2 * -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_s)
-        kept = (one_minus_alpha(log_snr_s) - sigma_squared).clamp(min=0).sqrt()
+            variance = eta**2 * -torch.expm1(log_snr_t - log_snr_s) * one_minus_alpha(log_snr_s)
+        kept = (one_minus_alpha(log_snr_s) - variance).clamp(min=0).sqrt()
         z = alpha(log_snr_s).sqrt() * x_hat + kept * eps_hat
         if eta > 0 and not last:
-            z = z + sigma_squared.sqrt() * noise_like(z, rng)
+            z = z + variance.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
@@ -149,7 +149,8 @@ def sample_dpmpp(
         x_hat = x_of(denoise(z, log_snr_t))
         h = log_snr_s - log_snr_t
         x = x_hat
-        if x_before is not None and step < len(log_snrs) - 2:
+        # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.
+        if x_before is not None and step < len(log_snrs) - 2 and bool((h_before > 0).all()):
             x = x_hat + h / (2 * h_before) * (x_hat - x_before)
         z = _move(x, z, log_snr_t, log_snr_s)
         x_before, h_before = x_hat, h

@@ -30,6 +30,8 @@ from cascade.models.blocks import (
 )
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
 
+PICTURE_CHANNELS = 3
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -88,11 +90,10 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
 
-    def __init__(self, config: UNetConfig, image_channels: int = 3, low_res_channels: int = 0) -> None:
+    def __init__(self, config: UNetConfig, low_res_channels: int = 0) -> None:
         """low_res_channels: 3 for a super-resolution stage, whose conditions hold the smaller picture."""
         super().__init__()
         self.config = config
-        self.image_channels = image_channels
         self.low_res_channels = low_res_channels
         self.activation_checkpointing = False
         width, bottom, patch = config.embedding_dim, config.channels[-1], config.patch
@@ -100,14 +101,14 @@ class UNet(nn.Module):
         self.aug_level = NoiseLevelEmbedding(width) if low_res_channels else None
         self.text_norm = nn.LayerNorm(config.text_dim) if config.text != "none" else None
         self.text_pooling = TextPooling(config.text_dim, width) if config.text != "none" else None
-        self.stem = nn.Conv2d((image_channels + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
+        self.stem = nn.Conv2d((PICTURE_CHANNELS + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
         self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.channels)))
         self.middle = nn.ModuleList(
             Block(config, bottom, bottom, config.attention[-1] and index < config.middle_blocks - 1)
             for index in range(config.middle_blocks)
         )
         self.head_norm = Normalize(config.channels[0], config.norm, config.groups)
-        self.head = zero_init(nn.Conv2d(config.channels[0], image_channels * patch**2, 3, padding=1))
+        self.head = zero_init(nn.Conv2d(config.channels[0], PICTURE_CHANNELS * patch**2, 3, padding=1))
 
     def prepare(self, cond: Conditioning) -> Prepared:
         """Everything that depends on the conditions alone. cond.low_res: (B, 3, H, W), already upsampled to z's size.

@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cascade.checkpoint import check_format, read_json, save_tensors, write_json
+from cascade.conditioning import NULL_TEXT
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
-from cascade.text.t5 import NULL_TEXT, TextEmbeddings, TextEncoderProtocol, well_formed
+from cascade.text.t5 import TextEmbeddings, TextEncoderProtocol, well_formed
 
 _SLICE = 16  # batches encoded and rounded at a time while a cache is filled
 _START_AGAIN = "delete the folder and fill it again with `cascade encode`"
@@ -49,13 +50,14 @@ class _Index:
     encoder: str
     dim: int
     shards: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
         data = read_json(path)
         check_format(path, data.pop("format", None))
         try:
-            return cls(encoder=str(data["encoder"]), dim=int(data["dim"]), shards=tuple(data["shards"]))
+            return cls(str(data["encoder"]), int(data["dim"]), tuple(data["shards"]), data.get("settings"))
         except (KeyError, TypeError, ValueError):
             raise CascadeError(f"{path}: damaged; {_START_AGAIN}") from None
 
@@ -101,6 +103,16 @@ class EmbeddingCache:
     def dim(self) -> int:
         """Width D of an embedding."""
         return self._index.dim
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The settings by which the encoder was loaded, if they were noted: whoever has the same need not load it."""
+        return self._index.settings
+
+    def note_settings(self, settings: dict[str, Any]) -> None:
+        """Write down the settings by which the encoder was loaded."""
+        self._index = replace(self._index, settings=settings)
+        self._index.write(self._index_path)
 
     @property
     def bytes_per_caption(self) -> float:
@@ -213,6 +225,13 @@ class CachedTextEncoder:
             fresh.update(zip(found, self._cache.get(found).rows(), strict=True))
         return TextEmbeddings.from_rows([fresh[prompt] for prompt in prompts]).to(self._device, self._dtype)
 
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move the embeddings returned to `device`, and the real encoder, now or when it is loaded."""
+        self._device = self._device if device is None else device
+        if self._encoder is not None:
+            self._encoder.to(self._device)
+        return self
+
     def release(self) -> None:
         """Free the real encoder's weights. A prompt that is not cached loads it again."""
         if self._encoder is not None:
@@ -223,7 +242,7 @@ class CachedTextEncoder:
         if self._encoder is None:
             encoder = self._load()
             _check_same(self._cache, encoder)
-            self._encoder = encoder
+            self._encoder = encoder.to(self._device)
         return self._encoder
 
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.conditioning import pad_text
+from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
 from cascade.text.captions import Captions, prepare_caption
 
-NULL_TEXT = ""  # what the encoder gives for the empty prompt is the null text of every network
 DTYPES = (torch.float32, torch.bfloat16)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -88,6 +87,9 @@ class TextEncoderProtocol(Protocol):
 
     def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, in their order."""
+
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move to `device`, where the prompts are read from then on, and return this encoder."""
 
     def release(self) -> None:
         """Free the memory of the weights."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cascade.checkpoint import write_text, writing
+
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 """Log SNR between the noise bands of the loss: from almost noise to almost clean."""
 
@@ -56,13 +58,12 @@ class RunLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one entry."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

@@ -31,7 +31,7 @@ def sample_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) ->
 
 @torch.inference_mode()
 def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    prompts: Sequence[str] = config.training.sample_prompts or _first_views(config, caption_dropout=0.0)[1]
+    prompts: Sequence[str] = config.training.sample_prompts or _first_views(config)[1]
     cond = _text_only(text, prompts, stage.device)
     null = _text_only(text, [""] * len(prompts), stage.device)
     size = (stage.config.resolution, stage.config.resolution)
@@ -41,7 +41,7 @@ def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> 
 
 @torch.inference_mode()
 def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    images, captions = _first_views(config, caption_dropout=0.0)
+    images, captions = _first_views(config)
     truth = to_float(images).to(stage.device)
     height, width = truth.shape[-2:]
     samples = list(range(len(captions)))
@@ -72,8 +72,9 @@ def _drawn(stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int
         stage.network.train(was_training)
 
 
-def _first_views(config: TrainConfig, caption_dropout: float) -> tuple[Tensor, list[str]]:
-    data = config.data.model_copy(update={"workers": 0, "caption_dropout": caption_dropout})
+def _first_views(config: TrainConfig) -> tuple[Tensor, list[str]]:
+    """Pictures of the first views, with captions: none is dropped."""
+    data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
     batch = next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
     return batch.images, batch.captions
 

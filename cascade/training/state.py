@@ -99,6 +99,9 @@ def _folder(output: Path, step: int) -> Path:
 
 def _read(folder: Path) -> tuple[RunState, dict[str, Any]]:
     meta = read_json(folder / "state.json")
+    missing = {"format", "step", "sha256", "config"} - meta.keys()
+    if missing:
+        raise CascadeError(f"{folder / 'state.json'} lacks {min(missing)}")
     if meta.get("format") != FORMAT_VERSION:
         raise CascadeError(f"{folder}: format {meta.get('format')}, this version reads {FORMAT_VERSION}")
     tensors = {}

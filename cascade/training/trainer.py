@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
-from cascade.checkpoint import load_weights, save_stage, write_text
+from cascade.checkpoint import atomic_file, load_weights, save_stage, write_text
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
@@ -56,6 +57,7 @@ class Trainer:
         self.output = Path(config.output)
         settings = config.training
         self.accelerator = _accelerator(config)
+        text.to(self.accelerator.device)
         self._check_batch()
         stage.network.activation_checkpointing = settings.activation_checkpointing
         if settings.lora_rank:
@@ -76,6 +78,7 @@ class Trainer:
         first = self._restore() if resume else self._start()
         log = RunLog(self.output / "log.jsonl", first) if self.accelerator.is_main_process else None
         meter = Meter()
+        stop = False
         with _stop_signals() as stopped, self._progress(first) as progress:
             data = self._batches(first)
             for step in range(first + 1, self.config.training.steps + 1):
@@ -84,12 +87,13 @@ class Trainer:
                 progress.update()
                 if step % self.config.training.log_every == 0 or step == self.config.training.steps:
                     meter = self._log(step, meter, log, progress)
-                stop = self._any_process(stopped())
+                # Whoever asks to stop in the last step gets what the run was for: it is finished.
+                stop = self._any_process(stopped()) and step < self.config.training.steps
                 self._every_so_often(step, stop)
                 if stop:
                     break
         self.accelerator.end_training()
-        return not stop if first < self.config.training.steps else True
+        return not stop
 
     def _step(self, step: int, data: Iterator[Batch]) -> tuple[list[float], list[float], float]:
         """One optimizer step over all accumulated batches and processes."""
@@ -108,6 +112,7 @@ class Trainer:
             losses.append(loss.detach())
             levels.append(log_snr.detach().flatten())
         norm = self._clip()
+        self._check_gradient(norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
@@ -175,8 +180,8 @@ class Trainer:
         with self.ema.in_place_of(self.stage.network):
             sheet = sample_grid(self.config, self.stage, self.text)
         path = self.output / "samples" / f"step-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        with atomic_file(path) as temporary:
+            sheet.save(temporary, format="PNG")
 
     def _log(self, step: int, meter: Meter, log: RunLog | None, progress: tqdm[Any]) -> Meter:
         settings = self.config.training
@@ -236,6 +241,14 @@ class Trainer:
             captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
             raise CascadeError(
                 f"the loss is not finite at step {step}, views {bad} ({captions[:3]}); the last checkpoint is intact."
+                " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+            )
+
+    def _check_gradient(self, norm: float, step: int) -> None:
+        """Before it reaches the weights, which would be saved. fp16's loss scaling skips such steps by itself."""
+        if not math.isfinite(norm) and self.config.training.precision != "fp16":
+            raise CascadeError(
+                f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
                 " Lower training.optimizer.learning_rate, or use training.precision=fp32"
             )
 

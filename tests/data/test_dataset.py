@@ -11,10 +11,12 @@ from tiny_data import encoded, plain_picture, write_folder, write_parquet
 
 from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig
 from cascade.data.dataset import (
+    BadRecordError,
     Record,
     SceneSource,
     ShuffledSource,
     StreamSource,
+    _stream_records,
     caption_variants,
     encoded_picture,
     open_records,
@@ -72,6 +74,7 @@ def test_metadata_names_captions_and_goes_before_sidecars(tmp_path: Path, name: 
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; there are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
+        ("metadata.csv", f"file_name,caption\na.png,{'x' * 200_000}\n", "metadata.csv: not valid CSV: field larger"),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: expected an object"),
     ],
 )
@@ -79,6 +82,18 @@ def test_wrong_metadata_is_named(tmp_path: Path, name: str, text: str, message: 
     (tmp_path / name).write_text(text)
     with pytest.raises(CascadeError, match=message):
         open_records(FolderSource(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "caption"),
+    [
+        ("metadata.csv", 'file_name,caption\r\na.png,"red\napple"\r\n', "red\napple"),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "red\u2028apple"}\r\n', "red\u2028apple"),
+    ],
+)
+def test_line_ends_inside_a_caption_are_part_of_it(tmp_path: Path, name: str, text: str, caption: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert listing(FolderSource(path=str(tmp_path))) == {str(tmp_path / "a.png"): (caption,)}
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
@@ -296,3 +311,44 @@ def test_captions_are_read_as_utf8(tmp_path: Path) -> None:
     write_folder(tmp_path, 2)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "001.png", "caption": "é"}), encoding="utf-8")
     assert listing(FolderSource(path=str(tmp_path)))[str(tmp_path / "001.png")] == ("é",)
+
+
+def test_a_sidecar_that_is_not_utf8_is_named_and_other_captions_are_still_found(tmp_path: Path) -> None:
+    write_folder(tmp_path, 2, silent=(0,))
+    (tmp_path / "000.txt").write_bytes("é".encode("latin-1"))
+    records = open_records(FolderSource(path=str(tmp_path)))
+    with pytest.raises(BadRecordError, match=r"000\.txt: not UTF-8"):
+        records[0]
+    assert list(records.captions()) == [("picture 1",)]
+
+
+def test_an_uppercase_sidecar_is_found_and_a_folder_is_no_picture(tmp_path: Path) -> None:
+    write_folder(tmp_path, 1, silent=(0,))
+    (tmp_path / "000.TXT").write_text("a fox")
+    (tmp_path / "folder.png").mkdir()
+    assert listing(FolderSource(path=str(tmp_path))) == {str(tmp_path / "000.png"): ("a fox",)}
+
+
+class BrokenStream:
+    """A stream of the library that breaks off after two rows."""
+
+    def skip(self, _count: int) -> "BrokenStream":
+        return self
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[object]]]:  # noqa: ARG002 - the library's
+        yield {"image": [None, None], "caption": ["a", "b"]}
+        raise OSError("connection\nreset")
+
+
+def test_a_stream_that_breaks_off_is_one_clear_line() -> None:
+    stream = _stream_records(BrokenStream(), HubSource(name="far/away"), 0)
+    assert [next(stream).captions for _ in range(2)] == [("a",), ("b",)]
+    with pytest.raises(CascadeError, match=r"^data source far/away: the stream broke off: connection$"):
+        next(stream)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_without_rows_is_named(tmp_path: Path, streaming: bool) -> None:
+    write_parquet(tmp_path / "train.parquet", 0, 0)
+    with pytest.raises(CascadeError, match=r"no rows|no records|cannot be loaded"):
+        open_source(HubSource(name=str(tmp_path), streaming=streaming), 8, (0,)).record(0)

@@ -1,5 +1,6 @@
 """From record to view, with answers known beforehand."""
 
+import io
 import random
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def test_a_stored_picture_is_the_same_from_bytes_path_and_pil(tmp_path: Path) ->
 def test_a_broken_picture_is_a_bad_record_with_its_name(stored: bytes | Path | None) -> None:
     with pytest.raises(BadRecordError, match=r"a\.png: "):
         decode(Record(stored, (), "a.png"))
+
+
+def test_a_pil_picture_that_breaks_when_it_is_read_is_a_bad_record() -> None:
+    image = Image.open(io.BytesIO(encoded(Image.effect_noise((64, 64), 50))[:-200]))
+    with pytest.raises(BadRecordError, match="broken picture"):
+        decode(Record(image, (), "row 3"))
 
 
 def test_cropping_keeps_the_centre_and_padding_everything_on_white() -> None:
@@ -140,3 +147,11 @@ def test_every_variant_is_drawn_and_captions_drop_as_often_as_set() -> None:
 def test_a_record_without_captions_is_bad_even_when_captions_drop() -> None:
     with pytest.raises(BadRecordError, match="no caption"):
         choose_caption(Record(None, (), "test"), 1.0, random.Random(0))
+
+
+def test_a_strip_is_a_bad_record_where_it_would_be_padded(stage: StageConfig) -> None:
+    strip = as_record(random_picture(2, 42))
+    with pytest.raises(BadRecordError, match="a strip of 42x2, beyond 20:1"):
+        training_picture(strip, data(aspect="pad"), stage, random.Random(0))
+    assert training_picture(strip, data(aspect="crop"), stage, random.Random(0)).shape[-2:] == (8, 8)
+    assert training_picture(as_record(random_picture(2, 40)), data(), stage, random.Random(0)).shape[-2:] == (8, 8)

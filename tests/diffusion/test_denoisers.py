@@ -12,7 +12,7 @@ from reference import gaussian
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.diffusion.denoisers import clip, guide, threshold, to_picture, to_residual
+from cascade.diffusion.denoisers import clip, guide, quantile_of_rows, threshold, to_picture, to_residual
 from cascade.diffusion.noise import Denoiser, alpha, noise_like, predicted_eps
 from cascade.diffusion.samplers import sample_ddim
 
@@ -170,6 +170,18 @@ def test_dynamic_threshold_is_imagens_formula(quantile: float, maximum: float) -
     for x, result in zip(PICTURES.numpy(), found, strict=True):
         s = min(max(np.quantile(np.abs(x), quantile), 1.0), maximum)
         np.testing.assert_allclose(result, np.clip(x, -s, s) / s, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000, 12_345])
+@pytest.mark.parametrize("quantile", [0.001, 0.25, 0.5, 0.995, 0.9999999999])
+def test_the_quantile_is_that_of_torch_in_every_bit(count: int, quantile: float) -> None:
+    values = torch.rand(3, count, generator=torch.Generator().manual_seed(count))
+    assert torch.equal(quantile_of_rows(values, quantile), torch.quantile(values, quantile, dim=1))
+
+
+def test_the_quantile_takes_pictures_larger_than_torch_does() -> None:
+    values = torch.arange(2**24 + 9, dtype=torch.float32).flip(0)[None] / 2**24
+    assert quantile_of_rows(values, 0.25).item() == pytest.approx(0.25, abs=1e-6)
 
 
 def test_dynamic_threshold_leaves_a_picture_within_range_alone() -> None:

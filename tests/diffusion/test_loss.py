@@ -8,10 +8,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers_diffusion import from_x
 from reference import chapter18
 
+from cascade.config import Kind
 from cascade.diffusion.loss import Weighting, diffusion_loss, logit_normal_levels, stratify, uniform_levels
-from cascade.diffusion.parameterization import Kind, from_x, to_x
+from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

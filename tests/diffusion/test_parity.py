@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import log_snr_from_alpha
 from cascade.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp
 
 with warnings.catch_warnings():
@@ -50,7 +49,7 @@ def run_peer(scheduler: Any, alphas: list[float], **step: Any) -> Tensor:
 
 
 def run_ours(sampler: Callable[..., Tensor], alphas: list[float], **options: Any) -> Tensor:
-    log_snrs = torch.tensor([*log_snr_from_alpha(torch.tensor(alphas, dtype=torch.float64)).tolist(), CLEAN])
+    log_snrs = torch.tensor([*torch.logit(torch.tensor(alphas, dtype=torch.float64)).tolist(), CLEAN])
     rng = [torch.Generator().manual_seed(3)]
     return sampler(lambda z, log_snr: toy_x_hat(z, torch.sigmoid(log_snr).item()), start(), log_snrs, rng, **options)
 
@@ -67,7 +66,7 @@ def test_ddpm_equals_diffusers(betas: str, steps: int, theirs: str, ours: str) -
     scheduler = DDPMScheduler(beta_schedule=betas, variance_type=theirs, prediction_type="epsilon", clip_sample=False)
     alphas = levels(scheduler, steps)
     peer = run_peer(scheduler, alphas, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(run_ours(sample_ddpm, alphas, variance=ours), peer, rtol=0, atol=tolerance(alphas))
+    torch.testing.assert_close(run_ours(sample_ddpm, alphas, variance_of=ours), peer, rtol=0, atol=tolerance(alphas))
 
 
 @pytest.mark.parametrize("betas", BETAS)

@@ -159,7 +159,7 @@ def test_ddpm_over_all_steps_is_algorithm_18_2(steps: int, first: float, last: f
         start.double(),
         log_snr_grid(schedule, steps),
         generators(1),
-        variance=variance,  # type: ignore[arg-type]
+        variance_of=variance,  # type: ignore[arg-type]
     )
     expected = chapter18.sample_18_2(toy_eps, start.double().numpy(), betas, noise, variance == "beta")
     # The last level is log SNR 20, which keeps e^(log SNR_1 - 20) of z: 2e-5 for beta_1 = 1e-4, else far less. The
@@ -176,7 +176,7 @@ def test_large_variance_is_beta() -> None:
         seen.append(z)
         return torch.zeros_like(z)
 
-    sample_ddpm(denoise, z, log_snrs, generators(1), variance="beta")
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance_of="beta")
     a = alphas_of(log_snrs)
     # 4 standard errors of a variance over 10^4 values
     assert seen[1].var().item() == pytest.approx(1 - a[0] / a[1], rel=4 * np.sqrt(2e-4))
@@ -212,3 +212,16 @@ def test_network_is_called_once_a_step_and_by_heun_twice_in_all_but_the_last(
 
     sampler(denoise, torch.ones(2, 1, 2, 2), torch.linspace(-3, 3, 6), generators(2))
     assert len(levels) == calls
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_of_no_length_at_the_ends_of_a_clipped_schedule_change_nothing(sampler: Callable[..., Tensor]) -> None:
+    log_snrs = log_snr_grid(CosineSchedule(clip=(-9.0, 12.0)), 1000)
+    assert int((log_snrs.diff() == 0).sum()) > 2
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
+    rest = torch.unique_consecutive(log_snrs)
+    found, expected = (sampler(best_denoiser, z, levels, generators(1)) for levels in (log_snrs, rest))
+    if sampler is sample_ddpm:  # its noise is drawn step by step, also for a step of no length
+        assert found.isfinite().all()
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # the one-step-later start of the second order

@@ -26,6 +26,7 @@ class CountingEncoder:
         self.fingerprint = fingerprint
         self.encoded: list[str] = []
         self.released = False
+        self.device: torch.device | str | None = None
 
     def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
         assert batch_size >= 1
@@ -35,6 +36,10 @@ class CountingEncoder:
     def row(self, prompt: str) -> torch.Tensor:
         values = torch.tensor([*prompt.encode(), 0], dtype=torch.float32)
         return torch.sin(values[:, None] * torch.arange(1, self.dim + 1))
+
+    def to(self, device: torch.device | str | None = None) -> CountingEncoder:
+        self.device = device
+        return self
 
     def release(self) -> None:
         self.released = True
@@ -223,3 +228,18 @@ def test_captions_made_on_the_fly_do_not_grow_the_cache_but_fill_does(tmp_path: 
     assert not cache.folder.exists()
     fill(cache, text, ["made on the fly"])
     assert "made on the fly" in cache
+
+
+def test_an_encoder_goes_where_the_cache_before_it_is_sent(tmp_path: Path) -> None:
+    loaded = CountingEncoder()
+    text = CachedTextEncoder(EmbeddingCache.open(_filled(tmp_path)), lambda: loaded).to("cpu")
+    text.encode(["new"])
+    assert loaded.device == "cpu"
+
+
+def test_noted_settings_are_read_again_and_kept_when_the_cache_grows(tmp_path: Path) -> None:
+    cache = EmbeddingCache.open(_filled(tmp_path))
+    assert cache.settings is None
+    cache.note_settings({"encoder": "here"})
+    cache.add(["more"], [torch.zeros(1, 4)])
+    assert EmbeddingCache.open(cache.folder).settings == {"encoder": "here"}

@@ -13,7 +13,7 @@ import torch
 from helpers_text import make_tiny_t5
 
 from cascade.errors import CascadeError
-from cascade.text.t5 import TextEmbeddings, TextEncoder, join
+from cascade.text.t5 import TextEmbeddings, TextEncoder
 
 STRINGS = [
     "a red apple",
@@ -246,13 +246,10 @@ def test_settings_that_make_no_sense_say_what_to_use(folder: Path) -> None:
         TextEncoder.from_pretrained(folder, max_length=0)
 
 
-def test_embeddings_select_join_and_pad() -> None:
+def test_embeddings_select_and_pad() -> None:
     rows = [torch.full((n, 2), float(n)) for n in (1, 3, 2)]
     embeddings = TextEmbeddings.from_rows(rows)
     assert all(torch.equal(a, b) for a, b in zip(embeddings.rows(), rows, strict=True))
     assert [len(row) for row in embeddings.select([2, 0, 2]).rows()] == [2, 1, 2]
-    joined = join([TextEmbeddings.from_rows(rows[:1]), TextEmbeddings.from_rows(rows[1:])])
-    assert torch.equal(joined.tokens, embeddings.tokens)
-    assert torch.equal(joined.mask, embeddings.mask)
     assert embeddings.padded(5).mask.sum(dim=1).tolist() == [1, 3, 2]
     assert embeddings.to(dtype=torch.bfloat16).mask.dtype == torch.bool

@@ -61,6 +61,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert "checksum" in caplog.text
 
 
+def test_a_checkpoint_whose_description_lacks_a_part_is_passed_over(config: TrainConfig) -> None:
+    output = Path(config.output)
+    (output / "checkpoints" / "step-00000003" / "state.json").write_text('{"format": 1, "step": 3}')
+    assert load_newest(output, config).step == 2
+
+
 def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -> None:
     """After a resume from step 2 with 3 damaged, "the newest one" must not mean the damaged one."""
     damage(config, step=3)

@@ -1,5 +1,7 @@
 """What a run does besides learning: precision, refusals, samples, logs, and the stage folder it leaves."""
 
+import errno
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ def test_only_the_views_whose_loss_is_not_finite_are_named(tmp_path: Path) -> No
     loss = torch.tensor([1.0, float("inf"), 2.0, float("nan")])
     with pytest.raises(CascadeError, match=r"views \[1, 3\]"):
         run._check_finite(loss, 1, batch)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = micro_config(tmp_path / "run", "training.save_every=1")
+    run = trainer(config)
+    norms = iter([1.0, 1.0, float("inf")])
+    monkeypatch.setattr(run, "_clip", lambda: next(norms))
+    with pytest.raises(CascadeError, match="gradient is not finite at step 3"):
+        run.run()
+    assert load_newest(tmp_path / "run", config).step == 2
 
 
 # --- precision and memory ----------------------------------------------------------------------------------
@@ -250,3 +264,62 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, tiny_t5: tu
     weights = dict(second.stage.network.named_parameters())
     assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
     assert second.run()
+
+
+def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
+    tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade import load
+    from cascade.text.cache import fill
+
+    config = micro_config(tmp_path / "run", *tiny_t5, f"text.cache={tmp_path / 'cache'}").text
+    encoder = load.load_plain_text_encoder(config)
+    cache = load.open_cache(tmp_path / "cache", encoder)
+    cache.note_settings(load.encoder_settings(config))
+    fill(cache, encoder, ["a red fox"])
+    loads: list[object] = []
+
+    def counted(settings: object) -> object:
+        loads.append(settings)
+        return encoder
+
+    monkeypatch.setattr(load, "load_plain_text_encoder", counted)
+    text = load.load_text_encoder(config)
+    text.encode(["a red fox", ""])
+    assert not loads
+    text.encode(["a blue fox"])
+    text.encode(["a green fox"])
+    assert len(loads) == 1
+    load.load_text_encoder(config.model_copy(update={"encoder": "the same elsewhere"}))
+    assert len(loads) == 2
+
+
+def test_the_text_encoder_is_moved_to_the_device_of_the_run(tmp_path: Path) -> None:
+    text = WordEncoder()
+    run = trainer(micro_config(tmp_path / "run"), text)
+    assert text.device == run.accelerator.device
+
+
+def test_a_request_to_stop_in_the_last_step_finds_the_run_finished(tmp_path: Path) -> None:
+    def interrupt(call: int) -> None:
+        if call == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    changes = ("training.sample_every=4", "training.sample_prompts=[a]")
+    assert trainer(micro_config(tmp_path / "run", *changes), WordEncoder(interrupt)).run()
+    assert (tmp_path / "run" / "samples" / "step-00000004.png").exists()
+
+
+def test_a_full_disk_is_one_clear_line_for_log_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path / "log.jsonl", 0)
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = trainer(micro_config(tmp_path / "run", "training.sample_prompts=[a]"))
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CascadeError, match=r"log\.jsonl: cannot be written: No space left"):
+        log.write(1, {})
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(CascadeError, match=r"step-00000001\.png: cannot be written: No space left"):
+        run._sample(1)

@@ -1,0 +1,49 @@
+"""What must be the same when a run is continued."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from cascade._version import __version__
+from cascade.errors import CascadeError
+from cascade.load import ModelIndex
+
+_LOOKED_AT = 1 << 16
+
+
+def model_identity(index: ModelIndex) -> str:
+    """Name of a model and a digest of its files: settings whole, of weights the size, the beginning and the end."""
+    digest = hashlib.sha256(str(index.max_text_length).encode())
+    if index.text_padded or index.captions != "as_is":
+        digest.update(f" padded={index.text_padded} {index.captions}".encode())
+    for folder in (index.text_encoder, *index.stages):
+        for path in _files(folder):
+            digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
+            digest.update(_looked_at(path))
+    return f"{index.name} {digest.hexdigest()[:12]}"
+
+
+def _looked_at(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_LOOKED_AT)
+            file.seek(max(0, path.stat().st_size - _LOOKED_AT))
+            return beginning + file.read(_LOOKED_AT)
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def versions() -> str:
+    """Of what draws: another one may change last bits."""
+    return f"cascade {__version__}, torch {torch.__version__}"
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """Those of a folder of ours, or of DeepFloyd IF's in diffusers' layout."""
+    places = [folder, *(folder / name for name in ("unet", "scheduler", "tokenizer"))]
+    found = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path for path in found if path.suffix in (".json", ".safetensors"))

@@ -1,0 +1,116 @@
+"""Locks of the kernel: they die with the process that holds them, so a killed run leaves none behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cascade.errors import CascadeError
+
+_PATIENCE_SECONDS = 2.0  # for the first process of our own launch to say that it is ours
+
+
+class RunLock:
+    """Who may write into a folder: one process, or all of one launch.
+
+    The first to come holds the lock alone, prepares the folder, and then shares the lock with its launch.
+    """
+
+    def __init__(self, path: Path, launch: str | None) -> None:
+        """launch: names the processes that belong together; None: this one alone."""
+        self._file = path.open("a+")
+        self._path, self._launch = path, launch
+        self.first = False
+
+    def acquire(self) -> None:
+        """Raises CascadeError when another run holds it. `first` says whether we have to prepare the folder."""
+        start = time.monotonic()
+        while not self._try(fcntl.LOCK_EX):
+            holder = self._holder()
+            if self._launch is not None and holder == self._launch:
+                fcntl.flock(self._file, fcntl.LOCK_SH)  # waits while the first one prepares
+                return
+            if time.monotonic() - start > _PATIENCE_SECONDS or self._launch is None:
+                raise CascadeError(
+                    f"{self._path.parent.parent}: another run writes into this folder ({holder}); wait for it, or name"
+                    " another folder with --out"
+                )
+            time.sleep(0.05)
+        # A launch of which the first processes are done already has prepared the folder.
+        self.first = self._launch is None or self._holder() != self._launch
+        self._file.truncate(0)
+        self._file.write(self._launch or f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def share(self) -> None:
+        """The folder is prepared: let the others of the launch in."""
+        if self._launch is not None:
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read()
+
+
+class Claims:
+    """Who works on which number: a lock on one byte of a file each, which a dead process loses."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def take(self, number: int) -> bool:
+        """Whether nobody else works on it, and now we do."""
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):  # which of them differs between systems
+            return False
+        return True
+
+    def wait(self, number: int) -> None:
+        """Until nobody works on it."""
+        fcntl.lockf(self._handle, fcntl.LOCK_EX, 1, number)
+        self.release(number)
+
+    def release(self, number: int) -> None:
+        """We no longer work on it."""
+        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+@contextmanager
+def held(handle: int) -> Iterator[None]:
+    """An open file, locked against the other processes of a run for a moment."""
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def processes() -> tuple[int, int, str | None]:
+    """(our number, how many processes, a name for them all), as accelerate and torchrun tell their processes."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return 0, 1, None
+    here = count == int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    place = f"{socket.gethostname()} {os.getppid()}" if here else os.environ.get("TORCHELASTIC_RUN_ID", "")
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    return int(os.environ.get("RANK", "0")), count, f"launch of {count} processes at {address} {place}".rstrip()

@@ -1,0 +1,157 @@
+"""The manifest: a line of JSON for every finished picture, appended by one process or many, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.batch.locks import held
+from cascade.errors import CascadeError
+
+_CHUNK = 1 << 20
+
+
+class Manifest:
+    """An open manifest, and a table of what it says. The table is SQLite's, on disk: memory stays flat."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or begins the file. Raises CascadeError when it cannot be written."""
+        self.path = path
+        try:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._mutex = threading.RLock()  # the thread that draws looks up while the one that writes appends
+        self._read = 0
+        self._tidy = True  # sorted, and a line a picture
+        self._last = (-1, -1)
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._table.execute("PRAGMA synchronous = OFF")
+        self._table.execute(
+            "CREATE TABLE finished (line INTEGER, number INTEGER, start INTEGER, length INTEGER,"
+            " PRIMARY KEY (line, number)) WITHOUT ROWID"
+        )
+        self._table.execute("BEGIN")
+
+    def close(self) -> None:
+        os.close(self._handle)
+        self._table.close()
+
+    def refresh(self) -> None:
+        """Read the whole lines that were added since, by whichever process."""
+        with self._mutex, held(self._handle):
+            self._refresh()
+
+    def find(self, index: int, number: int) -> dict[str, Any] | None:
+        """The newest line of a picture that was read."""
+        with self._mutex:
+            row = self._table.execute(
+                "SELECT length, start FROM finished WHERE line = ? AND number = ?", (index, number)
+            ).fetchone()
+            return None if row is None else json.loads(os.pread(self._handle, *row))
+
+    def count(self) -> int:
+        """Finished pictures that were read."""
+        return int(self._table.execute("SELECT COUNT(*) FROM finished").fetchone()[0])
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line, in one piece. Raises CascadeError when it cannot be written or the file is gone."""
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        try:
+            self._check_there()
+            with self._mutex, held(self._handle):
+                self._refresh()  # also cuts off what a killed process left behind
+                os.ftruncate(self._handle, self._read)
+                self._write_whole(line)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _write_whole(self, line: bytes) -> None:
+        """On a full disk the system writes what fits, and tells only when asked for the rest."""
+        try:
+            while line:
+                line = line[os.write(self._handle, line) :]
+        except OSError:
+            os.ftruncate(self._handle, self._read)
+            raise
+
+    def is_empty(self) -> bool:
+        """Whether no process ever wrote a line."""
+        return os.fstat(self._handle).st_size == 0
+
+    def tidy(self, temporary: Path) -> None:
+        """Sort by index, and leave out lines that newer ones replaced. Only when nobody else writes.
+
+        temporary: the new file, until it is whole.
+        """
+        self.refresh()
+        if self._tidy:
+            return
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(self._lines())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        os.close(self._handle)
+        self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        self._table.execute("DELETE FROM finished")
+        self._read, self._tidy, self._last = 0, True, (-1, -1)
+        self.refresh()
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """All lines, by index and number."""
+        return (json.loads(line) for line in self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        # A cursor of its own: entries are appended while others are read.
+        rows = self._table.execute("SELECT start, length FROM finished ORDER BY line, number")
+        return (os.pread(self._handle, length, start) for start, length in rows)
+
+    def _refresh(self) -> None:
+        rest = b""
+        start = self._read
+        while chunk := os.pread(self._handle, _CHUNK, start + len(rest)):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._learn(line, start)
+                start += len(line) + 1
+            self._read = start
+
+    def _learn(self, line: bytes, start: int) -> None:
+        try:
+            entry = json.loads(line)
+            key = (int(entry["index"]), int(entry["number"]))
+            what_made(entry)
+            row = (*key, start, len(line) + 1)
+        except (ValueError, KeyError, TypeError):
+            raise CascadeError(f"{self.path}: a line is damaged: {line[:40]!r}; remove it, or --overwrite") from None
+        self._tidy = self._tidy and key > self._last
+        self._last = key
+        self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
+
+    def _check_there(self) -> None:
+        """Writing to a file that was removed would succeed, into nothing."""
+        own, there = os.fstat(self._handle), self.path.stat()
+        if (own.st_dev, own.st_ino) != (there.st_dev, there.st_ino):
+            raise FileNotFoundError(2, "it was replaced while the run wrote to it")
+
+    def _unwritable(self, error: OSError) -> CascadeError:
+        return CascadeError(
+            f"{self.path.parent}: cannot be written: {error.strerror or error}; mend that and start again, or name"
+            " another folder with --out"
+        )
+
+
+def what_made(entry: Mapping[str, Any]) -> bytes:
+    """A digest of what the bytes of a picture depend on, from its line."""
+    settings = entry["settings"]
+    made_by = [entry[name] for name in ("prompt", "negative_prompt", "seed", "num_images")]
+    text = json.dumps([*made_by, settings["height"], settings["width"], settings["stages"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[:16]

@@ -1,0 +1,106 @@
+"""What is seen of a run while it goes on: nothing, a bar, or lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from cascade.prompts import Failure
+
+_BETWEEN_SECONDS = 0.2
+
+
+class Progress:
+    """Hears of every picture and failure. This one only tells the failures, one line each, on stderr."""
+
+    def begin(self, total: int | None) -> None:
+        """total: pictures of this run, about; None when that is not known."""
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        """A step of a stage is done, of the batch at hand."""
+
+    def kept(self) -> None:
+        """A picture of an earlier run is whole."""
+
+    def picture(self, line: Mapping[str, Any]) -> None:
+        """A picture was written. line: of the manifest."""
+
+    def failed(self, failure: Failure) -> None:
+        """Something could not be drawn."""
+        print(failure, file=sys.stderr)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+class Bar(Progress):
+    """Pictures a second, time left, failures."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._failures = 0
+        self._shown = 0.0
+
+    def begin(self, total: int | None) -> None:
+        self._bar = tqdm(total=total, unit=" pictures", smoothing=0.05)
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        if self._bar is not None and time.monotonic() - self._shown > _BETWEEN_SECONDS:
+            self._shown = time.monotonic()
+            self._bar.set_description_str(f"{stage} {step}/{steps}")
+
+    def kept(self) -> None:
+        # They take no time: from the start, so that they do not count as speed.
+        assert self._bar is not None, "begin() comes first"
+        self._bar.initial += 1
+        self._bar.update()
+
+    def picture(self, line: Mapping[str, Any]) -> None:  # noqa: ARG002 - the protocol's
+        assert self._bar is not None, "begin() comes first"
+        self._bar.update()
+
+    def failed(self, failure: Failure) -> None:
+        self._failures += 1
+        tqdm.write(str(failure), file=sys.stderr)
+        if self._bar is not None:
+            self._bar.set_postfix(failed=self._failures)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class JsonLog(Progress):
+    """A line of JSON for everything that happens, on stdout."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file or sys.stdout
+        self._start = time.monotonic()
+        self._counts = {"pictures": 0, "kept": 0, "failures": 0}
+
+    def begin(self, total: int | None) -> None:
+        self.write("begin", total=total)
+
+    def kept(self) -> None:
+        self._counts["kept"] += 1
+
+    def picture(self, line: Mapping[str, Any]) -> None:
+        self._counts["pictures"] += 1
+        rate = self._counts["pictures"] / (time.monotonic() - self._start)
+        names = ("index", "id", "number", "file", "seconds")
+        self.write(
+            "picture", **{name: line[name] for name in names}, **self._counts, pictures_per_second=round(rate, 3)
+        )
+
+    def failed(self, failure: Failure) -> None:
+        self._counts["failures"] += 1
+        self.write("failure", origin=failure.origin, reason=failure.reason, **self._counts)
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line, at once."""
+        print(json.dumps({"event": event, **values}, ensure_ascii=False), file=self._file, flush=True)

@@ -1,0 +1,14 @@
+"""What the tests of the mathematics share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cascade.config import Kind
+from cascade.diffusion.noise import predicted_eps
+from cascade.diffusion.parameterization import target
+
+
+def from_x(kind: Kind, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
+    """The inverse of `to_x`: the output that stands for this x."""
+    return target(kind, x, predicted_eps(x, z, log_snr), log_snr)

@@ -1,0 +1,457 @@
+"""What goes wrong in a long run: it is named in one line, nothing finished is lost, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from helpers_model import make_tiny_cascade
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pyarrow import parquet
+
+from cascade import CascadeError, CascadePipeline
+from cascade.batch import Layout, Output
+from cascade.batch.plan import subfolder
+from cascade.batch.writer import BackgroundWriter
+from cascade.cli import main
+from cascade.prompts import Failure, PromptRecord, count_prompts, read_prompts
+
+PROMPTS = [f"a fox in picture {number}" for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def generate(capsys: pytest.CaptureFixture[str], model: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of drawing `PROMPTS`, or those that `more` names."""
+    prompts = [] if {"--prompts", "--"} & set(more) else PROMPTS
+    options = ["--model", model, "--out", out, "--seed", 3, "--device", "cpu", "--until", 8, *more]
+    capsys.readouterr()
+    return (main(["generate", *prompts, *map(str, options)]), *capsys.readouterr())
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def assert_continues(capsys: pytest.CaptureFixture[str], model: Path, out: Path) -> None:
+    """The same command finishes what is missing, and the result is that of an undisturbed run."""
+    assert generate(capsys, model, out)[0] == 0
+    undisturbed = out.with_name("undisturbed")
+    assert generate(capsys, model, undisturbed)[0] == 0
+    assert [(line["id"], line["sha256"]) for line in manifest(out)] == [
+        (line["id"], line["sha256"]) for line in manifest(undisturbed)
+    ]
+    for line in manifest(out):
+        assert (out / line["file"]).read_bytes() == (undisturbed / line["file"]).read_bytes()
+
+
+# --- disks, folders, models --------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may become larger: what a full disk does to writing, without root's rights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [500, 2500])
+def test_a_full_disk_is_told_and_loses_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with largest_file(size):  # smaller than run.json; or so that the manifest ends within a line
+        status, stdout, stderr = generate(capsys, model, out)
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"{out}: cannot be written: File too large" in stderr
+    if size > 1000:
+        assert 1 <= len(manifest(out)) < len(PROMPTS)
+    assert_continues(capsys, model, out)
+
+
+def test_an_output_folder_that_disappears_ends_the_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", Output.write
+
+    def removed(output: Output, drawn: Any, entry: Any) -> Any:
+        if entry["index"] == 2:
+            shutil.rmtree(out)
+        return write(output, drawn, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write", removed)
+        status, _, stderr = generate(capsys, model, out)
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert f"{out}: cannot be written: No such file or directory" in stderr
+    assert_continues(capsys, model, out)
+
+
+def test_a_manifest_that_is_replaced_meanwhile_ends_the_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", Output.write
+
+    def replaced(output: Output, drawn: Any, entry: Any) -> Any:
+        if entry["index"] == 2:
+            (out / "manifest.jsonl").unlink()
+            (out / "manifest.jsonl").touch()
+        return write(output, drawn, entry)
+
+    monkeypatch.setattr(Output, "write", replaced)
+    assert "it was replaced while the run wrote to it" in generate(capsys, model, out)[2]
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "text_encoder/tokenizer.json", "sr16/stage.json"])
+def test_a_model_that_cannot_be_read_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    (own / name).unlink()
+    (own / name).mkdir()
+    status, _, stderr = generate(capsys, own, tmp_path / "out")
+    assert (status, stderr.count("\n")) == (2, 1), stderr
+    assert str(own / Path(name).parent) in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_of_something_else_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert generate(capsys, model, out)[0] == 0
+    with (out / "manifest.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    status, _, stderr = generate(capsys, model, out)
+    assert status == 2
+    assert "manifest.jsonl: a line is damaged: b'nonsense'; remove it, or --overwrite" in stderr
+
+
+# --- prompts -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_every_kind_are_drawn(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [
+        "",
+        "x" * 100_000,
+        "🦊🏳️‍🌈👩‍👩‍👧‍👦",
+        "תפוח אדום",
+        "\u202eأحمر\u202c",
+        "a\u0000b",
+        "</script><b>",
+        "--",
+        "ﷺ" * 500,
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # long ones are cut, with a warning
+        status, _, _ = generate(capsys, model, tmp_path / "out", "--html", "--", *prompts)
+    assert status == 0
+    lines = manifest(tmp_path / "out")
+    assert [line["prompt"] for line in lines] == prompts
+    for line in lines:
+        with Image.open(tmp_path / "out" / line["file"]) as picture:
+            assert picture.text["prompt"] == line["prompt"]  # type: ignore[attr-defined]
+
+
+def check_any_lines(folder: Path, name: str, lines: list[bytes]) -> None:
+    """Whatever stands in a file: it is refused at once, or each line is a record or a failure that names it."""
+    path = folder / name
+    path.write_bytes(b"\n".join(lines))
+    records: list[PromptRecord | Failure] = []
+    with suppress(CascadeError):
+        records = list(read_prompts(str(path), 0))
+    assert [record.index for record in records] == list(range(len(records)))
+    for record in records:
+        assert record.origin.startswith(f"{path}:")
+        if isinstance(record, PromptRecord):
+            record.prompt.encode()
+            assert record.prompt.strip()
+        else:
+            assert "\n" not in str(record)
+            str(record).encode()
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+_COLUMNS = st.sampled_from(["prompt", "seed", "id", "steps", "guidance", "num_images", "negative_prompt", "sed"])
+_LINE = (
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
+    | st.dictionaries(_COLUMNS, _VALUES, max_size=5).map(lambda value: json.dumps(value).encode())
+)
+_NAMES = st.sampled_from(["p.txt", "p.jsonl", "p.csv"])
+_FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+
+
+@settings(max_examples=100, **_FUZZ)  # type: ignore[arg-type]
+@given(name=_NAMES, lines=st.lists(_LINE, max_size=5), header=st.booleans())
+def test_any_lines_are_read_or_named(tmp_path: Path, name: str, lines: list[bytes], header: bool) -> None:
+    check_any_lines(tmp_path, name, [b"prompt,seed,id"] * header + lines)
+
+
+@pytest.mark.slow
+@settings(max_examples=2_000, **_FUZZ)  # type: ignore[arg-type]
+@given(name=_NAMES, lines=st.lists(_LINE, min_size=5, max_size=8), header=st.booleans())
+def test_ten_thousand_lines_of_anything_are_read_or_named(
+    tmp_path: Path, name: str, lines: list[bytes], header: bool
+) -> None:
+    check_any_lines(tmp_path, name, [b"prompt,seed,id"] * header + lines)
+
+
+def test_parquet_and_folders_of_captions_are_prompts_too(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a fox", "seed": 5, "steps": {"base": 2, "sr16": None}, "id": None},
+        {"prompt": "a star", "seed": None, "steps": None, "id": "star"},
+        {"prompt": None, "seed": None, "steps": None, "id": None},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    fox, star, missing = read_prompts(str(tmp_path / "p.parquet"), 0)
+    assert isinstance(fox, PromptRecord)
+    assert isinstance(star, PromptRecord)
+    assert (fox.prompt, fox.seed, fox.steps, fox.id) == ("a fox", 5, {"base": 2}, None)
+    assert (star.id, star.steps) == ("star", None)
+    assert str(missing) == f"{tmp_path / 'p.parquet'}:3: prompt is missing"
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    for name, content in {"b.txt": b"two\nlines", "a.txt": b" a fox\n", "c.txt": b"\xff", "d.md": b"no"}.items():
+        (folder / name).write_bytes(content)
+    a, b, c = read_prompts(str(folder), 0)
+    assert isinstance(a, PromptRecord)
+    assert isinstance(b, PromptRecord)
+    assert [(a.id, a.prompt), (b.id, b.prompt)] == [("a", "a fox"), ("b", "two\nlines")]
+    assert str(c) == f"{folder}/c.txt: not UTF-8; save the file as UTF-8"
+    assert [count_prompts(str(tmp_path / name)) for name in ("p.parquet", "captions", "none.txt")] == [3, 3, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"no table", "damaged, or not Parquet"), (None, "'promt' is not a column")]
+)
+def test_a_wrong_parquet_file_is_refused_at_once(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "p.parquet"
+    if content is None:
+        parquet.write_table(pa.table({"promt": ["a"]}), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CascadeError, match=message):
+        read_prompts(str(path), 0)
+
+
+def test_strict_stops_at_the_first_bad_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('"a"\nbad\n"b"\n')
+    status, _, stderr = generate(capsys, model, tmp_path / "out", "--strict", "--prompts", tmp_path / "p.jsonl")
+    assert status == 2
+    assert f"{tmp_path / 'p.jsonl'}:2: not valid JSON" in stderr
+    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a"]
+
+
+# --- while it runs -----------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, draw_batch, count = tmp_path / "out", CascadePipeline.draw_batch, iter(range(100))
+
+    def spoiled(*arguments: Any) -> Any:
+        return draw_batch(*arguments) * (float("nan") if next(count) == 2 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CascadePipeline, "draw_batch", spoiled)
+        status, stdout, stderr = generate(capsys, model, out)
+    assert (status, stdout) == (1, f"5 pictures in {out}, 1 failed\n")
+    assert "numbers that are not finite" in stderr
+    (failure,) = (out / "failures.jsonl").read_text().splitlines()
+    assert (json.loads(failure)["index"], json.loads(failure)["number"]) == (2, 0)
+    assert_continues(capsys, model, out)
+    assert not (out / "failures.jsonl").exists()
+
+
+def test_sigterm_finishes_the_picture_at_hand_and_the_same_command_continues(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, draw_batch, count = tmp_path / "out", CascadePipeline.draw_batch, iter(range(100))
+
+    def terminated(*arguments: Any) -> Any:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw_batch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CascadePipeline, "draw_batch", terminated)
+        status, stdout, stderr = generate(capsys, model, out)
+    assert (status, stdout, stderr) == (1, f"3 pictures in {out}\n", "cascade: stopped; the same command continues\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert_continues(capsys, model, out)
+
+
+def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with Output(out) as output:
+        output.begin({"seed": 3})
+        status, _, stderr = generate(capsys, model, out, "--overwrite")
+        assert (status, stderr.count("\n")) == (2, 1)
+        assert f"{out}: another run writes into this folder (process {os.getpid()} on " in stderr
+        with Output(out, Layout(shard=(1, 2))) as other:  # the lock is per shard
+            other.begin({"seed": 3})
+    assert generate(capsys, model, out)[0] == 0
+
+
+def test_writing_happens_in_the_background_in_order_and_keeps_up() -> None:
+    done: list[int] = []
+    with BackgroundWriter(waiting=2) as writer:
+        for number in range(5):
+            writer.put(lambda number=number: (time.sleep(0.01), done.append(number)))  # type: ignore[misc]
+        assert threading.active_count() > 1
+        assert len(done) >= 1  # two may wait and one be at work: the others had to be done
+    assert done == list(range(5))
+
+
+def test_an_error_of_the_writer_ends_the_run() -> None:
+    def fails() -> None:
+        raise CascadeError("the disk is full")
+
+    def draws() -> None:
+        with BackgroundWriter() as writer:
+            for work in [fails, *[lambda: time.sleep(0.001)] * 1000]:
+                writer.put(work)
+
+    with pytest.raises(CascadeError, match="disk"):
+        draws()
+
+
+# --- what is seen ------------------------------------------------------------------------------------------
+
+
+def test_the_log_for_machines_tells_everything(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('"a"\nbad\n"b"\n')
+    options = ("--log-json", "--prompts", tmp_path / "p.jsonl")
+    status, stdout, _ = generate(capsys, model, tmp_path / "out", *options)
+    events = [json.loads(line) for line in stdout.splitlines()]
+    assert status == 1
+    assert sorted(event["event"] for event in events) == ["begin", "end", "failure", "picture", "picture"]
+    assert (events[0], events[-1]["pictures"], events[-1]["failures"]) == ({"event": "begin", "total": 3}, 2, 1)
+    assert {event["file"] for event in events if event["event"] == "picture"} == {"000000-a.png", "000002-b.png"}
+    again = [json.loads(line) for line in generate(capsys, model, tmp_path / "out", *options)[1].splitlines()]
+    assert again[-1]["kept"] == 2
+
+
+def test_the_bar_tells_speed_and_failures(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    (tmp_path / "p.jsonl").write_text('"a"\nbad\n"b"\n')
+    stderr = generate(capsys, model, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")[2]
+    assert "2/3" in stderr
+    assert "failed=1" in stderr
+    assert "p.jsonl:2: not valid JSON" in stderr
+
+
+def test_the_manifest_comes_as_a_table_too(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(capsys, model, tmp_path / "out", "--manifest", "parquet")[0] == 0
+    rows = parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    for row, line in zip(rows, manifest(tmp_path / "out"), strict=True):
+        assert json.loads(row.pop("settings")) == line.pop("settings")
+        assert row == line | {"stages": None}
+
+
+def test_the_page_has_every_picture_and_needs_nothing_else(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(capsys, model, tmp_path / "out", "--html", "--", "</script>", "a fox")[0] == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert '"000001", "3", 8, 8]' in page  # the seed as text: JavaScript would round a large one
+    listed = json.loads("[" + page.partition("const pictures = [")[2].partition("\n];")[0] + "]")
+    shown = [(entry[0], entry[1]) for entry in listed]
+    assert shown == [
+        ("000000-script.png", "</script>"),
+        ("000001-a-fox.png", "a fox"),
+    ]
+    assert page.count("</script>") == 1
+    assert "://" not in page
+
+
+def test_pictures_past_ten_thousand_go_into_subfolders_by_index(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [subfolder(index, 1) for index in (0, 9_999, 10_000, 123_456)] == ["", "", "0001/", "0012/"]
+    assert [subfolder(index, 4) for index in (2_499, 2_500)] == ["", "0001/"]
+    monkeypatch.setattr(sys.modules["cascade.batch.plan"], "FILES_PER_FOLDER", 4)
+    assert generate(capsys, model, tmp_path / "out")[0] == 0
+    assert [line["file"].rpartition("/")[0] for line in manifest(tmp_path / "out")] == [""] * 4 + ["0001"] * 2
+    assert_continues(capsys, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shard", "5/4"), "'5/4'; expected which of how many, such as 3/16"),
+        (("--shard", "0/4"), "such as 3/16"),
+        (("--batch-size", "0"), "0 is not in the range x>=1"),
+        (("--batch-size", "many"), "or auto"),
+        (("--html", "--format", "webdataset"), "--html: a page cannot show pictures inside tar shards"),
+        (("--from-image", "x.png"), "--from-image: the picture says what to draw"),
+    ],
+)
+def test_wrong_options_are_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    status, _, stderr = generate(capsys, model, tmp_path / "out", *options)
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert message in stderr
+
+
+def test_shards_need_a_seed_and_pictures_their_metadata(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["generate", "--model", str(model), "--out", str(tmp_path / "out")]
+    assert main([*call, "a", "--shard", "1/2"]) == 2
+    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    (tmp_path / "p.jpg").write_bytes(b"no picture")
+    for name in ("p.png", "p.jpg", "none.png"):
+        assert main([*call, "--from-image", str(tmp_path / name)]) == 2
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "error: --shard: shards need the same seed; give one with --seed",
+        f"error: {tmp_path / 'p.png'}: does not say how it was drawn; expected a picture of `cascade generate`",
+        f"error: {tmp_path / 'p.jpg'}: not a readable picture: cannot identify image file {str(tmp_path / 'p.jpg')!r}",
+        f"error: {tmp_path / 'none.png'}: no such file",
+    ]
+
+
+def test_memory_does_not_grow_with_the_prompts(tmp_path: Path) -> None:
+    import tracemalloc
+
+    peaks = []
+    for count in (1_000, 20_000):
+        (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "fox {n}", "id": "{n}"}}\n' for n in range(count)))
+        tracemalloc.start()
+        assert not any(isinstance(record, Failure) for record in read_prompts(str(tmp_path / "p.jsonl"), 0))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000
