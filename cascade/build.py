@@ -7,12 +7,14 @@ import torch
 from cascade.config import (
     ConstantSchedule,
     CosineSchedule,
+    IFUNetConfig,
     LinearSchedule,
     ScheduleConfig,
     SquaredCosineSchedule,
     StageConfig,
 )
 from cascade.diffusion import schedules
+from cascade.models.if_unet import IFUNet
 from cascade.models.unet import UNet
 from cascade.stage import Stage
 
@@ -32,11 +34,22 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
             return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max))
 
 
+IF_NOISE = schedules.DiscreteSchedule(schedules.squared_cosine_betas(1000))
+"""The noise levels whose numbers DeepFloyd IF's networks read, whatever schedule a stage is drawn with."""
+
+
+def build_network(config: StageConfig) -> UNet | IFUNet:
+    """The network of a stage, with fresh weights."""
+    low_res_channels = 0 if config.low_resolution is None else 3
+    if isinstance(config.model, IFUNetConfig):
+        return IFUNet(config.model, IF_NOISE.nearest_step, low_res_channels=low_res_channels)
+    return UNet(config.model, low_res_channels=low_res_channels)
+
+
 def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:
     """A stage with fresh weights that follow from `seed`; `device` may be "meta" to hold none at all."""
-    low_res_channels = 0 if config.low_resolution is None else 3
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        network = UNet(config.model, low_res_channels=low_res_channels)
+        network = build_network(config)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Stage(config, network, build_schedule(config.schedule, config.resolution))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cascade.settings import Settings, override, parse, read_yaml
 
@@ -21,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
 LogSnr = Annotated[float, Field(ge=-20, le=20)]  # diffusion.noise.LOG_SNR_RANGE
+NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
 
 
 # --- the noise -------------------------------------------------------------------------------------------
@@ -141,6 +143,16 @@ class UNetConfig(Settings):
         return self
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the network sees the prompt at all."""
+        return self.text != "none"
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Whether a smaller picture is noised after it is enlarged."""
+        return False
+
+    @property
     def least_activations(self) -> float:
         """Numbers for each pixel of a picture that exist at once in a network call, or more: the skips and the input.
 
@@ -161,6 +173,93 @@ class UNetConfig(Settings):
         return total
 
 
+class IFUNetConfig(Settings):
+    """The U-Net of DeepFloyd IF. Lists have one entry per level, from the finest to the coarsest."""
+
+    kind: Literal["if_unet"] = "if_unet"
+    channels: tuple[PositiveInt, ...] = (192, 384, 576, 768)
+    """Width of each level; each but the finest has half the size of the one before."""
+    blocks: tuple[PositiveInt, ...] = (3, 3, 3, 3)
+    """Residual blocks of each level on the way down; one more on the way up."""
+    attention: tuple[bool, ...] = (False, True, True, True)
+    """Whether the blocks of a level are followed by attention."""
+    self_attention: bool = True
+    """Whether attention sees the picture beside the text."""
+    embedding_dim: PositiveInt = 768
+    """Width of the noise-level embedding."""
+    block_scale: Annotated[float, Field(gt=0)] = 1.0
+    """A residual block's sum is divided by this; 1.41423 in stage II."""
+    text_dim: PositiveInt = 4096
+    """Width of the text encoder's embeddings."""
+    context_dim: PositiveInt = 768
+    """Width to which text is projected before attention; a multiple of 32."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head."""
+    pooling_heads: PositiveInt = 64
+    """Heads of the text pooling."""
+    groups: PositiveInt = 32
+    """Groups of GroupNorm over the picture."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("blocks", "attention"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
+                    " give one per level"
+                )
+        for width, attends in zip(self.channels, self.attention, strict=True):
+            if width % self.groups or width % 2:
+                raise ValueError(f"channels {width} must be even and a multiple of groups {self.groups}")
+            if attends and width % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels that attend")
+        if self.channels[-1] % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide the {self.channels[-1]} channels at the bottom")
+        if self.context_dim % 32:
+            raise ValueError(f"context_dim {self.context_dim} must be a multiple of 32, the groups of its norm")
+        if self.text_dim % self.pooling_heads:
+            raise ValueError(f"pooling_heads {self.pooling_heads} does not divide text_dim {self.text_dim}")
+        return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network sees the prompt at all."""
+        return True
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Whether a smaller picture is noised after it is enlarged."""
+        return True
+
+    @property
+    def least_activations(self) -> float:
+        """Numbers for each pixel of a picture that exist at once in a network call, or more: the skips and the input.
+
+        See `UNetConfig.least_activations`.
+        """
+        total = 3.0 + self.channels[0]
+        for level, (width, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
+            total += width * blocks / 4**level
+            if level < len(self.channels) - 1:
+                total += width / 4 ** (level + 1)
+        return total
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+def _kind_of_model(value: Any) -> Any:
+    """A model without `kind` is our U-Net, as in files from before there was a second one."""
+    return value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
+
+
+ModelConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[IFUNetConfig, Tag("if_unet")], Discriminator(_kind_of_model)
+]
+
+
 # --- a stage ---------------------------------------------------------------------------------------------
 
 
@@ -171,10 +270,14 @@ class SamplingConfig(Settings):
     """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
     steps: StepCount = 50
     """Number of sampling steps (Heun calls the network twice in each but the last)."""
-    spacing: Literal["t", "log_snr"] = "t"
-    """Steps are spread evenly in the schedule's time or in log SNR."""
-    variance: Literal["posterior", "beta"] = "posterior"
-    """Variance sigma_t^2 of `ddpm`: of the posterior, or beta_t."""
+    spacing: Literal["t", "log_snr", "leading", "trailing"] = "t"
+    """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
+    schedule, of which the first or the last is met."""
+    timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None
+    """Discrete schedules: the steps themselves, numbered from 0, high noise first, or one of DeepFloyd IF's lists, in
+    place of `steps` and `spacing`."""
+    variance: Literal["posterior", "beta", "learned"] = "posterior"
+    """Variance sigma_t^2 of `ddpm`: of the posterior, beta_t, or between them where the network says (`if_unet`)."""
     eta: Fraction = 0.0
     """`ddim`: 0 is deterministic, 1 adds as much noise as `ddpm`."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -183,8 +286,18 @@ class SamplingConfig(Settings):
     """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["clip"] | None = "clip"
     """Dynamic thresholding at a quantile such as 0.995 (Imagen), static `clip` to [-1, 1], or none."""
+    threshold_maximum: Annotated[float, Field(ge=1)] | None = None
+    """Dynamic thresholding divides by no more than this. None: no cap."""
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
+
+    @model_validator(mode="after")
+    def _descending(self) -> Self:
+        if isinstance(self.timesteps, tuple) and (
+            not self.timesteps or any(after >= before for before, after in pairwise(self.timesteps))
+        ):
+            raise ValueError("timesteps must fall from step to step, from high noise to low, such as [999, 500, 0]")
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -224,7 +337,7 @@ class StageConfig(Settings):
     """What the network predicts."""
     schedule: ScheduleConfig = CosineSchedule()
     """Noise level as a function of time."""
-    model: UNetConfig = UNetConfig()
+    model: ModelConfig = UNetConfig()
     """The network."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults when drawing."""
@@ -241,6 +354,10 @@ class StageConfig(Settings):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
             raise ValueError("path: residual needs low_resolution, the smaller picture it differs from")
+        if isinstance(self.model, IFUNetConfig) and not isinstance(self.schedule, SquaredCosineSchedule):
+            raise ValueError("model.kind: if_unet needs schedule.kind: squared_cosine, whose steps it was trained on")
+        if self.sampling.variance == "learned" and not isinstance(self.model, IFUNetConfig):
+            raise ValueError("sampling.variance: learned needs model.kind: if_unet, which predicts it")
         if self.resolution % self.model.downsampling:
             raise ValueError(
                 f"resolution {self.resolution} is not a multiple of {self.model.downsampling},"
@@ -261,6 +378,10 @@ class TextConfig(Settings):
     """Tokens kept of a caption; longer ones are cut with a warning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder."""
+    padded: bool = False
+    """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
+    captions: Literal["as_is", "lower", "deepfloyd"] = "as_is"
+    """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
     cache: str | None = None
     """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
 
@@ -390,6 +511,8 @@ class LossConfig(Settings):
     """Weight min(SNR, gamma) on the square in x (Hang et al. 2023), in place of `space`."""
     max_weight: Annotated[float, Field(gt=0)] | None = None
     """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
+    variance_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`if_unet`: weight of the variational bound, in bits per dimension, which alone trains the predicted variance."""
     levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
     """Distribution of the noise levels."""
     stratified: bool = False
@@ -441,6 +564,9 @@ class TrainingConfig(Settings):
     """Everything random follows from it."""
     init_from: str | None = None
     """Stage folder whose weights the network starts from."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
+    0: train all weights."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

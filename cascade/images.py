@@ -100,6 +100,14 @@ def upsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=target, mode="bicubic", align_corners=False, antialias=False)
 
 
+def upsample_corners(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear enlargement that keeps the corner pixels in the corners, as DeepFloyd IF's second stage was trained.
+
+    images: float (B, C, H, W).  size: height and width of the result.
+    """
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=True)
+
+
 def contact_sheet(
     images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, cell: int | None = None
 ) -> Image.Image:

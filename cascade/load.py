@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
+from torch import Tensor
 
+from cascade import deepfloyd
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_tensors, load_weights, read_json, read_stage_config
 from cascade.config import StageConfig, TextConfig, TrainConfig
@@ -17,13 +20,19 @@ from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline, StageSlot
 from cascade.stage import Stage
 from cascade.text.cache import CachedTextEncoder, EmbeddingCache
+from cascade.text.captions import Captions
 from cascade.text.t5 import TextEncoder, TextEncoderProtocol
 
 if TYPE_CHECKING:
     from cascade.training.trainer import Trainer
 
+logger = logging.getLogger("cascade.load")
+
 BUNDLED = Path(__file__).parent / "pretrained"
 """The cascade that travels in the package."""
+
+_HUB_NOT = ["safety_checker/*", "watermarker/*", "feature_extractor/*", "*fp16*"]
+"""What repositories in diffusers' layout hold besides: filters, and the weights a second time."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md"]
 
@@ -35,6 +44,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     low_memory: bool = False,
+    captions: Captions | None = None,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
     index = read_index(model)
@@ -45,9 +55,18 @@ def load_pipeline(
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     load_text = partial(
-        TextEncoder.from_pretrained, index.text_encoder, max_length=index.max_text_length, device=target
+        TextEncoder.from_pretrained,
+        index.text_encoder,
+        max_length=index.max_text_length,
+        padded=index.text_padded,
+        captions=captions or index.captions,
+        device=target,
+        dtype=torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32,
     )
     slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
+    # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
+    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots) else logging.DEBUG
+    logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
         load_text(),
         slots,
@@ -68,11 +87,20 @@ class ModelIndex:
     text_encoder: Path
     stages: tuple[Path, ...]
     max_text_length: int
+    text_padded: bool = False
+    captions: Captions = "as_is"
+
+    @property
+    def halves_text(self) -> bool:
+        """Whether the text encoder (4.8 billion weights in IF) is bfloat16 beside 16-bit stages; elsewhere float32."""
+        return self.text_padded
 
 
 def read_index(model: str | Path | None = None) -> ModelIndex:
     """The index of a model: bundled, folder or hub id. Raises CascadeError naming what is missing or wrong."""
     folder = find_model(model)
+    if deepfloyd.is_diffusers(folder):
+        return _read_diffusers_index(folder)
     path = folder / "cascade.json"
     data = read_json(path)
     check_format(path, data.get("format"))
@@ -85,12 +113,49 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
         text_encoder=folder / "text_encoder",
         stages=tuple(folder / name for name in _strings(data, "stages", path)),
         max_text_length=length,
+        text_padded=bool(data.get("text_padded", False)),
+        captions=_captions(data.get("captions", "as_is"), path),
     )
 
 
+def _read_diffusers_index(folder: Path) -> ModelIndex:
+    """DeepFloyd IF as diffusers lays it out: one stage and the text encoder."""
+    return ModelIndex(
+        name=folder.name,
+        license=deepfloyd.read_license(folder),
+        text_encoder=folder / "text_encoder",
+        stages=(folder,),
+        max_text_length=deepfloyd.TEXT_LENGTH,
+        text_padded=True,
+        captions="deepfloyd",
+    )
+
+
+def _captions(value: object, path: Path) -> Captions:
+    known: tuple[Captions, ...] = get_args(Captions)
+    for name in known:
+        if value == name:
+            return name
+    raise CascadeError(f"{path}: captions: {value!r}; expected one of {', '.join(known)}")
+
+
+def read_config(folder: str | Path) -> StageConfig:
+    """The settings of a stage folder: ours, or DeepFloyd IF's in diffusers' layout."""
+    return deepfloyd.read_stage(folder) if deepfloyd.is_diffusers(folder) else read_stage_config(folder)
+
+
+def read_weights(folder: str | Path) -> tuple[dict[str, Tensor], Path]:
+    """The network's weights in a stage folder, and the file or folder they came from."""
+    folder = Path(folder)
+    if deepfloyd.is_diffusers(folder):
+        return deepfloyd.read_weights(folder), folder / "unet"
+    path = folder / "model.safetensors"
+    return load_tensors(path), path
+
+
 def load_stage(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
-    """A stage from its folder (stage.json, model.safetensors), ready to draw."""
-    return _load_stage(Path(folder), read_stage_config(folder), device, dtype)
+    """A stage from its folder (ours: stage.json, model.safetensors; or diffusers'), ready to draw."""
+    return _load_stage(Path(folder), read_config(folder), device, dtype)
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
@@ -117,7 +182,9 @@ def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
     """The frozen encoder of a training run, without a cache."""
     source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    return TextEncoder.from_pretrained(source, max_length=config.max_length, dtype=dtype)
+    return TextEncoder.from_pretrained(
+        source, max_length=config.max_length, padded=config.padded, captions=config.captions, dtype=dtype
+    )
 
 
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:
@@ -130,15 +197,14 @@ def load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.trainer import Trainer  # brings accelerate, which drawing does not need
 
     text = load_text_encoder(config.text)
-    if config.stage.model.text != "none" and config.stage.model.text_dim != text.dim:
+    if config.stage.model.reads_text and config.stage.model.text_dim != text.dim:
         raise CascadeError(
             f"stage.model.text_dim is {config.stage.model.text_dim}, but {config.text.encoder} gives"
             f" embeddings of width {text.dim}; set stage.model.text_dim={text.dim}"
         )
     stage = build_stage(config.stage, seed=config.training.seed)
     if config.training.init_from is not None:
-        path = find_stage(config.training.init_from) / "model.safetensors"
-        load_weights(stage.network, load_tensors(path), path)
+        load_weights(stage.network, *read_weights(find_stage(config.training.init_from)))
     return Trainer(config, stage, text)
 
 
@@ -158,20 +224,24 @@ def find_stage(source: str | Path) -> Path:
     """The folder of one stage: itself, `stage` of a training run, or `model/stage` of a cascade."""
     path = Path(source)
     for candidate in (path, path / "stage"):
-        if (candidate / "stage.json").is_file():
+        if (candidate / "stage.json").is_file() or deepfloyd.is_diffusers(candidate):
             return candidate
     parent, _, name = str(source).rpartition("/")
     reason = ""
-    if parent == "bundled" or Path(parent).is_dir() or _may_be_on_hub(parent):
-        try:
+    try:
+        if parent != "bundled" and _may_be_on_hub(source):
+            candidate = _download(str(source), ignore=["text_encoder/*", "tokenizer/*"])
+            if deepfloyd.is_diffusers(candidate):
+                return candidate
+        elif parent == "bundled" or Path(parent).is_dir() or _may_be_on_hub(parent):
             candidate = find_model(parent) / name
-        except CascadeError as error:
-            reason = f" ({error})"
-        else:
             if (candidate / "stage.json").is_file():
                 return candidate
+    except CascadeError as error:
+        reason = f" ({error})"
     raise CascadeError(
-        f"{source}: no stage here; give a folder with stage.json, a training run, or model/stage{reason}"
+        f"{source}: no stage here; give a folder with stage.json, a training run, model/stage, or DeepFloyd IF in"
+        f" diffusers' layout{reason}"
     )
 
 
@@ -210,7 +280,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
 
 
 def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool) -> StageSlot:
-    config = read_stage_config(folder)
+    config = read_config(folder)
     if low_memory:
         return StageSlot(config, lambda: _load_stage(folder, config, device, dtype))
     return StageSlot.holding(_load_stage(folder, config, device, dtype))
@@ -219,8 +289,7 @@ def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bo
 def _load_stage(folder: Path, config: StageConfig, device: torch.device | str, dtype: torch.dtype) -> Stage:
     """Built without memory on the meta device, then filled: the weights exist once."""
     stage = build_stage(config, device="meta")
-    path = folder / "model.safetensors"
-    load_weights(stage.network, load_tensors(path), path)
+    load_weights(stage.network, *read_weights(folder))
     stage.network.eval().requires_grad_(False)
     return stage.to(device, dtype)
 
@@ -239,12 +308,12 @@ def _may_be_on_hub(model: str | Path) -> bool:
     return looks_so and not Path(text.partition("/")[0]).exists()
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, ignore: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=[*_HUB_NOT, *ignore]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CascadeError(
             f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"

@@ -27,6 +27,7 @@ from cascade.images import to_float, to_pil, to_uint8
 from cascade.sampling import resolve_sampling
 from cascade.seeds import MAX_SEED, fresh_seed, generator
 from cascade.stage import Stage
+from cascade.text.captions import Captions
 from cascade.text.t5 import TextEmbeddings, TextEncoder
 
 T = TypeVar("T")
@@ -119,17 +120,24 @@ class CascadePipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         low_memory: bool = False,
+        captions: Captions | None = None,
     ) -> CascadePipeline:
-        """The bundled cascade (None), a folder, or a hub id.
+        """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
         super_resolution: stage folders or `model/stage` that follow the model's base stage in place of its own.
         device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU.
         low_memory: stages are loaded one at a time, and the text encoder is released after the prompts.
+        captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         """
         from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
 
         return load_pipeline(
-            model, super_resolution=super_resolution, device=device, dtype=dtype, low_memory=low_memory
+            model,
+            super_resolution=super_resolution,
+            device=device,
+            dtype=dtype,
+            low_memory=low_memory,
+            captions=captions,
         )
 
     @property
@@ -195,7 +203,8 @@ class CascadePipeline:
         for slot, size in zip(slots, sizes, strict=True):
             with self.running(slot) as stage:
                 self._check_memory(slot.config, size, batch_size)
-                watch = _watcher(stage.name, settings[stage.name].steps, len(pictures), batch_size, progress, callback)
+                steps_count = len(stage.noise_levels(settings[stage.name])) - 1
+                watch = _watcher(stage.name, steps_count, len(pictures), batch_size, progress, callback)
                 parts = []
                 for members, count in _padded_batches(len(pictures), batch_size):
                     batch = [pictures[index] for index in members]
@@ -235,6 +244,8 @@ class CascadePipeline:
                     "license": self.license,
                     "stages": self.stage_names,
                     "max_text_length": self.text_encoder.max_length,
+                    "text_padded": self.text_encoder.padded,
+                    "captions": self.text_encoder.captions,
                 },
             )
 
@@ -299,6 +310,7 @@ class CascadePipeline:
             return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
 
         self._check_memory(stage.config, size, len(batch))
+        low = None if low is None else stage.unnoised(to_float(low))
         cond = _conditioning(batch, text, low, settings.aug_level, rng("augment")).to(self.device)
         null_text = null.select([picture.text for picture in batch])
         null_cond = cond.with_text(null_text.tokens.to(self.device), null_text.mask.to(self.device))
@@ -398,13 +410,12 @@ def _conditioning(
     aug_level: float,
     rng: Sequence[torch.Generator],
 ) -> Conditioning:
-    """The text of each picture and, for super-resolution, its smaller picture (B, 3, h, w) uint8, noised."""
+    """The text of each picture and, for super-resolution, its smaller picture (B, 3, h, w), noised."""
     own = text.select([picture.text for picture in batch])
     if low is None:
         return Conditioning(own.tokens, own.mask)
     level = log_snr_from_std(torch.full((len(batch), 1, 1, 1), aug_level))
-    clean = to_float(low)
-    return Conditioning(own.tokens, own.mask, diffuse(clean, noise_like(clean, rng), level), level)
+    return Conditioning(own.tokens, own.mask, diffuse(low, noise_like(low, rng), level), level)
 
 
 class _Watcher:
@@ -533,7 +544,7 @@ def _check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
                 f" {before.resolution} px; choose stages whose sizes chain"
             )
     for stage in stages:
-        if stage.model.text != "none" and stage.model.text_dim != text_dim:
+        if stage.model.reads_text and stage.model.text_dim != text_dim:
             raise CascadeError(
                 f"stage {stage.name}: reads text of width {stage.model.text_dim}, the text encoder gives {text_dim};"
                 " use the encoder that it was trained with"

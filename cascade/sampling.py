@@ -40,14 +40,21 @@ def resolve_sampling(
 def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any]) -> SamplingConfig:
     values = stage.sampling.model_dump(mode="json")
     if preset in stage.presets:
-        values |= stage.presets[preset].model_dump(mode="json", exclude_none=True)
+        changes = stage.presets[preset].model_dump(mode="json", exclude_none=True)
+        values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
         own = value.get(stage.name) if isinstance(value, Mapping) else value
         if isinstance(own, (np.generic, Tensor)):
             own = own.item()
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
+            if setting == "steps":
+                values["timesteps"] = None  # a number of steps takes the place of a list
             values[setting] = None if own == "none" else own
-    return parse(SamplingConfig, values, f"stage {stage.name}")
+    settings = parse(SamplingConfig, values, f"stage {stage.name}")
+    total = getattr(stage.schedule, "steps", None)
+    if total and settings.timesteps is None and settings.spacing in ("leading", "trailing") and settings.steps > total:
+        raise CascadeError(f"stage {stage.name}: steps: {settings.steps}; its schedule has only {total}")
+    return settings
 
 
 def _check_name(setting: str, name: object, names: Sequence[str]) -> None:

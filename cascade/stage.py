@@ -12,11 +12,20 @@ from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.loss import Weighting, diffusion_loss
-from cascade.diffusion.noise import Denoiser, alpha
+from cascade.diffusion.noise import Denoiser, Estimate, alpha
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import Generators, OnStep, sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
-from cascade.diffusion.schedules import NoiseSchedule, log_snr_grid
-from cascade.images import upsample
+from cascade.diffusion.schedules import (
+    DiscreteSchedule,
+    NoiseSchedule,
+    log_snr_grid,
+    named_steps,
+    spaced_steps,
+    step_grid,
+)
+from cascade.errors import CascadeError
+from cascade.images import upsample, upsample_corners
+from cascade.models.if_unet import IFUNet
 from cascade.models.unet import UNet
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -31,7 +40,7 @@ class Stage:
     """
 
     config: StageConfig
-    network: UNet
+    network: UNet | IFUNet
     schedule: NoiseSchedule
 
     @property
@@ -45,15 +54,17 @@ class Stage:
 
     @property
     def device(self) -> torch.device:
-        return self.network.stem.weight.device
+        return next(self.network.parameters()).device
 
     def prepare(self, cond: Conditioning) -> Denoiser:
         """The denoiser of r for these conditions; text and the smaller picture are read here, once."""
-        prepared = self.network.prepare(self.enlarge(cond).to(dtype=self.network.stem.weight.dtype))
+        dtype = next(self.network.parameters()).dtype
+        prepared = self.network.prepare(self.enlarge(cond).to(dtype=dtype))
 
-        def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
-            output = self.network(z, log_snr, prepared).float()
-            return to_x(self.config.parameterization, output, z, log_snr)
+        def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
+            output, *spread = self.network(z, log_snr, prepared).float().split(z.shape[1], dim=1)
+            x_hat = to_x(self.config.parameterization, output, z, log_snr)
+            return (x_hat, (spread[0] + 1) / 2) if spread else x_hat
 
         return denoise
 
@@ -74,8 +85,8 @@ class Stage:
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
         guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
-        picture = limit(denoisers.to_picture(guided, base, scale), settings.threshold)
-        log_snrs = log_snr_grid(self.schedule, settings.steps, settings.spacing)
+        picture = limit(denoisers.to_picture(guided, base, scale), settings)
+        log_snrs = self.noise_levels(settings)
 
         def report(step: int, r: Tensor) -> None:
             if on_step is not None:
@@ -97,13 +108,45 @@ class Stage:
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
         r = (x - base) / self._residual_scale
         seen = self.enlarge(cond)
-        return diffusion_loss(
-            lambda z, level: network(z, level, seen), self.config.parameterization, weighting, r, log_snr, eps
-        )
+        kind = self.config.parameterization
+        step = self.schedule.reverse_step(log_snr) if isinstance(self.schedule, DiscreteSchedule) else None
+        return diffusion_loss(lambda z, level: network(z, level, seen), kind, weighting, r, log_snr, eps, step)
+
+    def noise_levels(self, settings: SamplingConfig | None = None) -> Tensor:
+        """Log SNR from step to step, and at the end: (N + 1,), increasing.
+
+        Raises CascadeError for numbered steps that this stage's schedule has not.
+        """
+        settings, total = settings or self.config.sampling, self.schedule.steps
+        numbers, spacing = settings.timesteps, settings.spacing
+        if numbers is None and spacing != "leading" and spacing != "trailing":
+            return log_snr_grid(self.schedule, settings.steps, spacing)
+        if total is None:
+            raise CascadeError(
+                f"stage {self.name}: its schedule is continuous and has no numbered steps; use spacing t"
+            )
+        if isinstance(numbers, str):
+            numbers = named_steps(numbers, total)
+        if numbers is None:
+            if settings.steps > total:
+                raise CascadeError(f"stage {self.name}: steps: {settings.steps}; its schedule has only {total}")
+            numbers = spaced_steps(settings.steps, "leading" if spacing == "leading" else "trailing", total)
+        if numbers[0] >= total:
+            raise CascadeError(
+                f"stage {self.name}: timesteps: {numbers[0]}; its schedule numbers them 0 to {total - 1}"
+            )
+        return step_grid(self.schedule, numbers)
+
+    def unnoised(self, low_res: Tensor) -> Tensor:
+        """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
+        if not self.config.model.enlarges_first:
+            return low_res
+        height, width = low_res.shape[-2:]
+        return upsample_corners(low_res, (height * self.scale, width * self.scale))
 
     def enlarge(self, cond: Conditioning) -> Conditioning:
         """The conditions with the smaller picture upsampled to this stage's scale."""
-        if cond.low_res is None:
+        if cond.low_res is None or self.config.model.enlarges_first:
             return cond
         height, width = cond.low_res.shape[-2:]
         return replace(cond, low_res=upsample(cond.low_res, (height * self.scale, width * self.scale)))
@@ -124,11 +167,14 @@ class Stage:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 
 
-def limit(denoise: Denoiser, how: float | str | None) -> Denoiser:
-    """The thresholding that a setting asks for: none, `clip`, or dynamic at a quantile."""
-    if how is None:
+def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
+    """The thresholding that the settings ask for: none, `clip`, or dynamic at a quantile."""
+    if settings.threshold is None:
         return denoise
-    return denoisers.clip(denoise) if isinstance(how, str) else denoisers.threshold(denoise, how)
+    if isinstance(settings.threshold, str):
+        return denoisers.clip(denoise)
+    maximum = torch.inf if settings.threshold_maximum is None else settings.threshold_maximum
+    return denoisers.threshold(denoise, settings.threshold, maximum)
 
 
 def run_sampler(

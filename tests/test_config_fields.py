@@ -29,6 +29,8 @@ from cascade.data.loader import batches
 from cascade.diffusion.loss import uniform_levels
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
+from cascade.models.blocks import ResidualBlock
+from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
@@ -112,7 +114,9 @@ def embeddings(config: TrainConfig) -> object:
     """What the text encoder gives for two captions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt .* was cut")
-        return digest({"tokens": load_text_encoder(config.text).encode(["a red apple", "two blue stars"]).tokens})
+        return digest(
+            {"tokens": load_text_encoder(config.text).encode(["a red apple", "Two blue stars: www.stars.com"]).tokens}
+        )
 
 
 def views(config: TrainConfig) -> object:
@@ -157,7 +161,8 @@ def outcome(config: TrainConfig) -> Outcome:
     encoder, block_calls = WordEncoder(), []
     with patch.object(torch, "compile", side_effect=lambda network: network) as compiled:
         run = trainer(config, encoder)
-        block = run.stage.network.levels[0].encode[0].residual
+        blocks = (ResidualBlock, IFResidualBlock)
+        block = next(module for module in run.stage.network.modules() if isinstance(module, blocks))
         block.register_forward_hook(lambda *_: block_calls.append(1))
         assert run.run()
     output = Path(config.output)
@@ -217,6 +222,12 @@ STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
 SCENES = "data.sources=[{kind: scenes}]"
 SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
 T5 = "text.encoder=WORLD/t5"
+SQUARED_COSINE = "stage.schedule={kind: squared_cosine}"
+IF = (
+    SQUARED_COSINE,
+    "stage.model={kind: if_unet, channels: [8], blocks: [1], attention: [true], embedding_dim: 16, text_dim: 16,"
+    " context_dim: 32, head_dim: 8, pooling_heads: 2, groups: 4}",
+)
 CROPS = (*SUPER_RESOLUTION, "stage.path=picture", FOLDER, "data.crop=4")
 
 
@@ -260,24 +271,39 @@ ROWS: dict[str, Row] = {
     "stage.schedule[cosine].reference_resolution": Row("32", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_min": Row("-1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_max": Row("1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
-    "stage.model.channels": Row("[16]", weights),
-    "stage.model.blocks": Row("[2]", weights),
-    "stage.model.strides": Row("[2]", weights),
-    "stage.model.attention": Row("[false]", weights),
-    "stage.model.middle_blocks": Row("2", weights),
-    "stage.model.patch": Row("2", weights),
-    "stage.model.skips": Row("add", weights),
-    "stage.model.skip_scale": Row("0.5", network_output),
-    "stage.model.norm": Row("pixel", network_output),
-    "stage.model.groups": Row("2", network_output),
-    "stage.model.head_dim": Row("4", network_output),
-    "stage.model.embedding_dim": Row("32", weights),
-    "stage.model.text": Row("pooled", weights),
-    "stage.model.text_dim": Row("32", weights),
-    "stage.model.dropout": Row("0.5", log),
+    "stage.model[unet].channels": Row("[16]", weights),
+    "stage.model[unet].blocks": Row("[2]", weights),
+    "stage.model[unet].strides": Row("[2]", weights),
+    "stage.model[unet].attention": Row("[false]", weights),
+    "stage.model[unet].middle_blocks": Row("2", weights),
+    "stage.model[unet].patch": Row("2", weights),
+    "stage.model[unet].skips": Row("add", weights),
+    "stage.model[unet].skip_scale": Row("0.5", network_output),
+    "stage.model[unet].norm": Row("pixel", network_output),
+    "stage.model[unet].groups": Row("2", network_output),
+    "stage.model[unet].head_dim": Row("4", network_output),
+    "stage.model[unet].embedding_dim": Row("32", weights),
+    "stage.model[unet].text": Row("pooled", weights),
+    "stage.model[unet].text_dim": Row("32", weights),
+    "stage.model[unet].dropout": Row("0.5", log),
+    "stage.model[unet].kind": Row("unet", weights, IF, "stage.model={kind: unet, text_dim: 16}"),
+    "stage.model[if_unet].kind": Row("if_unet", weights, (SQUARED_COSINE,), IF[1]),
+    "stage.model[if_unet].channels": Row("[16]", weights, IF),
+    "stage.model[if_unet].blocks": Row("[2]", weights, IF),
+    "stage.model[if_unet].attention": Row("[false]", weights, IF),
+    "stage.model[if_unet].self_attention": Row("false", weights, IF),
+    "stage.model[if_unet].embedding_dim": Row("32", weights, IF),
+    "stage.model[if_unet].block_scale": Row("2.0", network_output, IF),
+    "stage.model[if_unet].text_dim": Row("32", weights, IF),
+    "stage.model[if_unet].context_dim": Row("64", weights, IF),
+    "stage.model[if_unet].head_dim": Row("4", network_output, IF),
+    "stage.model[if_unet].pooling_heads": Row("4", network_output, IF),
+    "stage.model[if_unet].groups": Row("2", network_output, IF),
     "stage.sampling.sampler": Row("heun", drawn),
     "stage.sampling.steps": Row("3", drawn),
     "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
+    "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),
+    "stage.sampling.threshold_maximum": Row("1.0", drawn, ("stage.sampling.threshold=0.9",)),
     "stage.sampling.variance": Row("beta", drawn, ("stage.sampling.sampler=ddpm",)),
     "stage.sampling.eta": Row("1.0", drawn),
     "stage.sampling.guidance": Row("3.0", drawn),
@@ -292,6 +318,8 @@ ROWS: dict[str, Row] = {
     "text.encoder": Row("WORLD/other_t5", embeddings, (T5,)),
     "text.max_length": Row("3", embeddings, (T5,)),
     "text.dtype": Row("bfloat16", embeddings, (T5,)),
+    "text.padded": Row("true", embeddings, (T5,)),
+    "text.captions": Row("deepfloyd", embeddings, (T5,)),
     "text.cache": Row("WORLD/cache", embeddings, (T5,)),  # the cache stores bf16
     # data
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
@@ -333,11 +361,13 @@ ROWS: dict[str, Row] = {
     "training.precision": Row("bf16", log),
     "training.seed": Row("1", trained_weights),
     "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
+    "training.lora_rank": Row("2", trained_weights),
     "training.activation_checkpointing": Row("true", block_calls),
     "training.compile": Row("true", compilations),
     "training.loss.space": Row("velocity", log),
     "training.loss.min_snr_gamma": Row("5.0", log),
     "training.loss.max_weight": Row("2.0", log),
+    "training.loss.variance_weight": Row("3.0", log, IF),
     "training.loss.levels[uniform].kind": Row("uniform", log, ("training.loss.levels={kind: logit_normal}",)),
     "training.loss.levels[logit_normal].kind": Row("logit_normal", log, ("training.loss.levels={kind: uniform}",)),
     "training.loss.levels[logit_normal].mean": Row("1.0", log, ("training.loss.levels={kind: logit_normal}",)),
@@ -362,7 +392,7 @@ ROWS: dict[str, Row] = {
     "training.trackers": Row("[tensorboard]", files),
 }
 
-FIXED = {"format", "stage.model.kind"}
+FIXED = {"format"}
 """Settings with one value so far; another is an error."""
 
 

@@ -37,8 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": STAGE | {"text", "data"},
     "pipeline": STAGE | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
-    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build"},
+    "deepfloyd": STAGE | {"build"},
+    "memory": STAGE | {"build"},
+    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd"},
     "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
     "__init__": STAGE | {"text", "pipeline"},  # the public names
 }

@@ -12,7 +12,7 @@ from cascade.stage import count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(
-    path for folder in ("tiny", "small", "imagen", "bundled") for path in (CONFIGS / folder).glob("*.yaml")
+    path for folder in ("tiny", "small", "imagen", "bundled", "deepfloyd") for path in (CONFIGS / folder).glob("*.yaml")
 )
 
 
@@ -33,7 +33,7 @@ def test_paper_sizes_have_the_stated_parameters(name: str, parameters: int, pape
     assert parameters / paper == pytest.approx({"base": 0.98, "sr256": 1.33, "sr1024": 1.48}[name], abs=0.01)
 
 
-@pytest.mark.parametrize("folder", ["tiny", "small", "imagen", "bundled"])
+@pytest.mark.parametrize("folder", ["tiny", "small", "imagen", "bundled", "deepfloyd"])
 def test_stages_of_a_preset_chain(folder: str):
     stages = [load_train_config(path).stage for path in (CONFIGS / folder).glob("*.yaml")]
     resolutions = {stage.resolution for stage in stages}

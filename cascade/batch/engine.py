@@ -207,7 +207,7 @@ class Engine:
             texts([task.job.record.prompt for task in full]),
             texts([task.job.negative_prompt for task in full]),
             low,
-            self._steps(stage.name, settings.steps),
+            self._steps(stage.name, len(stage.noise_levels(settings)) - 1),
         )[: len(batch)]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()

@@ -18,6 +18,8 @@ _LOOKED_AT = 1 << 16
 def model_identity(index: ModelIndex) -> str:
     """Name of a model and a digest of its files: settings whole, of weights the size, the beginning and the end."""
     digest = hashlib.sha256(str(index.max_text_length).encode())
+    if index.text_padded or index.captions != "as_is":
+        digest.update(f" padded={index.text_padded} {index.captions}".encode())
     for folder in (index.text_encoder, *index.stages):
         for path in _files(folder):
             digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
@@ -41,6 +43,7 @@ def versions() -> str:
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    """Those of a folder of ours, or of DeepFloyd IF's in diffusers' layout."""
+    places = [folder, *(folder / name for name in ("unet", "scheduler", "tokenizer"))]
+    found = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path for path in found if path.suffix in (".json", ".safetensors"))

@@ -12,7 +12,7 @@ import click
 
 from cascade._version import __version__
 from cascade.cli.generate import generate
-from cascade.cli.model import assemble, info
+from cascade.cli.model import assemble, convert, info
 from cascade.cli.train import encode, train
 from cascade.errors import CascadeError
 
@@ -33,7 +33,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, train, encode, info, assemble):
+for command in (generate, train, encode, info, assemble, convert):
     program.add_command(command)
 
 

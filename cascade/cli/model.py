@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from cascade.config import SamplingConfig, StageConfig
     from cascade.load import ModelIndex
+    from cascade.memory import Way
     from cascade.stage import Stage
 
 
@@ -42,23 +44,37 @@ def info(model: str | None, as_json: bool) -> int:
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
     from cascade.config import FORMAT_VERSION
-    from cascade.load import read_index
+    from cascade.load import read_config, read_index
+    from cascade.memory import free_bytes, ways
 
     index = read_index(model)
     parts = _parts(index)
+    configs = [read_config(folder) for folder in index.stages]
+    possible = ways(configs, parts[0].parameters, index.max_text_length, index.halves_text)
+    free = free_bytes()
     if as_json:
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
         head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION}
-        click.echo(json.dumps(head | {"parts": described}, indent=2))
+        memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
+        click.echo(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
-        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}")
+        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
+        click.echo(_memory(possible, free))
     return 0
 
 
-def _parts(index: ModelIndex) -> list[Part]:
-    from cascade.checkpoint import read_stage_config
+def _memory(possible: Sequence[Way], free: int) -> str:
+    """A line for each way to load the model, and the first that fits."""
+    lines = [f"{way.bytes / 1e9:6.1f} GB at most with {way.arguments}" for way in possible]
+    fitting = next((way.arguments for way in possible if way.bytes <= free), None)
+    advice = f"fits with {fitting}" if fitting else "no setting fits"
+    return "\n".join([*lines, f"{free / 1e9:6.1f} GB are free on this device: {advice}"])
 
-    stages = [_stage_part(folder, read_stage_config(folder), index.max_text_length) for folder in index.stages]
+
+def _parts(index: ModelIndex) -> list[Part]:
+    from cascade.load import read_config
+
+    stages = [_stage_part(folder, read_config(folder), index.max_text_length) for folder in index.stages]
     text = Part("text encoder", None, _stored_parameters(index.text_encoder), _size(index.text_encoder))
     return [text, *stages]
 
@@ -72,8 +88,8 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
         name=config.name,
         resolution=config.resolution,
         parameters=count_parameters(stage.network),
-        bytes=_size(folder),
-        steps=config.sampling.steps,
+        bytes=_size(folder / "unet" if (folder / "unet").is_dir() else folder),
+        steps=len(stage.noise_levels()) - 1,
         calls=network_calls(stage, config.sampling),
         gflop_per_call=gflop_per_call(stage, text_tokens),
     )
@@ -81,9 +97,7 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
 
 def network_calls(stage: Stage, settings: SamplingConfig) -> int:
     """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    from cascade.diffusion.schedules import log_snr_grid
-
-    levels = log_snr_grid(stage.schedule, settings.steps, settings.spacing).tolist()
+    levels = stage.noise_levels(settings).tolist()
     evaluated = levels[:-1] + (levels[1:-1] if settings.sampler == "heun" else [])
     if settings.guidance == 1:
         return len(evaluated)
@@ -99,21 +113,19 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cascade.models.unet import Prepared
+    from cascade.conditioning import Conditioning
 
     network, config = stage.network, stage.config
     with torch.device("meta"), torch.inference_mode():
-        text = torch.zeros(1, text_tokens, config.model.text_dim)
         picture = torch.zeros(1, 3, config.resolution, config.resolution)
-        # `network.prepare` looks at the values of the mask, which a meta tensor has not.
-        prepared = Prepared(
-            embedding=torch.zeros(1, config.model.embedding_dim),
-            text=tuple(attention.read_text(text) for attention in network._attentions()),
-            visible=None,
-            low_res=None if config.low_resolution is None else picture,
-        )
+        level = torch.zeros(1, 1, 1, 1)
+        text = torch.zeros(1, text_tokens, config.model.text_dim)
+        cond = Conditioning(text, torch.ones(1, text_tokens, dtype=torch.bool))
+        if config.low_resolution is not None:
+            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        prepared = network.prepare(cond)
         with FlopCounterMode(display=False) as counter:
-            network(picture, torch.zeros(1, 1, 1, 1), prepared)
+            network(picture, level, prepared)
     return counter.get_total_flops() / 1e9
 
 
@@ -122,7 +134,8 @@ def _stored_parameters(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for path in folder.glob("*.safetensors"):
+    files = list(folder.glob("*.safetensors"))
+    for path in [file for file in files if ".fp16" not in file.name] or files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name.startswith(("shared.", "encoder.")):
@@ -219,4 +232,21 @@ def assemble(
     pipeline = assemble_pipeline(text_encoder, stages, name=name, license=license, max_length=max_text_length)
     pipeline.save_pretrained(out, formats[dtype] if dtype else None)
     click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
+    return 0
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
+def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
+    """Turn DeepFloyd IF from diffusers' folder layout into ours, or back. Weights stay bit for bit.
+
+    SOURCE is a folder or hub id. One of diffusers' becomes OUT, a cascade of ours; one of ours becomes diffusers
+    folders: OUT itself, or one a stage below it.
+    """
+    from cascade.convert import convert as convert_model
+
+    names = convert_model(source, out, super_resolution)
+    click.echo(f"{', '.join(names)} in {out}")
     return 0

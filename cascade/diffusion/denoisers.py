@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning, concatenate
-from cascade.diffusion.noise import Denoiser
+from cascade.diffusion.noise import Denoiser, Estimate, with_x, x_of
 
 
 class ConditionalDenoiser(Protocol):
@@ -27,6 +27,7 @@ def guide(
 ) -> Denoiser:
     """Classifier-free guidance: x_null + weight (x_cond - x_null), both halves in one batch.
 
+    A variance that the model gives beside x_hat is that of `cond`, unguided, as DeepFloyd IF has it.
     weight: 1 = none; a number, or (B, 1, 1, 1), one for each picture.
     null: the conditions under the null text, or a negative prompt in its place.
     interval: log SNR range in which guidance acts; outside it only `cond` is evaluated, at half the cost.
@@ -37,15 +38,17 @@ def guide(
         return model.prepare(cond)
     both = model.prepare(concatenate([cond, null]))
 
-    def guided(z: Tensor, log_snr: Tensor) -> Tensor:
-        x_cond, x_null = both(torch.cat([z, z]), torch.cat([log_snr, log_snr])).chunk(2)
-        return x_null + weight * (x_cond - x_null)
+    def guided(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = both(torch.cat([z, z]), torch.cat([log_snr, log_snr]))
+        x_cond, x_null = x_of(estimate).chunk(2)
+        x_hat = x_null + weight * (x_cond - x_null)
+        return (x_hat, estimate[1][: len(z)]) if isinstance(estimate, tuple) else x_hat
 
     if interval is None:
         return guided
     unguided, (low, high) = model.prepare(cond), interval
 
-    def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
+    def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
         acts = low <= float(log_snr.flatten()[0]) <= high  # a sampler moves all pictures together
         return guided(z, log_snr) if acts else unguided(z, log_snr)
 
@@ -55,8 +58,9 @@ def guide(
 def clip(denoise: Denoiser) -> Denoiser:
     """Static thresholding: x_hat is clipped to [-1, 1]."""
 
-    def clipped(z: Tensor, log_snr: Tensor) -> Tensor:
-        return denoise(z, log_snr).clamp(-1, 1)
+    def clipped(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        return with_x(estimate, x_of(estimate).clamp(-1, 1))
 
     return clipped
 
@@ -68,11 +72,12 @@ def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) ->
     `sample_max_value`). Source: Saharia et al. (2022) sec. 2.3 and fig. A.10.
     """
 
-    def thresholded(z: Tensor, log_snr: Tensor) -> Tensor:
-        x_hat = denoise(z, log_snr)
+    def thresholded(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        x_hat = x_of(estimate)
         s = quantile_of_rows(x_hat.float().abs().flatten(1), quantile).clamp(1.0, maximum)
         s = s.to(x_hat.dtype)[:, None, None, None]
-        return x_hat.clamp(-s, s) / s
+        return with_x(estimate, x_hat.clamp(-s, s) / s)
 
     return thresholded
 
@@ -99,8 +104,9 @@ def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
     the picture: to_residual(clip(to_picture(denoise, base, scale)), base, scale).
     """
 
-    def picture(z: Tensor, log_snr: Tensor) -> Tensor:
-        return base + scale * denoise(z, log_snr)
+    def picture(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        return with_x(estimate, base + scale * x_of(estimate))
 
     return picture
 
@@ -108,7 +114,8 @@ def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
 def to_residual(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
     """The inverse of `to_picture`."""
 
-    def residual(z: Tensor, log_snr: Tensor) -> Tensor:
-        return (denoise(z, log_snr) - base) / scale
+    def residual(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        return with_x(estimate, (x_of(estimate) - base) / scale)
 
     return residual

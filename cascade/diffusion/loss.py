@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cascade.config import Kind
-from cascade.diffusion.noise import diffuse
-from cascade.diffusion.parameterization import log_weight_in_x, target
-from cascade.diffusion.schedules import NoiseSchedule
+from cascade.diffusion.noise import LOG_SNR_RANGE, diffuse, posterior
+from cascade.diffusion.parameterization import log_weight_in_x, target, to_x
+from cascade.diffusion.schedules import NoiseSchedule, ReverseStep
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Weighting:
     """Weight of the square, as a function of log SNR.
 
     space: the square is that of eps, v, x or velocity. min_snr_gamma: min(SNR, gamma) on the square in x instead
-    (Hang et al. 2023). max_weight: cap on the weight in x.
+    (Hang et al. 2023). max_weight: cap on the weight in x. variance: weight of the variational bound, for networks
+    that predict their variance.
     """
 
     space: Kind = "eps"
     min_snr_gamma: float | None = None
     max_weight: float | None = None
+    variance: float = 0.0
 
     def log_in_x(self, log_snr: Tensor) -> Tensor:
         """log of the weight on |x - x_hat|^2."""
@@ -48,16 +50,52 @@ def diffusion_loss(
     x: Tensor,
     log_snr: Tensor,
     eps: Tensor,
+    step: ReverseStep | None = None,
 ) -> Tensor:
     """Weighted mean square of each picture: (B,).
 
-    network: (z, log_snr) -> output of `kind`. x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
+    network: (z, log_snr) -> output of `kind`; channels beyond those of x say in [-1, 1] where the variance lies, and
+    are trained by the variational bound of `step` alone. x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
     Source: Prince (2023) algorithm 18.1 for kind = space = eps, where the weight is 1. The square is taken in the
     network's own space: in x it would cancel at low noise.
     """
-    output = network(diffuse(x, eps, log_snr), log_snr)
-    square = (output.float() - target(kind, x, eps, log_snr)).square().mean(dim=(1, 2, 3))
-    return weighting.on_output(kind, log_snr).flatten() * square
+    z = diffuse(x, eps, log_snr)
+    output, *spread = network(z, log_snr).float().split(x.shape[1], dim=1)
+    square = (output - target(kind, x, eps, log_snr)).square().mean(dim=(1, 2, 3))
+    loss = weighting.on_output(kind, log_snr).flatten() * square
+    if spread and step is not None and weighting.variance:
+        x_hat = to_x(kind, output.detach(), z, log_snr)  # the bound must not pull at what the square trains
+        loss = loss + weighting.variance * variational_bits((spread[0] + 1) / 2, x_hat, x, z, log_snr, step)
+    return loss
+
+
+def variational_bits(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr: Tensor, step: ReverseStep) -> Tensor:
+    """The variational bound's term of one step, in bits per dimension: (B,).
+
+    place: where the log variance lies, 0 the posterior's, 1 that of beta. x_hat, x, z: (B, C, H, W), x in [-1, 1] on
+    255 levels. The KL divergence of the true posterior from ours; in the step to the clean picture the likelihood of
+    x. Source: Ho et al. (2020) eq. 5 and 13; Nichol & Dhariwal (2021) eq. 15 for the variance.
+    """
+    true_mean, _ = posterior(x, z, log_snr, step.before)
+    mean, _ = posterior(x_hat, z, log_snr, step.before)
+    log_variance = torch.lerp(step.small, step.large, place)
+    ratio = step.small - log_variance
+    divergence = 0.5 * (ratio.exp() - 1 - ratio + (true_mean - mean).square() * (-log_variance).exp())
+    nats = torch.where(step.before >= LOG_SNR_RANGE[1], -log_likelihood(x, mean, log_variance), divergence)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log of the probability that a Gaussian gives to the bin of x, one of 256 levels in [-1, 1]; shaped like x.
+
+    The outermost bins reach to infinity. Source: Ho et al. (2020) eq. 13.
+    """
+    scale = (-0.5 * log_variance).exp()
+    above = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    below = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    above = torch.where(x > 0.999, torch.ones_like(above), above)
+    below = torch.where(x < -0.999, torch.zeros_like(below), below)
+    return (above - below).clamp(min=1e-12).log()
 
 
 def uniform_levels(schedule: NoiseSchedule, u: Tensor) -> Tensor:

@@ -11,11 +11,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(z, log_snr) -> x_hat: (B, C, H, W), (B, 1, 1, 1) -> (B, C, H, W)."""
+Estimate = Tensor | tuple[Tensor, Tensor]
+"""x_hat (B, C, H, W), alone or with the place of the log variance: 0 the posterior's, 1 that of beta, in between both.
+
+The place, not the variance, because a denoiser does not know how far the next step will go (Nichol & Dhariwal 2021,
+eq. 15)."""
+
+Denoiser = Callable[[Tensor, Tensor], Estimate]
+"""(z, log_snr) -> estimate: (B, C, H, W), (B, 1, 1, 1) -> (B, C, H, W), once or twice."""
 
 LOG_SNR_RANGE = (-20.0, 20.0)
 """Log SNR is clipped to this wherever a formula would reach infinity; at the ends 2e-9 of signal or noise is left."""
+
+
+def x_of(estimate: Estimate) -> Tensor:
+    """The x_hat of an estimate."""
+    return estimate[0] if isinstance(estimate, tuple) else estimate
+
+
+def with_x(estimate: Estimate, x_hat: Tensor) -> Estimate:
+    """The estimate with another x_hat, its variance as it was."""
+    return (x_hat, estimate[1]) if isinstance(estimate, tuple) else x_hat
 
 
 def alpha(log_snr: Tensor) -> Tensor:

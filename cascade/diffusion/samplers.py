@@ -1,7 +1,8 @@
 """Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings.
 
 Common to all: z is (B, C, H, W), drawn from the noise level log_snrs[0]; log_snrs is (N + 1,), increasing; the
-result is (B, C, H, W) at the level log_snrs[N]. `on_step(step, x_hat)` is called after each of the N steps.
+result is (B, C, H, W) at the level log_snrs[N]. A variance that the denoiser gives beside x_hat is used by `ddpm`
+with variance `learned` alone. `on_step(step, x_hat)` is called after each of the N steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cascade.diffusion.noise import (
     posterior,
     predicted_eps,
     step_beta,
+    x_of,
 )
 
 Generators = Sequence[torch.Generator]
@@ -52,18 +54,24 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance_of: Literal["posterior", "beta"] = "posterior",
+    variance_of: Literal["posterior", "beta", "learned"] = "posterior",
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance_of: sigma_t^2 is that of the `posterior`, or `beta`. Source: Prince (2023) algorithm 18.2 with
-    eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances.
+    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
+    (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances,
+    Nichol & Dhariwal (2021) eq. 15 for what lies between.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
-        x_hat = denoise(z, log_snr_t)
+        estimate = denoise(z, log_snr_t)
+        x_hat = x_of(estimate)
         z, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
+        beta = step_beta(log_snr_t, log_snr_s)
         if variance_of == "beta":
-            variance = step_beta(log_snr_t, log_snr_s)
+            variance = beta
+        elif variance_of == "learned":
+            assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
+            variance = torch.lerp(variance.log(), beta.log(), estimate[1]).exp()
         if step < len(log_snrs) - 2:
             z = z + variance.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
@@ -83,7 +91,7 @@ def sample_ddim(
     Source: Song et al. (2021) eq. 12 and 16.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
-        x_hat = denoise(z, log_snr_t)
+        x_hat = x_of(denoise(z, log_snr_t))
         eps_hat = predicted_eps(x_hat, z, log_snr_t)
         last = step == len(log_snrs) - 2
         variance = torch.zeros_like(log_snr_t)
@@ -113,10 +121,10 @@ def sample_heun(
     10 steps, its error is 10 and this one's 0.07.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
-        x_hat = denoise(z, log_snr_t)
+        x_hat = x_of(denoise(z, log_snr_t))
         z_next = _move(x_hat, z, log_snr_t, log_snr_s)
         if step < len(log_snrs) - 2:
-            x_next = denoise(z_next, log_snr_s)
+            x_next = x_of(denoise(z_next, log_snr_s))
             z_next = _move((x_hat + x_next) / 2, z, log_snr_t, log_snr_s)
         z = z_next
         on_step(step, x_hat)
@@ -138,7 +146,7 @@ def sample_dpmpp(
     x_before: Tensor | None = None
     h_before = torch.zeros(())
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
-        x_hat = denoise(z, log_snr_t)
+        x_hat = x_of(denoise(z, log_snr_t))
         h = log_snr_s - log_snr_t
         x = x_hat
         # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.

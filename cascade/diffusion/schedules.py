@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ class NoiseSchedule(Protocol):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Log SNR at t in [0, 1], decreasing, finite at both ends; same shape as t, float32."""
+
+
+class ReverseStep(NamedTuple):
+    """One step back from a noise level. before: log SNR there. small, large: log variance of the posterior and of beta.
+
+    Each (B, 1, 1, 1). The first step's posterior has no variance; it is given that of the second (Nichol & Dhariwal
+    2021, in their code).
+    """
+
+    before: Tensor
+    small: Tensor
+    large: Tensor
 
 
 class DiscreteSchedule:
@@ -46,6 +59,26 @@ class DiscreteSchedule:
         low = position.floor().long().clamp(max=len(self.betas) - 1)
         table = self.table.to(t.device)
         return torch.lerp(table[low], table[low + 1], position - low).float()
+
+    def nearest_step(self, log_snr: Tensor) -> Tensor:
+        """Index, from 0 for beta_1 to T - 1, of the step whose log SNR is nearest: (B, 1, 1, 1) -> (B,) int64.
+
+        For networks that were trained on step numbers, such as DeepFloyd IF's.
+        """
+        steps = self.table[1:].to(log_snr.device)
+        return (log_snr.double().flatten()[:, None] - steps).abs().argmin(dim=1)
+
+    def reverse_step(self, log_snr: Tensor) -> ReverseStep:
+        """From the step nearest to log_snr (B, 1, 1, 1) to the one before it."""
+        table = self.table.to(log_snr.device)
+        step = self.nearest_step(log_snr)
+        inner = step.clamp(min=1)
+        small = -torch.expm1(table[inner + 1] - table[inner]) * torch.sigmoid(-table[inner])
+        large = -torch.expm1(table[step + 1] - table[step]) * torch.sigmoid(-table[step + 1])
+        before, small, large = (
+            values.float()[:, None, None, None] for values in (table[step], small.log(), large.log())
+        )
+        return ReverseStep(before, small, large)
 
 
 def constant_betas(beta: float, steps: int) -> Tensor:
@@ -91,6 +124,52 @@ class CosineSchedule:
 def resolution_shift(resolution: int, reference: int) -> float:
     """Shift of log SNR that gives pictures of `resolution` the noise, averaged down, of `reference`."""
     return 2 * math.log(reference / resolution)
+
+
+SECTIONS = {
+    "fast27": (10, 10, 3, 2, 2),
+    "smart27": (7, 4, 2, 1, 2, 4, 7),
+    "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
+    "smart100": (1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13),
+    "smart185": (1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20),
+    "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
+    "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
+}
+"""DeepFloyd IF's named step lists: how many steps fall into each of equal parts of the schedule, low noise first."""
+
+
+def named_steps(name: str, total: int = 1000) -> tuple[int, ...]:
+    """The steps of a named list, numbered from 0, high noise first: both ends of each part, and evenly in between.
+
+    Source: the respacing of Nichol & Dhariwal (2021) sec. 4, which DeepFloyd IF's lists follow.
+    """
+    counts = SECTIONS[name]
+    length, longer = divmod(total, len(counts))
+    chosen: list[int] = []
+    start = 0
+    for index, count in enumerate(counts):
+        size = length + (index < longer)
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        chosen += [start + round(place * stride) for place in range(count)]
+        start += size
+    return tuple(reversed(chosen))
+
+
+def spaced_steps(steps: int, spacing: Literal["leading", "trailing"], total: int = 1000) -> tuple[int, ...]:
+    """Evenly spaced steps, numbered from 0, high noise first: `leading` ends at 0, `trailing` begins at the last.
+
+    Source: Lin et al. (2023) arXiv 2305.08891, table 2.
+    """
+    if spacing == "leading":
+        return tuple(index * (total // steps) for index in reversed(range(steps)))
+    return tuple(round(total - index * total / steps) - 1 for index in range(steps))
+
+
+def step_grid(schedule: NoiseSchedule, numbers: Sequence[int]) -> Tensor:
+    """The noise levels of a sampler at these steps of a discrete schedule, numbered from 0, and clean at the end."""
+    assert schedule.steps is not None, "a continuous schedule has no numbered steps"
+    times = torch.tensor([*(number + 1 for number in numbers), 0], dtype=torch.float64) / schedule.steps
+    return schedule.log_snr(times)
 
 
 def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: str = "t") -> Tensor:

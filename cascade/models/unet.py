@@ -123,7 +123,8 @@ class UNet(nn.Module):
             normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
             embedding = embedding + self.text_pooling(normalized, cond.text_mask)
             text = [attention.read_text(normalized) for attention in self._attentions()]
-            visible = None if bool(cond.text_mask.all()) else cond.text_mask[:, None, None, :]
+            # A meta tensor, with which arithmetic is counted, has no values to look at.
+            visible = None if cond.text_mask.is_meta or bool(cond.text_mask.all()) else cond.text_mask[:, None, None, :]
         if self.aug_level is not None:
             embedding = embedding + self.aug_level(cond.low_res_log_snr)
         return Prepared(embedding, tuple(text), visible, cond.low_res)

@@ -19,6 +19,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder
 from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
+from cascade.text.captions import Captions, prepare_caption
 
 DTYPES = (torch.float32, torch.bfloat16)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -100,8 +101,14 @@ class TextEncoder:
     Source: Raffel et al. (2020), the encoder alone, as Imagen uses it (Saharia et al. 2022, section 2.1).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int = 64) -> None:
-        """model: transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>."""
+    def __init__(
+        self, model: Any, tokenizer: Any, max_length: int = 64, padded: bool = False, captions: Captions = "as_is"
+    ) -> None:
+        """model: transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>.
+
+        padded: texts are padded to `max_length` before the encoder, and what it gives for the padding belongs to the
+        embedding: for networks that were trained so, without a mask. captions: how texts are cleaned before.
+        """
         if max_length < 1:
             raise CascadeError(f"max_length is {max_length}; at least 1 token, the end of the text, is needed")
         self._model = model.eval().requires_grad_(False)
@@ -109,6 +116,7 @@ class TextEncoder:
         self._dim: int = model.config.d_model
         self._parameters_count: int = sum(parameter.numel() for parameter in model.parameters())
         self._max_length = max_length
+        self.padded, self.captions = padded, captions
         self._fingerprint: str | None = None
 
     @classmethod
@@ -117,11 +125,14 @@ class TextEncoder:
         source: str | Path,
         *,
         max_length: int = 64,
+        padded: bool = False,
+        captions: Captions = "as_is",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Load a T5 from a folder in transformers' layout, or from a hub id such as google/flan-t5-base.
 
+        The tokenizer may lie beside the weights or in a folder `tokenizer` beside theirs, as diffusers puts it.
         Whatever exists or looks like a path never goes to the network. Weights are safetensors, nothing is
         unpickled. Raises CascadeError when there is no such folder or model, its files are damaged or
         incomplete, or it is no T5.
@@ -133,7 +144,7 @@ class TextEncoder:
             _check_folder(Path(where))
         with _quiet(progress=not local):
             model, tokenizer = _load(where, local, dtype)
-        return cls(model, tokenizer, max_length).to(device, dtype)
+        return cls(model, tokenizer, max_length, padded, captions).to(device, dtype)
 
     @property
     def dim(self) -> int:
@@ -169,7 +180,8 @@ class TextEncoder:
         Computed when first asked for; the same in every process and on every device.
         """
         if self._fingerprint is None:
-            digest = hashlib.sha256(f"{self.max_length} {self.dtype}\n".encode())
+            ways = f" padded={self.padded} {self.captions}" if self.padded or self.captions != "as_is" else ""
+            digest = hashlib.sha256(f"{self.max_length} {self.dtype}{ways}\n".encode())
             digest.update(_describe(self._tokenizer).encode())
             for name, parameter in sorted(self._loaded().named_parameters()):
                 digest.update(f"\n{name} {list(parameter.shape)}\n".encode())
@@ -186,6 +198,7 @@ class TextEncoder:
         encoded once. A prompt of more than `max_length` tokens is cut, with a warning that says where.
         """
         assert not isinstance(prompts, str), "encode takes a list of prompts"
+        prompts = [prepare_caption(prompt, self.captions) for prompt in prompts]
         distinct = list(dict.fromkeys(prompts))
         ids = {prompt: self._tokenize(prompt) for prompt in distinct}
         distinct.sort(key=lambda prompt: len(ids[prompt]))  # like lengths together: less padding in a batch
@@ -231,11 +244,14 @@ class TextEncoder:
         return self._model
 
     def _embed(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Token ids -> unpadded embeddings, each (n, D)."""
+        """Token ids -> embeddings, each (n, D): unpadded, or all of max_length where `padded`."""
         lengths = [len(row) for row in ids]
-        padded = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in ids], device=self.device)
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        longest = self.max_length if self.padded else max(lengths)
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         hidden = self._loaded()(input_ids=padded, attention_mask=mask.to(self.device)).last_hidden_state
+        if self.padded:
+            return list(hidden)
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
 
     def _tokenize(self, prompt: str) -> list[int]:
@@ -283,8 +299,24 @@ def _check_folder(folder: Path) -> None:
             f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
             " tokenizer.json, or a hub id such as google/flan-t5-base"
         )
-    if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model")):
+    if not _has_tokenizer(_tokenizer_folder(folder)):
         raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "spiece.model"))
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
+    beside = folder.parent / "tokenizer"
+    return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` when the folder holds weights of that variant alone."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -296,9 +328,16 @@ def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(where, **options)
         if config.model_type != "t5":
             raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        words = str(_tokenizer_folder(Path(where))) if local else where
+        tokenizer = AutoTokenizer.from_pretrained(words, **options)
         model, loaded = T5EncoderModel.from_pretrained(
-            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            where,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=_variant(Path(where)) if local else None,
+            output_loading_info=True,
+            **options,
         )
     except CascadeError:
         raise

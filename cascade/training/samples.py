@@ -47,7 +47,8 @@ def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderP
     samples = list(range(len(captions)))
     cond = _text_only(text, captions, stage.device)
     batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples))
-    draw = draw_noise(samples, (height, width), stage.scale, config.training.seed, 1.0).to(stage.device)
+    enlarged = stage.config.model.enlarges_first
+    draw = draw_noise(samples, (height, width), stage.scale, config.training.seed, 1.0, enlarged).to(stage.device)
     level = torch.full_like(draw.aug_level, stage.config.sampling.aug_level)
     cond = conditions(stage, batch, replace(draw, aug_level=level))
     null = _text_only(text, [""] * len(captions), stage.device)

@@ -35,7 +35,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: (B, 3, h, w) or None."""
+    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture."""
 
     u: Tensor
     eps: Tensor
@@ -48,10 +48,18 @@ class Draw:
         return Draw(self.u.to(device), self.eps.to(device), self.aug_level.to(device), aug_eps)
 
 
-def draw_noise(samples: Sequence[int], shape: tuple[int, int], scale: int, seed: int, max_aug_level: float) -> Draw:
+def draw_noise(
+    samples: Sequence[int],
+    shape: tuple[int, int],
+    scale: int,
+    seed: int,
+    max_aug_level: float,
+    enlarged: bool = False,
+) -> Draw:
     """The noise of each view, keyed by (seed, its number): the same in any batch and any process.
 
-    shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage.
+    shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
+    picture is noised at the size of the large one.
     """
     height, width = shape
     rngs = [generator(seed, sample, "train") for sample in samples]
@@ -59,7 +67,8 @@ def draw_noise(samples: Sequence[int], shape: tuple[int, int], scale: int, seed:
     eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
     aug_eps = None
     if scale > 1:
-        aug_eps = torch.stack([torch.randn(3, height // scale, width // scale, generator=rng) for rng in rngs])
+        shrink = 1 if enlarged else scale
+        aug_eps = torch.stack([torch.randn(3, height // shrink, width // shrink, generator=rng) for rng in rngs])
     return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
 
 
@@ -75,7 +84,7 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     if draw.aug_eps is None:
         return Conditioning(batch.text, batch.text_mask)
     height, width = batch.x.shape[-2:]
-    low = downsample(batch.x, (height // stage.scale, width // stage.scale))
+    low = stage.unnoised(downsample(batch.x, (height // stage.scale, width // stage.scale)))
     level = log_snr_from_std(draw.aug_level)[:, None, None, None]
     noised = diffuse(low, draw.aug_eps, level)
     return Conditioning(batch.text, batch.text_mask, noised, level)

@@ -29,6 +29,7 @@ from cascade.stage import Stage
 from cascade.text.t5 import TextEncoderProtocol
 from cascade.training.ema import EMA
 from cascade.training.log import Meter, RunLog, flatten
+from cascade.training.lora import add_low_rank, merged
 from cascade.training.optim import (
     build_optimizer,
     learning_rate,
@@ -59,12 +60,14 @@ class Trainer:
         text.to(self.accelerator.device)
         self._check_batch()
         stage.network.activation_checkpointing = settings.activation_checkpointing
+        if settings.lora_rank:
+            add_low_rank(stage.network, settings.lora_rank, settings.seed)
         network = torch.compile(stage.network) if settings.compile else stage.network
         optimizer = build_optimizer(stage.network, settings.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.ema = EMA(stage.network, settings.ema)
         loss = settings.loss
-        self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight)
+        self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
 
     def run(self, resume: bool = False) -> bool:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
@@ -121,9 +124,13 @@ class Trainer:
         ready = self.ready(batch)
         height, width = ready.x.shape[-2:]
         draw = draw_noise(
-            batch.samples, (height, width), self.stage.scale, settings.seed, self.config.data.max_aug_level
-        )
-        draw = draw.to(device)
+            batch.samples,
+            (height, width),
+            self.stage.scale,
+            settings.seed,
+            self.config.data.max_aug_level,
+            self.stage.config.model.enlarges_first,
+        ).to(device)
         return training_loss(self.stage, self.network, ready, settings.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:
@@ -165,7 +172,7 @@ class Trainer:
                 optimizer=optimizer_state(self.optimizer.optimizer, self.stage.network),
             )
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
-            save_stage(self.output / "stage", self.stage.config, self.ema.weights)
+            save_stage(self.output / "stage", self.stage.config, merged(self.ema.weights))
 
         self._main_only(write)
 

@@ -1,0 +1,115 @@
+"""`cascade convert`: DeepFloyd IF from diffusers' folder layout into ours, and back. Weights are copied bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade import deepfloyd
+from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
+from cascade.config import FORMAT_VERSION, StageConfig
+from cascade.errors import CascadeError
+from cascade.load import ModelIndex, find_stage, read_config, read_index, read_weights
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "added_tokens.json",
+)
+
+
+def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str | Path] = ()) -> list[str]:
+    """Write the model `source` in the other layout into the folder `out`; the names of the stages written.
+
+    From diffusers: one folder of ours, with `super_resolution`'s stages behind the first; a second stage alone becomes
+    a stage folder. To diffusers: a cascade of one stage becomes `out` itself, of several a folder each below it.
+    Raises CascadeError for an `out` that exists and for a network that is not IF's.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CascadeError(f"{out}: exists already; name a new or empty folder")
+    folder = Path(source)
+    alone = (folder / "stage.json").is_file()
+    if not alone and _is_second_stage(folder):
+        config = deepfloyd.read_stage(folder)
+        save_stage(out, config, deepfloyd.read_weights(folder))
+        return [config.name]
+    if alone:
+        config = read_config(folder)
+        with atomic_folder(out) as temporary:
+            deepfloyd.write_stage(temporary, config, read_weights(folder)[0])
+        return [config.name]
+    index = read_index(source)
+    stages = [*index.stages, *(find_stage(stage) for stage in super_resolution)]
+    if deepfloyd.is_diffusers(index.stages[0]):
+        return _to_ours(index, stages, out)
+    return _to_diffusers(index, stages, out)
+
+
+def _is_second_stage(folder: Path) -> bool:
+    return deepfloyd.is_diffusers(folder) and deepfloyd.read_stage(folder).low_resolution is not None
+
+
+def _to_ours(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[str]:
+    configs = [read_config(stage) for stage in stages]
+    _check_names(configs)
+    with atomic_folder(out) as temporary:
+        (temporary / "text_encoder").mkdir()
+        for part in ("text_encoder", "tokenizer"):
+            _copy(_needed(index.text_encoder.parent / part), temporary / "text_encoder")
+        for config, stage in zip(configs, stages, strict=True):
+            save_stage(temporary / config.name, config, read_weights(stage)[0])
+        write_json(
+            temporary / "cascade.json",
+            {
+                "format": FORMAT_VERSION,
+                "name": index.name,
+                "license": index.license,
+                "stages": [config.name for config in configs],
+                "max_text_length": index.max_text_length,
+                "text_padded": index.text_padded,
+                "captions": index.captions,
+            },
+        )
+    return [config.name for config in configs]
+
+
+def _to_diffusers(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[str]:
+    configs = [read_config(stage) for stage in stages]
+    with atomic_folder(out) as temporary:
+        for config, stage in zip(configs, stages, strict=True):
+            folder = temporary if len(configs) == 1 else temporary / config.name
+            deepfloyd.write_stage(folder, config, read_weights(stage)[0], _tokenizer_class(index.text_encoder))
+            files = _needed(index.text_encoder)
+            words = [file for file in files if file.name in TOKENIZER_FILES]
+            _copy(words, folder / "tokenizer")
+            _copy([file for file in files if file not in words], folder / "text_encoder")
+            (folder / "README.md").write_text(f"---\nlicense: {index.license}\n---\n", encoding="utf-8")
+    return [config.name for config in configs]
+
+
+def _tokenizer_class(folder: Path) -> str:
+    path = folder / "tokenizer_config.json"
+    return str(read_json(path).get("tokenizer_class", "T5Tokenizer")) if path.exists() else "T5Tokenizer"
+
+
+def _needed(folder: Path) -> list[Path]:
+    """The files that loading needs: no pickles, and fp16 only where there is nothing else."""
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors", ".model")]
+    full = [file for file in files if ".fp16" not in file.name]
+    return full if any(file.suffix == ".safetensors" for file in full) or folder.name == "tokenizer" else files
+
+
+def _copy(files: Sequence[Path], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _check_names(configs: Sequence[StageConfig]) -> None:
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise CascadeError(f"stages {', '.join(names)}: every stage needs a name of its own")

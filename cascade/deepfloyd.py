@@ -1,0 +1,301 @@
+"""DeepFloyd IF's weights in the folder layout of diffusers: read as stages of ours, and written back.
+
+    model_index.json   unet/   scheduler/   image_noising_scheduler/   text_encoder/   tokenizer/
+
+The network's parameters have the same names on both sides, so only the settings are translated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cascade.build import IF_NOISE
+from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
+from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig
+from cascade.diffusion.noise import one_minus_alpha
+from cascade.errors import CascadeError
+from cascade.settings import parse
+
+LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
+TEXT_LENGTH = 77
+"""Tokens of a prompt; the networks have no mask and read all of them."""
+
+SCALE = 4
+"""Factor from the picture of the first stage to that of the second."""
+
+NOISE_LEVEL = 250
+"""Step of the squared cosine schedule whose noise the smaller picture carries by default."""
+
+_UNET_TYPES = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
+_UP_TYPES = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
+_EXPECTED: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
+    "act_fn": ("gelu",),
+    "resnet_time_scale_shift": ("scale_shift",),
+    "cross_attention_norm": ("group_norm",),
+    "addition_embed_type": ("text",),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "norm_eps": (1e-5,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "center_input_sample": (False, None),
+    "out_channels": (6,),
+    "class_embed_type": (None, "timestep"),
+}
+"""What every IF network has in its unet/config.json."""
+
+
+def is_diffusers(folder: str | Path) -> bool:
+    """Whether a folder is laid out as diffusers does it."""
+    return (Path(folder) / "model_index.json").is_file()
+
+
+def read_license(folder: Path) -> str:
+    """The licence that the model card names, or that of the published weights."""
+    card = folder / "README.md"
+    found = (
+        re.search(r"^license(?:_name)?:\s*(\S.*)$", card.read_text(encoding="utf-8"), re.M) if card.exists() else None
+    )
+    return found[1].strip() if found and found[1].strip() != "other" else LICENSE
+
+
+def read_stage(folder: str | Path) -> StageConfig:
+    """The stage in a diffusers folder. Raises CascadeError naming the file and setting that IF has not."""
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") not in ("IFPipeline", "IFSuperResolutionPipeline"):
+        raise CascadeError(
+            f"{folder / 'model_index.json'}: _class_name: {index.get('_class_name')!r}; expected IFPipeline or"
+            " IFSuperResolutionPipeline, the stages of DeepFloyd IF"
+        )
+    path = folder / "unet" / "config.json"
+    unet = read_json(path)
+    _check_unet(unet, path)
+    resolution = unet["sample_size"]
+    enlarges = unet.get("class_embed_type") == "timestep"
+    values = {
+        "name": f"sr{resolution}" if enlarges else "base",
+        "resolution": resolution,
+        "low_resolution": resolution // SCALE if enlarges else None,
+        "parameterization": "eps",
+        "model": _network(unet, _stored_names(folder), path),
+        **_noise(read_json(folder / "scheduler" / "scheduler_config.json"), folder, enlarges),
+    }
+    return parse(StageConfig, values, str(path))
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The network's weights, of one file or several."""
+    return {name: tensor for file in _weight_files(Path(folder)) for name, tensor in load_tensors(file).items()}
+
+
+def write_stage(
+    folder: Path, config: StageConfig, weights: Mapping[str, Tensor], tokenizer: str = "T5Tokenizer"
+) -> None:
+    """unet/, scheduler/ and model_index.json; the text encoder and its tokenizer belong beside them.
+
+    Raises CascadeError for a network that is not IF's.
+    """
+    settings = unet_settings(config)
+    if not isinstance(config.schedule, SquaredCosineSchedule):
+        raise CascadeError(f"stage {config.name}: schedule {config.schedule.kind}; IF's in diffusers is squared_cosine")
+    (folder / "unet").mkdir(parents=True)
+    write_json(folder / "unet" / "config.json", settings)
+    save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
+    enlarges = config.low_resolution is not None
+    schedulers = {"scheduler": _scheduler(config.schedule, config.sampling)}
+    if enlarges:
+        schedulers["image_noising_scheduler"] = _scheduler(config.schedule, SamplingConfig(threshold=None))
+    for name, scheduler in schedulers.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "scheduler_config.json", scheduler)
+    pipeline = "IFSuperResolutionPipeline" if enlarges else "IFPipeline"
+    write_json(folder / "model_index.json", _model_index(pipeline, list(schedulers), tokenizer))
+
+
+def _check_unet(unet: Mapping[str, Any], path: Path) -> None:
+    defaults = {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0}
+    for setting, allowed in _EXPECTED.items():
+        value = unet.get(setting, defaults.get(setting))
+        if value not in allowed:
+            wanted = " or ".join(repr(one) for one in allowed)
+            raise CascadeError(f"{path}: {setting}: {value!r}; a network of DeepFloyd IF has {wanted}")
+    if (unet.get("time_embedding_act_fn") == "gelu") != bool(unet.get("resnet_skip_time_act")):
+        raise CascadeError(
+            f"{path}: time_embedding_act_fn: {unet.get('time_embedding_act_fn')!r}, but resnet_skip_time_act:"
+            f" {unet.get('resnet_skip_time_act')!r}; the embedding would pass no GELU, or two"
+        )
+    if unet.get("resnet_out_scale_factor", 1.0) != unet.get("mid_block_scale_factor", 1.0):
+        raise CascadeError(f"{path}: resnet_out_scale_factor and mid_block_scale_factor differ; in IF they are one")
+    if not isinstance(unet.get("sample_size"), int):
+        raise CascadeError(f"{path}: sample_size: {unet.get('sample_size')!r}; expected the size of the pictures")
+
+
+def _network(unet: Mapping[str, Any], names: Iterable[str], path: Path) -> dict[str, Any]:
+    channels = unet["block_out_channels"]
+    blocks = unet["layers_per_block"]
+    types = unet["down_block_types"]
+    unknown = [name for name in types if name not in _UNET_TYPES]
+    if unknown:
+        raise CascadeError(f"{path}: down_block_types: {unknown[0]!r}; expected {' or '.join(_UNET_TYPES)}")
+    heads = unet["attention_head_dim"]
+    if isinstance(heads, list) and len(set(heads)) > 1:
+        raise CascadeError(f"{path}: attention_head_dim: {heads}; in IF all heads have one width")
+    return {
+        "kind": "if_unet",
+        "channels": channels,
+        "blocks": [blocks] * len(channels) if isinstance(blocks, int) else blocks,
+        "attention": [_UNET_TYPES[name] for name in types],
+        # Not from `only_cross_attention`, which converters have set wrongly: from what is there.
+        "self_attention": any(name.endswith("attentions.0.to_k.weight") for name in names),
+        "embedding_dim": unet.get("time_embedding_dim") or 4 * channels[0],
+        "block_scale": float(unet.get("resnet_out_scale_factor", 1.0)),
+        "text_dim": unet["encoder_hid_dim"],
+        "context_dim": unet["cross_attention_dim"],
+        "head_dim": heads[0] if isinstance(heads, list) else heads,
+        "pooling_heads": unet["addition_embed_type_num_heads"],
+        "groups": unet["norm_num_groups"],
+    }
+
+
+def _noise(scheduler: Mapping[str, Any], folder: Path, enlarges: bool) -> dict[str, Any]:
+    """Schedule and sampling settings from scheduler_config.json."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    variances = {"learned_range": "learned", "fixed_small": "posterior", "fixed_large": "beta"}
+    for setting, allowed in (
+        ("beta_schedule", ("squaredcos_cap_v2",)),
+        ("prediction_type", ("epsilon",)),
+        ("timestep_spacing", ("leading", "trailing")),
+        ("variance_type", tuple(variances)),
+    ):
+        value = scheduler.get(setting, "leading" if setting == "timestep_spacing" else None)
+        if value not in allowed:
+            raise CascadeError(f"{path}: {setting}: {value!r}; expected {' or '.join(map(str, allowed))}")
+    dynamic, clips = scheduler.get("thresholding", False), scheduler.get("clip_sample", True)
+    return {
+        "schedule": {"kind": "squared_cosine", "steps": scheduler.get("num_train_timesteps", 1000)},
+        "sampling": {
+            "sampler": "ddpm",
+            "steps": 50 if enlarges else 100,
+            "spacing": scheduler.get("timestep_spacing", "leading"),
+            "variance": variances[scheduler["variance_type"]],
+            "guidance": 4.0 if enlarges else 7.0,
+            "threshold": scheduler["dynamic_thresholding_ratio"] if dynamic else "clip" if clips else None,
+            "threshold_maximum": float(scheduler["sample_max_value"]) if dynamic else None,
+            "aug_level": _aug_level(NOISE_LEVEL) if enlarges else 0.0,
+        },
+        "presets": {"fast": {"sampler": "dpm++", "steps": 20}},
+    }
+
+
+def _aug_level(step: int) -> float:
+    """Standard deviation of the noise at a step, numbered from 0."""
+    return float(one_minus_alpha(IF_NOISE.table[step + 1]).sqrt())
+
+
+def unet_settings(config: StageConfig) -> dict[str, Any]:
+    """What unet/config.json says of an IF network. Raises CascadeError for another network."""
+    model = config.model
+    if not isinstance(model, IFUNetConfig):
+        raise CascadeError(f"stage {config.name}: diffusers has no {model.kind} network; only IF's is written")
+    enlarges = config.low_resolution is not None
+    attends = list(model.attention)
+    names = {attention: name for name, attention in _UNET_TYPES.items()}
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.resolution,
+        "in_channels": 6 if enlarges else 3,
+        "out_channels": 6,
+        "block_out_channels": list(model.channels),
+        "layers_per_block": list(model.blocks),
+        "down_block_types": [names[attention] for attention in attends],
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": [_UP_TYPES[attention] for attention in reversed(attends)],
+        "only_cross_attention": not model.self_attention,
+        "mid_block_only_cross_attention": None,
+        "attention_head_dim": model.head_dim,
+        "norm_num_groups": model.groups,
+        "norm_eps": 1e-5,
+        "act_fn": "gelu",
+        "resnet_time_scale_shift": "scale_shift",
+        "resnet_skip_time_act": enlarges,
+        "resnet_out_scale_factor": model.block_scale,
+        "mid_block_scale_factor": model.block_scale,
+        "time_embedding_dim": model.embedding_dim,
+        "time_embedding_act_fn": "gelu" if enlarges else None,
+        "class_embed_type": "timestep" if enlarges else None,
+        "encoder_hid_dim": model.text_dim,
+        "encoder_hid_dim_type": "text_proj",
+        "cross_attention_dim": model.context_dim,
+        "cross_attention_norm": "group_norm",
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": model.pooling_heads,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "center_input_sample": False,
+    }
+
+
+def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig) -> dict[str, Any]:
+    """scheduler_config.json."""
+    variances = {"learned": "learned_range", "posterior": "fixed_small", "beta": "fixed_large"}
+    dynamic = isinstance(sampling.threshold, float)
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "epsilon",
+        "variance_type": variances[sampling.variance],
+        "clip_sample": sampling.threshold == "clip",
+        "thresholding": dynamic,
+        "dynamic_thresholding_ratio": sampling.threshold if dynamic else 0.995,
+        "sample_max_value": sampling.threshold_maximum if dynamic and sampling.threshold_maximum else 1.0,
+        "timestep_spacing": "trailing" if sampling.spacing == "trailing" else "leading",
+    }
+
+
+def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> dict[str, Any]:
+    """model_index.json; the filters of the published pipelines are not weights of ours and are not carried along."""
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.35.0",
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        **{name: ["diffusers", "DDPMScheduler"] for name in schedulers},
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "watermarker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the network: full precision if there, else fp16; one, or the shards of an index."""
+    for variant in ("", ".fp16"):
+        whole = folder / "unet" / f"diffusion_pytorch_model{variant}.safetensors"
+        if whole.is_file():
+            return [whole]
+        index = folder / "unet" / f"diffusion_pytorch_model.safetensors.index{variant}.json"
+        if index.is_file():
+            weight_map = read_json(index)["weight_map"]
+            return [folder / "unet" / name for name in sorted(set(weight_map.values()))]
+    raise CascadeError(f"{folder / 'unet'}: no diffusion_pytorch_model.safetensors; download the safetensors weights")
+
+
+def _stored_names(folder: Path) -> list[str]:
+    """Names of all weights, without reading them."""
+    names: list[str] = []
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        except (SafetensorError, OSError) as error:
+            raise CascadeError(f"{path}: damaged, or not safetensors ({error}); download it again") from None
+    return names

@@ -1,0 +1,93 @@
+"""Small random DeepFloyd IF pipelines, built and saved by diffusers: 8 and 32 px, a tiny T5."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_text import make_tiny_t5
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what a peer's import deprecates is not ours
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+
+TEXT_DIM = 32
+
+
+def make_unet(super_resolution: bool, **changes: Any) -> Any:
+    """The network of a stage; the first level without attention, the others with it."""
+    settings: dict[str, Any] = {
+        "sample_size": 32 if super_resolution else 8,
+        "in_channels": 6 if super_resolution else 3,
+        "out_channels": 6,
+        "block_out_channels": [32, 64],
+        "layers_per_block": [1, 2],
+        "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "cross_attention_dim": 64,
+        "encoder_hid_dim": TEXT_DIM,
+        "encoder_hid_dim_type": "text_proj",
+        "attention_head_dim": 8,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "cross_attention_norm": "group_norm",
+        "resnet_time_scale_shift": "scale_shift",
+        "act_fn": "gelu",
+    }
+    if super_resolution:
+        settings |= {
+            "class_embed_type": "timestep",
+            "mid_block_scale_factor": 1.41423,
+            "resnet_out_scale_factor": 1.41423,
+            "resnet_skip_time_act": True,
+            "time_embedding_act_fn": "gelu",
+            "time_embedding_dim": 64,
+        }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(super_resolution))
+        return UNet2DConditionModel(**(settings | changes)).eval()
+
+
+def scheduler(**changes: Any) -> Any:
+    """The scheduler that the published pipelines have."""
+    settings = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "learned_range",
+        "prediction_type": "epsilon",
+        "clip_sample": False,
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.95,
+    }
+    return DDPMScheduler(**(settings | changes))
+
+
+def make_if(folder: Path, super_resolution: bool = False, save: bool = True, **how: Any) -> Any:
+    """A pipeline of diffusers, saved into `folder`. how: passed on to diffusers' `save_pretrained`."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    t5 = make_tiny_t5(folder.with_name(f"{folder.name}-t5"), TEXT_DIM)
+    parts: dict[str, Any] = {
+        "tokenizer": AutoTokenizer.from_pretrained(t5),
+        "text_encoder": T5EncoderModel.from_pretrained(t5),
+        "unet": make_unet(super_resolution),
+        "scheduler": scheduler(sample_max_value=1.0 if super_resolution else 1.5),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    if super_resolution:
+        noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        pipeline = IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
+    else:
+        pipeline = IFPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if save:
+        pipeline.save_pretrained(folder, **how)
+    return pipeline
