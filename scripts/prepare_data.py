@@ -210,7 +210,6 @@ def prepare_photos(source: Path, out: Path) -> int:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
 def main(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(False)
     jobs = [(path, prepare_emoji) for path in sorted((data / "emoji").glob("*.parquet"))]
     jobs += [(path, prepare_photos) for path in sorted((data / "photos").glob("*.parquet"))]
     if not jobs:
