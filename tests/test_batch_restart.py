@@ -12,11 +12,13 @@ import sys
 import tarfile
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_model import make_tiny_cascade
 
 import cascade
@@ -75,6 +77,15 @@ def assert_same(out: Path, expected: Path) -> None:
     assert lines_of(out) == lines_of(expected)
     assert contents(out) == contents(expected)
     assert not list(out.glob(".[!c]*"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bytes belong to a thread count: what is drawn here has the one thread that `environment` gives the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
