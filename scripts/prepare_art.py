@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from art.captions import STYLES, captions_of
 from art.licences import write_licences
-from art.sources import Annotation, Concept, SourceError, find_drawings, left_out, read_annotations, read_concepts
+from art.sources import Annotation, Concept, find_drawings, left_out, read_annotations, read_concepts
 from datasets import Features, Image, List, Value
 
 try:
@@ -161,16 +161,24 @@ def folder_option(name: str, repository: str) -> Any:
 @folder_option("--twemoji", "jdecked/twemoji")
 @folder_option("--fluent", "microsoft/fluentui-emoji or shuding/fluentui-emoji-unicode")
 @folder_option("--cldr", "unicode-org/cldr-json")
-@click.option("--emoji-test", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--emoji-test",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="Unicode's emoji-test.txt.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
-@click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default="the number of cores")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="the number of cores",
+    help="How many pictures are drawn at a time.",
+)
 def main(emoji_test: Path, out: Path, workers: int, **sources: Path) -> None:
-    try:
-        annotations = read_annotations(sources["cldr"])
-        concepts = read_concepts(emoji_test, annotations)
-        drawings = find_drawings(sources["noto"], sources["twemoji"], sources["fluent"])
-    except SourceError as error:
-        raise click.UsageError(str(error)) from None
+    annotations = read_annotations(sources["cldr"])
+    concepts = read_concepts(emoji_test, annotations)
+    drawings = find_drawings(sources["noto"], sources["twemoji"], sources["fluent"])
     files = plan(concepts, drawings)
     folder = out / "emoji"
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ The captions were written by program from those names and keywords.
 Flags, brands and people's likenesses may carry rights of their own.
 """
 # The name beside the data, and where each source keeps its text (the first that is there).
-TEXTS = {
+TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
     "noto": {
         "noto-emoji-Apache-2.0.txt": ("svg/LICENSE", "LICENSE"),
         "noto-flags.txt": ("third_party/region-flags/LICENSE",),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from art.captions import STRAIGHT_QUOTES, STYLES, caption_of
 
 SKIN_TONES = frozenset(f"1f3f{digit}" for digit in "bcdef")
@@ -20,8 +22,10 @@ CLDR_FILES = {
 }
 
 
-class SourceError(Exception):
-    """A source that lacks what its published layout promises: one line for the user."""
+class SourceError(click.ClickException):
+    """A source that lacks what its published layout promises: one line for the user, exit status 2."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,20 @@ def read_annotations(cldr: Path) -> dict[str, Annotation]:
         path = next((folder / name for folder in (cldr / "cldr-json", cldr) if (folder / name).is_file()), None)
         if path is None:
             raise SourceError(f"{cldr}: no cldr-json/{name}; give a checkout of unicode-org/cldr-json")
-        for glyph, entry in json.loads(path.read_text(encoding="utf-8"))[root]["annotations"].items():
+        for glyph, entry in _annotations_in(path, root).items():
             texts = [text.translate(STRAIGHT_QUOTES) for text in (*entry.get("tts", ()), *entry.get("default", ()))]
             if "tts" in entry:
                 key = key_of("-".join(f"{ord(letter):x}" for letter in glyph), "-")
                 found[key] = Annotation(texts[0], tuple(word for word in texts[1:] if word != texts[0]))
     return found
+
+
+def _annotations_in(path: Path, root: str) -> dict[str, dict[str, list[str]]]:
+    try:
+        entries: dict[str, dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))[root]["annotations"]
+    except (ValueError, KeyError):
+        raise SourceError(f"{path}: no {root}.annotations in it; give a checkout of unicode-org/cldr-json") from None
+    return entries
 
 
 def read_lines(path: Path) -> Iterator[list[str]]:
@@ -156,5 +168,5 @@ def _fluent(root: Path) -> Iterator[tuple[str, str, Path]]:
     for path in sorted(assets.glob("*_*.*")):
         points, _, ending = path.stem.partition("_")
         # Every drawing is there twice: under its code points, and under the emoji itself.
-        if ending in by_ending and (key := key_in_name(points)):
-            yield by_ending[ending], key, path
+        if ending in by_ending and (named := key_in_name(points)):
+            yield by_ending[ending], named, path

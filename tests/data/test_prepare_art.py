@@ -1,10 +1,8 @@
 """The command that makes the emoji data set: pictures, words, splits, from small trees laid out as the sources are."""
 
 import io
-import json
-import random
 import shutil
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,11 @@ import prepare_art
 import prepare_data
 import pyarrow.parquet as pq
 import pytest
-from art.captions import STYLES, caption_of, captions_of, noun_phrase
+from art.captions import STYLES
 from art.sources import LISTS, find_drawings, left_out, read_lines
 from click.testing import CliRunner, Result
 from PIL import Image
+from tiny_art import write, write_sources
 
 from cascade.config import ParquetSource
 from cascade.data.dataset import open_records
@@ -37,111 +36,12 @@ COLUMNS = [
     ),
     *("codepoints", "skin_tone_support", "width", "height", "lossless", "credit", "split"),
 ]
-# The coffin is in our validation split; the green apple is left out; Noto's skull is, Twemoji's is not.
-EMOJI_TEST = """\
-# group: Smileys & Emotion
-# subgroup: face-negative
-2620 FE0F ; fully-qualified # E1.0 skull and crossbones
-2620 ; unqualified # E1.0 skull and crossbones
-# group: People & Body
-# subgroup: hand-fingers-open
-1F44B ; fully-qualified # E0.6 waving hand
-1F44B 1F3FB ; fully-qualified # E1.0 waving hand: light skin tone
-# subgroup: person
-1F468 200D 1F9B0 ; fully-qualified # E11.0 man: red hair
-# group: Food & Drink
-# subgroup: food-fruit
-1F34E ; fully-qualified # E0.6 red apple
-1F34F ; fully-qualified # E0.6 green apple
-# group: Objects
-# subgroup: other-object
-26B0 FE0F ; fully-qualified # E1.0 coffin
-# group: Flags
-# subgroup: country-flag
-1F1EF 1F1F5 ; fully-qualified # E0.6 flag: Japan
-"""
-ANNOTATIONS = {
-    "☠": {"default": ["bone", "skull and crossbones", "pirate’s"], "tts": ["skull and crossbones"]},
-    "👋": {"default": ["hello", "wave"], "tts": ["waving hand"]},
-    "🍎": {"default": ["fruit"], "tts": ["red apple"]},
-    "🍏": {"default": ["fruit"], "tts": ["green apple"]},
-    "⚰": {"default": ["death", "vampire"], "tts": ["coffin"]},
-    "👨‍🦰": {"default": ["man"], "tts": ["man: red hair"]},
-}
-NAMES = {
-    "2620": "Skull and crossbones",
-    "1f44b": "Waving hand",
-    "1f34e": "Red apple",
-    "1f34f": "Green apple",
-    "26b0": "Coffin",
-}
-
-
-def write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def svg(width: int, height: int, color: str = "red") -> str:
-    """A drawing that fills its box to the edge."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
-        f'<rect width="{width}" height="{height}" fill="{color}"/></svg>'
-    )
-
-
-def png() -> bytes:
-    """A transparent picture with an opaque middle, as the 3D ones are."""
-    image = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
-    image.paste((0, 0, 255, 255), (64, 64, 192, 192))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_fluent(root: Path, by_codepoints: bool) -> None:
-    for key, name in NAMES.items():
-        # An emoji with skin tones has a folder for each.
-        home = root / "assets" / name / ("Default" if key == "1f44b" else "")
-        drawings = {"3D": png(), "Color": svg(32, 32), "Flat": svg(32, 32), "High Contrast": svg(32, 32, "black")}
-        for folder, drawing in drawings.items():
-            suffix = "png" if folder == "3D" else "svg"
-            ending = folder.lower().replace(" ", "-")
-            path = root / "assets" / f"{key}_{ending}.{suffix}" if by_codepoints else home / folder / f"x.{suffix}"
-            write(path, drawing)
-        if by_codepoints:
-            write(root / "assets" / f"{chr(int(key, 16))}_flat.svg", svg(32, 32))
-        else:
-            write(root / "assets" / name / "metadata.json", json.dumps({"unicode": key}))
-    write(root / "LICENSE", "MIT")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five sources, in small."""
     root = tmp_path_factory.mktemp("sources")
-    for key in NAMES:
-        write(root / "noto" / "svg" / f"emoji_u{key}.svg", svg(128, 128))
-        write(root / "twemoji" / "assets" / "svg" / f"{key}.svg", svg(36, 36))
-    write(root / "noto" / "svg" / "accordion.svg", "a working file without code points")
-    write(root / "noto" / "svg" / "emoji_u1f44b_1f3fb.svg", svg(128, 128))
-    write(root / "noto" / "third_party/region-flags/waved-svg/emoji_u1f1ef_1f1f5.svg", svg(100, 50))
-    write(root / "noto" / "LICENSE", "Apache")
-    write(root / "noto" / "third_party/region-flags/LICENSE", "public domain")
-    write(root / "twemoji" / "LICENSE-GRAPHICS", "CC BY")
-    write_fluent(root / "fluent", by_codepoints=False)
-    write_fluent(root / "by_codepoints", by_codepoints=True)
-    cldr = root / "cldr" / "cldr-json"
-    write(
-        cldr / "cldr-annotations-full/annotations/en/annotations.json",
-        json.dumps({"annotations": {"annotations": ANNOTATIONS}}),
-    )
-    write(
-        cldr / "cldr-annotations-derived-full/annotationsDerived/en/annotations.json",
-        json.dumps({"annotationsDerived": {"annotations": {"🇯🇵": {"default": ["flag"], "tts": ["flag: Japan"]}}}}),
-    )
-    write(root / "cldr" / "LICENSE", "Unicode")
-    write(root / "emoji-test.txt", EMOJI_TEST)
+    write_sources(root)
     return root
 
 
@@ -309,8 +209,17 @@ def test_a_folder_that_is_not_the_source_is_refused_in_one_line(
         wrong.mkdir()
     result = run(sources, tmp_path / "out", **{source: wrong})
     assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
     assert complaint in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_annotations_that_is_none_is_refused_in_one_line(sources: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "cldr"
+    write(torn / "cldr-annotations-full/annotations/en/annotations.json", "{}")
+    result = run(sources, tmp_path / "out", cldr=torn)
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    assert "no annotations.annotations in it" in result.output
 
 
 def test_the_next_script_of_the_chain_reads_the_result(out: Path, tmp_path: Path) -> None:
@@ -322,68 +231,10 @@ def test_the_next_script_of_the_chain_reads_the_result(out: Path, tmp_path: Path
     assert len(pq.read_table(tmp_path / "tiles-1024-train-noto.parquet")) == 12
 
 
-@pytest.mark.parametrize(
-    ("name", "subgroup", "phrase"),
-    [
-        ("red apple", "food-fruit", "a red apple"),
-        ("owl", "animal-bird", "an owl"),
-        ("unicorn", "animal-mammal", "a unicorn"),
-        ("one o'clock", "time", "a one o'clock"),
-        ("hourglass done", "time", "an hourglass done"),
-        ("grapes", "food-fruit", "grapes"),
-        ("bus", "transport-ground", "a bus"),
-        ("compass", "place-map", "a compass"),
-        ("glasses", "clothing", "glasses"),
-        ("soap", "household", "soap"),
-        ("Leo", "zodiac", "Leo"),
-        ("no entry", "warning", "no entry"),
-        ("smiling face with sunglasses", "face-glasses", "a smiling face with sunglasses"),
-        ("keycap: 5", "keycap", "keycap 5"),
-        ("flag: Japan", "country-flag", "the flag of Japan"),
-        ("Statue of Liberty", "place-building", "the Statue of Liberty"),
-        ("woman: beard", "person", "a woman with a beard"),
-        ("person: blond hair", "person", "a person with blond hair"),
-        ("family: man, woman, boy", "family", "a family of a man, a woman and a boy"),
-        ("kiss: woman, man", "family", "a kiss between a woman and a man"),
-        ("couple with heart: man, man", "family", "a couple with a heart, a man and a man"),
-        ("woman walking: facing right", "person-activity", "a woman walking, facing right"),
-    ],
-)
-def test_a_name_becomes_the_words_that_people_would_say(name: str, subgroup: str, phrase: str) -> None:
-    assert noun_phrase(caption_of(name), subgroup) == phrase
-
-
-def test_captions_follow_the_templates() -> None:
-    def first(values: Any) -> Any:
-        return values[0]
-
-    rng = random.Random(0)
-    rng.choice = first  # type: ignore[method-assign]
-    rng.sample = lambda words, count: words[:count]  # type: ignore[method-assign]
-    assert captions_of("owl", "animal-bird", ["bird", "wise", "night", "hoot", "eye"], STYLES["twemoji"], rng) == [
-        "owl",
-        "owl, twemoji style",
-        "owl, simple flat sticker",
-        "a twemoji of an owl",
-        "a simple flat sticker of an owl",
-        "a twemoji of an owl on a white background",
-        "an owl in twemoji style",
-        "owl, bird, wise, twemoji style",
-        "bird, wise, night, hoot",
-        "bird, wise, night, twemoji style",
-    ]
-    assert len(captions_of("owl", "animal-bird", ["bird"], STYLES["twemoji"], rng)) == 7
-
-
-def test_the_lists_hold_what_the_documents_say(sized: Callable[[str], int]) -> None:
-    assert (sized("validation"), sized("test")) == (35, 51)
-    held_out = {points for _, points, *_ in read_lines(LISTS / "splits.txt")}
-    assert len(held_out) == 86
-    whole = {points for points, *styles in read_lines(LISTS / "left_out.txt") if not styles}
-    assert not held_out & whole
-
-
-@pytest.fixture
-def sized() -> Callable[[str], int]:
-    lines = list(read_lines(LISTS / "splits.txt"))
-    return lambda split: sum(line[0] == split for line in lines)
+def test_the_lists_hold_what_the_documents_say() -> None:
+    splits = {points: split for split, points, *_ in read_lines(LISTS / "splits.txt")}
+    assert Counter(splits.values()) == {"validation": 35, "test": 51}
+    left = [(points, styles) for points, *styles in read_lines(LISTS / "left_out.txt")]
+    whole = {points for points, styles in left if not styles}
+    assert (len(whole), len(left)) == (140, 140 + 202)
+    assert not whole & set(splits)
