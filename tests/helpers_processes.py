@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from helpers_training import WordEncoder, micro_config, trainer
@@ -39,14 +40,15 @@ class Kill:
 
 def start(target: Callable[..., None], *arguments: Any, processes: int = 1) -> list[Any]:
     """Processes that run `target(rank, *arguments)`; several know of each other, as a launcher would tell them."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # the server's own search path
     CONTEXT.set_forkserver_preload(PRELOADED)
     port = free_port()
     started = [
         CONTEXT.Process(target=_run, args=(target, rank, processes, port, arguments)) for rank in range(processes)
     ]
-    for process in started:
-        process.start()
+    search_path = os.pathsep.join(path for path in sys.path if path)  # the server has none of its own
+    with patch.dict(os.environ, PYTHONPATH=search_path):
+        for process in started:
+            process.start()
     return started
 
 

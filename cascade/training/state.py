@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
+_TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|step-\d+(\.png)?)(\.old)?\.\w{8}$")
+"""Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,11 @@ def load_newest(output: Path, config: TrainConfig) -> RunState:
 
 
 def remove_unfinished(output: Path) -> None:
-    """Delete what a killed run had begun to write: files and folders under their temporary names."""
+    """Delete what a killed run had begun to write: files and folders under their temporary names, nothing else."""
     for folder in (output, output / "checkpoints", output / "samples"):
         for path in folder.glob(".*"):
+            if not _TEMPORARY.match(path.name):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -150,7 +150,7 @@ def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_weights(
     whole, stopped = (
         micro_config(tmp_path / name, "training.steps=40", "training.save_every=1000") for name in ("whole", "stopped")
     )
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, stopped.output], env=environment)
     try:
         wait_for(Path(stopped.output) / "log.jsonl", process)
