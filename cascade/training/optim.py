@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import OptimizerConfig
+from cascade.training.sharding import is_sharded, spread_like
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -119,7 +120,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
         own = {key.split("::")[1]: value for key, value in state.items() if key.split("::")[0] == name}
         if own:
             fused = isinstance(
-                optimizer, (torch.optim.AdamW, Muon)
+                optimizer, torch.optim.AdamW | Muon
             )  # its kernel wants the step count beside the weights
             optimizer.state[parameter] = {
                 quantity: value if quantity == "step" and not fused else _beside(parameter, value)
@@ -134,4 +135,6 @@ def _beside(parameter: Tensor, value: Tensor) -> Tensor:
     """
     if value.shape != parameter.shape:
         return value.to(parameter.device)
+    if is_sharded(parameter):
+        return spread_like(parameter.detach(), value)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
