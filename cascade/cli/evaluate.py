@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from cascade.evaluation.report import Request, Suite
     from cascade.pipeline import CascadePipeline
 
-SUITES: dict[str, Callable[[], Suite]] = {}
+
+def _scenes() -> Suite:
+    from cascade.evaluation.scenes import run
+
+    return run
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes}
 """The suites by name; each is imported when it is asked for."""
 
 SAMPLING = ("steps", "guidance", "sampler")
