@@ -24,7 +24,13 @@ def _scenes() -> Suite:
     return run
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes}
+def _art() -> Suite:
+    from cascade.evaluation.art import run
+
+    return run
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art}
 """The suites by name; each is imported when it is asked for."""
 
 SAMPLING = ("steps", "guidance", "sampler")
@@ -37,6 +43,8 @@ SAMPLING = ("steps", "guidance", "sampler")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of prompts and noise.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Pictures at most; default: the suite's own.")
 @click.option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
+@click.option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
+@click.option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
 @for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
@@ -77,6 +85,8 @@ def _request(values: dict[str, Any]) -> Request:
         sampling={name: values[name] for name in SAMPLING if values[name] is not None},
         batch_size=values["batch_size"],
         data=None if values["data"] is None else Path(values["data"]),
+        clip=values["clip"],
+        inception=values["inception"],
         progress=sys.stderr.isatty() and not values["quiet"],
     )
 

@@ -43,7 +43,7 @@ class Request:
     batch_size: int = 8
     data: Path | None = None
     clip: str | None = None
-    inception: Path | None = None
+    inception: str | None = None
     progress: bool = False
 
 

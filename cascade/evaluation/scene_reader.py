@@ -42,7 +42,7 @@ _NAMES = tuple(_PALETTE)
 _LEAST_CONTRAST = 30.0  # distance from the ground in RGB; the two nearest colours of the palette are 87 apart
 _LEAST_AREA = 7  # pixels; the smallest shape that is ever drawn, one of four small stars, has 15
 _CANDIDATES = 3  # colours that are tried with every shape
-_BLURS = (0.0, 0.7, 1.2, 1.8)  # pixels, standard deviation
+_BLURS = (0.0, 0.6, 1.0, 1.4, 1.9)  # pixels, standard deviation
 _MASK_SIZE, _MASK_RADIUS = 96, 0.4
 
 
@@ -150,17 +150,17 @@ def _fit(pixels: Tensor, ground: Tensor, ground_label: int, part: Tensor, parts:
     for label in _likely_colours(difference[:, own], ground, ground_label):
         direction = (_COLOURS[label] - ground)[:, None, None]
         share = (difference * direction).sum(dim=0) / direction.square().sum()
-        strength = float(share[core].median().clamp(0.75, 1.25)) if int(core.sum()) >= _LEAST_AREA else 1.0
-        x, y, radius = _placed(share * own / strength, rows.start, columns.start)
-        shapes = _drawn(x - columns.start, y - rows.start, radius, own.shape)
-        for blur in _BLURS:
-            predicted = strength * _blurred(shapes, blur)[:, None] * direction
-            errors = ((difference - predicted).square().sum(dim=1) * own).sum(dim=(1, 2))
-            index = int(errors.argmin())
-            if float(errors[index]) < best_error:
-                best_error = float(errors[index])
-                place = [float(values[index]) / RESOLUTION for values in (x, y, radius)]
-                best = Found(SHAPES[index], _NAMES[label], *place)
+        for strength in _strengths(share[core]):
+            x, y, radius = _placed(share * own / strength, rows.start, columns.start)
+            shapes = _drawn(x - columns.start, y - rows.start, radius, own.shape)
+            for blur in _BLURS:
+                predicted = strength * _blurred(shapes, blur)[:, None] * direction
+                errors = ((difference - predicted).square().sum(dim=1) * own).sum(dim=(1, 2))
+                index = int(errors.argmin())
+                if float(errors[index]) < best_error:
+                    best_error = float(errors[index])
+                    place = [float(values[index]) / RESOLUTION for values in (x, y, radius)]
+                    best = Found(SHAPES[index], _NAMES[label], *place)
     assert best is not None, "every region has likely colours"
     return best
 
@@ -172,8 +172,15 @@ def _grown(mask: Tensor, pixels: int) -> Tensor:
 
 
 def _core(mask: Tensor) -> Tensor:
-    """An (H, W) mask, narrower by a pixel on every side: where no edge is."""
-    return ~_grown(~mask, 1)
+    """An (H, W) mask, narrower by two pixels on every side: where no edge is."""
+    return ~_grown(~mask, 2)
+
+
+def _strengths(share: Tensor) -> list[float]:
+    """How far towards the palette's colour an object may go: all the way, or as far as its core, (N,), does."""
+    if len(share) < _LEAST_AREA:
+        return [1.0]
+    return [1.0, float(share.median().clamp(0.75, 1.25))]
 
 
 def _window(mask: Tensor) -> tuple[slice, slice]:
