@@ -190,23 +190,24 @@ def figures(
     asked: Sequence[Item], outcomes: Sequence[dict[str, bool]], ceiling: Sequence[dict[str, bool]]
 ) -> list[Figure]:
     """All-correct over all prompts and by kind, held-out pairs apart; then each attribute, over whoever names it."""
+    seen = [index for index, item in enumerate(asked) if not item.held_out]
+    unseen = [index for index, item in enumerate(asked) if item.held_out]
 
-    def measured(name: str, attribute: str, of: Callable[[Item], bool]) -> list[Figure]:
-        chosen = [index for index, item in enumerate(asked) if of(item) and attribute in outcomes[index]]
+    def measured(name: str, attribute: str, of: Sequence[int]) -> list[Figure]:
+        chosen = [index for index in of if attribute in outcomes[index]]
         true = [ceiling[index][attribute] for index in chosen]
         return share(name, [outcomes[index][attribute] for index in chosen], sum(true) / max(1, len(true)))
 
-    result = measured("all correct", "all", lambda item: not item.held_out)
-    result += measured("all correct, held-out pairs", "all", lambda item: item.held_out)
+    result = measured("all correct", "all", seen) + measured("all correct, held-out pairs", "all", unseen)
     for kind in KINDS:
-        result += measured(kind, "all", lambda item, kind=kind: item.kind == kind and not item.held_out)
-        result += measured(
-            f"{kind}, held-out pairs", "all", lambda item, kind=kind: item.kind == kind and item.held_out
-        )
+        result += measured(kind, "all", [index for index in seen if asked[index].kind == kind])
+        held_out = [index for index in unseen if asked[index].kind == kind]
+        result += measured(f"{kind}, held-out pairs", "all", held_out)
     for attribute in ("shape", "colour", "binding", "count", "relation", "place", "size", "background"):
-        result += measured(f"attribute: {attribute}", attribute, lambda item: not item.held_out)
+        result += measured(f"attribute: {attribute}", attribute, seen)
     for number, word in NUMBER_WORDS.items():
-        result += measured(f"attribute: count of {word}", "count", lambda item, n=number: len(item.scene.objects) == n)
+        counted = [index for index in seen if len(asked[index].scene.objects) == number]
+        result += measured(f"attribute: count of {word}", "count", counted)
     return result
 
 
