@@ -20,8 +20,8 @@ from cascade.pipeline import CascadePipeline
 
 FORMAT = 1
 """Of report.json; larger when a key changes its meaning."""
-_COLUMNS = 8
-_CELL = 128  # pixels of a picture on the sheet: labels of about 20 letters stay readable
+_COLUMNS = 6
+_CELL = 192  # pixels of a picture on the sheet: labels of about 30 letters stay readable
 
 PerStage: TypeAlias = float | str | Mapping[str, float] | Mapping[str, str] | None
 

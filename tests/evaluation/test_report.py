@@ -44,7 +44,7 @@ def test_a_report_writes_its_figures_as_json_and_as_a_table(tmp_path: Path):
     assert "| distance | 0.12 |  |  | lower | 4 |" in table
     assert table.endswith("\nA note.\n")
     with Image.open(tmp_path / "contact.png") as sheet:
-        assert sheet.getpixel((64, 64)) == (255, 0, 0)
+        assert sheet.getpixel((96, 96)) == (255, 0, 0)
 
 
 def test_the_same_report_has_the_same_bytes(tmp_path: Path):
