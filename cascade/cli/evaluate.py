@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
+from cascade.errors import CascadeError
 from cascade.sampling import number, whole_number
 from cascade.seeds import MAX_SEED
 
@@ -32,6 +34,9 @@ def _art() -> Suite:
 
 SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art}
 """The suites by name; each is imported when it is asked for."""
+
+UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception")}
+"""Options that a suite would not look at, and that are refused with it."""
 
 SAMPLING = ("steps", "guidance", "sampler")
 
@@ -65,6 +70,7 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
     from cascade.evaluation.report import markdown, write_report
     from cascade.pipeline import CascadePipeline
 
+    _check(suite, out, values)
     measure = SUITES[suite]()
     request = _request(values)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype)
@@ -74,6 +80,16 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
     click.echo(markdown(report, run))
     click.echo(f"report.json, report.md and contact.png in {out}")
     return 0
+
+
+def _check(suite: str, out: str, values: dict[str, Any]) -> None:
+    """Raises CascadeError for what would be noticed only after everything was drawn, or never."""
+    for option in UNUSED.get(suite, ()):
+        if values[option] is not None:
+            raise CascadeError(f"--{option}: the suite {suite} does not use it; leave it out")
+    place = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise CascadeError(f"--out {out}: {place} is no folder that can be written; name another")
 
 
 def _request(values: dict[str, Any]) -> Request:

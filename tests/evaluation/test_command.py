@@ -67,6 +67,7 @@ def test_another_weight_is_another_hash(model: Path, tmp_path: Path):
         (["--suite", "scenes", "--limit", "0"], "--limit"),
         (["--suite", "scenes", "--steps", "upper=3"], "steps: no stage is called 'upper'"),
         (["--suite", "scenes", "--sampler", "magic"], "sampler"),
+        (["--suite", "scenes", "--data", "pictures"], "--data: the suite scenes does not use it"),
         (["--suite", "art"], "--suite art: needs true pictures"),
         (["--suite", "art", "--data", "nowhere"], "--data nowhere: no train-64*.parquet there"),
     ],
@@ -79,3 +80,14 @@ def test_a_wrong_call_is_one_line_and_status_2(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cascade.evaluation.drawing.draw", None)
+    (tmp_path / "file").write_text("kept")
+    status, _, err = run(capsys, model, "--suite", "scenes", "--out", tmp_path / "file" / "report")
+    assert status == 2
+    assert "is no folder that can be written" in err
+    assert (tmp_path / "file").read_text() == "kept"
