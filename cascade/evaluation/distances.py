@@ -71,7 +71,8 @@ def near_copies(drawn: Tensor, training: Tensor, groups: Tensor) -> list[bool]:
     subject, because the same subject drawn twice would hide a copy.
     Source: the criterion of Gu et al. (2023), arXiv:2310.02664; the groups are our change.
     """
-    distances = torch.cdist(drawn, training, compute_mode="donot_use_mm_for_euclid_dist")
+    # By matrix products, ten times as fast: of a copy's distance 0 they make 0.1, where others are 40 and more apart.
+    distances = torch.cdist(drawn, training)
     nearest, which = distances.min(dim=1)
     same = groups[None, :] == groups[which][:, None]
     second = distances.masked_fill(same, torch.inf).min(dim=1).values
