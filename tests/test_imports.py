@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": LEAVES,
     "stage": CORE,
     "training": STAGE | {"text", "data"},
-    "evaluation": STAGE | {"text", "data"},
+    "evaluation": STAGE | {"text", "data", "sampling", "pipeline"},
     "pipeline": STAGE | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
