@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,33 @@ def test_the_trainer_brings_accelerate_only() -> None:
         for name in imported_names(node)
     }
     assert imported & HEAVY == {"accelerate"}
+
+
+def test_importing_cascade_asks_no_network() -> None:
+    """Any connection or look-up of a name would end the process."""
+    code = (
+        "import sys\n"
+        "def refuse(event, _arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
+        "sys.addaudithook(refuse)\n"
+        "import cascade, cascade.cli, cascade.load\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_the_public_names_are_complete_and_typed() -> None:
+    """Every name that the package imports for its users is in `__all__`; their parameters and results have types."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert set(cascade.__all__) == imported
+    assert cascade.__all__ == sorted(cascade.__all__)
+    for name in cascade.__all__:
+        value = getattr(cascade, name)
+        assert name == "__version__" or value.__doc__, name
+        members = vars(value).items() if inspect.isclass(value) else [(name, value)]
+        for member, plain in members:
+            function = getattr(plain, "__func__", plain)  # of a class method
+            ours = inspect.isfunction(function) and function.__module__.startswith("cascade")
+            if ours and not member.startswith("_"):
+                parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+                assert parameters | {"return"} <= set(function.__annotations__), f"{name}.{member}"

@@ -132,9 +132,13 @@ class Engine:
 
     @property
     def window(self) -> int:
-        """Prompts that are drawn together."""
-        largest = max(self._batch_sizes.values())
+        """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
+        largest = self._largest_auto if self.options.batch_size == "auto" else max(self._batch_sizes.values())
         return self.options.window or max(1, largest // self.options.num_images)
+
+    @property
+    def _largest_auto(self) -> int:
+        return _AUTO_BATCH_ON_CPU if self.pipeline.device.type == "cpu" else LARGEST_AUTO_BATCH
 
     @torch.inference_mode()
     def draw(self, tasks: Sequence[Task]) -> Iterator[Result]:
@@ -234,10 +238,10 @@ class Engine:
         if self.options.batch_size is None:
             return self.pipeline.default_batch_size
         if self.pipeline.device.type != "cpu":
-            return LARGEST_AUTO_BATCH
+            return self._largest_auto
         needed = size[0] * size[1] * slot.config.model.channels[0] * _BYTES_PER_ACTIVATION
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(1, min(_AUTO_BATCH_ON_CPU, free // (2 * needed)))
+        return max(1, min(self._largest_auto, free // (2 * needed)))
 
     def _finished(self, task: Task, pixels: Tensor, seconds: float) -> Drawn:
         stages = {self.slots[-1].config.resolution: _image(pixels)}
