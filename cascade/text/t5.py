@@ -19,6 +19,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder
 from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
+from cascade.streaming import stream
 from cascade.text.captions import Captions, prepare_caption
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -118,6 +119,7 @@ class TextEncoder:
         self._max_length = max_length
         self.padded, self.captions = padded, captions
         self._fingerprint: str | None = None
+        self._streamed_to: torch.device | None = None
 
     @classmethod
     def from_pretrained(
@@ -129,13 +131,14 @@ class TextEncoder:
         captions: Captions = "as_is",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        streamed: bool = False,
     ) -> Self:
         """Load a T5 from a folder in transformers' layout, or from a hub id such as google/flan-t5-base.
 
         The tokenizer may lie beside the weights or in a folder `tokenizer` beside theirs, as diffusers puts it.
         Whatever exists or looks like a path never goes to the network. Weights are safetensors, nothing is
         unpickled. Raises CascadeError when there is no such folder or model, its files are damaged or
-        incomplete, or it is no T5.
+        incomplete, or it is no T5. streamed: a folder's weights stay on disk and are read layer by layer.
         """
         _check_dtype(dtype)
         local = _is_local(source)
@@ -143,8 +146,24 @@ class TextEncoder:
         if local:
             _check_folder(Path(where))
         with _quiet(progress=not local):
+            if streamed and local:
+                return cls._streaming(Path(where), device or "cpu", dtype, max_length, padded, captions)
             model, tokenizer = _load(where, local, dtype)
         return cls(model, tokenizer, max_length, padded, captions).to(device, dtype)
+
+    @classmethod
+    def _streaming(cls, folder: Path, device: torch.device | str, dtype: torch.dtype, *how: Any) -> Self:
+        """See `from_pretrained`: the model on the meta device, with hooks that fetch what runs."""
+        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
+        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
+        encoder = cls(model, tokenizer, *how)
+        encoder._streamed_to = torch.device(device)
+        return encoder
 
     @property
     def dim(self) -> int:
@@ -164,7 +183,7 @@ class TextEncoder:
     @property
     def device(self) -> torch.device:
         """Where the weights and the embeddings are."""
-        device: torch.device = self._loaded().device
+        device: torch.device = self._streamed_to or self._loaded().device
         return device
 
     @property
@@ -311,6 +330,12 @@ def _tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
     beside = folder.parent / "tokenizer"
     return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
+
+
+def text_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a text encoder: full precision where there is any."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if ".fp16" not in file.name] or files
 
 
 def _variant(folder: Path) -> str | None:
