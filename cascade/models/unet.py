@@ -117,7 +117,7 @@ class UNet(nn.Module):
         Raises ValueError when a smaller picture is missing or not expected.
         """
         check_conditions(cond, self.low_res_channels)
-        embedding = torch.zeros((), device=self.stem.weight.device, dtype=self.stem.weight.dtype)
+        embedding = torch.zeros((), device=cond.text.device, dtype=self.stem.weight.dtype)
         text: list[KeysValues | None] = [None] * sum(1 for _ in self._attentions())
         visible = None
         if self.text_norm is not None and self.text_pooling is not None:
