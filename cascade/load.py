@@ -43,6 +43,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     low_memory: bool = False,
     captions: Captions | None = None,
+    text_8bit: bool = False,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
     index = read_index(model)
@@ -61,7 +62,8 @@ def load_pipeline(
         captions=captions or index.captions,
         device=target,
         dtype=text_format,
-        streamed=low_memory and not _fits(text_weights(index.text_encoder), text_format),
+        eight_bit=text_8bit,
+        streamed=low_memory and not text_8bit and not _fits(text_weights(index.text_encoder), text_format),
     )
     slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
