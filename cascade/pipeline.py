@@ -121,12 +121,15 @@ class CascadePipeline:
         dtype: torch.dtype | str | None = None,
         low_memory: bool = False,
         captions: Captions | None = None,
+        text_8bit: bool = False,
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
         super_resolution: stage folders or `model/stage` that follow the model's base stage in place of its own.
         device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU.
-        low_memory: stages are loaded one at a time, and the text encoder is released after the prompts.
+        low_memory: stages are loaded one at a time, and the text encoder is released after the prompts;
+        what does not fit into memory even so is read from disk layer by layer. text_8bit: the text encoder's linear
+        weights are int8, which needs the extra `quantized`.
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         """
         from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
@@ -138,6 +141,7 @@ class CascadePipeline:
             dtype=dtype,
             low_memory=low_memory,
             captions=captions,
+            text_8bit=text_8bit,
         )
 
     @property

@@ -15,7 +15,7 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
+LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "streaming", "_version"}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
 
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "settings"},
     "images": {"errors"},
     "seeds": {"errors"},
+    "streaming": {"errors"},
     "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
     "sampling": {"errors", "settings", "config"},
     "prompts": LEAVES | {"text", "sampling"},
@@ -41,8 +42,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build"},
     "preflight": STAGE | {"build", "memory"},
+    "hub": {"errors"},
     "load": STAGE
-    | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd", "preflight"},
+    | {
+        "hub",
+        "memory",
+        "text",
+        "data",
+        "sampling",
+        "pipeline",
+        "training",
+        "evaluation",
+        "build",
+        "deepfloyd",
+        "preflight",
+    },
     "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},

@@ -95,6 +95,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.")
 @click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
+@click.option("--text-8bit", is_flag=True, help="Text encoder in 8 bits; needs the extra `quantized`.")
 @click.option("--window", type=_POSITIVE, help="Prompts drawn together; default: a batch, 64 with --low-memory.")
 @click.option("--log-json", is_flag=True, help="For machines: a line of JSON for everything that happens, on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
@@ -153,6 +154,7 @@ class Request:
     dtype: str | None
     batch_size: int | str | None
     low_memory: bool
+    text_8bit: bool
     window: int | None
     log_json: bool
     quiet: bool
@@ -210,7 +212,7 @@ class Request:
         from cascade.pipeline import CascadePipeline
 
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory
+            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
         )
 
     def _options(self, run_seed: int) -> DrawOptions:
