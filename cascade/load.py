@@ -17,7 +17,8 @@ from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_tensors, load_weights, read_json, read_stage_config
 from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
-from cascade.pipeline import CascadePipeline, StageSlot
+from cascade.pipeline import CascadePipeline
+from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.text.cache import CachedTextEncoder, EmbeddingCache
 from cascade.text.captions import Captions

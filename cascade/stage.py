@@ -137,6 +137,10 @@ class Stage:
             )
         return step_grid(self.schedule, numbers)
 
+    def count_steps(self, settings: SamplingConfig | None = None) -> int:
+        """Sampling steps, N. Raises CascadeError as `noise_levels` does."""
+        return len(self.noise_levels(settings)) - 1
+
     def unnoised(self, low_res: Tensor) -> Tensor:
         """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
         if not self.config.model.enlarges_first:

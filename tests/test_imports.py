@@ -17,6 +17,7 @@ HEAVY = {"transformers", "accelerate", "datasets"}
 LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
+DRAWING = {"arguments", "drawing", "output", "slots"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -35,15 +36,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage": CORE,
     "training": STAGE | {"text", "data"},
     "evaluation": STAGE | {"text", "data"},
-    "pipeline": STAGE | {"text", "data", "sampling"},
+    "arguments": LEAVES | {"text"},
+    "output": LEAVES,
+    "slots": STAGE,
+    "drawing": STAGE | {"text"},
+    "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build"},
-    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd"},
-    "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd", "slots"},
+    "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
-    "__init__": STAGE | {"text", "pipeline"},  # the public names
+    "__init__": STAGE | {"text", "output", "pipeline"},  # the public names
 }
 # What stands at the top may import everything.
 TOP = {"cli", "__main__"}
