@@ -522,12 +522,13 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Literal["adamw", "adafactor"] = "adamw"
-    """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
+    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
-    """AdamW's averaging factors."""
+    """AdamW's averaging factors; Muon's momentum is 0.95."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -92,8 +93,19 @@ class Trainer:
                 self._every_so_often(step, stop)
                 if stop:
                     break
-        self.accelerator.end_training()
+        self._close()
         return not stop
+
+    def _close(self) -> None:
+        """End trackers and the process group.
+
+        A gloo thread lets go of its last tensor a moment after the result is there. Should Python be shutting down by
+        then, the thread's wish for the lock kills the process ("terminate called without an active exception",
+        pytorch#179291), after all the work was done and saved. Its threads cannot be joined from here: DDP keeps them.
+        """
+        self.accelerator.end_training()
+        if self.accelerator.num_processes > 1:
+            time.sleep(0.5)
 
     def _step(self, step: int, data: Iterator[Batch]) -> tuple[list[float], list[float], float]:
         """One optimizer step over all accumulated batches and processes."""

@@ -27,6 +27,7 @@ TWO_LEVELS = (
 CASES = {
     "adamw": TWO_LEVELS,
     "adafactor": (*TWO_LEVELS, "training.optimizer.kind=adafactor"),
+    "muon": (*TWO_LEVELS, "training.optimizer.kind=muon"),
     "dropout": (*TWO_LEVELS, "stage.model.dropout=0.5"),
     "accumulation": ("training.accumulation=2", "training.loss.stratified=true"),
     "decay": ("training.optimizer.decay=cosine", "training.optimizer.warmup_steps=3"),
