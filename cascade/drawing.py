@@ -12,7 +12,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.diffusion.samplers import OnStep
-from cascade.images import to_float
+from cascade.images import back_project, to_float
 from cascade.seeds import generator
 from cascade.stage import Stage
 from cascade.text.t5 import TextEmbeddings
@@ -43,10 +43,12 @@ def draw_batch(
     texts: Texts,
     low: Tensor | None,
     on_step: OnStep | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
 
-    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage.
+    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. tile: see
+    `Stage.sample`.
     """
 
     def rng(purpose: str) -> list[torch.Generator]:
@@ -60,7 +62,8 @@ def draw_batch(
     cond = cond.to(stage.device)
     null_cond = cond.with_text(null.tokens.to(stage.device), null.mask.to(stage.device))
     z = noise_like(torch.empty(len(batch), 3, *size, device=stage.device), rng("start"))
-    return stage.sample(cond, null_cond, z, rng("step"), settings, on_step)
+    x = stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile)
+    return x if low is None else back_project(x, to_float(low).to(x.device), settings.consistency)
 
 
 def _with_smaller(cond: Conditioning, low: Tensor, aug_level: float, rng: Sequence[torch.Generator]) -> Conditioning:

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from cascade.arguments import PerStage, check_chain, positive, prompts_of, seeds_of, stage_sizes, texts_of
-from cascade.checkpoint import atomic_folder, save_stage, write_json
-from cascade.config import FORMAT_VERSION, SamplingConfig
+from cascade.config import SamplingConfig
 from cascade.diffusion.samplers import OnStep
 from cascade.drawing import Picture, Texts, draw_batch, padded_batches
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
 from cascade.output import Callback, CascadeOutput, Watcher, as_type, check_output_type
 from cascade.sampling import resolve_sampling
+from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, check_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.text.captions import Captions
 from cascade.text.t5 import TextEmbeddings, TextEncoder
+from cascade.upscaling import ImageLike, fitted, padded, read_picture, route, target_size, tile_of
 
 
 class CascadePipeline:
@@ -155,45 +156,89 @@ class CascadePipeline:
             prompts=[prompts[picture.text] for picture in pictures],
         )
 
+    @torch.inference_mode()
+    def upscale(
+        self,
+        image: ImageLike,
+        *,
+        prompt: str = "",
+        to: int | None = None,
+        tile: int | None = None,
+        seed: int | None = None,
+        steps: PerStage[int] = None,
+        guidance: PerStage[float] = None,
+        sampler: PerStage[str] = None,
+        aug_level: PerStage[float] = None,
+        threshold: PerStage[float | str] = None,
+        preset: str | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> CascadeOutput:
+        """Enlarge a picture of any size with the super-resolution stages; its aspect ratio is kept.
+
+        image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparency is laid over white. prompt: what it
+        shows. to: longer side of the result, default what the last stage draws. Stages follow each other as
+        `cascade.upscaling.route` says, and what they draw beyond `to` is averaged down. tile: side of the squares in
+        which the network draws, see `Stage.sample`; results above 4 megapixels are drawn in squares of 1024 anyway.
+        `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
+        """
+        check_output_type(output_type)
+        pixels = read_picture(image)
+        (text,), (own_seed,) = prompts_of(prompt, None), seeds_of(seed, 1)
+        configs = [slot.config for slot in self.slots]
+        height, width = target_size(configs, (pixels.shape[-2], pixels.shape[-1]), to)
+        settings = resolve_sampling(
+            configs,
+            preset,
+            {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
+        )
+        places = route(configs, max(pixels.shape[-2:]), max(height, width))
+        if tile is not None:
+            positive("tile", tile)
+        texts = self._texts([text], None, None)
+        drawn: dict[int, Tensor] = {}
+        for step, place in enumerate(places):
+            slot, picture = self.slots[place], Picture(0, own_seed, places[:step].count(place))
+            with running(slot) as stage:
+                with Watcher(stage.name, stage.count_steps(settings[stage.name]), 1, progress, callback) as watcher:
+                    pixels = self._enlarge(stage, settings[stage.name], pixels, picture, texts, tile, watcher.step)
+                del stage  # `--low-memory`: it must be gone before the next one is loaded
+            if step == len(places) - 1:
+                pixels = fitted(pixels, (height, width))
+            drawn[max(pixels.shape[-2:])] = pixels
+        stages = {size: as_type(picture, output_type) for size, picture in drawn.items()}
+        return CascadeOutput(images=stages[max(height, width)], stages=stages, seeds=[own_seed], prompts=[text])
+
+    def _enlarge(
+        self,
+        stage: Stage,
+        settings: SamplingConfig,
+        pixels: Tensor,
+        picture: Picture,
+        texts: Texts,
+        tile: int | None,
+        on_step: OnStep,
+    ) -> Tensor:
+        """uint8 (1, 3, h, w) of any size -> (1, 3, scale h, scale w)."""
+        low = padded(pixels, stage.config)
+        size = (low.shape[-2] * stage.scale, low.shape[-1] * stage.scale)
+        side = tile_of(tile, size, stage.config)
+        x = self._draw(stage, settings, size, [picture], 1, texts, low, on_step, side)
+        return x[..., : pixels.shape[-2] * stage.scale, : pixels.shape[-1] * stage.scale]
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one folder: cascade.json, text_encoder/ and a folder a stage, safetensors; atomically.
 
         dtype: number format of the stage weights, default the one they have. A cascade that stood there is replaced;
         raises CascadeError if anything else stands there.
         """
-        folder = Path(folder)
-        if folder.exists() and not _may_be_replaced(folder):
-            raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
-        with atomic_folder(folder) as temporary:
-            self._loaded_text_encoder().save_pretrained(temporary / "text_encoder")
-            for slot in self.slots:
-                stage = slot.load()
-                save_stage(temporary / slot.config.name, slot.config, stage.network.state_dict(), dtype)
-            write_json(
-                temporary / "cascade.json",
-                {
-                    "format": FORMAT_VERSION,
-                    "name": self.name,
-                    "license": self.license,
-                    "stages": self.stage_names,
-                    "max_text_length": self.text_encoder.max_length,
-                    "text_padded": self.text_encoder.padded,
-                    "captions": self.text_encoder.captions,
-                },
-            )
+        write_model(folder, self._loaded_text_encoder(), self.slots, self.name, self.license, dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
+        with model_for_hub(repo, private) as folder:
             self.save_pretrained(folder)
-            api = HfApi()
-            api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CascadePipeline:
         """Move the stages to a device and number format. The text encoder moves too, but keeps its own format."""
@@ -221,10 +266,11 @@ class CascadePipeline:
         texts: Texts,
         low: Tensor | None,
         on_step: OnStep | None = None,
+        tile: int | None = None,
     ) -> Tensor:
         """`cascade.drawing.draw_batch`, after a look at the memory that it needs. Raises MemoryError."""
-        check_memory(stage.config, size, len(batch), self.device, self.dtype)
-        return draw_batch(stage, settings, size, batch, texts, low, on_step)
+        check_memory(stage.config, size, len(batch), self.device, self.dtype, tile)
+        return draw_batch(stage, settings, size, batch, texts, low, on_step, tile)
 
     def _draw(
         self,
@@ -236,6 +282,7 @@ class CascadePipeline:
         texts: Texts,
         low: Tensor | None,
         on_step: OnStep,
+        tile: int | None = None,
     ) -> Tensor:
         """All pictures of one stage: (B, 3, H, W) uint8, on the CPU. Raises CascadeError for numbers not finite.
 
@@ -245,7 +292,8 @@ class CascadePipeline:
         parts = []
         for members, count in padded_batches(len(pictures), batch_size):
             batch = [pictures[index] for index in members]
-            x = self.draw_batch(stage, settings, size, batch, texts, None if low is None else low[members], on_step)
+            smaller = None if low is None else low[members]
+            x = self.draw_batch(stage, settings, size, batch, texts, smaller, on_step, tile)
             if not bool(torch.isfinite(x).all()):
                 raise CascadeError(not_finite(stage.name))
             parts.append(to_uint8(x[:count]).cpu())
@@ -290,8 +338,3 @@ class CascadePipeline:
         if until not in resolutions:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Whether `path` is a cascade or an empty folder."""
-    return path.is_dir() and ((path / "cascade.json").is_file() or not any(path.iterdir()))

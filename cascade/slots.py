@@ -14,6 +14,9 @@ from cascade.config import StageConfig
 from cascade.errors import CascadeError
 from cascade.stage import Stage
 
+_WHOLE_TENSORS = 3
+"""Tensors of the whole picture that any sampler holds at least: noisy picture, estimate, enlarged smaller picture."""
+
 
 @dataclass(frozen=True)
 class StageSlot:
@@ -49,10 +52,20 @@ def running(slot: StageSlot) -> Iterator[Stage]:
 
 
 def check_memory(
-    stage: StageConfig, size: tuple[int, int], batch_size: int, device: torch.device, dtype: torch.dtype
+    stage: StageConfig,
+    size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int | None = None,
 ) -> None:
     """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
-    needed = batch_size * math.prod(size) * stage.model.least_activations * dtype.itemsize
+    at_once = math.prod(size)
+    if tile is not None:
+        seen = tile + 2 * (stage.model.receptive_radius or 0)
+        at_once = min(at_once, seen**2)
+    picture = 3 * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
+    needed = batch_size * (picture + at_once * stage.model.least_activations * dtype.itemsize)
     free = _free_bytes(device)
     if needed > free:
         raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
@@ -81,5 +94,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
     return CascadeError(
         f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
-        " a smaller height and width, or stop earlier with until"
+        " a smaller height and width, stop earlier with until, or (upscale) a tile"
     )

@@ -14,10 +14,10 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
+LEAVES = {"tiles", "conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
-DRAWING = {"arguments", "drawing", "output", "slots"}
+DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -40,6 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "output": LEAVES,
     "slots": STAGE,
     "drawing": STAGE | {"text"},
+    "save": STAGE | {"text", "slots"},
+    "upscaling": STAGE | {"arguments"},
     "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
