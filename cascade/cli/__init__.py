@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import click
 
 from cascade._version import __version__
+from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.train import encode, train
@@ -34,7 +35,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, upscale, train, encode, info, assemble, convert):
+for command in (generate, upscale, train, encode, evaluate, info, assemble, convert):
     program.add_command(command)
 
 
