@@ -19,8 +19,9 @@ from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
 from cascade.models.winograd import Convolution
-from cascade.pipeline import CascadePipeline, StageSlot
+from cascade.pipeline import CascadePipeline
 from cascade.preflight import check_run
+from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.streaming import stored_bytes, stream
 from cascade.text.cache import CachedTextEncoder, EmbeddingCache

@@ -15,9 +15,21 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "streaming", "_version"}
+LEAVES = {
+    "tiles",
+    "conditioning",
+    "settings",
+    "config",
+    "images",
+    "checkpoint",
+    "errors",
+    "seeds",
+    "streaming",
+    "_version",
+}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
+DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -36,8 +48,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": LEAVES,
     "stage": CORE,
     "training": STAGE | {"text", "data"},
-    "evaluation": STAGE | {"text", "data", "sampling", "pipeline"},
-    "pipeline": STAGE | {"text", "data", "sampling"},
+    "arguments": LEAVES | {"text"},
+    "output": LEAVES,
+    "slots": STAGE,
+    "drawing": STAGE | {"text"},
+    "save": STAGE | {"text", "slots"},
+    "upscaling": STAGE | {"arguments"},
+    "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
+    "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build"},
@@ -56,11 +74,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "build",
         "deepfloyd",
         "preflight",
+        "slots",
     },
-    "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
-    "__init__": STAGE | {"text", "pipeline"},  # the public names
+    "__init__": STAGE | {"text", "output", "pipeline"},  # the public names
 }
 # What stands at the top may import everything.
 TOP = {"cli", "__main__"}

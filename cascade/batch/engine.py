@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.arguments import stage_sizes
 from cascade.batch.plan import DrawOptions, Task
 from cascade.checkpoint import atomic_file
 from cascade.config import SamplingConfig
 from cascade.diffusion.samplers import OnStep
+from cascade.drawing import Picture, Texts
 from cascade.images import to_uint8
-from cascade.pipeline import CascadePipeline, Picture, StageSlot, is_out_of_memory, not_finite, stage_sizes
+from cascade.pipeline import CascadePipeline
+from cascade.slots import StageSlot, is_out_of_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.text.t5 import TextEmbeddings, join
 
@@ -157,7 +160,7 @@ class Engine:
             ]
             if not todo:
                 continue  # a restart finds all of them on the shelf
-            with self.pipeline.running(slot) as stage:
+            with running(slot) as stage:
                 for batch, pixels, took in self._batches(stage, position, todo, texts):
                     for task, picture in zip(batch, pixels, strict=True):
                         seconds[task] += took / len(batch)
@@ -208,10 +211,12 @@ class Engine:
             settings,
             self.sizes[position],
             [Picture(row, task.job.record.seed, task.number) for row, task in enumerate(full)],
-            texts([task.job.record.prompt for task in full]),
-            texts([task.job.negative_prompt for task in full]),
+            Texts(
+                own=texts([task.job.record.prompt for task in full]),
+                null=texts([task.job.negative_prompt for task in full]),
+            ),
             low,
-            self._steps(stage.name, len(stage.noise_levels(settings)) - 1),
+            self._steps(stage.name, stage.count_steps(settings)),
         )[: len(batch)]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()

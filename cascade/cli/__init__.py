@@ -15,6 +15,7 @@ from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.train import encode, train
+from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
 
 __all__ = ["main"]
@@ -34,7 +35,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, train, encode, evaluate, info, assemble, convert):
+for command in (generate, upscale, train, encode, evaluate, info, assemble, convert):
     program.add_command(command)
 
 
