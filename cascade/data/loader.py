@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.config import DataConfig, HubSource, ScenesSource, StageConfig
-from cascade.data.dataset import BadRecordError, open_records, open_source
+from cascade.data.dataset import BadRecordError
+from cascade.data.sources import open_records, open_source
 from cascade.data.transforms import choose_caption, training_picture
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
