@@ -1,15 +1,15 @@
 """In which order records are used, as a pure function of how many were used before.
 
 A *source* says which record its k-th use is: `ShuffledSource` permutes finite records anew in each epoch,
-`StreamSource` does so within blocks of a stream, `SceneSource` draws. So a run that goes on after a stop needs
-to know nothing but a number.
+`ShardedSource` their shards and then blocks, `StreamSource` blocks of a stream, and `SceneSource` draws. So a
+run that goes on after a stop needs to know nothing but a number.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,48 @@ class ShuffledSource:
             self._order = torch.randperm(count, generator=generator(*self._key, "epoch", epoch))
             self._epoch = epoch
         return self._records[int(self._order[position])]
+
+
+class ShardedSource:
+    """Finite records that lie in shards: every epoch uses each once, and reads near where it has just read.
+
+    An epoch permutes the shards, then each block of `block_size` consecutive records of that sequence, by orders
+    keyed by (key, epoch). Disks and their caches like it better than seeking all over, and nothing is held.
+    """
+
+    def __init__(self, records: Records, starts: Sequence[int], block_size: int, key: Key) -> None:
+        """starts: where each shard's records start, and where the last one's end."""
+        self._records = records
+        self._starts = torch.tensor(starts)
+        self._block_size = block_size
+        self._key = key
+        self._epoch = -1
+        self._shards = self._ends = torch.empty(0, dtype=torch.int64)
+        self._place = (-1, -1)
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        count = len(self._records)
+        if attempt:
+            return self._records[_any_index(count, (*self._key, use, attempt))]
+        epoch, position = divmod(use, count)
+        start = position // self._block_size * self._block_size
+        self._arrange(epoch, start, min(self._block_size, count - start))
+        place = start + self._order[position - start]
+        turn = int(torch.searchsorted(self._ends, place, right=True))  # which shard of the epoch's sequence
+        shard = int(self._shards[turn])
+        return self._records[int(self._starts[shard + 1] - (self._ends[turn] - place))]
+
+    def _arrange(self, epoch: int, start: int, length: int) -> None:
+        """Permute the shards of an epoch, and the block that begins at `start`, unless it was done just now."""
+        if epoch != self._epoch:
+            sizes = self._starts.diff()
+            self._shards = torch.randperm(len(sizes), generator=generator(*self._key, "shards", epoch))
+            self._ends = sizes[self._shards].cumsum(0)
+            self._epoch = epoch
+        if (epoch, start) != self._place:
+            self._order = torch.randperm(length, generator=generator(*self._key, "block", epoch, start))
+            self._place = (epoch, start)
 
 
 class StreamSource:

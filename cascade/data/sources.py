@@ -6,11 +6,12 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig
+from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.data.dataset import Records
 from cascade.data.folder import FolderRecords
-from cascade.data.order import Key, SceneSource, ShuffledSource, Source, StreamSource
+from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
 from cascade.data.tables import open_hub_table, open_parquet, open_stream
+from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
 
 
@@ -20,16 +21,25 @@ def open_source(config: SourceConfig, resolution: int, key: Key) -> Source:
         return SceneSource(config.held_out, resolution, key)
     if isinstance(config, HubSource) and config.streaming:
         return StreamSource(open_stream(config), config.shuffle_buffer, config.name, key)
+    if isinstance(config, WebDatasetSource):
+        tars = _open_tars(config)
+        return ShardedSource(tars, tars.starts, config.shuffle_block, key)
     return ShuffledSource(open_records(config), key)
 
 
-def open_records(config: FolderSource | ParquetSource | HubSource) -> Records:
+def open_records(config: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
         return FolderRecords(Path(config.path), config.caption_column)
     if isinstance(config, ParquetSource):
         return open_parquet(config, matching_files(config.files))
+    if isinstance(config, WebDatasetSource):
+        return _open_tars(config)
     return open_hub_table(config)
+
+
+def _open_tars(config: WebDatasetSource) -> TarRecords:
+    return TarRecords(matching_files(config.files), config.caption, config.caption_column)
 
 
 def matching_files(patterns: Iterable[str]) -> list[str]:
