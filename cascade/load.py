@@ -19,7 +19,8 @@ from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline, StageSlot
 from cascade.stage import Stage
-from cascade.text.cache import CachedTextEncoder, EmbeddingCache
+from cascade.text.cache import EmbeddingCache
+from cascade.text.cached import CachedTextEncoder
 from cascade.text.captions import Captions
 from cascade.text.t5 import TextEncoder, TextEncoderProtocol
 
@@ -180,11 +181,16 @@ def encoder_settings(config: TextConfig) -> dict[str, object]:
 
 def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
     """The frozen encoder of a training run, without a cache."""
-    source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
+    source = text_encoder_source(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     return TextEncoder.from_pretrained(
         source, max_length=config.max_length, padded=config.padded, captions=config.captions, dtype=dtype
     )
+
+
+def text_encoder_source(config: TextConfig) -> str | Path:
+    """Folder or hub id of the encoder of a training run."""
+    return BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
 
 
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:

@@ -14,7 +14,7 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "_version"}
+LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "locks", "_version"}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
 

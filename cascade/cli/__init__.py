@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import click
 
 from cascade._version import __version__
+from cascade.cli.data import check_data
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
+from cascade.cli.plot import plot
 from cascade.cli.train import encode, train
 from cascade.errors import CascadeError
 
@@ -33,7 +35,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, train, encode, info, assemble, convert):
+for command in (generate, train, encode, check_data, plot, info, assemble, convert):
     program.add_command(command)
 
 
