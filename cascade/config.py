@@ -540,12 +540,13 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Literal["adamw", "adafactor"] = "adamw"
-    """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
+    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
-    """AdamW's averaging factors."""
+    """AdamW's averaging factors; Muon's momentum is 0.95."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -567,6 +568,17 @@ class EMAConfig(Settings):
     """Shorten the half-life to a fifth of the pictures seen so far, so that the start is forgotten."""
 
 
+class ValidationConfig(Settings):
+    """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The held-out pictures."""
+    every: PositiveInt = 1000
+    """Steps between validations; there is one after the last step too."""
+    batches: PositiveInt = 8
+    """Batches of batch_size / accumulation pictures, shared by the processes."""
+
+
 class TrainingConfig(Settings):
     """The run."""
 
@@ -581,7 +593,9 @@ class TrainingConfig(Settings):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: str | None = None
-    """Stage folder whose weights the network starts from."""
+    """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
+    frozen: tuple[str, ...] = ()
+    """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
     0: train all weights."""
@@ -595,6 +609,8 @@ class TrainingConfig(Settings):
     """The optimizer."""
     ema: EMAConfig = EMAConfig()
     """The weight average."""
+    validation: ValidationConfig | None = None
+    """A validation loss. None: no validation."""
     log_every: PositiveInt = 50
     """Steps between log entries."""
     sample_every: Annotated[int, Field(ge=0)] = 0

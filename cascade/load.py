@@ -18,6 +18,7 @@ from cascade.checkpoint import check_format, load_tensors, load_weights, read_js
 from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline, StageSlot
+from cascade.preflight import check_run
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
@@ -199,9 +200,14 @@ def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:
 
 
 def load_trainer(config: TrainConfig) -> Trainer:
-    """Everything that a training run needs, with fresh weights or those of `training.init_from`."""
-    from cascade.training.trainer import Trainer  # brings accelerate, which drawing does not need
+    """Everything that a training run needs, with fresh weights or those of `training.init_from`.
 
+    Raises CascadeError for a run that cannot reach its end on this machine.
+    """
+    from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
+    from cascade.training.trainer import Trainer
+
+    check_run(config, *expected_processes())
     text = load_text_encoder(config.text)
     if config.stage.model.reads_text and config.stage.model.text_dim != text.dim:
         raise CascadeError(

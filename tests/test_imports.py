@@ -39,7 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build"},
-    "load": STAGE | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd"},
+    "preflight": STAGE | {"build", "memory"},
+    "load": STAGE
+    | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd", "preflight"},
     "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
@@ -127,8 +129,11 @@ def test_importing_cascade_loads_nothing_heavy() -> None:
     assert loaded_by("cascade") == set()
 
 
+BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "guards")}
+
+
 def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:
-    names = [dotted(path) for path in modules() if dotted(path) not in ("cascade.training.trainer", "cascade.__main__")]
+    names = [dotted(path) for path in modules() if dotted(path) not in BRING_ACCELERATE | {"cascade.__main__"}]
     assert loaded_by(", ".join(names)) == set()
 
 
@@ -136,7 +141,8 @@ def test_the_trainer_brings_accelerate_only() -> None:
     """accelerate may load what it finds; that ours loads no transformers or datasets is in the imports themselves."""
     imported = {
         name.partition(".")[0]
-        for node in ast.parse((PACKAGE / "training" / "trainer.py").read_text()).body
+        for file in ("trainer", "accelerator", "guards")
+        for node in ast.parse((PACKAGE / "training" / f"{file}.py").read_text()).body
         for name in imported_names(node)
     }
     assert imported & HEAVY == {"accelerate"}
