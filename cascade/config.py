@@ -597,8 +597,10 @@ class TrainingConfig(Settings):
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
-    0: train all weights."""
+    """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
+    `adapter` holds them apart. 0: train all weights."""
+    lora_layers: Literal["attention", "all"] = "attention"
+    """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

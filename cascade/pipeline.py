@@ -121,6 +121,7 @@ class CascadePipeline:
         dtype: torch.dtype | str | None = None,
         low_memory: bool = False,
         captions: Captions | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
@@ -128,6 +129,7 @@ class CascadePipeline:
         device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU.
         low_memory: stages are loaded one at a time, and the text encoder is released after the prompts.
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
+        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
         from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
 
@@ -138,6 +140,7 @@ class CascadePipeline:
             dtype=dtype,
             low_memory=low_memory,
             captions=captions,
+            adapters=adapters,
         )
 
     @property

@@ -6,14 +6,13 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cascade.config import DataConfig, HubSource, ScenesSource, SourceConfig, StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records
-from cascade.data.loader import Views
+from cascade.data.loader import Views, read_by_workers
 from cascade.data.order import SceneSource
 from cascade.data.sources import open_records
 from cascade.data.tables import open_stream
@@ -145,13 +144,7 @@ class _Examined(Dataset[Finding]):
 
 def _examined(records: Records, chosen: Iterable[int], workers: int) -> Iterator[Finding]:
     examined = _Examined(records)
-    if workers == 0:
-        return (examined[index] for index in chosen)
-    return iter(DataLoader(examined, sampler=chosen, batch_size=None, num_workers=workers, collate_fn=_unchanged))
-
-
-def _unchanged(finding: Any) -> Any:
-    return finding
+    return read_by_workers(examined, chosen, workers) if workers else (examined[index] for index in chosen)
 
 
 def _name(source: SourceConfig) -> str:

@@ -37,7 +37,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
         try:
             entry = json.loads(line)
             step = int(entry.pop("step"))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             continue
         for name, value in entry.items():
             if isinstance(value, int | float) and math.isfinite(value):
