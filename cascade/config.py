@@ -467,6 +467,22 @@ class HubSource(Settings):
     """Share of the views, relative to the other sources."""
 
 
+class WebDatasetSource(Settings):
+    """WebDataset tar shards on a disk: neighbours 0001.jpg, 0001.txt are a record. Read in place, never unpacked."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    files: tuple[str, ...]
+    """Paths or glob patterns of uncompressed tar files. (Shards on a hub: `kind: datasets` with `streaming`.)"""
+    caption: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "txt"
+    """Ending of the members with captions: `txt`, of which each line is a variant, or `json`."""
+    caption_column: str = "caption"
+    """Key of the caption, or of a list of variants, in `json` members."""
+    shuffle_block: PositiveInt = 10_000
+    """Each epoch permutes the shards, then records within blocks of this many; nothing is held in memory."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the views, relative to the other sources."""
+
+
 class ScenesSource(Settings):
     """Drawn scenes of coloured shapes: endless, labelled, no files."""
 
@@ -477,7 +493,9 @@ class ScenesSource(Settings):
     """Share of the views, relative to the other sources."""
 
 
-SourceConfig = Annotated[FolderSource | ParquetSource | HubSource | ScenesSource, Field(discriminator="kind")]
+SourceConfig = Annotated[
+    FolderSource | ParquetSource | WebDatasetSource | HubSource | ScenesSource, Field(discriminator="kind")
+]
 
 
 class DataConfig(Settings):
@@ -609,8 +627,10 @@ class TrainingConfig(Settings):
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
-    0: train all weights."""
+    """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
+    `adapter` holds them apart. 0: train all weights."""
+    lora_layers: Literal["attention", "all"] = "attention"
+    """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from cascade.preflight import check_run
 from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.streaming import stored_bytes, stream
-from cascade.text.cache import CachedTextEncoder, EmbeddingCache
+from cascade.text.cache import EmbeddingCache
+from cascade.text.cached import CachedTextEncoder
 from cascade.text.captions import Captions
 from cascade.text.t5 import TextEncoder, TextEncoderProtocol, text_weights
 
@@ -46,6 +47,7 @@ def load_pipeline(
     low_memory: bool = False,
     captions: Captions | None = None,
     text_8bit: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
     index = read_index(model)
@@ -67,7 +69,10 @@ def load_pipeline(
         eight_bit=text_8bit,
         streamed=low_memory and not text_8bit and not _fits(text_weights(index.text_encoder), text_format),
     )
-    slots = [_slot(stage_folder, target, number_format, low_memory) for stage_folder in stage_folders]
+    slots = [
+        _slot(stage_folder, target, number_format, low_memory, adapter)
+        for stage_folder, adapter in _with_adapters(stage_folders, adapters or {})
+    ]
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
     level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots) else logging.DEBUG
     logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
@@ -184,11 +189,16 @@ def encoder_settings(config: TextConfig) -> dict[str, object]:
 
 def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
     """The frozen encoder of a training run, without a cache."""
-    source = BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
+    source = text_encoder_source(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     return TextEncoder.from_pretrained(
         source, max_length=config.max_length, padded=config.padded, captions=config.captions, dtype=dtype
     )
+
+
+def text_encoder_source(config: TextConfig) -> str | Path:
+    """Folder or hub id of the encoder of a training run."""
+    return BUNDLED / "text_encoder" if config.encoder == "bundled" else config.encoder
 
 
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:
@@ -255,12 +265,23 @@ def find_stage(source: str | Path) -> Path:
 
 
 def assemble(
-    text_encoder: str | Path, stages: Iterable[str | Path], *, name: str, license: str, max_length: int = 64
+    text_encoder: str | Path,
+    stages: Iterable[str | Path],
+    *,
+    name: str,
+    license: str,
+    max_length: int = 64,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
-    """Put trained stages behind a text encoder. Raises CascadeError when they do not chain."""
+    """Put trained stages behind a text encoder. Raises CascadeError when they do not chain.
+
+    adapters: folders of low-rank adapters by the name of the stage that they are added to.
+    """
     source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
     encoder = TextEncoder.from_pretrained(source, max_length=max_length)
-    return CascadePipeline(encoder, [load_stage(find_stage(stage)) for stage in stages], name=name, license=license)
+    folders = _with_adapters([find_stage(stage) for stage in stages], adapters or {})
+    loaded = [_load_stage(folder, read_config(folder), "cpu", torch.float32, adapter) for folder, adapter in folders]
+    return CascadePipeline(encoder, loaded, name=name, license=license)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -288,31 +309,54 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     return known[name]
 
 
-def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool) -> StageSlot:
+def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
+    """Stage folders, each with the adapter for it. Raises CascadeError for an adapter of a stage that there is not."""
+    names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
+    unknown = [name for name in adapters if name not in names]
+    if unknown:
+        raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
+    return [
+        (folder, Path(adapters[name]) if name in adapters else None)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapter: Path | None) -> StageSlot:
     config = read_config(folder)
     if low_memory:
-        return StageSlot(config, lambda: _load_sparing(folder, config, device, dtype))
-    return StageSlot.holding(_load_stage(folder, config, device, dtype))
+        return StageSlot(config, lambda: _load_sparing(folder, config, device, dtype, adapter))
+    return StageSlot.holding(_load_stage(folder, config, device, dtype, adapter))
 
 
-def _load_stage(folder: Path, config: StageConfig, device: torch.device | str, dtype: torch.dtype) -> Stage:
-    """Built without memory on the meta device, then filled: the weights exist once."""
+def _load_stage(
+    folder: Path, config: StageConfig, device: torch.device | str, dtype: torch.dtype, adapter: Path | None = None
+) -> Stage:
+    """Built without memory on the meta device, then filled: the weights exist once. adapter: added to them."""
     stage = build_stage(config, device="meta")
     load_weights(stage.network, *read_weights(folder))
+    if adapter is not None:
+        from cascade.training.lora import merge_adapter  # brings peft, an extra
+
+        merge_adapter(stage.network, adapter)
     stage.network.eval().requires_grad_(False)
     return stage.to(device, dtype)
 
 
-def _load_sparing(folder: Path, config: StageConfig, device: torch.device, dtype: torch.dtype) -> Stage:
-    """Without the transformed kernels that would make it faster; streamed from disk where it does not fit whole."""
+def _load_sparing(
+    folder: Path, config: StageConfig, device: torch.device, dtype: torch.dtype, adapter: Path | None
+) -> Stage:
+    """Without the transformed kernels that would make it faster; streamed from disk where it does not fit whole.
+
+    An adapter is added to weights in memory: with one, nothing is streamed.
+    """
     diffusers = deepfloyd.is_diffusers(folder)
     files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
-    if not _fits(files, dtype):
+    if adapter is None and not _fits(files, dtype):
         stage = build_stage(config, device="meta")
         stage.network.eval().requires_grad_(False).to(dtype)
         stream(stage.network, files, device)
     else:
-        stage = _load_stage(folder, config, device, dtype)
+        stage = _load_stage(folder, config, device, dtype, adapter)
     for module in stage.network.modules():
         if isinstance(module, Convolution):
             module.spare_memory = True

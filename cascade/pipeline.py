@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ class CascadePipeline:
         low_memory: bool = False,
         captions: Captions | None = None,
         text_8bit: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
@@ -74,6 +75,7 @@ class CascadePipeline:
         what does not fit into memory even so is read from disk layer by layer. text_8bit: the text encoder's linear
         weights are int8, which needs the extra `quantized`.
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
+        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
         from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
 
@@ -85,6 +87,7 @@ class CascadePipeline:
             low_memory=low_memory,
             captions=captions,
             text_8bit=text_8bit,
+            adapters=adapters,
         )
 
     @property

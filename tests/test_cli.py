@@ -362,6 +362,35 @@ def test_encode_fills_the_cache_with_the_captions_of_the_files(
     assert run(capsys, *call, source)[1].startswith("0 captions encoded, 3 in ")
 
 
+def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, caption in enumerate(["a fox", "a star", "a fox", "a " + "red " * 80]):
+        Image.new("RGB", (8 + number, 8)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(caption)
+    source = f"data.sources=[{{kind: folder, path: {pictures}}}]"
+    options = ("text.max_length=64", "--sheet", tmp_path / "sheet.png", "--views", 3)
+    call = ("check-data", training(tmp_path, t5), source, *options)
+    status, stdout, _ = run(capsys, *call)
+    assert status == 0
+    for line in (
+        f"folder {pictures}: 4 records, 4 looked at",
+        "  pictures: 8x8 to 11x8, median 10x8",
+        "  bad: 0",
+        "  copies: 0",
+        "  captions: 3 distinct, 1 of them used more than once",
+        "captions: 3 to 82 tokens, median 3; 1 of 3 are longer than text.max_length 64 and would be cut",
+        f"the first 3 views: {tmp_path / 'sheet.png'}",
+    ):
+        assert line in stdout.splitlines(), stdout
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 3 * 192 + 2 * 2
+    (pictures / "2.png").write_bytes(b"no picture")
+    status, stdout, _ = run(capsys, *call)
+    assert status == 1
+    assert f"    {pictures / '2.png'}: broken picture" in stdout
+
+
 def test_presets_are_the_files_that_come_along() -> None:
     assert {"tiny/base", "small/base", "imagen/base"} <= set(known_presets())
     for name in known_presets():

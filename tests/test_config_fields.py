@@ -4,7 +4,10 @@ can be observed, and how to observe it. A new field without a row fails."""
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import multiprocessing
+import tarfile
 import tempfile
 import typing
 import warnings
@@ -231,6 +234,8 @@ FOLDER = "data.sources=[{kind: folder, path: WORLD/pictures}]"
 PARQUET = 'data.sources=[{kind: parquet, files: ["WORLD/hub/one.parquet"]}]'
 HUB = "data.sources=[{kind: datasets, name: WORLD/hub}]"
 STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
+TARS = 'data.sources=[{kind: webdataset, files: ["WORLD/tars/one.tar"]}]'
+JSON_TARS = TARS.replace('"]', '"], caption: json')
 SCENES = "data.sources=[{kind: scenes}]"
 HELD_OUT = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2}"
 SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
@@ -344,6 +349,12 @@ ROWS: dict[str, Row] = {
     "data.sources[parquet].image_column": Row("photo", views, (PARQUET,)),
     "data.sources[parquet].caption_column": Row("other", views, (PARQUET,)),
     "data.sources[parquet].weight": Row("9.0", views, mixed(PARQUET)),
+    "data.sources[webdataset].kind": Row("", views, (SCENES,), TARS),
+    "data.sources[webdataset].files": Row('["WORLD/tars/two.tar"]', views, (TARS,)),
+    "data.sources[webdataset].caption": Row("json", views, (TARS,)),
+    "data.sources[webdataset].caption_column": Row("other", views, (JSON_TARS,)),
+    "data.sources[webdataset].shuffle_block": Row("2", views, (TARS,)),
+    "data.sources[webdataset].weight": Row("9.0", views, mixed(TARS)),
     "data.sources[datasets].kind": Row("", views, (SCENES,), HUB),
     "data.sources[datasets].name": Row("WORLD/other_hub", views, (HUB,)),
     "data.sources[datasets].config": Row("two", views, (HUB,)),
@@ -375,6 +386,7 @@ ROWS: dict[str, Row] = {
     "training.seed": Row("1", trained_weights),
     "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
     "training.lora_rank": Row("2", trained_weights),
+    "training.lora_layers": Row("all", trained_weights, ("training.lora_rank=2",)),
     "training.activation_checkpointing": Row("true", block_calls),
     "training.compile": Row("true", compilations),
     "training.loss.space": Row("velocity", log),
@@ -503,6 +515,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_pictures(world / "pictures", shade=0)
     write_pictures(world / "other_pictures", shade=100)
     write_pictures(world / "half_broken", shade=0, broken=2)
+    write_tars(world / "tars")
     write_hub(world / "hub", shade=0)
     write_hub(world / "other_hub", shade=20)
     make_tiny_t5(world / "t5", dim=TEXT_DIM)
@@ -531,6 +544,22 @@ def picture(shade: int, size: tuple[int, int]) -> Image.Image:
     image = Image.new("RGB", size)
     image.putdata([(shade + x, 5 * y, 7 * x) for y in range(size[1]) for x in range(size[0])])
     return image
+
+
+def write_tars(folder: Path) -> None:
+    """Two WebDataset shards, captions as text and as JSON."""
+    folder.mkdir()
+    for shade, name in ((0, "one"), (50, "two")):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for index in range(shade, shade + 6):
+                buffer = io.BytesIO()
+                picture(index, (8, 8)).save(buffer, "PNG")
+                about = json.dumps({"caption": f"json {index}", "other": f"number {index}"})
+                members = {"png": buffer.getvalue(), "txt": f"picture {index}".encode(), "json": about.encode()}
+                for ending, content in members.items():
+                    info = tarfile.TarInfo(f"{index}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
 
 
 def write_hub(folder: Path, shade: int) -> None:

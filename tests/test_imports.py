@@ -24,6 +24,7 @@ LEAVES = {
     "checkpoint",
     "errors",
     "seeds",
+    "locks",
     "streaming",
     "_version",
 }

@@ -6,8 +6,6 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cascade.errors import CascadeError
@@ -109,17 +107,6 @@ class Claims:
 
     def close(self) -> None:
         os.close(self._handle)
-
-
-@contextmanager
-def held(handle: int) -> Iterator[None]:
-    """An open file, locked against the other processes of a run for a moment."""
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def processes() -> tuple[int, int, str | None]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cascade.batch.locks import held
 from cascade.errors import CascadeError
+from cascade.locks import held
 
 _CHUNK = 1 << 20
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cascade.errors import CascadeError
+from cascade.sampling import per_stage
+
 if TYPE_CHECKING:
     from cascade.config import SamplingConfig, StageConfig
     from cascade.load import ModelIndex
@@ -204,6 +207,7 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 @click.command()
 @click.option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
 @click.option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
+@click.option("--adapter", metavar="STAGE=FOLDER,...", help="Low-rank adapters, to be added to stages.")
 @click.option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
 @click.option("--name", required=True, help="Name of the cascade.")
 @click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
@@ -212,6 +216,7 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 def assemble(
     text_encoder: str,
     stages: tuple[str, ...],
+    adapter: str | None,
     out: str,
     name: str,
     license: str,
@@ -229,10 +234,23 @@ def assemble(
     from cascade.load import assemble as assemble_pipeline
 
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    pipeline = assemble_pipeline(text_encoder, stages, name=name, license=license, max_length=max_text_length)
+    pipeline = assemble_pipeline(
+        text_encoder, stages, name=name, license=license, max_length=max_text_length, adapters=_adapters(adapter)
+    )
     pipeline.save_pretrained(out, formats[dtype] if dtype else None)
     click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
     return 0
+
+
+def _adapters(text: str | None) -> dict[str, str]:
+    """`base=runs/mine/adapter` -> {"base": "runs/mine/adapter"}."""
+    try:
+        folders = per_stage(text, str) if text else {}
+    except ValueError as error:
+        raise CascadeError(f"--adapter: {error}") from None
+    if isinstance(folders, str):
+        raise CascadeError(f"--adapter: {folders!r} names no stage; write base={folders}")
+    return folders
 
 
 @click.command()

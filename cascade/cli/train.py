@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -54,23 +55,35 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
 def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: str | None) -> int:
     """Fill the cache of text embeddings of a training run.
 
-    Encodes every caption of its finite sources; those of drawn scenes and of streams are encoded when met.
+    Encodes every caption of its finite sources; those of drawn scenes and of streams are encoded when met. Started
+    again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
+    import torch
+
+    from cascade.batch.locks import processes
     from cascade.config import load_train_config
     from cascade.data.loader import unique_captions
     from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, open_cache
-    from cascade.text.cache import fill
+    from cascade.text.cached import fill
 
     path = find_config(config)
     settings = load_train_config(path, assignments)
     if settings.text.cache is None:
         raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
+    number, count, _ = processes()
+    if device is None and count > 1 and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU a process
     encoder = load_plain_text_encoder(settings.text).to(choose_device(device))
     cache = open_cache(settings.text.cache, encoder)
     cache.note_settings(encoder_settings(settings.text))
-    added = fill(cache, encoder, unique_captions(settings.data), batch_size, progress=sys.stderr.isatty())
+    captions = unique_captions(settings.data)
+    bar = sys.stderr.isatty() and number == 0
+    added = fill(cache, encoder, captions, batch_size, progress=bar, process=number, processes=count)
+    cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
+    who = f"process {number}: " if count > 1 else ""
     click.echo(
-        f"{added} captions encoded, {len(cache)} in {settings.text.cache}, {cache.bytes_per_caption:.0f} bytes each"
+        f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
+        f" {cache.bytes_per_caption:.0f} bytes each"
     )
     return 0
 

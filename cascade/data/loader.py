@@ -10,21 +10,24 @@ import math
 import random
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.config import DataConfig, HubSource, ScenesSource, StageConfig
-from cascade.data.dataset import BadRecordError, open_records, open_source
+from cascade.data.dataset import BadRecordError
+from cascade.data.sources import open_records, open_source
 from cascade.data.transforms import choose_caption, training_picture
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
 
 logger = logging.getLogger("cascade.data")
+T = TypeVar("T")
 
 CYCLE = 1000
 """Views after which every source has had exactly its share."""
@@ -208,18 +211,7 @@ def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Generat
     if workers == 0:
         yield from ([views[number] for number in share] for share in numbers)
         return
-    with warnings.catch_warnings():
-        # How many workers to start is the user's choice, also on a machine with fewer cores.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            _Shares(views),
-            sampler=numbers,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_leave_signals,
-        )
-        loaded = iter(loader)
+    loaded = read_by_workers(_Shares(views), numbers, workers)
     try:
         for share in loaded:
             if isinstance(share, CascadeError):
@@ -228,6 +220,22 @@ def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Generat
     finally:
         # The loader's iterator ends its workers when it goes, and it must go now, not at a later collection.
         del loaded
+
+
+def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
+    """`items[place]` for each of the places, in their order, read by other processes."""
+    with warnings.catch_warnings():
+        # How many workers to start is the user's choice, also on a machine with fewer cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            items,
+            sampler=places,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_leave_signals,
+        )
+        return iter(loader)
 
 
 class _Shares(Dataset["list[View] | CascadeError"]):
@@ -243,8 +251,8 @@ class _Shares(Dataset["list[View] | CascadeError"]):
             return error
 
 
-def _unchanged(share: list[View] | CascadeError) -> list[View] | CascadeError:
-    return share
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _leave_signals(_worker: int) -> None:

@@ -146,10 +146,10 @@ class TextEncoder:
         eight_bit: linear weights are int8 (bitsandbytes), a quarter of float32's memory; not with `streamed`.
         """
         _check_dtype(dtype)
-        local = _is_local(source)
+        local = is_local(source)
         where = str(Path(source).expanduser()) if local else str(source)
         if local:
-            _check_folder(Path(where))
+            check_folder(Path(where))
         with _quiet(progress=not local):
             if streamed and local:
                 return cls._streaming(Path(where), device or "cpu", dtype, max_length, padded, captions)
@@ -165,7 +165,7 @@ class TextEncoder:
         from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
         with torch.device("meta"):
             model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
         stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
@@ -311,7 +311,7 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _is_local(source: str | Path) -> bool:
+def is_local(source: str | Path) -> bool:
     """Whether `source` means a folder: a Path, or text that exists or cannot be a hub id ([owner/]name)."""
     return isinstance(source, Path) or _HUB_ID.fullmatch(source) is None or Path(source).exists()
 
@@ -324,14 +324,14 @@ def _check_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Missing files by name. transformers would make up an empty tokenizer in place of a missing one."""
     if not folder.is_dir():
         raise CascadeError(
             f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
             " tokenizer.json, or a hub id such as google/flan-t5-base"
         )
-    if not _has_tokenizer(_tokenizer_folder(folder)):
+    if not _has_tokenizer(tokenizer_folder(folder)):
         raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
 
 
@@ -339,7 +339,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "spiece.model"))
 
 
-def _tokenizer_folder(folder: Path) -> Path:
+def tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
     beside = folder.parent / "tokenizer"
     return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
@@ -366,7 +366,7 @@ def _load(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, A
         config = AutoConfig.from_pretrained(where, **options)
         if config.model_type != "t5":
             raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
-        words = str(_tokenizer_folder(Path(where))) if local else where
+        words = str(tokenizer_folder(Path(where))) if local else where
         tokenizer = AutoTokenizer.from_pretrained(words, **options)
         model, loaded = T5EncoderModel.from_pretrained(
             where,

@@ -46,6 +46,7 @@ EFFECTS: dict[str, Effect] = {
     "training": Effect.OTHER_RESULT,
     "training.init_from": Effect.SAME_RESULT,  # it was read once, at the start
     "training.lora_rank": Effect.OTHER_RUN,
+    "training.lora_layers": Effect.OTHER_RUN,
     "training.optimizer.kind": Effect.OTHER_RUN,
     "training.log_every": Effect.SAME_RESULT,
     "training.sample_every": Effect.SAME_RESULT,

@@ -1,60 +1,113 @@
-"""Low-rank adaptation: the weights stay, and the attention's linear layers learn a small difference.
+"""Low-rank adaptation: the weights stay, and layers learn a small difference, kept apart or added in.
 
-Source: Hu et al. (2021) arXiv 2106.09685. Written on torch's parametrizations, so a network knows nothing of it.
+Source: Hu et al. (2021) arXiv 2106.09685, by the library peft, an optional extra; in its folder layout, so that other
+programs read our adapters and we theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from cascade.checkpoint import atomic_folder, load_tensors, save_tensors
+from cascade.errors import CascadeError
 from cascade.models.attention import Attention
 from cascade.models.if_blocks import IFAttention
 
-_ORIGINAL = ".parametrizations.weight.original"
+LowRankLayers = Literal["attention", "all"]
+_BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+_PREFIX = "base_model.model."  # peft's name for the network
 
 
-class LowRank(nn.Module):
-    """weight + up @ down, of the given rank; at first nothing is added."""
+def add_low_rank(network: nn.Module, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
+    """Freeze all weights of a network and let those of some layers learn a difference of this rank, at first zero.
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        self.down = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """(rows, columns) -> (rows, columns)."""
-        return weight + self.up @ self.down
-
-
-def add_low_rank(network: nn.Module, rank: int, seed: int = 0) -> None:
-    """Freeze all weights of a network and let those of its attention learn a difference of this rank."""
-    network.requires_grad_(False)
-    layers = [
-        layer
-        for attention in network.modules()
-        if isinstance(attention, Attention | IFAttention)
-        for layer in attention.modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    layers: the linear ones of attention, or all linear and convolutional ones.
+    """
+    peft = _peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in layers:
-            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank).to(layer.weight))
+        peft.inject_adapter_in_model(_peft_config(rank, _names(network, layers)), network)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Named weights with their differences added in, under the names that the network had before."""
     plain = {}
     for name, weight in weights.items():
-        if name.endswith(_ORIGINAL):
-            layer = name.removesuffix(_ORIGINAL)
-            up, down = (weights[f"{layer}.parametrizations.weight.0.{part}"] for part in ("up", "down"))
-            plain[f"{layer}.weight"] = weight + up @ down
-        elif ".parametrizations." not in name:
-            plain[name] = weight
+        if name.endswith((_DOWN, _UP)):
+            continue
+        layer, wrapped, part = name.partition(_BASE)
+        if wrapped and part == "weight":
+            down, up = weights[layer + _DOWN], weights[layer + _UP]
+            weight = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        plain[f"{layer}.{part}" if wrapped else name] = weight
     return plain
+
+
+def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """The differences alone as peft's folder: adapter_config.json beside adapter_model.safetensors."""
+    names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
+    rank = len(weights[names[0] + _DOWN])
+    own = {_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if name.endswith((_DOWN, _UP))}
+    with atomic_folder(folder) as temporary:
+        _peft_config(rank, names, inference=True).save_pretrained(temporary)
+        save_tensors(temporary / "adapter_model.safetensors", own)
+
+
+def merge_adapter(network: nn.Module, folder: Path) -> None:
+    """Add the differences of an adapter's folder to a network's weights.
+
+    Raises CascadeError when there is none, it is damaged, or it was made for another network.
+    """
+    peft = _peft()
+    if not (folder / "adapter_config.json").is_file():
+        raise CascadeError(f"{folder}: no adapter here; give a folder with adapter_config.json")
+    stored = load_tensors(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    names = {name.rpartition(".lora_")[0] for name in tensors}
+    unknown = sorted(names - dict(network.named_modules()).keys())
+    if unknown:
+        raise CascadeError(f"{folder}: was made for another network, which has {unknown[0]}")
+    try:
+        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), network)
+        peft.set_peft_model_state_dict(network, tensors)
+        # Layer by layer: peft's own `merge_and_unload` wants a model with the config of a language model.
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                layer.merge()
+                network.set_submodule(name, layer.get_base_layer())
+    except Exception as error:  # peft raises nearly everything for settings and shapes that do not fit
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CascadeError(f"{folder}: does not fit this network: {reason}") from error
+
+
+def _names(network: nn.Module, layers: LowRankLayers) -> list[str]:
+    """Dotted names of the layers that learn."""
+    kinds = (nn.Linear,) if layers == "attention" else (nn.Linear, nn.Conv2d)
+    parts = {"": network}
+    if layers == "attention":
+        parts = {name: part for name, part in network.named_modules() if isinstance(part, Attention | IFAttention)}
+    return [
+        f"{name}.{inner}" if name else inner
+        for name, part in parts.items()
+        for inner, layer in part.named_modules()
+        if isinstance(layer, kinds)
+    ]
+
+
+def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:
+    """alpha = rank: the difference is up @ down itself, without a factor that the learning rate could as well be."""
+    return _peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=names, inference_mode=inference)
+
+
+def _peft() -> Any:
+    try:
+        import peft  # late: it brings transformers
+    except ImportError:
+        raise CascadeError("low-rank adaptation needs peft: pip install 'cascade-diffusion[peft]'") from None
+    return peft

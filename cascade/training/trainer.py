@@ -29,7 +29,7 @@ from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient
 from cascade.training.interrupt import stop_signals
 from cascade.training.log import Meter, RunLog, flatten
-from cascade.training.lora import add_low_rank, merged
+from cascade.training.lora import add_low_rank, merged, save_adapter
 from cascade.training.optim import (
     build_optimizer,
     learning_rate,
@@ -235,6 +235,8 @@ class Trainer:
         def write() -> None:
             # The stage first: once the last checkpoint is there, everything is.
             save_stage(self.output / "stage", self.stage.config, merged(state.ema))
+            if self.config.training.lora_rank:
+                save_adapter(self.output / "adapter", state.ema)
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
 
         from_main(self.accelerator, write)
@@ -246,7 +248,7 @@ class Trainer:
         settings, network = self.config.training, self.stage.network
         network.activation_checkpointing = settings.activation_checkpointing
         if settings.lora_rank:
-            add_low_rank(network, settings.lora_rank, settings.seed)
+            add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed)
         freeze(network, settings.frozen)
         if shards(self.accelerator):
             check_shardable(settings)

@@ -10,18 +10,10 @@ from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
 
 from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig
-from cascade.data.dataset import (
-    BadRecordError,
-    Record,
-    SceneSource,
-    ShuffledSource,
-    StreamSource,
-    _stream_records,
-    caption_variants,
-    encoded_picture,
-    open_records,
-    open_source,
-)
+from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
+from cascade.data.order import SceneSource, ShuffledSource, StreamSource
+from cascade.data.sources import open_records, open_source
+from cascade.data.tables import _stream_records
 from cascade.errors import CascadeError
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_data import encoded
 
 from cascade.config import ParquetSource
-from cascade.data.dataset import open_records
 from cascade.data.scenes import Scene, SceneObject, draw
+from cascade.data.sources import open_records
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"

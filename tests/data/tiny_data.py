@@ -1,6 +1,8 @@
 """Small synthetic data: a picture's colour is its number, so that a view tells where it came from."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 
 from PIL import Image
@@ -49,4 +51,19 @@ def write_parquet(path: Path, first: int, count: int) -> Path:
     table = datasets.Dataset.from_dict(rows, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path)
+    return path
+
+
+def write_tar(path: Path, first: int, count: int, *, json_captions: bool = False) -> Path:
+    """A WebDataset shard: of each record a picture, a member of no interest, and a caption."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + count):
+            text = f"picture {number}\nnumber {number}\n"
+            caption = ("json", json.dumps({"text": text.splitlines()})) if json_captions else ("txt", text)
+            members = {"png": encoded(plain_picture(number)), "cls": b"7", caption[0]: caption[1].encode()}
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{number:04}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
     return path

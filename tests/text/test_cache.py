@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+import cascade
 from cascade.checkpoint import save_tensors
 from cascade.errors import CascadeError
-from cascade.text.cache import CachedTextEncoder, EmbeddingCache, fill
+from cascade.text.cache import EmbeddingCache
+from cascade.text.cached import CachedTextEncoder, fill
+from cascade.text.lookup import Lookup, Place
 from cascade.text.t5 import TextEmbeddings
 
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")]
@@ -104,7 +109,7 @@ def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder:
 def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(tmp_path: Path, encoder: CountingEncoder) -> None:
     cache = EmbeddingCache(tmp_path, "counting", 4)
     fill(cache, encoder, CAPTIONS[:2])
-    (tmp_path / "shard-00001.safetensors").write_bytes(b"half of a")
+    (tmp_path / "shard-0-00001.safetensors").write_bytes(b"half of a")
     fill(cache, encoder, CAPTIONS)
     assert not EmbeddingCache(tmp_path, "counting", 4).missing(CAPTIONS)
 
@@ -157,18 +162,18 @@ def test_a_cache_of_another_encoder_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
     folder = _filled(tmp_path)
-    shard = folder / "shard-00001.safetensors"
+    shard = folder / "shard-0-00001.safetensors"
     whole = shard.read_bytes()
     for content in (whole[:-10], whole[:5], b""):
         shard.write_bytes(content)
-        with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: damaged") as caught:
+        with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: damaged") as caught:
             EmbeddingCache.open(folder)
         assert "\n" not in str(caught.value)
     save_tensors(shard, {"tokens": torch.zeros(3, 4), "lengths": torch.ones(2).int(), "keys": torch.zeros(2, 32)})
-    with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: its parts do not fit together"):
+    with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: its parts do not fit together"):
         EmbeddingCache.open(folder)
     shard.unlink()
-    with pytest.raises(CascadeError, match=r"shard-00001\.safetensors: no such file"):
+    with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: no such file"):
         EmbeddingCache.open(folder)
 
 
@@ -243,3 +248,97 @@ def test_noted_settings_are_read_again_and_kept_when_the_cache_grows(tmp_path: P
     cache.note_settings({"encoder": "here"})
     cache.add(["more"], [torch.zeros(1, 4)])
     assert EmbeddingCache.open(cache.folder).settings == {"encoder": "here"}
+
+
+# --- several processes, and very many captions ------------------------------------------------------------
+
+
+def test_processes_share_the_captions_without_overlap_or_loss(tmp_path: Path) -> None:
+    """Both opened the cache while it was empty, as processes of one launch do."""
+    captions = [f"caption {number}" for number in range(50)]
+    caches = [EmbeddingCache(tmp_path, "counting", 4) for _ in range(2)]
+    encoders = [CountingEncoder(), CountingEncoder()]
+    for process in (1, 0):
+        fill(caches[process], encoders[process], captions, shard_size=8, process=process, processes=2)
+    assert sorted(encoders[0].encoded + encoders[1].encoded) == sorted(["", *captions])
+    assert min(len(encoder.encoded) for encoder in encoders) > 10
+    whole = EmbeddingCache(tmp_path, "counting", 4)
+    assert torch.equal(whole.get(captions).tokens, encoders[0].encode(captions).to(dtype=torch.bfloat16).tokens)
+    again = CountingEncoder()
+    fill(whole, again, captions, process=0, processes=1)
+    assert again.encoded == [], "another number of processes goes on where those stopped"
+
+
+def test_two_that_fill_under_one_number_are_kept_apart(tmp_path: Path) -> None:
+    first, second = (EmbeddingCache(tmp_path, "counting", 4) for _ in range(2))
+    with first.alone(0):
+        with pytest.raises(CascadeError, match="is being filled already"):
+            fill(second, CountingEncoder(), CAPTIONS)
+        fill(second, CountingEncoder(), CAPTIONS, process=1, processes=2)
+    fill(second, CountingEncoder(), CAPTIONS)
+    assert not EmbeddingCache(tmp_path, "counting", 4).missing(CAPTIONS)
+
+
+def test_a_writer_that_did_not_see_the_shards_of_others_replaces_none(tmp_path: Path) -> None:
+    caches = [EmbeddingCache(tmp_path, "counting", 4) for _ in range(3)]
+    for cache, caption in zip(caches, "abc", strict=True):
+        cache.add([caption], [torch.full((1, 4), float(ord(caption)))])
+    whole = EmbeddingCache.open(tmp_path)
+    assert [float(row[0, 0]) for row in whole.get(["a", "b", "c"]).rows()] == [97, 98, 99]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from test_cache import CountingEncoder
+from cascade.text.cache import EmbeddingCache
+from cascade.text.cached import fill
+process, left = int(sys.argv[1]), int(sys.argv[2])
+encoder = CountingEncoder()
+class Killed(CountingEncoder):
+    def encode(self, prompts, batch_size=1):
+        if len(self.encoded) >= left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(prompts, batch_size)
+captions = [f"caption {{number}}" for number in range(200)]
+fill(EmbeddingCache(sys.argv[3], "counting", 4), Killed(), captions, shard_size=8, process=process, processes=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_fill_by_two_processes_that_are_killed_ends_whole(tmp_path: Path) -> None:
+    """Real processes: they write at once, are killed in the middle, and go on."""
+    code = KILLED.format(path=[str(Path(__file__).parent), str(Path(cascade.__file__).parents[1])])
+    for left in (20, 60, 10_000):
+        running = [
+            subprocess.Popen([sys.executable, "-c", code, str(process), str(left), str(tmp_path)])
+            for process in range(2)
+        ]
+        codes = [process.wait(timeout=300) for process in running]
+    assert codes == [0, 0]
+    captions = [f"caption {number}" for number in range(200)]
+    whole = EmbeddingCache.open(tmp_path)
+    assert len(whole) == 201
+    assert torch.equal(whole.get(captions).tokens, CountingEncoder().encode(captions).to(dtype=torch.bfloat16).tokens)
+
+
+def test_hashes_that_begin_alike_are_told_apart() -> None:
+    """Their first 8 bytes are what is sorted."""
+    keys = [bytes([*range(8), *([number] * 24)]) for number in range(5)]
+    lookup = Lookup()
+    for key, length in zip(keys[:4], (3, 1, 4, 2), strict=True):
+        lookup.add_shards([(torch.tensor([list(key)], dtype=torch.uint8), torch.tensor([length], dtype=torch.int32))])
+    assert [lookup.find(key) for key in keys] == [*(Place(n, 0, length) for n, length in enumerate((3, 1, 4, 2))), None]
+
+
+def test_places_follow_from_the_lengths_before() -> None:
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (1000,), generator=rng, dtype=torch.int32)
+    keys = torch.randint(0, 256, (1000, 32), generator=rng, dtype=torch.uint8)
+    lookup = Lookup()
+    lookup.add_shards([(keys[:400], lengths[:400]), (keys[400:], lengths[400:])])
+    assert len(lookup) == 1000
+    for row in (0, 399, 400, 999):
+        shard = int(row >= 400)
+        start = int(lengths[400 * shard : row].sum())
+        assert lookup.find(bytes(keys[row].tolist())) == Place(shard, start, int(lengths[row]))

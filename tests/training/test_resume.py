@@ -13,7 +13,8 @@ from helpers_training import WordEncoder, log_entries, micro_config, trainer, wr
 from PIL import Image
 
 from cascade.config import TrainConfig
-from cascade.text.cache import CachedTextEncoder, EmbeddingCache, fill
+from cascade.text.cache import EmbeddingCache
+from cascade.text.cached import CachedTextEncoder, fill
 from cascade.training.state import RunState, load_newest
 
 TESTS = Path(__file__).parents[1]

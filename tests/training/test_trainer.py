@@ -321,7 +321,7 @@ def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
     tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cascade import load
-    from cascade.text.cache import fill
+    from cascade.text.cached import fill
 
     config = micro_config(tmp_path / "run", *tiny_t5, f"text.cache={tmp_path / 'cache'}").text
     encoder = load.load_plain_text_encoder(config)

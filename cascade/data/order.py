@@ -1,0 +1,176 @@
+"""In which order records are used, as a pure function of how many were used before.
+
+A *source* says which record its k-th use is: `ShuffledSource` permutes finite records anew in each epoch,
+`ShardedSource` their shards and then blocks, `StreamSource` blocks of a stream, and `SceneSource` draws. So a
+run that goes on after a stop needs to know nothing but a number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from cascade.data import scenes
+from cascade.data.dataset import Record, Records
+from cascade.errors import CascadeError
+from cascade.seeds import derive_seed, generator
+
+Key = tuple[int | str, ...]
+
+
+class Source(Protocol):
+    """Records in an order of its own."""
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        """The record of the `use`-th view of this source; `attempt` > 0: another in place of a bad one.
+
+        Raises BadRecordError when its captions cannot be read.
+        """
+
+
+class ShuffledSource:
+    """Finite records: every epoch uses each once, in an order keyed by (key, epoch)."""
+
+    def __init__(self, records: Records, key: Key) -> None:
+        self._records = records
+        self._key = key
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        count = len(self._records)
+        if attempt:
+            return self._records[_any_index(count, (*self._key, use, attempt))]
+        epoch, position = divmod(use, count)
+        if epoch != self._epoch:
+            self._order = torch.randperm(count, generator=generator(*self._key, "epoch", epoch))
+            self._epoch = epoch
+        return self._records[int(self._order[position])]
+
+
+class ShardedSource:
+    """Finite records that lie in shards: every epoch uses each once, and reads near where it has just read.
+
+    An epoch permutes the shards, then each block of `block_size` consecutive records of that sequence, by orders
+    keyed by (key, epoch). Disks and their caches like it better than seeking all over, and nothing is held.
+    """
+
+    def __init__(self, records: Records, starts: Sequence[int], block_size: int, key: Key) -> None:
+        """starts: where each shard's records start, and where the last one's end."""
+        self._records = records
+        self._starts = torch.tensor(starts)
+        self._block_size = block_size
+        self._key = key
+        self._epoch = -1
+        self._shards = self._ends = torch.empty(0, dtype=torch.int64)
+        self._place = (-1, -1)
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        count = len(self._records)
+        if attempt:
+            return self._records[_any_index(count, (*self._key, use, attempt))]
+        epoch, position = divmod(use, count)
+        start = position // self._block_size * self._block_size
+        self._arrange(epoch, start, min(self._block_size, count - start))
+        place = start + self._order[position - start]
+        turn = int(torch.searchsorted(self._ends, place, right=True))  # which shard of the epoch's sequence
+        shard = int(self._shards[turn])
+        return self._records[int(self._starts[shard + 1] - (self._ends[turn] - place))]
+
+    def _arrange(self, epoch: int, start: int, length: int) -> None:
+        """Permute the shards of an epoch, and the block that begins at `start`, unless it was done just now."""
+        if epoch != self._epoch:
+            sizes = self._starts.diff()
+            self._shards = torch.randperm(len(sizes), generator=generator(*self._key, "shards", epoch))
+            self._ends = sizes[self._shards].cumsum(0)
+            self._epoch = epoch
+        if (epoch, start) != self._place:
+            self._order = torch.randperm(length, generator=generator(*self._key, "block", epoch, start))
+            self._place = (epoch, start)
+
+
+class StreamSource:
+    """A stream: blocks of `block_size` consecutive records, each permuted by an order keyed by (key, epoch).
+
+    The library's own shuffle buffer is not restored at resume; this order is a function of `use` alone, and
+    going on in the middle is `open_stream(skip)`. The stream's order itself is kept, so mixing reaches no
+    further than a block. One block of encoded pictures is in memory. How long the stream is shows at its end;
+    a run that resumes in a later epoch reads through it once to know.
+    """
+
+    def __init__(self, open_stream: Callable[[int], Iterable[Record]], block_size: int, name: str, key: Key) -> None:
+        self._open_stream = open_stream
+        self._block_size = block_size
+        self._name = name
+        self._key = key
+        self._length: int | None = None
+        self._start = -1
+        self._block: list[Record] = []
+        self._rest: Iterator[Record] | None = None
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        epoch, position = self._locate(use)
+        count = len(self._block)
+        if attempt:
+            # Another of the same block, because reaching any other would mean reading the stream again.
+            return self._block[_any_index(count, (*self._key, use, attempt))]
+        order = torch.randperm(count, generator=generator(*self._key, "block", epoch, self._start))
+        return self._block[int(order[position - self._start])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy for another process starts with nothing read: iterators cannot travel."""
+        return {**self.__dict__, "_rest": None, "_start": -1, "_block": []}
+
+    def _locate(self, use: int) -> tuple[int, int]:
+        """(epoch, position in it) of a use, with the block of that position loaded."""
+        epoch, position = (0, use) if self._length is None else divmod(use, self._length)
+        self._load(position // self._block_size * self._block_size)
+        if position < self._start + len(self._block):
+            return epoch, position
+        if self._length is not None:
+            raise CascadeError(f"data source {self._name}: the stream ended after fewer records than the first time")
+        # The stream ended before `use`: now its length can be known.
+        self._length = self._start + len(self._block) if self._block else self._count()
+        if self._length == 0:
+            raise CascadeError(f"data source {self._name}: the stream has no records")
+        return self._locate(use)
+
+    def _load(self, start: int) -> None:
+        """Make the block at `start` the current one, reading on where the stream stands if possible."""
+        if start == self._start:
+            return
+        reached = self._start + len(self._block)
+        if self._rest is None or start < reached:
+            self._rest = iter(self._open_stream(start))
+            reached = start
+        # Blocks that only other workers need are read past.
+        ahead = itertools.islice(self._rest, start - reached, start - reached + self._block_size)
+        self._block = list(ahead)
+        self._start = start
+
+    def _count(self) -> int:
+        return sum(1 for _ in self._open_stream(0))
+
+
+class SceneSource:
+    """Drawn scenes, never the same twice."""
+
+    def __init__(self, held_out: bool, resolution: int, key: Key) -> None:
+        self._held_out = held_out
+        self._resolution = resolution
+        self._key = key
+
+    def record(self, use: int, attempt: int = 0) -> Record:
+        rng = random.Random(derive_seed(*self._key, "scene", use, attempt))
+        scene = scenes.random_scene(rng, self._held_out)
+        caption = scenes.describe(scene, rng)
+        return Record(scenes.draw(scene, self._resolution), (caption,), f"scene {use}")
+
+
+def _any_index(count: int, key: Key) -> int:
+    return random.Random(derive_seed(*key)).randrange(count)

@@ -1,0 +1,56 @@
+"""From a section of the settings to the records or the source it describes."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
+from cascade.data.dataset import Records
+from cascade.data.folder import FolderRecords
+from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
+from cascade.data.tables import open_hub_table, open_parquet, open_stream
+from cascade.data.tars import TarRecords
+from cascade.errors import CascadeError
+
+
+def open_source(config: SourceConfig, resolution: int, key: Key) -> Source:
+    """The source that `config` describes, its order keyed by `key`; `resolution`: of drawn scenes."""
+    if isinstance(config, ScenesSource):
+        return SceneSource(config.held_out, resolution, key)
+    if isinstance(config, HubSource) and config.streaming:
+        return StreamSource(open_stream(config), config.shuffle_buffer, config.name, key)
+    if isinstance(config, WebDatasetSource):
+        tars = _open_tars(config)
+        return ShardedSource(tars, tars.starts, config.shuffle_block, key)
+    return ShuffledSource(open_records(config), key)
+
+
+def open_records(config: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Records:
+    """The records of a finite source."""
+    if isinstance(config, FolderSource):
+        return FolderRecords(Path(config.path), config.caption_column)
+    if isinstance(config, ParquetSource):
+        return open_parquet(config, matching_files(config.files))
+    if isinstance(config, WebDatasetSource):
+        return _open_tars(config)
+    return open_hub_table(config)
+
+
+def _open_tars(config: WebDatasetSource) -> TarRecords:
+    return TarRecords(matching_files(config.files), config.caption, config.caption_column)
+
+
+def matching_files(patterns: Iterable[str]) -> list[str]:
+    """The files that the patterns name, sorted within each. Raises CascadeError for a pattern that names none."""
+    return [path for pattern in patterns for path in _files_of(pattern)]
+
+
+def _files_of(pattern: str) -> list[str]:
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+    matches = sorted(path for path in found if Path(path).is_file())
+    if not matches:
+        hint = "; it is a folder: give folder/*.parquet" if Path(pattern).is_dir() else ""
+        raise CascadeError(f"data source {pattern}: no file matches{hint}")
+    return matches

@@ -1,0 +1,158 @@
+"""Records of Parquet files and of Hugging Face `datasets`, as tables and as streams."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from cascade.config import HubSource, ParquetSource
+from cascade.data.dataset import Record, caption_variants, encoded_picture
+from cascade.errors import CascadeError
+
+_ROWS_AT_ONCE = 16
+
+
+class TableRecords:
+    """Rows of a map-style `datasets.Dataset`, memory-mapped, pictures left encoded."""
+
+    def __init__(self, table: Any, columns: tuple[str, str], name_row: Callable[[int], str]) -> None:
+        self._image_column, self._caption_column = columns
+        self._table = table
+        self._name_row = name_row
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._table[index]
+        return Record(
+            encoded_picture(row[self._image_column]),
+            caption_variants(row[self._caption_column]),
+            self._name_row(index),
+        )
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        for batch in self._table.select_columns([self._caption_column]).iter(batch_size=1000):
+            yield from map(caption_variants, batch[self._caption_column])
+
+
+def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
+    """The rows of Parquet `files`. Raises CascadeError for one that is none, or lacks a column."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    columns = (config.image_column, config.caption_column)
+    starts, total = [], 0
+    for path in files:
+        try:
+            parquet = pq.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise CascadeError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        with parquet:
+            _require_columns(path, parquet.schema_arrow.names, columns)
+            starts.append(total)
+            total += parquet.metadata.num_rows
+
+    if total == 0:
+        raise CascadeError(f"data source {' '.join(config.files)}: there are no rows")
+    table = _quietly(
+        lambda: datasets.load_dataset("parquet", data_files=files, split="train", columns=list(columns)),
+        " ".join(config.files),
+    )
+    return TableRecords(_undecoded(table, config.image_column), columns, partial(_file_row, files, starts))
+
+
+def _file_row(files: list[str], starts: list[int], index: int) -> str:
+    """The name of row `index` of all files together; `starts`: of the first row of each."""
+    number = bisect.bisect_right(starts, index) - 1
+    return f"{files[number]}, row {index - starts[number]}"
+
+
+def open_hub_table(config: HubSource) -> TableRecords:
+    """The rows of a dataset, on disk. Raises CascadeError when it cannot be loaded, is empty or lacks a column."""
+    table = _load_hub(config)
+    columns = (config.image_column, config.caption_column)
+    _require_columns(config.name, table.column_names, columns)
+    if not len(table):
+        raise CascadeError(f"data source {config.name}: there are no rows")
+    table = _undecoded(table.select_columns(list(columns)), config.image_column)
+    return TableRecords(table, columns, partial(_hub_row, config.name))
+
+
+def _hub_row(name: str, index: int) -> str:
+    return f"{name}, row {index}"
+
+
+def open_stream(config: HubSource) -> Callable[[int], Iterator[Record]]:
+    """A function from a number of records to skip to the records after them."""
+    stream = _load_hub(config)
+    columns = (config.image_column, config.caption_column)
+    if stream.column_names is not None:
+        _require_columns(config.name, stream.column_names, columns)
+    return partial(_stream_records, _undecoded(stream, config.image_column), config)
+
+
+def _stream_records(stream: Any, config: HubSource, skip: int) -> Iterator[Record]:
+    number = skip
+    for batch in _stream_batches(stream, config.name, skip):
+        # Only now are the columns of every kind of stream known.
+        _require_columns(config.name, list(batch), (config.image_column, config.caption_column))
+        for image, captions in zip(batch[config.image_column], batch[config.caption_column], strict=True):
+            yield Record(encoded_picture(image), caption_variants(captions), _hub_row(config.name, number))
+            number += 1
+
+
+def _stream_batches(stream: Any, name: str, skip: int) -> Iterator[dict[str, Any]]:
+    """Batches of rows, and whatever breaks while the library reads them as CascadeError."""
+    try:
+        # `iter` and not a plain loop, which in a worker process would see only the worker's part of the stream.
+        yield from stream.skip(skip).iter(batch_size=_ROWS_AT_ONCE)
+    except Exception as error:  # files, networks and builders raise nearly everything
+        raise CascadeError(f"data source {name}: the stream broke off: {_first_line(error)}") from error
+
+
+def _load_hub(config: HubSource) -> Any:
+    import datasets
+
+    return _quietly(
+        lambda: datasets.load_dataset(config.name, config.config, split=config.split, streaming=config.streaming),
+        config.name,
+    )
+
+
+def _quietly(load: Callable[[], Any], name: str) -> Any:
+    """`load()` without progress bars, its many kinds of failure as CascadeError."""
+    import datasets
+
+    silenced = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return load()
+    except Exception as error:  # the library, its file systems and its builders raise nearly everything
+        raise CascadeError(f"data source {name}: cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if not silenced:
+            datasets.enable_progress_bars()
+
+
+def _undecoded(table: Any, image_column: str) -> Any:
+    """Pictures as bytes, so that broken ones can be counted instead of stopping the reader."""
+    import datasets
+
+    features = table.features
+    if features is not None and isinstance(features[image_column], datasets.Image):
+        return table.cast_column(image_column, datasets.Image(decode=False))
+    return table
+
+
+def _require_columns(name: str, present: Iterable[str], wanted: Iterable[str]) -> None:
+    present = list(present)
+    for column in wanted:
+        if column not in present:
+            raise CascadeError(f"data source {name}: no column {column!r}; there are {', '.join(present)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,142 @@
+"""A text encoder behind a cache of its embeddings, and how the cache is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cascade.conditioning import NULL_TEXT
+from cascade.errors import CascadeError
+from cascade.text.cache import ANOTHER_ENCODER, EmbeddingCache
+from cascade.text.lookup import hash_of
+from cascade.text.t5 import TextEmbeddings, TextEncoderProtocol
+
+_SLICE = 16  # batches encoded and rounded at a time while a cache is filled
+
+
+class CachedTextEncoder:
+    """A text encoder that looks into a cache first, and loads the real one only when a prompt is not there.
+
+    Every embedding is rounded to bf16, as the cache stores it: whether a caption was cached changes nothing.
+    Captions encoded on the fly do not grow the cache; `fill` does, and takes this encoder like the real one.
+    """
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        load: Callable[[], TextEncoderProtocol],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """load: gives the encoder that made the cache, or will. device, dtype: of the embeddings returned."""
+        self._cache = cache
+        self._load = load
+        self._encoder: TextEncoderProtocol | None = None
+        self._device = device
+        self._dtype = dtype
+
+    @property
+    def dim(self) -> int:
+        """Width D of an embedding."""
+        return self._cache.dim
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the encoder that made the cache."""
+        return self._cache.fingerprint
+
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
+        """The embeddings of `prompts`: (B, N, D) with N the longest, and their mask."""
+        missing = self._cache.missing(prompts)
+        fresh: dict[str, Tensor] = {}
+        if missing:
+            rows = self._real_encoder().encode(missing, batch_size).to("cpu", torch.bfloat16).rows()
+            fresh = dict(zip(missing, rows, strict=True))
+        found = [prompt for prompt in dict.fromkeys(prompts) if prompt not in fresh]
+        if found:
+            fresh.update(zip(found, self._cache.get(found).rows(), strict=True))
+        return TextEmbeddings.from_rows([fresh[prompt] for prompt in prompts]).to(self._device, self._dtype)
+
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move the embeddings returned to `device`, and the real encoder, now or when it is loaded."""
+        self._device = self._device if device is None else device
+        if self._encoder is not None:
+            self._encoder.to(self._device)
+        return self
+
+    def release(self) -> None:
+        """Free the real encoder's weights. A prompt that is not cached loads it again."""
+        if self._encoder is not None:
+            self._encoder.release()
+            self._encoder = None
+
+    def _real_encoder(self) -> TextEncoderProtocol:
+        if self._encoder is None:
+            encoder = self._load()
+            _check_same(self._cache, encoder)
+            self._encoder = encoder.to(self._device)
+        return self._encoder
+
+
+def fill(
+    cache: EmbeddingCache,
+    encoder: TextEncoderProtocol,
+    captions: Iterable[str],
+    batch_size: int = 1,
+    shard_size: int = 4096,
+    progress: bool = False,
+    process: int = 0,
+    processes: int = 1,
+) -> int:
+    """Encode the captions that the cache lacks, and the null text; returns how many there were.
+
+    captions: may be a stream; no more than one shard's embeddings are in memory. batch_size: captions encoded
+    at once. shard_size: captions in a shard, which is what an interruption can lose. progress: show a bar.
+    process, processes: which of several we are; each reads all captions and encodes its share of them.
+    """
+    _check_same(cache, encoder)
+    bar = tqdm(captions, desc="captions", unit="caption", disable=not progress)
+    # By hash: whoever meets a caption, in whichever order, knows whose it is.
+    ours = (
+        caption for caption in chain([NULL_TEXT], bar) if int.from_bytes(hash_of(caption)[:8]) % processes == process
+    )
+    added = 0
+    with cache.alone(process):
+        for shard in _shards_of_missing(cache, ours, shard_size):
+            rows: list[Tensor] = []
+            for start in range(0, len(shard), _SLICE * batch_size):
+                # In slices: `encode` pads to the longest, and a whole shard padded is many times its bf16 rows.
+                embeddings = encoder.encode(shard[start : start + _SLICE * batch_size], batch_size)
+                rows += embeddings.to("cpu", torch.bfloat16).rows()
+            cache.add(shard, rows, process)
+            added += len(shard)
+    return added
+
+
+def _owner(caption: str, processes: int) -> int:
+    """Whose a caption is: by hash, so that whoever meets it, in whichever order, knows."""
+    return int.from_bytes(hash_of(caption)[:8]) % processes
+
+
+def _shards_of_missing(cache: EmbeddingCache, captions: Iterable[str], shard_size: int) -> Iterator[list[str]]:
+    """The captions that are missing, each once, in lists of `shard_size`; the cache grows in between."""
+    waiting: dict[str, None] = {}
+    for caption in captions:
+        if caption not in cache:
+            waiting[caption] = None
+        if len(waiting) == shard_size:
+            yield list(waiting)
+            waiting.clear()
+    if waiting:
+        yield list(waiting)
+
+
+def _check_same(cache: EmbeddingCache, encoder: TextEncoderProtocol) -> None:
+    if encoder.fingerprint != cache.fingerprint:
+        raise CascadeError(f"{cache.folder}: {ANOTHER_ENCODER}")

@@ -1,0 +1,39 @@
+"""How long captions are in tokens, without the weights of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade.errors import CascadeError
+from cascade.text.captions import Captions, prepare_caption
+from cascade.text.t5 import check_folder, is_local, tokenizer_folder, well_formed
+
+
+class TokenCounter:
+    """Counts the tokens that an encoder would see, before any are cut."""
+
+    def __init__(self, source: str | Path, captions: Captions = "as_is") -> None:
+        """source: folder or hub id of the encoder. captions: how texts are cleaned before.
+
+        Raises CascadeError when there is no such folder or tokenizer.
+        """
+        from transformers import AutoTokenizer
+
+        local = is_local(source)
+        if local:
+            check_folder(Path(source).expanduser())
+            source = tokenizer_folder(Path(source).expanduser())
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+        except Exception as error:  # damaged files raise nearly everything
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CascadeError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+        self._captions: Captions = captions
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its </s> included."""
+        if not texts:
+            return []
+        prepared = [well_formed(prepare_caption(text, self._captions)) for text in texts]
+        return [len(ids) for ids in self._tokenizer(prepared, verbose=False)["input_ids"]]

@@ -1,0 +1,86 @@
+"""Curves of runs as one picture: a panel for each number that was logged, a line for each run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascade.errors import CascadeError
+from cascade.training.log import band_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 4
+_PANEL_INCHES = (3.6, 2.4)
+
+Curve = list[tuple[int, float]]
+"""(step, value) in the order of the steps."""
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """What a run logged, by name. run: its folder, or the log.jsonl in it.
+
+    A line that a kill left torn is passed over. Raises CascadeError when there is no log, or nothing in it.
+    """
+    path = run / "log.jsonl" if run.is_dir() else run
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CascadeError(f"{path}: {error.strerror}; give the folder of a training run") from None
+    curves: dict[str, Curve] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            step = int(entry.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        for name, value in entry.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(name, []).append((step, float(value)))
+    if not curves:
+        raise CascadeError(f"{path}: holds no entries; is it the log.jsonl of a training run?")
+    return curves
+
+
+def panels(runs: Sequence[Mapping[str, Curve]]) -> list[str]:
+    """The names to draw: losses first, from noisy to clean, then all others as they come."""
+    names = dict.fromkeys(name for curves in runs for name in curves)
+    first = [name for name in ("loss", "validation_loss", *band_names()) if name in names]
+    return first + [name for name in names if name not in first]
+
+
+def draw_curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """The figure for runs by their names. Raises CascadeError when matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise CascadeError("drawing curves needs matplotlib: pip install 'cascade-diffusion[plot]'") from None
+    names = panels(list(runs.values()))
+    rows, columns = -(-len(names) // COLUMNS), min(COLUMNS, len(names))
+    figure = Figure(figsize=(columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        _draw_panel(axis, name, runs)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_panel(axis: Axes, name: str, runs: Mapping[str, Mapping[str, Curve]]) -> None:
+    for number, (run, curves) in enumerate(runs.items()):
+        # A run without this number gets an empty line, so that every panel gives it the same colour.
+        steps, values = zip(*curves.get(name, [(math.nan, math.nan)]), strict=True)
+        single = "." if len(steps) == 1 else ""
+        axis.plot(steps, values, label=run, linewidth=1, color=f"C{number % 10}", marker=single)
+    logged = [value for curves in runs.values() for _, value in curves.get(name, [])]
+    if ("loss" in name or "norm" in name) and min(logged) > 0:
+        axis.set_yscale("log")  # they fall by factors
+    axis.set_title(name, fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3, which="both")

@@ -1,0 +1,95 @@
+"""What a survey of the data says, and that its sheet shows what the network sees."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
+
+from cascade.config import (
+    DataConfig,
+    FolderSource,
+    HubSource,
+    ParquetSource,
+    ScenesSource,
+    SourceConfig,
+    StageConfig,
+    WebDatasetSource,
+)
+from cascade.data.loader import Views
+from cascade.data.survey import survey, view_sheet
+
+
+@pytest.fixture
+def flawed(tmp_path: Path) -> FolderSource:
+    """Twelve pictures: one broken, one silent, two the same, one larger."""
+    write_folder(tmp_path, 12, broken=(3,), silent=(5,))
+    (tmp_path / "008.png").write_bytes(encoded(plain_picture(1)))
+    (tmp_path / "009.png").write_bytes(encoded(plain_picture(9, size=40)))
+    (tmp_path / "011.txt").write_text("picture 2\nanother")
+    return FolderSource(path=str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_everything_that_is_wrong_is_found_and_named(flawed: FolderSource, stage: StageConfig, workers: int) -> None:
+    found = survey(flawed, stage, None, workers)
+    assert (found.total, found.looked_at) == (12, 12)
+    broken, silent = found.problems
+    assert "003.png: broken picture" in broken
+    assert silent.endswith("005.png: no caption")
+    assert [(Path(copy).name, Path(first).name) for copy, first in found.copies] == [("008.png", "001.png")]
+    assert sorted(found.sizes) == [(8, 8)] * 10 + [(40, 40)]
+    # The broken picture's caption counts: it is encoded, too.
+    assert found.captions["picture 2"] == 2
+    assert len(found.captions) == 11
+
+
+def test_a_limit_spreads_over_all_records(tmp_path: Path, stage: StageConfig) -> None:
+    write_parquet(tmp_path / "rows.parquet", 0, 30)
+    found = survey(ParquetSource(files=(str(tmp_path / "rows.parquet"),)), stage, 3)
+    assert (found.total, found.looked_at) == (30, 3)
+    assert list(found.captions) == ["picture 0", "picture 10", "picture 20"]
+
+
+def test_every_kind_of_source_can_be_looked_at(tmp_path: Path, stage: StageConfig) -> None:
+    write_parquet(tmp_path / "hub" / "train.parquet", 0, 5)
+    write_tar(tmp_path / "0.tar", 0, 5)
+    sources: list[tuple[SourceConfig, int | None]] = [
+        (HubSource(name=str(tmp_path / "hub")), 5),
+        (HubSource(name=str(tmp_path / "hub"), streaming=True), None),
+        (WebDatasetSource(files=(str(tmp_path / "0.tar"),)), 5),
+        (ScenesSource(), None),
+    ]
+    for source, total in sources:
+        found = survey(source, stage, 4)
+        assert (found.total, found.looked_at, found.problems) == (total, 4, [])
+
+
+def test_equal_bytes_of_another_shape_are_no_copy(tmp_path: Path, stage: StageConfig) -> None:
+    for name, size in (("a", (8, 2)), ("b", (2, 8)), ("c", (4, 4))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert survey(FolderSource(path=str(tmp_path)), stage, None).copies == []
+
+
+def test_the_sheet_shows_the_views_of_the_run(flawed: FolderSource, stage: StageConfig) -> None:
+    data = DataConfig(sources=(flawed,), max_bad_share=1.0, flip=0.5)
+    sheet = np.asarray(view_sheet(data, stage, 7, 2))
+    views = Views(data, stage, 7)
+    for number in range(2):
+        picture = np.asarray(views[number].image.permute(1, 2, 0))
+        cell = sheet[:192, 196 * number :][:192, :192]
+        assert (cell[::24, ::24] == picture).all(), "enlarged 24 times by repeating pixels"
+
+
+def test_for_super_resolution_the_sheet_has_the_mean_of_the_crop_beside_it(tmp_path: Path, stage: StageConfig) -> None:
+    ramp = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a ramp")
+    data = DataConfig(sources=(FolderSource(path=str(tmp_path)),), crop=4)
+    large = stage.model_copy(update={"low_resolution": 4})
+    sheet = np.asarray(view_sheet(data, large, 0, 1))
+    low, high = sheet[:192, :192][::96, ::96], sheet[:192, 196:388][::48, ::48]
+    assert (low.shape, high.shape) == ((2, 2, 3), (4, 4, 3))
+    assert np.abs(high.reshape(2, 2, 2, 2, 3).mean(axis=(1, 3)) - low).max() <= 1, "the area mean, rounded"

@@ -1,0 +1,198 @@
+"""WebDataset shards: every record is found where it lies, used once an epoch, and in the same order after a stop."""
+
+import itertools
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny_data import encoded, plain_picture, write_tar
+
+from cascade.config import DataConfig, HubSource, SourceConfig, StageConfig, WebDatasetSource
+from cascade.data.dataset import BadRecordError, Record
+from cascade.data.loader import batches, unique_captions
+from cascade.data.order import ShardedSource
+from cascade.data.sources import open_records, open_source
+from cascade.data.tars import INDEX_FOLDER, TarRecords
+from cascade.errors import CascadeError
+
+SHARDS = (5, 1, 7, 3)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Four shards of 5, 1, 7 and 3 records, numbered on."""
+    for number, (first, count) in enumerate(zip(itertools.accumulate(SHARDS, initial=0), SHARDS, strict=False)):
+        write_tar(tmp_path / f"{number}.tar", first, count)
+    return tmp_path
+
+
+def source_of(folder: Path, **options: object) -> WebDatasetSource:
+    return WebDatasetSource(files=(f"{folder}/*.tar",), **options)
+
+
+def numbers(source: ShardedSource, uses: range) -> list[int]:
+    return [int(source.record(use).captions[0].split()[1]) for use in uses]
+
+
+def test_records_are_read_where_they_lie(shards: Path) -> None:
+    records = open_records(source_of(shards))
+    assert len(records) == sum(SHARDS)
+    for number in (0, 5, 6, 15):
+        record = records[number]
+        assert record.image == encoded(plain_picture(number))
+        assert record.captions == (f"picture {number}", f"number {number}")
+        assert record.origin.endswith(f".tar: {number:04}")
+    assert [variants[1] for variants in records.captions()] == [f"number {number}" for number in range(16)]
+
+
+def test_captions_in_json_members_have_a_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", 3, 1, json_captions=True)
+    assert open_records(source_of(tmp_path, caption="json", caption_column="text"))[0].captions[1] == "number 3"
+    assert open_records(source_of(tmp_path, caption="json"))[0].captions == ()
+    assert open_records(source_of(tmp_path))[0].captions == (), "there are no txt members"
+
+
+def test_a_record_without_picture_or_with_unreadable_caption_is_a_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_text("only words")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(tmp_path / "a.txt", "folder/a.txt")
+        tar.add(tmp_path / "b.txt", "folder/b.txt")
+    records = open_records(source_of(tmp_path))
+    with pytest.raises(BadRecordError, match=r"0\.tar: folder/a: its caption is not readable"):
+        records[0]
+    assert records[1] == Record(None, ("only words",), f"{tmp_path}/0.tar: folder/b")
+    assert list(records.captions()) == [("only words",)]
+
+
+def test_headers_are_walked_once_and_again_when_the_file_changed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda path, mode: opened.append(Path(path).name) or real(path, mode))
+    open_records(source_of(shards))
+    open_records(source_of(shards))
+    assert opened == [f"{number}.tar" for number in range(4)]
+    monkeypatch.undo()
+    write_tar(shards / "1.tar", 70, 2)
+    (shards / INDEX_FOLDER / "0.tar.txt.safetensors").write_bytes(b"torn")
+    records = open_records(source_of(shards))
+    assert [records[index].captions[0] for index in (0, 5, 6, 7)] == [
+        "picture 0",
+        "picture 70",
+        "picture 71",
+        "picture 6",
+    ]
+
+
+def test_shards_in_a_folder_that_cannot_be_written_are_read_all_the_same(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shards / INDEX_FOLDER).write_text("a file where the folder should be")
+    with caplog.at_level("INFO"):
+        assert len(open_records(source_of(shards))) == sum(SHARDS)
+    assert "headers will be read again" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.9, 1.0])
+def test_a_shard_that_is_cut_or_compressed_is_named(shards: Path, keep: float) -> None:
+    whole = (shards / "2.tar").read_bytes()
+    used = max(index for index, byte in enumerate(whole) if byte)
+    (shards / "2.tar").write_bytes(whole[: int(used * keep)])
+    with pytest.raises(CascadeError, match=r"2\.tar: not a whole, uncompressed tar file"):
+        open_records(source_of(shards))
+    with tarfile.open(shards / "2.tar", "w:gz") as tar:
+        tar.add(shards / "0.tar")
+    with pytest.raises(CascadeError, match=r"2\.tar: not a whole, uncompressed tar file.*unpack \.tar\.gz"):
+        open_records(source_of(shards))
+
+
+def test_shards_without_records_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", 0, 0)
+    with pytest.raises(CascadeError, match="the shards hold no records"):
+        open_records(source_of(tmp_path))
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_every_epoch_uses_each_record_once_in_an_order_of_its_own(shards: Path, block: int) -> None:
+    source = open_source(source_of(shards, shuffle_block=block), 8, (0,))
+    assert isinstance(source, ShardedSource)
+    epochs = [numbers(source, range(16 * epoch, 16 * epoch + 16)) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_block_of_one_keeps_shards_together_and_in_order(shards: Path) -> None:
+    order = numbers(open_source(source_of(shards, shuffle_block=1), 8, (0,)), range(16))
+    starts = list(itertools.accumulate(SHARDS, initial=0))
+    runs = {tuple(range(start, start + count)) for start, count in zip(starts, SHARDS, strict=False)}
+    while order:
+        run = next(run for run in runs if tuple(order[: len(run)]) == run)
+        order = order[len(run) :]
+        runs.remove(run)
+
+
+@pytest.mark.parametrize("start", [1, 4, 15, 16, 37])
+def test_an_order_goes_on_from_any_use(shards: Path, start: int) -> None:
+    config = source_of(shards, shuffle_block=4)
+    whole = numbers(open_source(config, 8, (0,)), range(60))
+    assert numbers(open_source(config, 8, (0,)), range(start, 60)) == whole[start:]
+
+
+def test_another_attempt_is_another_record(shards: Path) -> None:
+    source = open_source(source_of(shards), 8, (0,))
+    tried = [source.record(3, attempt).origin for attempt in range(6)]
+    assert len(set(tried)) > 2
+    assert tried == [source.record(3, attempt).origin for attempt in range(6)]
+
+
+def test_sharded_order_is_arithmetic_on_whichever_records(tmp_path: Path) -> None:
+    """The n-th record of the sequence is in the right shard, whatever their sizes, an empty one among them."""
+    write_tar(tmp_path / "0.tar", 0, 2)
+    write_tar(tmp_path / "1.tar", 0, 0)
+    write_tar(tmp_path / "2.tar", 2, 2)
+    records = TarRecords([str(tmp_path / f"{number}.tar") for number in range(3)], "txt", "caption")
+    source = ShardedSource(records, records.starts, 2, (1,))
+    for epoch in range(6):
+        assert sorted(numbers(source, range(4 * epoch, 4 * epoch + 4))) == [0, 1, 2, 3]
+
+
+def sources(shards: Path) -> list[SourceConfig]:
+    return [
+        source_of(shards, shuffle_block=4),
+        HubSource(name=str(shards), streaming=True, image_column="png", caption_column="txt", shuffle_buffer=4),
+    ]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["in place", "as a stream of datasets"])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2), (4, 1)])
+def test_processes_and_workers_share_the_records_without_overlap_or_loss(
+    shards: Path, stage: StageConfig, kind: int, processes: int, workers: int
+) -> None:
+    """Counted over two epochs by the pictures themselves; resumed in the middle by another number of processes."""
+    data = DataConfig(sources=(sources(shards)[kind],), caption_dropout=0.0)
+    seen: list[tuple[int, int]] = []
+    for first, share in ((0, processes), (3, 1)):
+        for process in range(share):
+            stream = batches(
+                data,
+                stage,
+                0,
+                batch_size=4,
+                first_batch=first,
+                process=process,
+                processes=share,
+                workers=workers if share > 1 else 0,
+            )
+            for batch in itertools.islice(stream, 3 if first == 0 else 5):
+                seen += zip(batch.samples, batch.images[:, 0, 0, 0].tolist(), strict=True)
+            stream.close()
+    assert sorted(sample for sample, _ in seen) == list(range(32))
+    assert Counter(number for _, number in seen) == Counter(dict.fromkeys(range(16), 2))
+    first_epoch = [number for sample, number in seen if sample < 16]
+    assert sorted(first_epoch) == list(range(16))
+
+
+def test_captions_of_shards_are_encoded_beforehand(shards: Path) -> None:
+    data = DataConfig(sources=(source_of(shards),))
+    assert len(set(unique_captions(data))) == 32

@@ -1,0 +1,193 @@
+"""Low-rank adapters: zero at first, the only thing that learns, the same merged, apart, and in peft's own hands."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_model import STAGES, make_tiny_cascade
+from helpers_training import TEXT_DIM, fill, log_entries, micro_config, trainer
+from torch import nn
+
+from cascade import CascadePipeline
+from cascade.build import build_stage
+from cascade.checkpoint import load_tensors
+from cascade.conditioning import Conditioning
+from cascade.errors import CascadeError
+from cascade.load import assemble, load_stage
+from cascade.training.lora import add_low_rank, merge_adapter, merged, save_adapter
+from cascade.training.state import load_newest
+
+IF = (
+    "stage.schedule={kind: squared_cosine}",
+    "stage.model={kind: if_unet, channels: [8], blocks: [1], attention: [true], embedding_dim: 16, text_dim: 16,"
+    " context_dim: 32, head_dim: 8, pooling_heads: 2, groups: 4}",
+)
+
+
+def some_conditions() -> Conditioning:
+    return Conditioning(torch.randn(2, 3, TEXT_DIM), torch.ones(2, 3, dtype=torch.bool))
+
+
+def output(network: nn.Module, cond: Conditioning, size: int = 8) -> torch.Tensor:
+    with torch.no_grad():
+        return network(torch.ones(2, 3, size, size), torch.zeros(2, 1, 1, 1), cond)
+
+
+def learn(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Random differences in place of trained ones; all named weights."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return dict(network.named_parameters())
+
+
+def network_of(kind: str) -> nn.Module:
+    """A network without zeros, the same each time."""
+    network = build_stage(micro_config(Path("run"), *(IF if kind == "if_unet" else ())).stage).network
+    fill(network)
+    return network.eval()
+
+
+@pytest.fixture(params=["unet", "if_unet"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_nothing_changes_at_first_and_only_differences_learn(kind: str, layers: Any) -> None:
+    network = network_of(kind)
+    cond = some_conditions()
+    before, names = output(network, cond), {name for name, _ in network.named_parameters()}
+    add_low_rank(network, 2, layers)
+    torch.testing.assert_close(output(network, cond), before, rtol=0, atol=1e-5)  # memory layout chooses kernels
+    learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert learning
+    assert all(".lora_" in name for name in learning)
+    kernels = [parameter for name, parameter in network.named_parameters() if name in learning and parameter.ndim == 4]
+    assert bool(kernels) == (layers == "all")
+    assert merged(dict(network.named_parameters())).keys() == names
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_merged_weights_compute_what_the_differences_do(kind: str, layers: Any, tmp_path: Path) -> None:
+    """By our sum over named weights, by an adapter's folder, and by peft reading that folder."""
+    import peft
+
+    network, cond = network_of(kind), some_conditions()
+    plain = output(network, cond)
+    add_low_rank(network, 2, layers)
+    weights = learn(network)
+    expected = output(network, cond)
+    assert (expected - plain).abs().max() > 1e-2
+    save_adapter(tmp_path / "adapter", weights)
+
+    ours, theirs, own = (network_of(kind) for _ in range(3))
+    ours.load_state_dict(merged(weights))
+    merge_adapter(theirs, tmp_path / "adapter")
+    assert theirs.state_dict().keys() == ours.state_dict().keys(), "no wrapper is left behind"
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(tmp_path / "adapter")), own)
+    tensors = load_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
+    peft.set_peft_model_state_dict(own, {name.removeprefix("base_model.model."): t for name, t in tensors.items()})
+    for result in (output(ours, cond), output(theirs, cond), output(own, cond)):
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)  # another order of float sums
+
+
+def test_an_adapter_is_small_and_holds_no_weight_of_the_network(tmp_path: Path) -> None:
+    network = network_of("unet")
+    add_low_rank(network, 1)
+    save_adapter(tmp_path / "adapter", dict(network.named_parameters()))
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    tensors = load_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
+    assert all(name.startswith("base_model.model.") for name in tensors)
+
+
+def test_a_run_writes_the_merged_stage_and_the_adapter_apart(tmp_path: Path) -> None:
+    config = micro_config(tmp_path / "run", "training.lora_rank=2", "training.lora_layers=all")
+    assert trainer(config).run()
+    finished = load_stage(tmp_path / "run" / "stage").network.state_dict()
+    start = build_stage(config.stage, seed=config.training.seed).network  # as the helper's `trainer` begins
+    fill(start, seed=config.training.seed)
+    assert not torch.equal(start.state_dict()["stem.weight"], finished["stem.weight"])
+    merge_adapter(start, tmp_path / "run" / "adapter")
+    for name, weight in finished.items():
+        torch.testing.assert_close(start.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_run_with_differences_resumes_bit_for_bit(tmp_path: Path) -> None:
+    changes = ("training.lora_rank=2", "training.lora_layers=all", "training.save_every=2")
+    whole, halves = (micro_config(tmp_path / name, *changes) for name in ("whole", "halves"))
+    assert trainer(whole).run()
+    short = micro_config(tmp_path / "halves", *changes, "training.steps=2")
+    assert trainer(short).run()
+    assert trainer(halves).run(resume=True)
+    first, second = (load_newest(tmp_path / name, config) for name, config in (("whole", whole), ("halves", halves)))
+    for part in ("network", "ema", "optimizer"):
+        one, other = getattr(first, part), getattr(second, part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert log_entries(tmp_path / "whole") == log_entries(tmp_path / "halves")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def adapter_for(model: Path, folder: Path) -> Path:
+    """An adapter with random differences for the base stage of a model."""
+    network = load_stage(model / "base").network
+    add_low_rank(network, 2, "all")
+    save_adapter(folder, learn(network))
+    return folder
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_pipeline_draws_with_an_adapter_as_with_merged_weights(tmp_path: Path, model: Path, low_memory: bool) -> None:
+    folder = adapter_for(model, tmp_path / "adapter")
+    prompt, options = "a red fox", {"seed": 1, "until": 8}
+    plain = CascadePipeline.from_pretrained(model, device="cpu")(prompt, **options).images[0]
+    adapted = CascadePipeline.from_pretrained(model, device="cpu", adapters={"base": folder}, low_memory=low_memory)
+    stages = [model / name for name in STAGES]
+    assembled = assemble(model / "text_encoder", stages, name="x", license="y", adapters={"base": folder})
+    pictures = [drawn(prompt, **options).images[0] for drawn in (adapted, assembled)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert pictures[0].tobytes() != plain.tobytes()
+
+
+def test_wrong_adapters_are_named(tmp_path: Path, model: Path) -> None:
+    folder = adapter_for(model, tmp_path / "adapter")
+    with pytest.raises(CascadeError, match="adapters: 'big' is no stage of this model; it has base, "):
+        CascadePipeline.from_pretrained(model, adapters={"big": folder})
+    with pytest.raises(CascadeError, match=r"no adapter here; give a folder with adapter_config\.json"):
+        CascadePipeline.from_pretrained(model, adapters={"base": tmp_path})
+    with pytest.raises(CascadeError, match=r"adapter: (was made for another network|does not fit this network)"):
+        merge_adapter(network_of("unet"), folder)
+    with pytest.raises(CascadeError, match="adapter: was made for another network, which has "):
+        merge_adapter(network_of("if_unet"), folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CascadeError, match=r"adapter_model\.safetensors: damaged"):
+        merge_adapter(network_of("unet"), folder)
+
+
+def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "peft":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    network = network_of("unet")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(CascadeError, match=r"pip install 'cascade-diffusion\[peft\]'"):
+        add_low_rank(network, 2)
