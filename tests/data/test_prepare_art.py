@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_art import write, write_sources
 
 from cascade.config import ParquetSource
-from cascade.data.dataset import open_records
+from cascade.data.sources import open_records
 
 COLUMNS = [
     *(

@@ -13,7 +13,7 @@ from cascade.data.scenes import COLOURS, HELD_OUT_PAIRS, PLACES, SHAPES, Scene, 
 from cascade.evaluation.report import Request
 from cascade.evaluation.scene_reader import read_scene, relation
 from cascade.evaluation.scenes import HELD_OUT_EVERY, KINDS, Item, figures, items, judge, run, shuffled
-from cascade.pipeline import CascadeOutput
+from cascade.output import CascadeOutput
 
 
 def as_jpeg(picture: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from cascade.evaluation.art_data import read_art
 from cascade.evaluation.report import Report, Request
 from cascade.evaluation.tower import STYLES
 from cascade.images import to_pil
-from cascade.pipeline import CascadeOutput
+from cascade.output import CascadeOutput
 
 UNSEEN, TRAINING = 12, 20
 
