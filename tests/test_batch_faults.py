@@ -311,6 +311,20 @@ def test_sigterm_finishes_the_picture_at_hand_and_the_same_command_continues(
     assert_continues(capsys, model, out)
 
 
+def test_what_a_stopped_process_left_is_not_called_finished_by_the_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first of two sees it: the other took unit 1, was told to stop, and gave it back undone."""
+    out = tmp_path / "out"
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "claim", lambda _, unit: unit != 1)
+        status, _, stderr = generate(capsys, model, out)
+    assert (status, stderr) == (1, "cascade: stopped; the same command continues\n")
+    assert generate(capsys, model, out)[0] == 0
+
+
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,10 @@ class Output:
         return any(path.stat().st_size for path in self.folder.glob("manifest*.jsonl"))
 
     def _clear(self) -> None:
-        """Remove what the earlier manifest names, and the manifest."""
+        """Remove what the earlier manifest names, what was made of it, and the manifest."""
+        for name in ("manifest.parquet", "index.html", "grid.png"):
+            stem, _, ending = name.partition(".")
+            (self.folder / self._named(stem, f".{ending}")).unlink(missing_ok=True)
         path = self.folder / self._named("manifest", ".jsonl")
         if path.exists():
             with suppress(CascadeError):  # a file that is no manifest of ours names nothing
@@ -308,6 +311,12 @@ class Output:
         for rank in range(self.process_count):
             if rank != self.rank:
                 self._drawing.wait(rank)
+
+    def is_everything_done(self, last: int) -> bool:
+        """Whether processes of this launch finished all units to `last`; one that was told to stop left its own."""
+        assert self._claims is not None, "begin() comes first"
+        which, count = self.layout.shard if self._store.unit(0) is not None else (0, 1)
+        return self.process_count == 1 or all(map(self._claims.is_done, range(which, last + 1, count)))
 
     def failures(self) -> int:
         """How many failures all processes wrote down."""

@@ -251,6 +251,7 @@ class Request:
     def _finish(self, output: Output, summary: Summary, run_seed: int) -> int:
         """What comes once all is drawn; with several processes, the first does it for all."""
         output.wait_for_the_others()
+        summary.stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
         if output.rank > 0:
             return 0
         output.manifest.refresh()
