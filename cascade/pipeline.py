@@ -141,7 +141,7 @@ class CascadePipeline:
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
         sizes = stage_sizes([slot.config for slot in slots], height, width)
-        texts = self._texts(prompts, prompt_embeds, negative_prompt)
+        texts = self.texts(prompts, prompt_embeds, negative_prompt)
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
         pictures = [Picture(index, seeds[index], number) for index in range(len(prompts)) for number in numbers]
         batch_size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
@@ -203,7 +203,7 @@ class CascadePipeline:
         places = route(configs, max(pixels.shape[-2:]), max(height, width))
         if tile is not None:
             positive("tile", tile)
-        texts = self._texts([text], None, None)
+        texts = self.texts([text])
         drawn: dict[int, Tensor] = {}
         for step, place in enumerate(places):
             slot, picture = self.slots[place], Picture(0, own_seed, places[:step].count(place))
@@ -306,11 +306,11 @@ class CascadePipeline:
             parts.append(to_uint8(x[:count]).cpu())
         return torch.cat(parts)
 
-    def _texts(
+    def texts(
         self,
         prompts: Sequence[str],
-        embeds: TextEmbeddings | None,
-        negative_prompt: str | Sequence[str] | None,
+        embeds: TextEmbeddings | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Texts:
         """Embeddings of the prompts, and of what takes the null text's place for each."""
         negative = texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
