@@ -165,6 +165,24 @@ class UNetConfig(Settings):
         return total
 
     @property
+    def receptive_radius(self) -> int | None:
+        """How far a pixel of the output looks in each direction, in pixels; None: at the whole picture.
+
+        Rounded up where a path crosses to a coarser level, and in the end to a multiple of `downsampling`.
+        """
+        if self.norm == "group" or any(self.attention):
+            return None
+        cell = radius = self.patch  # the head
+        cells = []
+        for blocks, stride in zip(self.blocks, self.strides, strict=True):
+            cell *= stride
+            cells.append(cell)
+            radius = _rounded_up(radius, cell) + 2 * blocks * cell
+        radius += 2 * self.middle_blocks * cell
+        radius += sum(2 * blocks * size for blocks, size in zip(self.blocks, cells, strict=True))
+        return _rounded_up(radius + self.patch, self.downsampling)  # with the stem
+
+    @property
     def downsampling(self) -> int:
         """Height and width of a picture must be multiples of this."""
         total = self.patch
@@ -245,9 +263,18 @@ class IFUNetConfig(Settings):
         return total
 
     @property
+    def receptive_radius(self) -> int | None:
+        """See `UNetConfig.receptive_radius`: it attends, and normalizes over the whole picture."""
+        return None
+
+    @property
     def downsampling(self) -> int:
         """Height and width of a picture must be multiples of this."""
         return int(2 ** (len(self.channels) - 1))
+
+
+def _rounded_up(pixels: int, multiple: int) -> int:
+    return -(-pixels // multiple) * multiple
 
 
 def _kind_of_model(value: Any) -> Any:
@@ -290,6 +317,9 @@ class SamplingConfig(Settings):
     """Dynamic thresholding divides by no more than this. None: no cap."""
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
+    consistency: Annotated[int, Field(ge=0)] = 0
+    """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
+    smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
 
     @model_validator(mode="after")
     def _descending(self) -> Self:
@@ -522,12 +552,13 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Literal["adamw", "adafactor"] = "adamw"
-    """`adamw`, or `adafactor` (less memory; Imagen's base stage)."""
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
+    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
-    """AdamW's averaging factors."""
+    """AdamW's averaging factors; Muon's momentum is 0.95."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -549,6 +580,17 @@ class EMAConfig(Settings):
     """Shorten the half-life to a fifth of the pictures seen so far, so that the start is forgotten."""
 
 
+class ValidationConfig(Settings):
+    """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The held-out pictures."""
+    every: PositiveInt = 1000
+    """Steps between validations; there is one after the last step too."""
+    batches: PositiveInt = 8
+    """Batches of batch_size / accumulation pictures, shared by the processes."""
+
+
 class TrainingConfig(Settings):
     """The run."""
 
@@ -563,7 +605,9 @@ class TrainingConfig(Settings):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: str | None = None
-    """Stage folder whose weights the network starts from."""
+    """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
+    frozen: tuple[str, ...] = ()
+    """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Train differences of this rank to the attention's weights alone; the finished stage has them added in.
     0: train all weights."""
@@ -577,6 +621,8 @@ class TrainingConfig(Settings):
     """The optimizer."""
     ema: EMAConfig = EMAConfig()
     """The weight average."""
+    validation: ValidationConfig | None = None
+    """A validation loss. None: no validation."""
     log_every: PositiveInt = 50
     """Steps between log entries."""
     sample_every: Annotated[int, Field(ge=0)] = 0

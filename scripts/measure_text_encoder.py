@@ -16,13 +16,13 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
-
-from cascade.data.scenes import describe, random_scene
 from text_encoder.distillation import text_mean
 from text_encoder.held_out import HeldOut, concept_names, held_out_words
 from text_encoder.teacher import teach
 from text_encoder.texts import words_in
+from torch import Tensor
+
+from cascade.data.scenes import describe, random_scene
 
 
 @torch.inference_mode()

@@ -26,8 +26,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-
-from cascade.data.scenes import describe, random_scene
 from text_encoder.distillation import Lessons, principal_directions
 from text_encoder.held_out import words_unseen_in_training
 from text_encoder.teacher import TEACHER, teach_once
@@ -35,6 +33,8 @@ from text_encoder.texts import Text, common_words, distillation_texts
 from text_encoder.training import Recipe, Sizes, build_model, start_from_meanings, train
 from text_encoder.vocabulary import SENTINELS, build_tokenizer, pieces_of_one_word
 from text_encoder.wordnet import WordNet, read_wordnet
+
+from cascade.data.scenes import describe, random_scene
 
 
 def read_captions(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from cascade.build import build_stage
 from cascade.config import TrainConfig
 from cascade.settings import override, parse
 from cascade.text.t5 import TextEmbeddings
+from cascade.training.log import MEASURED
 
 TEXT_DIM = 16
 
@@ -119,7 +120,7 @@ def fill(network: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> None:
             parameter += scale * torch.randn(parameter.shape, generator=rng)
 
 
-def log_entries(output: Path, without: Sequence[str] = ("images_per_second",)) -> list[dict[str, float]]:
+def log_entries(output: Path, without: Sequence[str] = MEASURED) -> list[dict[str, float]]:
     """The lines of a run's log.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in without} for line in lines]

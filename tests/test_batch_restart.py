@@ -172,7 +172,7 @@ def test_windows_change_no_output(
     assert not (tmp_path / "out" / ".cascade" / "shelf").exists()
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 5, 16])
 def test_shards_that_share_nothing_give_the_output_of_one_run(
     model: Path, prompts: Path, whole: Path, tmp_path: Path, count: int
 ) -> None:

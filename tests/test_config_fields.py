@@ -36,6 +36,7 @@ from cascade.settings import Settings
 from cascade.stage import Stage
 from cascade.training.samples import sample_grid
 from cascade.training.state import load_newest
+from cascade.training.validation import Validation
 
 # --- what can be observed ----------------------------------------------------------------------------------------
 
@@ -130,6 +131,17 @@ def views(config: TrainConfig) -> object:
     return seen
 
 
+def held_out_views(config: TrainConfig) -> object:
+    """Pictures and captions of the first validation batches, or that there is an error."""
+    settings = config.training.validation
+    assert settings is not None
+    try:
+        batches_seen = islice(Validation(config, settings)._views(), 12)
+        return [(digest({"images": batch.images}), tuple(batch.captions)) for batch in batches_seen]
+    except CascadeError:
+        return "error"
+
+
 def reading_processes(config: TrainConfig) -> object:
     """How many processes read pictures."""
     before = set(multiprocessing.active_children())
@@ -220,6 +232,7 @@ PARQUET = 'data.sources=[{kind: parquet, files: ["WORLD/hub/one.parquet"]}]'
 HUB = "data.sources=[{kind: datasets, name: WORLD/hub}]"
 STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
 SCENES = "data.sources=[{kind: scenes}]"
+HELD_OUT = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2}"
 SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
 T5 = "text.encoder=WORLD/t5"
 SQUARED_COSINE = "stage.schedule={kind: squared_cosine}"
@@ -383,6 +396,9 @@ ROWS: dict[str, Row] = {
     "training.optimizer.clip_norm": Row("0.01", trained_weights),
     "training.ema.half_life_images": Row("2", averaged_weights),
     "training.ema.warmup": Row("false", averaged_weights),
+    "training.frozen": Row("[stem]", trained_weights),
+    "training.validation.every": Row("3", log, (HELD_OUT,)),
+    "training.validation.batches": Row("2", log, (HELD_OUT,)),
     "training.log_every": Row("2", log),
     "training.sample_every": Row("2", files),
     "training.sample_prompts": Row("[red]", files, ("training.sample_every=4",)),
@@ -390,6 +406,23 @@ ROWS: dict[str, Row] = {
     "training.save_every": Row("2", files),
     "training.keep_checkpoints": Row("3", files, ("training.save_every=1",)),
     "training.trackers": Row("[tensorboard]", files),
+}
+
+
+def held_out(row: Row) -> Row:
+    """The same of a source among the held-out ones."""
+
+    def moved(assignment: str) -> str:
+        name, _, value = assignment.partition("=")
+        return f"training.validation={{sources: {value}}}" if name == "data.sources" else assignment
+
+    return Row(row.value, held_out_views, tuple(map(moved, row.base or (SCENES,))), moved(row.assignment))
+
+
+ROWS |= {
+    f"training.validation.{name.removeprefix('data.')}": held_out(row)
+    for name, row in ROWS.items()
+    if name.startswith("data.sources[")
 }
 
 FIXED = {"format"}
@@ -423,7 +456,7 @@ def key_of(field: str) -> str:
     start, bracket, rest = field.partition("[")
     if not bracket:
         return field
-    place = {"data.sources": ".0", "stage.presets": ".fast"}.get(start, "")
+    place = {"data.sources": ".0", "training.validation.sources": ".0", "stage.presets": ".fast"}.get(start, "")
     return start + place + rest.partition("]")[2]
 
 

@@ -8,15 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import click
+import measure_text_encoder
 import numpy as np
 import pytest
 import torch
+import train_text_encoder
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import measure_text_encoder
-import train_text_encoder
 from text_encoder.corruption import corrupt, partition
 from text_encoder.distillation import principal_directions, similarity_loss, word_means
 from text_encoder.held_out import concept_names, held_out_words, words_unseen_in_training

@@ -109,12 +109,13 @@ class Output:
             self._state.mkdir(exist_ok=True)
             self._lock = RunLock(self._state / self._named("lock", ""), self._launch)
             self._lock.acquire()
+            self._claims = Claims(self._state / self._named("claims", ""))
             if self._lock.first:
                 settled = self._prepare(settings)
+                self._claims.clear()
                 self._lock.share()
             else:
                 settled = self._compared(settings)
-            self._claims = Claims(self._state / self._named("claims", ""))
             self._drawing = Claims(self._state / self._named("drawing", ""))
         except OSError as error:
             raise self._unwritable(error) from None
@@ -220,10 +221,13 @@ class Output:
         if self.process_count == 1:
             return True
         assert self._claims is not None, "begin() comes first"
-        taken = self._claims.take(unit)
-        if taken:
-            self.manifest.refresh()  # perhaps another one finished it before us
-        return taken
+        if not self._claims.take(unit):
+            return False
+        if self._claims.is_done(unit):  # its failures are written down, and its pictures need no second look
+            self._claims.release(unit)
+            return False
+        self.manifest.refresh()  # another one may have died within it
+        return True
 
     def has(self, index: int, number: int, made_by: Mapping[str, Any]) -> bool:
         """Whether a picture is finished, its file whole. Raises CascadeError when it was of another prompt."""
@@ -295,7 +299,7 @@ class Output:
         except OSError as error:
             raise self._unwritable(error) from None
         if self.process_count > 1 and self._claims is not None:
-            self._claims.release(unit)
+            self._claims.finish(unit)
 
     def wait_for_the_others(self) -> None:
         """Until no process of this launch draws any more: launchers end all when one ends with a failure."""

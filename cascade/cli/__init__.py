@@ -11,9 +11,11 @@ from contextlib import contextmanager
 import click
 
 from cascade._version import __version__
+from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.train import encode, train
+from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
 
 __all__ = ["main"]
@@ -33,7 +35,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, train, encode, info, assemble, convert):
+for command in (generate, upscale, train, encode, evaluate, info, assemble, convert):
     program.add_command(command)
 
 

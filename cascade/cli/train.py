@@ -13,6 +13,8 @@ PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
 PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "configs")
 """Where presets are: in an installed package, or in a checkout of the sources."""
+_LAUNCHER = "accelerate"
+"""Beside them: how processes are started, which is no training run."""
 
 
 @click.command()
@@ -87,7 +89,8 @@ def find_config(name: str) -> Path:
 def known_presets() -> dict[str, Path]:
     """The presets by name, `folder/stage`, from the first folder that has any."""
     for folder in PRESET_FOLDERS:
-        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.glob("*/*.yaml")}
+        paths = [path for path in folder.glob("*/*.yaml") if path.parent.name != _LAUNCHER]
+        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
         if files:
             return files
     return {}

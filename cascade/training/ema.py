@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cascade.config import EMAConfig
+from cascade.training.sharding import spread_like, whole
 
 
 class EMA:
@@ -35,23 +35,19 @@ class EMA:
         share = 1 - self.decay(images_seen, batch_size)
         torch._foreach_lerp_(list(self.weights.values()), fresh, share)
 
+    @torch.no_grad()
+    def distance(self, network: nn.Module) -> float:
+        """How far the average lies from the weights of the moment, as a share of their norm. All processes together."""
+        weights = [parameter.detach().float() for parameter in network.parameters()]
+        apart = _norm([weight - mean for weight, mean in zip(weights, self.weights.values(), strict=True)])
+        return apart / max(_norm(weights), 1e-12)
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continue from a saved average."""
         for name, value in self.weights.items():
-            value.copy_(weights[name])
+            value.copy_(spread_like(value, weights[name]))
 
-    @contextmanager
-    def in_place_of(self, network: nn.Module) -> Iterator[None]:
-        """Run with the average in the network; the weights of the moment come back afterwards."""
-        kept = {name: value.detach().clone() for name, value in network.named_parameters()}
-        self._fill(network, self.weights)
-        try:
-            yield
-        finally:
-            self._fill(network, kept)
 
-    @staticmethod
-    @torch.no_grad()
-    def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm of all together."""
+    return float(torch.stack([whole(norm) for norm in torch._foreach_norm(list(tensors))]).norm())

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 
 from cascade.checkpoint import write_text, writing
 
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 """Log SNR between the noise bands of the loss: from almost noise to almost clean."""
+MEASURED = ("images_per_second", "data_wait_share", "memory_gigabytes")
+"""Entries that depend on the clock and the machine; all others are the same in bits when a run is repeated."""
+
+Sums = dict[str, tuple[float, int]]
+"""Sum and count of each quantity."""
 
 
 def band_names() -> list[str]:
@@ -23,34 +31,59 @@ def band_names() -> list[str]:
     return [f"loss/log_snr{band}" for band in [f"<{BAND_EDGES[0]:g}", *inner, f">{BAND_EDGES[-1]:g}"]]
 
 
-class Meter:
-    """Means over the steps since the last entry."""
+_BANDS = band_names()
 
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._bands: list[list[float]] = [[] for _ in range(len(BAND_EDGES) + 1)]
-        self._grad_norms: list[float] = []
+
+class Meter:
+    """Means over the steps since the last entry. `sums` is all it knows but the clock, and goes into checkpoints."""
+
+    def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
+        """sums: of the meter that a checkpoint kept, so that a resumed run's next entry is what it would have been."""
+        self.sums: Sums = {name: (float(total), int(count)) for name, (total, count) in (sums or {}).items()}
         self._images = 0
+        self._waited = 0.0
         self._start = time.perf_counter()
 
-    def add(self, losses: Sequence[float], log_snrs: Sequence[float], grad_norm: float) -> None:
-        """One step: loss and log SNR of every picture of all processes, and the norm of the gradient."""
-        self._losses += losses
+    def add_losses(self, losses: Sequence[float], log_snrs: Sequence[float]) -> None:
+        """Loss and log SNR of every picture of all processes."""
         for loss, log_snr in zip(losses, log_snrs, strict=True):
-            self._bands[sum(log_snr >= edge for edge in BAND_EDGES)].append(loss)
-        self._grad_norms.append(grad_norm)
+            self.add("loss", loss)
+            self.add(_BANDS[sum(log_snr >= edge for edge in BAND_EDGES)], loss)
         self._images += len(losses)
 
-    def summary(self) -> dict[str, float]:
-        """The means, and pictures per second. Bands that saw no picture are left out."""
-        seconds = time.perf_counter() - self._start
-        bands = zip(band_names(), self._bands, strict=True)
+    def add(self, name: str, value: float) -> None:
+        """One value of a quantity."""
+        total, count = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (total + value, count + 1)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def means(self) -> dict[str, float]:
+        """The mean of each quantity. Bands that saw no picture are left out."""
+        order = ["loss", *_BANDS]
+        names = [*(name for name in order if name in self.sums), *(name for name in self.sums if name not in order)]
+        return {name: self.sums[name][0] / self.sums[name][1] for name in names}
+
+    def measured(self, device: torch.device) -> dict[str, float]:
+        """What the clock and the machine say: see `MEASURED`."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
         return {
-            "loss": _mean(self._losses),
-            **{name: _mean(values) for name, values in bands if values},
-            "gradient_norm": _mean(self._grad_norms),
-            "images_per_second": self._images / max(seconds, 1e-9),
+            "images_per_second": self._images / seconds,
+            "data_wait_share": self._waited / seconds,
+            "memory_gigabytes": memory_bytes(device) / 1e9,
         }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory that tensors held on a GPU so far; on a CPU what this process holds now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
 
 
 class RunLog:
@@ -58,13 +91,15 @@ class RunLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        self.entries = [entry for entry in map(json.loads, _lines(path)) if entry["step"] <= resume_step]
+        """Every entry so far."""
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one entry."""
+        self.entries.append({"step": step, **values})
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(self.entries[-1]) + "\n")
 
 
 def _lines(path: Path) -> list[str]:
@@ -72,10 +107,6 @@ def _lines(path: Path) -> list[str]:
         return []
     # A killed run may leave half a line behind; whole ones end with a brace.
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def flatten(values: Tensor) -> list[float]:

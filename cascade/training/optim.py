@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.config import OptimizerConfig
+from cascade.training.sharding import is_sharded, spread_like
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Adafactor; weight decay acts on matrices and kernels, not on biases and norms."""
+    """AdamW, Adafactor or Muon; weight decay acts on matrices and kernels, not on biases and norms."""
+    if config.kind == "muon":
+        return Muon(network, config)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -23,6 +27,64 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
             return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=config.learning_rate)
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon for the kernels and matrices of the repeated layers, AdamW for everything else.
+
+    A kernel is flattened to (out, in * height * width), one row for each channel it makes (Jordan et al. 2024). Muon's
+    update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so both go by one learning rate. The memory
+    lies in `state` under the network's own parameters and in their shape, as any optimizer's does.
+    """
+
+    def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
+        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        hidden = [parameter for name, parameter in named if parameter.ndim >= 2 and _REPEATED.search(name)]
+        chosen = set(hidden)
+        others = [parameter for _, parameter in named if parameter not in chosen]
+        groups: list[dict[str, Any]] = [
+            {"params": hidden, "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, {"lr": config.learning_rate})
+        self._matrices = {parameter: _as_matrix(parameter.detach()) for parameter in hidden}
+        # An empty list is refused; networks without repeated layers are all AdamW.
+        self._muon = torch.optim.Muon(list(self._matrices.values()), adjust_lr_fn="match_rms_adamw") if hidden else None
+        self._adamw = torch.optim.AdamW(self.param_groups[1:], lr=config.learning_rate, betas=config.betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - none is ever passed
+        """One step of both, at the learning rate that the groups have now."""
+        if self._muon is not None:
+            for parameter, matrix in self._matrices.items():
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                matrix.grad = None if parameter.grad is None else _as_matrix(parameter.grad)
+                self._muon.state[matrix] = {"momentum_buffer": _as_matrix(state["momentum_buffer"])}
+            self._muon.param_groups[0].update({key: self.param_groups[0][key] for key in ("lr", "weight_decay")})
+            self._muon.step()
+            for matrix in self._matrices.values():
+                matrix.grad = None
+        self._adamw.state = self.state  # `load_state_dict` makes a new one
+        for group, own in zip(self._adamw.param_groups, self.param_groups[1:], strict=True):
+            group["lr"] = own["lr"]
+        self._adamw.step()
+
+
+_REPEATED = re.compile(r"^(levels|middle|down_blocks|mid_block|up_blocks)\.")
+"""Between the first and the last layer, in the U-Net and in IF's."""
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """(out, ...) -> (out, rest), a view of the same memory in whichever layout it lies.
+
+    The order within a row is the layout's; Muon's step does not depend on it.
+    """
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # channels-last
+    return tensor.flatten(1)
 
 
 def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
@@ -57,7 +119,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
     for name, parameter in network.named_parameters():
         own = {key.split("::")[1]: value for key, value in state.items() if key.split("::")[0] == name}
         if own:
-            fused = isinstance(optimizer, torch.optim.AdamW)  # its kernel wants the step count beside the weights
+            fused = isinstance(
+                optimizer, torch.optim.AdamW | Muon
+            )  # its kernel wants the step count beside the weights
             optimizer.state[parameter] = {
                 quantity: value if quantity == "step" and not fused else _beside(parameter, value)
                 for quantity, value in own.items()
@@ -71,4 +135,6 @@ def _beside(parameter: Tensor, value: Tensor) -> Tensor:
     """
     if value.shape != parameter.shape:
         return value.to(parameter.device)
+    if is_sharded(parameter):
+        return spread_like(parameter.detach(), value)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

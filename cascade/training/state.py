@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION, TrainConfig
 from cascade.errors import CascadeError
+from cascade.training.changes import check_changes
+from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
+_TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|step-\d+(\.png)?)(\.old)?\.\w{8}$")
+"""Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class RunState:
     network: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    meter: Sums = field(default_factory=dict)
+    """What the log's next entry already holds, where a checkpoint falls between two entries."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
@@ -47,6 +53,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
                 "step": state.step,
                 "torch": torch.__version__,
                 "sha256": sums,
+                "meter": state.meter,
                 "config": config.model_dump(mode="json"),
             },
         )
@@ -57,26 +64,51 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
             shutil.rmtree(folder)
 
 
-def load_newest(output: Path, config: TrainConfig) -> RunState:
+def newest(output: Path, config: TrainConfig) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
-    Raises CascadeError when there is none, or when it was made by the other optimizer.
+    None for a run that was begun and ended before its first checkpoint. Raises CascadeError when there is no run or
+    only damaged checkpoints, and when a changed setting makes the checkpoint another run's.
     """
     for folder in reversed(checkpoints(output)):
         try:
-            state, saved_config = _read(folder)
+            meta = _check(folder)
         except CascadeError as error:
             logger.warning("%s: skipped, the checkpoint before it is used instead: %s", folder, error)
             continue
-        for line in differences(saved_config, config.model_dump(mode="json")):
-            if line.startswith("training.optimizer.kind:"):
-                raise CascadeError(
-                    f"{folder}: {line}: one optimizer cannot go on from the other's memory;"
-                    f" start a new run with training.init_from={output}"
-                )
-            logger.warning("%s: setting changed since the checkpoint: %s", folder, line)
-        return state
+        for line in check_changes(meta["config"], config, folder):
+            logger.warning("%s", line)
+        return folder
+    if not checkpoints(output) and (output / "config.yaml").exists():
+        return None
     raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
+
+
+def read_state(folder: Path) -> RunState:
+    """A checkpoint that `newest` found sound."""
+    meta = read_json(folder / "state.json")
+    tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
+    return RunState(meta["step"], **tensors, meter=meta.get("meter", {}))
+
+
+def load_newest(output: Path, config: TrainConfig) -> RunState:
+    """What `newest` finds, read. Raises CascadeError as it does, and for a run without any checkpoint."""
+    folder = newest(output, config)
+    if folder is None:
+        raise CascadeError(f"{output}: the run ended before its first checkpoint")
+    return read_state(folder)
+
+
+def remove_unfinished(output: Path) -> None:
+    """Delete what a killed run had begun to write: files and folders under their temporary names, nothing else."""
+    for folder in (output, output / "checkpoints", output / "samples"):
+        for path in folder.glob(".*"):
+            if not _TEMPORARY.match(path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -84,33 +116,23 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(path for path in (output / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """One line for each setting that differs, such as `training.batch_size: 16 -> 32`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name}: {old} -> {new}"
-
-
 def _folder(output: Path, step: int) -> Path:
     return output / "checkpoints" / f"step-{step:08d}"
 
 
-def _read(folder: Path) -> tuple[RunState, dict[str, Any]]:
+def _check(folder: Path) -> dict[str, Any]:
+    """What stands in a checkpoint's state.json. Raises CascadeError unless its files are as they were written."""
     meta = read_json(folder / "state.json")
     missing = {"format", "step", "sha256", "config"} - meta.keys()
     if missing:
         raise CascadeError(f"{folder / 'state.json'} lacks {min(missing)}")
     if meta.get("format") != FORMAT_VERSION:
         raise CascadeError(f"{folder}: format {meta.get('format')}, this version reads {FORMAT_VERSION}")
-    tensors = {}
     for name in _FILES:
         path = folder / f"{name}.safetensors"
-        if not path.exists() or _checksum(path) != meta["sha256"][name]:
+        if not path.exists() or _checksum(path) != meta["sha256"].get(name):
             raise CascadeError(f"{path} is missing or does not match its checksum")
-        tensors[name] = load_tensors(path)
-    return RunState(meta["step"], **tensors), meta["config"]
+    return meta
 
 
 def _checksum(path: Path) -> str:

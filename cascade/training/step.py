@@ -10,11 +10,13 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioning
 from cascade.config import LogitNormalLevels, LossConfig
+from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.diffusion.noise import diffuse, log_snr_from_std
-from cascade.images import downsample
+from cascade.images import downsample, to_float
 from cascade.seeds import generator
 from cascade.stage import Network, Stage
+from cascade.text.t5 import TextEncoderProtocol
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ class Draw:
         return Draw(self.u.to(device), self.eps.to(device), self.aug_level.to(device), aug_eps)
 
 
+def training_batch(
+    batch: Batch, text: TextEncoderProtocol, device: torch.device, first: int, batch_size: int
+) -> TrainingBatch:
+    """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
+
+    first: number of the first view of the whole batch of `batch_size`, of which this may be one process' share.
+    """
+    embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
+    return TrainingBatch(
+        x=to_float(batch.images.to(device)),
+        text=embeddings.tokens.to(device, torch.float32),
+        text_mask=embeddings.mask.to(device),
+        samples=batch.samples,
+        positions=torch.tensor([sample - first for sample in batch.samples], device=device),
+        batch_size=batch_size,
+    )
+
+
 def draw_noise(
     samples: Sequence[int],
     shape: tuple[int, int],
@@ -55,14 +75,15 @@ def draw_noise(
     seed: int,
     max_aug_level: float,
     enlarged: bool = False,
+    purpose: str = "train",
 ) -> Draw:
-    """The noise of each view, keyed by (seed, its number): the same in any batch and any process.
+    """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
     shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
     picture is noised at the size of the large one.
     """
     height, width = shape
-    rngs = [generator(seed, sample, "train") for sample in samples]
+    rngs = [generator(seed, sample, purpose) for sample in samples]
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
     eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
     aug_eps = None

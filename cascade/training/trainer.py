@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
-import signal
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from cascade.checkpoint import atomic_file, load_weights, save_stage, write_text
@@ -22,12 +19,15 @@ from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
 from cascade.errors import CascadeError
-from cascade.images import to_float
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoderProtocol
+from cascade.training.accelerator import any_process, build_accelerator, check_shardable, from_main, shards
 from cascade.training.ema import EMA
+from cascade.training.frozen import freeze
+from cascade.training.guards import check_batch, check_finite, check_gradient
+from cascade.training.interrupt import stop_signals
 from cascade.training.log import Meter, RunLog, flatten
 from cascade.training.lora import add_low_rank, merged
 from cascade.training.optim import (
@@ -38,8 +38,11 @@ from cascade.training.optim import (
     set_learning_rate,
 )
 from cascade.training.samples import sample_grid
-from cascade.training.state import RunState, checkpoints, load_newest, save_state
-from cascade.training.step import TrainingBatch, draw_noise, training_loss
+from cascade.training.sharding import gather, spread_like
+from cascade.training.state import RunState, checkpoints, newest, read_state, remove_unfinished, save_state
+from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
+from cascade.training.validation import Validation
+from cascade.training.watch import Watch
 
 logger = logging.getLogger("cascade.training")
 
@@ -56,18 +59,18 @@ class Trainer:
         self.config, self.stage, self.text = config, stage, text
         self.output = Path(config.output)
         settings = config.training
-        self.accelerator = _accelerator(config)
+        self.accelerator = build_accelerator(config)
         text.to(self.accelerator.device)
-        self._check_batch()
-        stage.network.activation_checkpointing = settings.activation_checkpointing
-        if settings.lora_rank:
-            add_low_rank(stage.network, settings.lora_rank, settings.seed)
-        network = torch.compile(stage.network) if settings.compile else stage.network
-        optimizer = build_optimizer(stage.network, settings.optimizer)
-        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        check_batch(self._pass_size, self.accelerator)
+        self._plain = copy.deepcopy(stage.network).to("meta")  # the shape alone, for the averages to be put into
+        self.network, self.optimizer = self._prepared()
         self.ema = EMA(stage.network, settings.ema)
         loss = settings.loss
         self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        self.validation = Validation(config, settings.validation, *place) if settings.validation else None
+        self.meter, self.watch = Meter(), Watch()
+        self.log: RunLog | None = None
 
     def run(self, resume: bool = False) -> bool:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
@@ -76,76 +79,76 @@ class Trainer:
         for none to resume, and for a loss that is not finite.
         """
         first = self._restore() if resume else self._start()
-        log = RunLog(self.output / "log.jsonl", first) if self.accelerator.is_main_process else None
-        meter = Meter()
         stop = False
-        with _stop_signals() as stopped, self._progress(first) as progress:
-            data = self._batches(first)
+        with closing(self._batches(first)) as data, stop_signals() as stopped, self._progress(first) as progress:
+            from_main(self.accelerator, lambda: self._open_folder(first))
             for step in range(first + 1, self.config.training.steps + 1):
-                losses, log_snrs, grad_norm = self._step(step, data)
-                meter.add(losses, log_snrs, grad_norm)
+                self._step(step, data)
                 progress.update()
-                if step % self.config.training.log_every == 0 or step == self.config.training.steps:
-                    meter = self._log(step, meter, log, progress)
                 # Whoever asks to stop in the last step gets what the run was for: it is finished.
-                stop = self._any_process(stopped()) and step < self.config.training.steps
-                self._every_so_often(step, stop)
+                stop = any_process(self.accelerator, stopped()) and step < self.config.training.steps
+                self._every_so_often(step, stop, progress)
                 if stop:
                     break
-        self.accelerator.end_training()
+        self._close()
         return not stop
 
-    def _step(self, step: int, data: Iterator[Batch]) -> tuple[list[float], list[float], float]:
+    def _close(self) -> None:
+        """End trackers and the process group.
+
+        A gloo thread lets go of its last tensor a moment after the result is there. Should Python be shutting down by
+        then, the thread's wish for the lock kills the process ("terminate called without an active exception",
+        pytorch#179291), after all the work was done and saved. Its threads cannot be joined from here: DDP keeps them.
+        """
+        self.accelerator.end_training()
+        if self.accelerator.num_processes > 1:
+            time.sleep(0.5)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, data: Iterator[Batch]) -> None:
         """One optimizer step over all accumulated batches and processes."""
         settings = self.config.training
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer, settings.steps))
-        # Dropout draws from the global generator; keyed by the step, it needs no saved state.
-        torch.manual_seed(derive_seed(settings.seed, step, self.accelerator.process_index, "dropout") % 2**63)
         losses, levels = [], []
         for index in range(settings.accumulation):
-            batch = next(data)
+            with self.meter.waiting():
+                batch = next(data)
+            # Dropout draws from the global generator; keyed by the pass, it needs no saved state. Not before the batch
+            # is there: starting the reading processes draws from it too, in the first step of a resumed run.
+            torch.manual_seed(derive_seed(settings.seed, step, index, self.accelerator.process_index, "dropout"))
             last = index == settings.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 loss, log_snr = self._loss(batch)
-                self._check_finite(loss, step, batch)
+                check_finite(loss, step, batch, self.accelerator)
                 self.accelerator.backward(loss.mean() / settings.accumulation)
-            losses.append(loss.detach())
+            losses.append(loss.detach().float())
             levels.append(log_snr.detach().flatten())
         norm = self._clip()
-        self._check_gradient(norm, step)
+        check_gradient(norm, step, settings.precision)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
-        gathered = self.accelerator.gather(torch.stack([torch.cat(losses).float(), torch.cat(levels)], dim=1))
-        return flatten(gathered[:, 0]), flatten(gathered[:, 1]), norm
+        self.meter.add_losses(*self._from_all(torch.cat(losses), torch.cat(levels)))
+        self.meter.add("gradient_norm", norm)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        settings, device = self.config.training, self.accelerator.device
         ready = self.ready(batch)
         height, width = ready.x.shape[-2:]
         draw = draw_noise(
             batch.samples,
             (height, width),
             self.stage.scale,
-            settings.seed,
+            self.config.training.seed,
             self.config.data.max_aug_level,
             self.stage.config.model.enlarges_first,
-        ).to(device)
-        return training_loss(self.stage, self.network, ready, settings.loss, self.weighting, draw)
+        ).to(self.accelerator.device)
+        return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:
         """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings."""
-        device, size = self.accelerator.device, self._pass_size
-        text = self.text.encode(batch.captions, batch_size=len(batch.captions))
-        first = batch.samples[0] - batch.samples[0] % size
-        return TrainingBatch(
-            x=to_float(batch.images.to(device)),
-            text=text.tokens.to(device, torch.float32),
-            text_mask=text.mask.to(device),
-            samples=batch.samples,
-            positions=torch.tensor([sample - first for sample in batch.samples], device=device),
-            batch_size=size,
-        )
+        first = batch.samples[0] - batch.samples[0] % self._pass_size
+        return training_batch(batch, self.text, self.accelerator.device, first, self._pass_size)
 
     def _clip(self) -> float:
         """Clip the gradient if asked to; its norm before, either way."""
@@ -153,63 +156,141 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), limit or float("inf"))
         return float(norm)
 
-    def _every_so_often(self, step: int, stop: bool) -> None:
+    # --- every n steps -----------------------------------------------------------------------------------------------
+
+    def _every_so_often(self, step: int, stop: bool, progress: tqdm[Any]) -> None:
+        """What is due after a step. The checkpoint comes last: what stands before it is never missing after a kill."""
         settings = self.config.training
         last = step == settings.steps
-        if step % settings.save_every == 0 or last or stop:
+
+        def due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or last)
+
+        validates = settings.validation is not None and due(settings.validation.every)
+        samples = due(settings.sample_every) and not stop
+        values = self._summary(step) if due(settings.log_every) else {}
+        if validates or samples:
+            averaged = self.averaged_stage()
+            if validates:
+                values |= self._validated(averaged)
+            if samples:
+                from_main(self.accelerator, lambda: self._sample(step, averaged))
+        if values:
+            self._write_log(step, values, progress)
+        if due(settings.save_every) or stop:
             self._save(step)
-        if settings.sample_every and (step % settings.sample_every == 0 or last) and not stop:
-            self._main_only(lambda: self._sample(step))
 
-    def _save(self, step: int) -> None:
-        """Checkpoint, and the averaged weights as a finished stage folder. Only the main process writes."""
+    def averaged_stage(self) -> Stage:
+        """The stage with the averaged weights, whole on this process' device. All processes together."""
+        weights = merged(gather(self.ema.weights))
+        network = copy.deepcopy(self._plain)
+        network.load_state_dict(weights, assign=True)
+        return Stage(self.stage.config, network.eval(), self.stage.schedule).to(self.accelerator.device)
 
-        def write() -> None:
-            state = RunState(
-                step,
-                network=dict(self.stage.network.named_parameters()),
-                ema=self.ema.weights,
-                optimizer=optimizer_state(self.optimizer.optimizer, self.stage.network),
-            )
-            save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
-            save_stage(self.output / "stage", self.stage.config, merged(self.ema.weights))
+    def _summary(self, step: int) -> dict[str, float]:
+        """An entry of the log. All processes together: the distance of sharded weights takes them all."""
+        settings = self.config.training
+        values = self.meter.means()
+        values["learning_rate"] = learning_rate(step - 1, settings.optimizer, settings.steps)
+        values["ema_distance"] = self.ema.distance(self.stage.network)
+        values |= self.meter.measured(self.accelerator.device)
+        self.meter = Meter()
+        return values
 
-        self._main_only(write)
+    def _validated(self, averaged: Stage) -> dict[str, float]:
+        assert self.validation is not None
+        with self.accelerator.autocast():
+            pairs = self.validation.losses(averaged, self.text, self.weighting, self.accelerator.device)
+        meter = Meter()
+        meter.add_losses(*self._from_all(*pairs))
+        return {f"validation_{name}": value for name, value in meter.means().items()}
 
-    def _sample(self, step: int) -> None:
-        with self.ema.in_place_of(self.stage.network):
-            sheet = sample_grid(self.config, self.stage, self.text)
+    def _write_log(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
+        if "loss" in values:
+            progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values['images_per_second']:.1f}")
+        self.accelerator.log(values, step=step)
+        if self.log:
+            self.log.write(step, values)
+            for warning in self.watch.new_warnings(self.log.entries):
+                logger.warning("step %d: %s", step, warning)
+
+    def _sample(self, step: int, averaged: Stage) -> None:
+        with self.accelerator.autocast():
+            sheet = sample_grid(self.config, averaged, self.text)
         path = self.output / "samples" / f"step-{step:08d}.png"
         with atomic_file(path) as temporary:
             sheet.save(temporary, format="PNG")
 
-    def _log(self, step: int, meter: Meter, log: RunLog | None, progress: tqdm[Any]) -> Meter:
-        settings = self.config.training
-        values = meter.summary()
-        values["learning_rate"] = learning_rate(step - 1, settings.optimizer, settings.steps)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values['images_per_second']:.1f}")
-        self.accelerator.log(values, step=step)
-        if log:
-            log.write(step, values)
-        return Meter()
+    def _save(self, step: int) -> None:
+        """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes."""
+        keep, device = self.accelerator.is_main_process, "cpu" if shards(self.accelerator) else None
+        state = RunState(
+            step,
+            network=gather(dict(self.stage.network.named_parameters()), keep, device),
+            ema=gather(self.ema.weights, keep, device),
+            optimizer=gather(optimizer_state(self.optimizer.optimizer, self.stage.network), keep, device),
+            meter=self.meter.sums,
+        )
+
+        def write() -> None:
+            # The stage first: once the last checkpoint is there, everything is.
+            save_stage(self.output / "stage", self.stage.config, merged(state.ema))
+            save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
+
+        from_main(self.accelerator, write)
+
+    # --- beginning ---------------------------------------------------------------------------------------------------
+
+    def _prepared(self) -> tuple[nn.Module, Any]:
+        """The network and its optimizer, as accelerate wraps them."""
+        settings, network = self.config.training, self.stage.network
+        network.activation_checkpointing = settings.activation_checkpointing
+        if settings.lora_rank:
+            add_low_rank(network, settings.lora_rank, settings.seed)
+        freeze(network, settings.frozen)
+        if shards(self.accelerator):
+            check_shardable(settings)
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP takes no other
+        else:
+            network.to(self.accelerator.device)  # before the optimizer, which may hold views of the weights
+        compiled = torch.compile(network) if settings.compile else network
+        optimizer = build_optimizer(network, settings.optimizer)
+        prepared, wrapped = self.accelerator.prepare(compiled, optimizer)
+        return prepared, wrapped
 
     def _start(self) -> int:
         """Begin a new run; the folder must not hold one."""
         if checkpoints(self.output):
             raise CascadeError(f"{self.output}: holds a run already; continue it with --resume, or set another output")
-        self._main_only(lambda: write_text(self.output / "config.yaml", to_yaml(self.config)))
         return 0
 
     def _restore(self) -> int:
         """Continue from the newest checkpoint; the number of steps done."""
-        state = load_newest(self.output, self.config)
-        load_weights(self.stage.network, state.network, self.output)
+        # One process chooses: on a file system shared by many, they might not all see the same.
+        name = from_main(self.accelerator, self._newest)
+        if name is None:
+            logger.warning("%s: ended before its first checkpoint; it begins anew", self.output)
+            return 0
+        state = read_state(Path(name))
+        own = self.stage.network.state_dict()
+        parts = {name: spread_like(own.get(name, value), value) for name, value in state.network.items()}
+        load_weights(self.stage.network, parts, self.output)
         self.ema.load(state.ema)
         load_optimizer_state(self.optimizer.optimizer, self.stage.network, state.optimizer)
+        self.meter = Meter(state.meter)
         logger.info("%s: continuing after step %d", self.output, state.step)
         return state.step
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
+    def _newest(self) -> str | None:
+        folder = newest(self.output, self.config)
+        return None if folder is None else str(folder)
+
+    def _open_folder(self, first: int) -> None:
+        remove_unfinished(self.output)
+        write_text(self.output / "config.yaml", to_yaml(self.config))
+        self.log = RunLog(self.output / "log.jsonl", first)
+
+    def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training
         return batches(
             self.config.data,
@@ -226,42 +307,10 @@ class Trainer:
         """Pictures in one forward and backward pass of all processes."""
         return self.config.training.batch_size // self.config.training.accumulation
 
-    def _check_batch(self) -> None:
-        if self._pass_size % self.accelerator.num_processes:
-            raise CascadeError(
-                f"training.batch_size / training.accumulation = {self._pass_size} does not divide among"
-                f" {self.accelerator.num_processes} processes"
-            )
-
-    def _check_finite(self, loss: Tensor, step: int, batch: Batch) -> None:
-        finite = torch.isfinite(loss).flatten()
-        # Every process must stop, not only the one that saw it, or the others wait forever.
-        if self._any_process(not bool(finite.all())):
-            bad = [sample for sample, ok in zip(batch.samples, finite.tolist(), strict=True) if not ok]
-            captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
-            raise CascadeError(
-                f"the loss is not finite at step {step}, views {bad} ({captions[:3]}); the last checkpoint is intact."
-                " Lower training.optimizer.learning_rate, or use training.precision=fp32"
-            )
-
-    def _check_gradient(self, norm: float, step: int) -> None:
-        """Before it reaches the weights, which would be saved. fp16's loss scaling skips such steps by itself."""
-        if not math.isfinite(norm) and self.config.training.precision != "fp16":
-            raise CascadeError(
-                f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
-                " Lower training.optimizer.learning_rate, or use training.precision=fp32"
-            )
-
-    def _any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
-
-    def _main_only(self, action: Callable[[], None]) -> None:
-        """Run `action` on the main process while the others wait. It must not talk to them."""
-        if self.accelerator.is_main_process:
-            action()
-        self.accelerator.wait_for_everyone()
+    def _from_all(self, losses: Tensor, levels: Tensor) -> tuple[list[float], list[float]]:
+        """Loss and log SNR (B,) of every picture of all processes."""
+        gathered = self.accelerator.gather(torch.stack([losses, levels], dim=1))
+        return flatten(gathered[:, 0]), flatten(gathered[:, 1])
 
     def _progress(self, first: int) -> tqdm[Any]:
         return tqdm(
@@ -271,48 +320,3 @@ class Trainer:
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    precision = config.training.precision
-    trackers = list(config.training.trackers)
-    if precision == "fp16" and PartialState().device.type == "cpu":
-        raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
-    # It is shared by all accelerators of a process, and refuses another precision than the run before had.
-    AcceleratorState._reset_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`log_with=")  # the error below says it
-            accelerator = Accelerator(
-                mixed_precision="no" if precision == "fp32" else precision,
-                log_with=trackers or None,
-                project_dir=config.output,
-            )
-    except ValueError as error:
-        raise CascadeError(f"training.trackers: {error}") from None
-    if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
-        found = {str(tracker) for tracker in accelerator.log_with}
-        missing = [tracker for tracker in trackers if tracker not in found]
-        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
-    if trackers:
-        accelerator.init_trackers(config.stage.name)
-    return accelerator
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second Ctrl-C stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a signal handler
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

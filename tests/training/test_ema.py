@@ -61,16 +61,9 @@ def test_a_doubled_batch_averages_over_the_same_data() -> None:
     assert small.weights["weight"].item() == pytest.approx(large.weights["weight"].item(), rel=1e-5)
 
 
-def test_the_network_gets_its_own_weights_back_even_after_an_error() -> None:
+def test_the_distance_is_that_between_the_averages_and_the_weights() -> None:
     network = network_of(1.0)
     ema = EMA(network, EMAConfig())
-    set_weight(network, 2.0)
-
-    def fail() -> None:
-        with ema.in_place_of(network):
-            assert network.weight.item() == 1.0
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert network.weight.item() == 2.0
+    assert ema.distance(network) == 0
+    set_weight(network, 4.0)
+    assert ema.distance(network) == pytest.approx(3 / 4)

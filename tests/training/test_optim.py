@@ -53,8 +53,57 @@ def test_only_matrices_and_kernels_decay() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_setting_the_learning_rate_reaches_every_group(kind: str) -> None:
     optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(kind=kind))
     set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+class Repeated(torch.nn.Module):
+    """A kernel that Muon moves, and one that it leaves to AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, bias=False)
+        self.levels = torch.nn.ModuleList([torch.nn.Conv2d(4, 6, 3)])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_a_flattened_kernel_as_torchs_moves_a_matrix(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    network = Repeated().to(memory_format=layout)
+    config = OptimizerConfig(kind="muon", learning_rate=0.01, weight_decay=0.1)
+    optimizer = build_optimizer(network, config)
+    kernel, first = network.levels[0].weight, network.stem.weight
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    reference = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    other = torch.nn.Parameter(first.detach().clone())
+    adamw = torch.optim.AdamW([other], lr=0.01, betas=config.betas, weight_decay=0.1)
+    for step in range(3):
+        for p in network.parameters():
+            p.grad = (
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(memory_format=layout)
+                if p.ndim == 4
+                else torch.zeros_like(p)
+            )
+        matrix.grad, other.grad = kernel.grad.flatten(1).clone(), first.grad.clone()
+        for each in (optimizer, reference, adamw):
+            each.step()
+    # The rows' order of summation differs with the layout, in bf16.
+    torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=2e-3 * 0.01)
+    torch.testing.assert_close(first, other)
+    assert optimizer.state[kernel]["momentum_buffer"].shape == kernel.shape
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_adamws() -> None:
+    network = Repeated()
+    before = network.levels[0].weight.detach().clone()
+    optimizer = build_optimizer(network, OptimizerConfig(kind="muon", learning_rate=1.0))
+    for p in network.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    update = (network.levels[0].weight.detach() - before).flatten(1)
+    values = torch.linalg.svdvals(update) / (0.2 * 36**0.5)  # 4 * 3 * 3 columns
+    assert values.min() > 0.5
+    assert values.max() < 1.5

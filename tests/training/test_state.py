@@ -9,7 +9,7 @@ from helpers_training import WordEncoder, micro_config, trainer
 
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
-from cascade.training.state import RunState, checkpoints, differences, load_newest, save_state
+from cascade.training.state import RunState, checkpoints, load_newest, remove_unfinished, save_state
 
 
 def tiny_state(step: int) -> RunState:
@@ -86,22 +86,26 @@ def test_without_a_usable_checkpoint_there_is_nothing_to_resume(config: TrainCon
         load_newest(tmp_path / "elsewhere", config)
 
 
-def test_changed_settings_are_named(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
-    changed = micro_config(Path(config.output), "training.batch_size=8", "data.flip=0.5")
-    with caplog.at_level(logging.WARNING, "cascade.training"):
-        load_newest(Path(config.output), changed)
-    assert "training.batch_size: 4 -> 8" in caplog.text
-    assert "data.flip: 0.0 -> 0.5" in caplog.text
+def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config: TrainConfig) -> None:
+    output = Path(config.output)
+    (output / "checkpoints" / ".step-00000004.abcdefgh").mkdir()
+    (output / "checkpoints" / ".step-00000004.abcdefgh" / "network.safetensors").write_bytes(b"half")
+    (output / ".log.jsonl.abcdefgh").write_text("half")
+    (output / ".stage.old.abc_e7gh").mkdir()
+    (output / ".gitignore").write_text("*")
+    (output / "log.jsonl").write_text("whole")
+    remove_unfinished(output)
+    assert names(output) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in output.iterdir()) == [".gitignore", "checkpoints", "log.jsonl"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == names(output)
 
 
-def test_differences_name_added_and_removed_settings() -> None:
-    assert list(differences({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": 2})) == ["a.b: 1 -> None", "a.d: None -> 3"]
-
-
-def test_the_other_optimizer_cannot_continue(config: TrainConfig) -> None:
-    other = micro_config(Path(config.output), "training.optimizer.kind=adafactor")
-    with pytest.raises(CascadeError, match=r"optimizer.kind: adamw -> adafactor.*init_from"):
-        load_newest(Path(config.output), other)
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    config = config_with(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("as it was begun")
+    assert trainer(config).run(resume=True)
+    assert load_newest(tmp_path / "run", config).step == 2
 
 
 def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_network_of_another_shape_does_not_resume(tmp_path: Path) -> None:
     assert trainer(config_with(tmp_path / "run")).run()
-    with pytest.raises(CascadeError, match="has shape"):
+    with pytest.raises(CascadeError, match=r"embedding_dim: 16 -> 32.*init_from"):
         trainer(config_with(tmp_path / "run", "stage.model.embedding_dim=32")).run(resume=True)
 
 

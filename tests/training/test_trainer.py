@@ -1,7 +1,11 @@
 """What a run does besides learning: precision, refusals, samples, logs, and the stage folder it leaves."""
 
 import errno
+import json
+import logging
+import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ from torch import nn
 from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
 from cascade.load import load_stage, load_trainer
-from cascade.training.log import Meter, RunLog, band_names
+from cascade.training.guards import check_finite
+from cascade.training.log import MEASURED, Meter, RunLog, band_names
 from cascade.training.state import load_newest
 
 
@@ -48,7 +53,7 @@ def test_only_the_views_whose_loss_is_not_finite_are_named(tmp_path: Path) -> No
     batch = next(run._batches(0))
     loss = torch.tensor([1.0, float("inf"), 2.0, float("nan")])
     with pytest.raises(CascadeError, match=r"views \[1, 3\]"):
-        run._check_finite(loss, 1, batch)
+        check_finite(loss, 1, batch, run.accelerator)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
@@ -205,11 +210,19 @@ def test_samples_leave_the_run_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_tensorboard_gets_an_event_file(tmp_path: Path) -> None:
-    assert trainer(micro_config(tmp_path / "run", "training.trackers=[tensorboard]")).run()
-    events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
-    assert events
-    assert all(path.stat().st_size > 0 for path in events)
+def test_tensorboard_gets_what_the_log_gets(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    validation = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 1}"
+    assert trainer(micro_config(tmp_path / "run", "training.trackers=[tensorboard]", validation)).run()
+    (events,) = (path for path in (tmp_path / "run").rglob("events.out.tfevents.*"))
+    scalars = EventAccumulator(str(events)).Reload()
+    entries = log_entries(tmp_path / "run", without=())
+    names = {name for entry in entries for name in entry} - {"step"}
+    assert {"loss", "validation_loss", "gradient_norm", "learning_rate", "ema_distance", *MEASURED} <= names
+    assert names == set(scalars.Tags()["scalars"])
+    assert [event.step for event in scalars.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in scalars.Scalars("loss")] == pytest.approx([entry["loss"] for entry in entries])
 
 
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
@@ -227,12 +240,44 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch:
 
 def test_the_log_has_the_loss_of_each_noise_band() -> None:
     meter = Meter()
-    meter.add([1.0, 2.0, 4.0, 8.0], [-9.0, -1.0, -2.0, 9.0], grad_norm=0.5)
-    summary = meter.summary()
+    meter.add_losses([1.0, 2.0, 4.0, 8.0], [-9.0, -1.0, -2.0, 9.0])
+    summary = meter.means()
     names = band_names()
     assert summary["loss"] == 3.75
     assert {name: summary[name] for name in summary if name in names} == {names[0]: 1.0, names[2]: 3.0, names[-1]: 8.0}
-    assert summary["gradient_norm"] == 0.5
+
+
+def test_means_go_on_from_the_sums_of_a_checkpoint() -> None:
+    meter = Meter()
+    meter.add_losses([0.1, 0.2], [-9.0, 9.0])
+    meter.add("gradient_norm", 3.0)
+    resumed = Meter(json.loads(json.dumps(meter.sums)))
+    for each in (meter, resumed):
+        each.add_losses([0.3], [0.0])
+        each.add("gradient_norm", 4.0)
+    assert resumed.means() == meter.means()
+    assert meter.means()["gradient_norm"] == 3.5
+
+
+def test_waiting_for_data_is_a_share_of_the_time() -> None:
+    meter = Meter()
+    with meter.waiting():
+        time.sleep(0.1)
+    measured = meter.measured(torch.device("cpu"))
+    assert 0.5 < measured["data_wait_share"] <= 1
+    assert 0.01 < measured["memory_gigabytes"] < 1000
+
+
+def test_a_spike_of_the_loss_is_one_line_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def jolt(call: int) -> None:
+        if call == 14:
+            run.stage.network.head.bias.data += 30
+
+    run = trainer(micro_config(tmp_path / "run", "training.steps=16"), WordEncoder(jolt))
+    with caplog.at_level(logging.WARNING, "cascade.training"):
+        assert run.run()
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("step 14: the loss is ")
 
 
 def test_a_resumed_log_drops_later_entries_and_half_a_line(tmp_path: Path) -> None:
@@ -264,6 +309,12 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, tiny_t5: tu
     weights = dict(second.stage.network.named_parameters())
     assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
     assert second.run()
+    shutil.copytree(tmp_path / "first" / "stage", tmp_path / "model" / "base")
+    third = load_trainer(
+        micro_config(tmp_path / "third", *tiny_t5, f"training.init_from={tmp_path / 'model' / 'base'}")
+    )
+    weights = dict(third.stage.network.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
 
 
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
@@ -322,4 +373,4 @@ def test_a_full_disk_is_one_clear_line_for_log_and_samples(tmp_path: Path, monke
         log.write(1, {})
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(CascadeError, match=r"step-00000001\.png: cannot be written: No space left"):
-        run._sample(1)
+        run._sample(1, run.averaged_stage())

@@ -39,7 +39,7 @@ def launch(folder: Path, output: Path, *changes: str, resume: bool = False) -> N
     script.write_text(SCRIPT)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "RUN_OPTIONS": "--resume" if resume else "",

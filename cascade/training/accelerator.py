@@ -1,0 +1,119 @@
+"""accelerate, as this project uses it: one process or many, replicated (DDP) or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from cascade.config import TrainConfig, TrainingConfig
+from cascade.errors import CascadeError
+
+ResultT = TypeVar("ResultT")
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of a run. Raises CascadeError for a precision or a tracker that is not to be had here."""
+    precision = config.training.precision
+    trackers = list(config.training.trackers)
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
+    # It is shared by all accelerators of a process, and refuses another precision than the run before had.
+    AcceleratorState._reset_state()
+    plugin = sharding_plugin(_DTYPES[precision]) if _asks_for_sharding() else None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with=")  # the error below says it
+            accelerator = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision,
+                log_with=trackers or None,
+                project_dir=config.output,
+                fsdp_plugin=plugin,
+            )
+    except ValueError as error:
+        raise CascadeError(f"training.trackers: {error}") from None
+    if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
+        found = {str(tracker) for tracker in accelerator.log_with}
+        missing = [tracker for tracker in trackers if tracker not in found]
+        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
+    if trackers:
+        accelerator.init_trackers(config.stage.name)
+    return accelerator
+
+
+def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
+    """accelerate's settings of FSDP2, as its launcher gave them, with a mixed precision that is ours.
+
+    accelerate's own would round log SNR to bfloat16 on its way in, and sum gradients in bfloat16.
+    """
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise CascadeError("accelerate's configuration: weights are sharded by FSDP2 only; set fsdp_version: 2")
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy, fsdp_version=2)
+    if plugin.activation_checkpointing:
+        raise CascadeError(
+            "fsdp_activation_checkpointing: leave it out, and set training.activation_checkpointing=true"
+        )
+    return plugin
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether each process will hold a part of every weight."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def check_shardable(settings: TrainingConfig) -> None:
+    """Raises CascadeError for settings whose arithmetic needs whole weights."""
+    if settings.optimizer.kind != "adamw":
+        raise CascadeError(
+            f"training.optimizer.kind: {settings.optimizer.kind} needs whole weights, and FSDP gives each process a"
+            " part; use adamw, or start without FSDP"
+        )
+    if settings.lora_rank:
+        raise CascadeError(
+            "training.lora_rank: leave it 0 under FSDP; differences of low rank are small enough for DDP"
+        )
+
+
+def from_main(accelerator: Accelerator, action: Callable[[], ResultT]) -> ResultT:
+    """Run `action` on the main process alone; its result in every process, which wait for it.
+
+    Its CascadeError is raised in every process: were it raised in one, the others would wait until their time-out.
+    The action must not talk to other processes, and its result must be small and plain.
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    answer: list[object] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except CascadeError as error:
+            answer[1] = str(error)
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise CascadeError(str(answer[1]))
+    return answer[0]  # type: ignore[return-value]
+
+
+def expected_processes() -> tuple[int, bool]:
+    """How many processes were launched, and whether they will share out the weights."""
+    state = PartialState()
+    return int(state.num_processes), _asks_for_sharding() and state.device.type != "cpu"
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set in any process; every process must ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+
+
+def _asks_for_sharding() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -1,0 +1,47 @@
+"""What must hold in every step, or the run stops before a checkpoint is spoiled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cascade.data.loader import Batch
+from cascade.errors import CascadeError
+from cascade.training.accelerator import any_process
+
+
+def check_batch(pass_size: int, accelerator: Accelerator) -> None:
+    """Raises CascadeError unless the pictures of a pass divide among the processes."""
+    if pass_size % accelerator.num_processes:
+        raise CascadeError(
+            f"training.batch_size / training.accumulation = {pass_size} does not divide among"
+            f" {accelerator.num_processes} processes"
+        )
+
+
+def check_finite(loss: Tensor, step: int, batch: Batch, accelerator: Accelerator) -> None:
+    """Raises CascadeError in every process when a loss (B,) is not finite in any; this process' views are named."""
+    finite = torch.isfinite(loss).flatten()
+    # Every process must stop, not only the one that saw it, or the others wait forever.
+    if any_process(accelerator, not bool(finite.all())):
+        bad = [sample for sample, ok in zip(batch.samples, finite.tolist(), strict=True) if not ok]
+        captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
+        raise CascadeError(
+            f"the loss is not finite at step {step}, views {bad} ({captions[:3]}); the last checkpoint is intact."
+            " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+        )
+
+
+def check_gradient(norm: float, step: int, precision: str) -> None:
+    """Raises CascadeError for a gradient that is not finite, before it reaches the weights, which would be saved.
+
+    fp16's loss scaling skips such steps by itself.
+    """
+    if not math.isfinite(norm) and precision != "fp16":
+        raise CascadeError(
+            f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
+            " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+        )

@@ -1,0 +1,29 @@
+"""Being asked to stop: Ctrl-C, and the SIGTERM of schedulers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second Ctrl-C stops at once.
+
+    Gives a function that says whether one was received.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a signal handler
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

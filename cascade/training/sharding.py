@@ -1,0 +1,47 @@
+"""Weights in pieces: under FSDP every process holds a part of each, and what is saved must be whole.
+
+A whole tensor is gathered by all processes together, so nothing here may be called by the main process alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is sharded; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(
+    tensors: Mapping[str, Tensor], keep: bool = True, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """The full tensors by name, on `device` if given; {} where `keep` is False, for processes that only take part.
+
+    One after the other, so that no more than one full tensor is on the device beside what is kept.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            gathered[name] = full.to(device) if device is not None else full
+    return gathered
+
+
+def spread_like(own: Tensor, value: Tensor) -> Tensor:
+    """This process' part of `value`, sharded as `own` is; `value` itself beside an `own` that is whole.
+
+    Every process has read the same file, so nothing is sent.
+    """
+    if not isinstance(own, DTensor):
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it only."""
+    return isinstance(tensor, DTensor)

@@ -1,0 +1,76 @@
+"""The loss on held-out pictures: the same views, noise and noise levels each time, so that only the weights differ."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from cascade.config import TrainConfig, ValidationConfig
+from cascade.data.loader import Batch, batches
+from cascade.diffusion.loss import Weighting
+from cascade.stage import Stage
+from cascade.text.t5 import TextEncoderProtocol
+from cascade.training.step import draw_noise, training_batch, training_loss
+
+SEED = 0
+"""Of views and noise; not the run's, so that runs with different seeds can be compared."""
+
+
+class Validation:
+    """The held-out views of one process, and their losses."""
+
+    def __init__(self, config: TrainConfig, settings: ValidationConfig, process: int = 0, processes: int = 1) -> None:
+        """Opens the sources and reads the first views, so that a mistake shows before the first step.
+
+        Raises CascadeError when they cannot be read.
+        """
+        self._stage_config = config.stage
+        # As the pictures are: nothing is dropped, mirrored or moved. Crops, if there are any, are the same each time.
+        unchanged = {"sources": settings.sources, "caption_dropout": 0.0, "flip": 0.0, "jitter": 0.0, "workers": 0}
+        self._data = config.data.model_copy(update=unchanged)
+        # Noise levels spread evenly over all views: the least variance that so many can have.
+        self._loss = config.training.loss.model_copy(update={"stratified": True})
+        self._batches = settings.batches
+        self._pass_size = config.training.batch_size // config.training.accumulation
+        self._process, self._processes = process, processes
+        with closing(self._views()) as views:
+            next(views)
+
+    @torch.inference_mode()
+    def losses(
+        self, stage: Stage, text: TextEncoderProtocol, weighting: Weighting, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and log SNR of each view of this process, both (batches * share,), on `device`."""
+        losses, levels = [], []
+        total = self._batches * self._pass_size
+        with closing(self._views()) as views:
+            for batch in islice(views, self._batches):
+                ready = training_batch(batch, text, device, first=0, batch_size=total)
+                height, width = ready.x.shape[-2:]
+                draw = draw_noise(
+                    batch.samples,
+                    (height, width),
+                    stage.scale,
+                    SEED,
+                    self._data.max_aug_level,
+                    stage.config.model.enlarges_first,
+                    "validation",
+                ).to(device)
+                loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
+                losses.append(loss.float())
+                levels.append(level.flatten())
+        return torch.cat(losses), torch.cat(levels)
+
+    def _views(self) -> Generator[Batch, None, None]:
+        return batches(
+            self._data,
+            self._stage_config,
+            SEED,
+            batch_size=self._pass_size,
+            process=self._process,
+            processes=self._processes,
+        )

@@ -1,0 +1,111 @@
+"""Makes the bundled cascade from the pictures: training copies, a text encoder, four training runs, one model folder.
+
+    python scripts/train_bundled.py --data pictures --out build
+
+Start it again and it goes on: a finished part is left alone, a training run continues from its newest checkpoint.
+`--until base32` stops after a part. Everything lies below --out; the model is its folder `model`. How long the parts
+took, and on what, stands in cascade/pretrained/README.md.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+SCRIPTS = Path(__file__).resolve().parent
+CONFIGS = SCRIPTS.parent / "configs" / "bundled"
+STAGES = ("base", "sr256", "sr1024")
+RUNS = ("base32", *STAGES)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the work: what it is called, the command that does it, and the path that is there afterwards."""
+
+    name: str
+    command: Callable[[], list[str]]
+    result: Path
+
+
+def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
+    """All parts in their order. Commands run inside `out`, where the configs' relative paths lead."""
+    prepared = out / "prepared"
+    encoder = prepared / "text_encoder"
+    cascade = [sys.executable, "-m", "cascade"]
+
+    def script(name: str, *arguments: str | Path) -> list[str]:
+        return [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+
+    def training(name: str) -> list[str]:
+        started = any((out / "runs/bundled" / name / "checkpoints").glob("step-*"))
+        return [*cascade, "train", str(CONFIGS / f"{name}.yaml"), *(["--resume"] if started else [])]
+
+    folders = [argument for stage in STAGES for argument in ("--stage", str(out / "runs/bundled" / stage / "stage"))]
+    model = ["--out", str(out / "model"), "--name", "cascade-bundled", "--license", "CC-BY-4.0", "--dtype", "bfloat16"]
+    return [
+        Part(
+            "data",
+            lambda: script("prepare_data", "--data", data, "--out", prepared),
+            # The last file that it writes; prepare_art.py makes no photographs.
+            prepared / ("photos-validation-64.parquet" if (data / "photos").is_dir() else "validation-256.parquet"),
+        ),
+        Part(
+            "text",
+            lambda: script("train_text_encoder", "--captions", data / "captions.txt", "--out", encoder, *text_encoder),
+            encoder / "training.json",
+        ),
+        Part(
+            "cache",
+            lambda: [*cascade, "encode", str(CONFIGS / "base32.yaml"), "--batch-size", "64"],
+            prepared / "text_cache" / "index.json",
+        ),
+        *(
+            Part(name, lambda name=name: training(name), out / "runs/bundled" / name / "stage" / "stage.json")  # type: ignore[misc]
+            for name in RUNS
+        ),
+        Part(
+            "model",
+            lambda: [*cascade, "assemble", "--text-encoder", str(encoder), *folders, *model],
+            out / "model" / "cascade.json",
+        ),
+    ]
+
+
+@click.command()
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder with emoji/ and captions.txt, perhaps photos/ (docs/data.md).",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for all of it.")
+@click.option(
+    "--until", type=click.Choice(["data", "text", "cache", *RUNS, "model"]), default="model", show_default=True
+)
+@click.option("--text-option", "text_options", multiple=True, metavar="OPTION", help="Passed to train_text_encoder.py.")
+def main(data: Path, out: Path, until: str, text_options: tuple[str, ...]) -> None:
+    """Do what is not done yet, up to and with the part named by --until."""
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts(data.resolve(), out, list(text_options)):
+        if part.result.exists():
+            click.echo(f"{part.name}: done, {part.result}")
+        else:
+            command = part.command()
+            click.echo(f"{part.name}: {' '.join(command)}")
+            done = subprocess.run(command, cwd=out, check=False)
+            if done.returncode:
+                raise click.ClickException(
+                    f"{part.name} ended with exit status {done.returncode}; start again to go on"
+                )
+        if part.name == until:
+            return
+
+
+if __name__ == "__main__":
+    main()

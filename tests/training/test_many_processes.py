@@ -1,0 +1,103 @@
+"""Several processes neither wait for each other forever nor need to be as many after a resume as before."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers_processes import finish, start
+from helpers_training import WordEncoder, log_entries, micro_config, trainer
+
+from cascade.errors import CascadeError
+from cascade.training.state import load_newest
+
+pytestmark = pytest.mark.slow
+
+EVERYTHING_EACH_STEP = (
+    "training.save_every=1",
+    "training.sample_every=10",
+    "training.sample_prompts=[red]",
+    "training.validation={sources: [{kind: scenes, held_out: true}], every: 5, batches: 1}",
+)
+STEPS = ("training.batch_size=8", "training.save_every=3", "training.loss.stratified=true")
+
+
+def train(rank: int, assignments: Sequence[str], output: str, resume: bool) -> None:
+    run = trainer(micro_config(Path(output), *assignments))
+    assert run.accelerator.num_processes == 2
+    assert type(run.network).__name__ == "DistributedDataParallel"
+    assert run.accelerator.is_main_process == (rank == 0)
+    assert run.run(resume=resume)
+
+
+def two(output: Path, *changes: str, resume: bool = False) -> None:
+    assert finish(start(train, changes, str(output), resume, processes=2), timeout_seconds=120) == [0, 0]
+
+
+def test_fifty_saves_and_several_starts_never_wait_forever(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps in (50, 51, 52):
+        two(run, *EVERYTHING_EACH_STEP, f"training.steps={steps}", resume=steps > 50)
+    assert load_newest(run, micro_config(run, "training.steps=52")).step == 52
+    assert [entry["step"] for entry in log_entries(run)] == list(range(1, 53))
+    assert len(list((run / "samples").iterdir())) == 7  # every tenth step, and the last of each start
+
+
+@pytest.mark.parametrize("first", [2, 1])
+def test_a_run_resumes_in_another_number_of_processes(tmp_path: Path, first: int) -> None:
+    """3 steps in as many processes, 3 in the other number: the run of one process, but for the order of sums."""
+    alone, changed = (micro_config(tmp_path / name, *STEPS, "training.steps=6") for name in ("alone", "changed"))
+    assert trainer(alone).run()
+    short = micro_config(tmp_path / "changed", *STEPS, "training.steps=3")
+    if first == 2:
+        two(tmp_path / "changed", *STEPS, "training.steps=3")
+        assert trainer(changed).run(resume=True)
+    else:
+        assert trainer(short).run()
+        two(tmp_path / "changed", *STEPS, "training.steps=6", resume=True)
+    for entry, other in zip(log_entries(tmp_path / "alone"), log_entries(tmp_path / "changed"), strict=True):
+        assert other["step"] == entry["step"]
+        assert other["loss"] == pytest.approx(entry["loss"], rel=1e-3)
+    a, b = (load_newest(tmp_path / name, alone) for name in ("alone", "changed"))
+    for name, weights in a.network.items():
+        # Adam divides a small gradient by its own size, so rounding shows as a share of the learning rate.
+        torch.testing.assert_close(b.network[name], weights, rtol=0, atol=0.1 * 1e-2, msg=name)
+
+
+def full_disk(rank: int, output: str) -> None:
+    """The first process cannot write; both must say so."""
+    run = trainer(micro_config(Path(output)))
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with patch("cascade.checkpoint.save_file", full):
+        try:
+            run.run()
+        except CascadeError as error:
+            Path(f"{output}.{rank}.txt").write_text(str(error))
+
+
+def poisoned(rank: int, output: str) -> None:
+    """The second process sees a loss that is not finite; both must stop."""
+
+    def poison(call: int) -> None:
+        if rank == 1 and call == 2:
+            run.stage.network.head.bias.data[0] = float("nan")
+
+    run = trainer(micro_config(Path(output)), WordEncoder(poison))
+    try:
+        run.run()
+    except CascadeError as error:
+        Path(f"{output}.{rank}.txt").write_text(str(error))
+
+
+@pytest.mark.parametrize(("target", "message"), [(full_disk, "No space left"), (poisoned, "not finite at step 2")])
+def test_what_goes_wrong_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
+    output = tmp_path / "run"
+    assert finish(start(target, str(output), processes=2), timeout_seconds=120) == [0, 0]  # type: ignore[arg-type]
+    assert all(message in Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))

@@ -1,0 +1,72 @@
+"""The validation loss: held-out pictures, the same noise each time, of the averaged weights, changing nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_training import SUPER_RESOLUTION, log_entries, micro_config, trainer
+
+from cascade.errors import CascadeError
+from cascade.training.validation import Validation
+
+VALIDATE = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 3}"
+
+
+def losses_of(run: object) -> torch.Tensor:
+    stage = run.averaged_stage()  # type: ignore[attr-defined]
+    return run.validation.losses(stage, run.text, run.weighting, torch.device("cpu"))[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
+def test_views_noise_and_losses_are_the_same_each_time_and_for_every_seed(
+    tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    run = trainer(micro_config(tmp_path / "run", VALIDATE, *changes, "stage.model.dropout=0.5"))
+    first = losses_of(run)
+    assert first.shape == (12,)
+    assert torch.equal(losses_of(run), first)
+    other = micro_config(tmp_path / "run", VALIDATE, *changes, "training.seed=5", "data.flip=1.0")
+    validation = Validation(other, other.training.validation)  # type: ignore[arg-type]
+    again = validation.losses(run.averaged_stage(), run.text, run.weighting, torch.device("cpu"))[0]
+    assert torch.equal(again, first)
+
+
+def test_processes_share_the_views(tmp_path: Path) -> None:
+    run = trainer(micro_config(tmp_path / "run", VALIDATE))
+    config = run.config
+    parts = [
+        Validation(config, config.training.validation, process, 2).losses(
+            run.averaged_stage(), run.text, run.weighting, torch.device("cpu")
+        )
+        for process in (0, 1)
+    ]
+    # Float32: a batch of another size may order its sums in another way.
+    together = torch.cat([torch.stack(part).unflatten(1, (3, 2)) for part in parts], dim=2).flatten(1)
+    whole = torch.stack(run.validation.losses(run.averaged_stage(), run.text, run.weighting, torch.device("cpu")))
+    torch.testing.assert_close(together, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_log_has_it_by_noise_band_and_training_goes_on_as_without(tmp_path: Path) -> None:
+    assert trainer(micro_config(tmp_path / "with", VALIDATE, "stage.model.dropout=0.5")).run()
+    assert trainer(micro_config(tmp_path / "without", "stage.model.dropout=0.5")).run()
+    entries, plain = log_entries(tmp_path / "with"), log_entries(tmp_path / "without")
+    found = [{name for name in entry if name.startswith("validation_loss")} for entry in entries]
+    assert [bool(names) for names in found] == [False, True, False, True]
+    assert {"validation_loss", "validation_loss/log_snr-3..0", "validation_loss/log_snr0..3"} <= found[1]
+    training = [{name: entry[name] for name in entry if not name.startswith("validation_")} for entry in entries]
+    assert training == plain
+
+
+def test_it_is_the_loss_of_the_averaged_weights(tmp_path: Path) -> None:
+    run = trainer(micro_config(tmp_path / "run", VALIDATE))
+    before = losses_of(run)
+    with torch.no_grad():
+        run.stage.network.head.bias += 1
+    assert torch.equal(losses_of(run), before)
+    run.ema.weights["head.bias"] += 1
+    assert not torch.equal(losses_of(run), before)
+
+
+def test_held_out_pictures_that_are_not_there_stop_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match="no such folder"):
+        trainer(micro_config(tmp_path / "run", "training.validation={sources: [{kind: folder, path: nowhere}]}"))
