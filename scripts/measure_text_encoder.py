@@ -4,8 +4,9 @@
 
 Each held-out text ("automobile", "pengiun", "scarlet heart") is looked up among the names of all concepts of the art,
 by the cosine of mean states: the mean over tokens, </s> among them, of what the folder's encoder returns, and
-nothing that was thrown away after training. `--captions` checks that the words are absent from those captions and from
-the captions of drawn scenes.
+nothing that was thrown away after training. "In a sentence" asks the text's own states alone, as a drawing network's
+attention sees them, with the text in the middle of a caption. `--captions` checks that the words are absent from
+those captions and from the captions of drawn scenes.
 """
 
 from __future__ import annotations
@@ -24,10 +25,22 @@ from torch import Tensor
 
 from cascade.data.scenes import describe, random_scene
 
+SENTENCE = ("a drawing of a ", " beside a tree, flat vector icon")
+
+
+def own_mask(offsets: Tensor, before: str, texts: Sequence[str]) -> Tensor:
+    """(B, L, 2) character spans of tokens -> (B, L) bool: tokens that have a character of the text after `before`."""
+    ends = torch.tensor([len(before) + len(text) for text in texts])[:, None]
+    return (offsets[:, :, 1] > len(before)) & (offsets[:, :, 0] < ends)
+
 
 @torch.inference_mode()
-def encode(folder: Path, texts: Sequence[str], untrained: bool = False) -> Tensor:
-    """(len(texts), d): mean states. untrained: random weights of the same shape, from seed 0."""
+def encode(folder: Path, texts: Sequence[str], untrained: bool = False, sentence: tuple[str, str] = ("", "")) -> Tensor:
+    """(len(texts), d): mean states.
+
+    untrained: random weights of the same shape, from seed 0. sentence: what stands before and after each text; the mean
+    is then over the text's own tokens.
+    """
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
     from transformers.utils import logging
 
@@ -38,11 +51,16 @@ def encode(folder: Path, texts: Sequence[str], untrained: bool = False) -> Tenso
         encoder = T5EncoderModel(T5Config.from_pretrained(folder)).eval()
     else:
         encoder = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).eval()
+    before, after = sentence
     means = []
     for start in range(0, len(texts), 64):
-        batch = tokenizer(list(texts[start : start + 64]), padding=True, return_tensors="pt")
-        states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        means.append(text_mean(states, batch["attention_mask"]))
+        chosen = texts[start : start + 64]
+        whole = [before + text + after for text in chosen]
+        batch = tokenizer(whole, padding=True, return_offsets_mapping=True, return_tensors="pt")
+        mask = batch["attention_mask"]
+        states = encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        own = own_mask(batch["offset_mapping"], before, chosen) if before or after else mask
+        means.append(text_mean(states, own.long()))
     return torch.cat(means)
 
 
@@ -71,14 +89,19 @@ def groups(questions: Sequence[HeldOut]) -> dict[str, list[int]]:
     return columns
 
 
-def row(name: str, means: Tensor, names: Sequence[str], questions: Sequence[HeldOut]) -> str:
-    """One encoder's line: found at once / among ten, per cent, for each group; effective rank over the names."""
-    answers, asked = means[: len(names)], means[len(names) :]
-    found = ranks(asked, answers, [names.index(each.concept) for each in questions])
-    cells = []
-    for group in groups(questions).values():
-        at_1, at_10 = (100 * sum(found[i] < most for i in group) / len(group) for most in (1, 10))
-        cells.append(f"{at_1:.0f} / {at_10:.0f}")
+def share(found: Sequence[int]) -> str:
+    """Per cent found at once / among ten."""
+    at_1, at_10 = (100 * sum(rank < most for rank in found) / len(found) for most in (1, 10))
+    return f"{at_1:.0f} / {at_10:.0f}"
+
+
+def row(name: str, answers: Tensor, asked: Tensor, questions: Sequence[HeldOut], in_sentence: Tensor | None) -> str:
+    """One encoder's line: found at once / among ten for each group, the same in a sentence, effective rank of names."""
+    names = concept_names()
+    truth = [names.index(each.concept) for each in questions]
+    found = ranks(asked, answers, truth)
+    cells = [share([found[i] for i in group]) for group in groups(questions).values()]
+    cells.append("" if in_sentence is None else share(ranks(in_sentence, answers, truth)))
     return f"| {name} | {' | '.join(cells)} | {effective_rank(answers):.0f} |"
 
 
@@ -101,15 +124,17 @@ def main(folders: tuple[Path, ...], untrained: bool, teacher: bool, captions: Pa
     questions, names = held_out_words(), concept_names()
     if captions:
         check_absent(captions, questions)
-    texts = [*names, *(each.text for each in questions)]
+    texts = [each.text for each in questions]
     columns = [f"{name} ({len(group)})" for name, group in groups(questions).items()]
-    click.echo(f"| encoder | {' | '.join(columns)} | rank |\n|{' --- |' * (len(columns) + 2)}")
-    for folder in folders:
-        click.echo(row(folder.name, encode(folder, texts), names, questions))
-    if untrained:
-        click.echo(row("untrained", encode(folders[0], texts, untrained=True), names, questions))
+    click.echo(f"| encoder | {' | '.join(columns)} | in a sentence | rank |\n|{' --- |' * (len(columns) + 3)}")
+    for name, folder, random_weights in [
+        *((folder.name, folder, False) for folder in folders),
+        *([("untrained", folders[0], True)] if untrained else []),
+    ]:
+        answers, asked = encode(folder, names, random_weights), encode(folder, texts, random_weights)
+        click.echo(row(name, answers, asked, questions, encode(folder, texts, random_weights, SENTENCE)))
     if teacher:
-        click.echo(row("teacher", teach(texts), names, questions))
+        click.echo(row("teacher", teach(names), teach(texts), questions, None))
 
 
 if __name__ == "__main__":

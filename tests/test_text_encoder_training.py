@@ -163,6 +163,13 @@ def test_the_rank_counts_nearer_answers():
     assert measure_text_encoder.ranks(questions, answers, [0, 1]) == [0, 2]
 
 
+def test_a_text_owns_the_tokens_that_have_its_characters(tokenizer):
+    before, text, after = "a ", "violin", " near"
+    batch = tokenizer([before + text + after], return_offsets_mapping=True, return_tensors="pt")
+    own = measure_text_encoder.own_mask(batch["offset_mapping"], before, [text])
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][own].tolist()) == ["▁violin"]
+
+
 def test_the_effective_rank_is_the_number_of_equal_directions():
     vectors = torch.cat([torch.eye(6)[:3], -torch.eye(6)[:3]])
     assert measure_text_encoder.effective_rank(vectors) == pytest.approx(3)
