@@ -30,6 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import batches
 from cascade.diffusion.loss import uniform_levels
+from cascade.drawing import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
@@ -37,6 +38,7 @@ from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
+from cascade.text.t5 import TextEmbeddings
 from cascade.training.samples import sample_grid
 from cascade.training.state import load_newest
 from cascade.training.validation import Validation
@@ -112,6 +114,15 @@ def drawn_fast(config: TrainConfig) -> object:
 def sample_sheet(config: TrainConfig) -> object:
     """The grid of sample pictures that training draws."""
     return hashlib.sha256(sample_grid(config, filled_stage(config), WordEncoder()).tobytes()).hexdigest()
+
+
+def enlarged(config: TrainConfig) -> object:
+    """A larger picture, as a pipeline draws it."""
+    stage, size = filled_stage(config), config.stage.resolution
+    texts = Texts(TextEmbeddings(*some_text(4)), TextEmbeddings(*some_text(5)))
+    low = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = draw_batch(stage, config.stage.sampling, (size, size), [Picture(0, 0, 0)], texts, low)
+    return digest({"picture": picture})
 
 
 def embeddings(config: TrainConfig) -> object:
@@ -327,6 +338,7 @@ ROWS: dict[str, Row] = {
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
     "stage.sampling.threshold": Row("null", drawn),
+    "stage.sampling.consistency": Row("1", enlarged, SUPER_RESOLUTION),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
