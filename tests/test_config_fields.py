@@ -103,6 +103,15 @@ def drawn(config: TrainConfig) -> object:
     return digest({"pictures": stage.sample(cond, cond.with_text(*some_text(5)), z, rng)})
 
 
+@torch.inference_mode()
+def enlarged(config: TrainConfig) -> object:
+    """A picture drawn from a smaller one."""
+    stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
+    low = torch.randint(256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    picture = draw_batch(stage, config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low)
+    return digest({"picture": picture})
+
+
 def drawn_fast(config: TrainConfig) -> object:
     """Two pictures with the preset `fast`, and its augmentation level, which whoever makes the smaller picture uses."""
     preset = "fast" if config.stage.presets else "default"  # a preset that no stage defines is refused
@@ -340,6 +349,7 @@ ROWS: dict[str, Row] = {
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.consistency": Row("1", enlarged, SUPER_RESOLUTION),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
+    "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
     "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
     "stage.presets[].guidance": Row("3.0", drawn_fast),
