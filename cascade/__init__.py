@@ -8,7 +8,8 @@ from cascade._version import __version__
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TrainConfig, load_train_config
 from cascade.errors import CascadeError
-from cascade.pipeline import CascadeOutput, CascadePipeline
+from cascade.output import CascadeOutput
+from cascade.pipeline import CascadePipeline
 from cascade.stage import Stage
 from cascade.text.t5 import TextEmbeddings, TextEncoder
 

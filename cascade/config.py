@@ -165,6 +165,24 @@ class UNetConfig(Settings):
         return total
 
     @property
+    def receptive_radius(self) -> int | None:
+        """How far a pixel of the output looks in each direction, in pixels; None: at the whole picture.
+
+        Rounded up where a path crosses to a coarser level, and in the end to a multiple of `downsampling`.
+        """
+        if self.norm == "group" or any(self.attention):
+            return None
+        cell = radius = self.patch  # the head
+        cells = []
+        for blocks, stride in zip(self.blocks, self.strides, strict=True):
+            cell *= stride
+            cells.append(cell)
+            radius = _rounded_up(radius, cell) + 2 * blocks * cell
+        radius += 2 * self.middle_blocks * cell
+        radius += sum(2 * blocks * size for blocks, size in zip(self.blocks, cells, strict=True))
+        return _rounded_up(radius + self.patch, self.downsampling)  # with the stem
+
+    @property
     def downsampling(self) -> int:
         """Height and width of a picture must be multiples of this."""
         total = self.patch
@@ -245,9 +263,18 @@ class IFUNetConfig(Settings):
         return total
 
     @property
+    def receptive_radius(self) -> int | None:
+        """See `UNetConfig.receptive_radius`: it attends, and normalizes over the whole picture."""
+        return None
+
+    @property
     def downsampling(self) -> int:
         """Height and width of a picture must be multiples of this."""
         return int(2 ** (len(self.channels) - 1))
+
+
+def _rounded_up(pixels: int, multiple: int) -> int:
+    return -(-pixels // multiple) * multiple
 
 
 def _kind_of_model(value: Any) -> Any:
@@ -290,6 +317,9 @@ class SamplingConfig(Settings):
     """Dynamic thresholding divides by no more than this. None: no cap."""
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
+    consistency: Annotated[int, Field(ge=0)] = 0
+    """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
+    smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
 
     @model_validator(mode="after")
     def _descending(self) -> Self:

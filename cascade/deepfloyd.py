@@ -92,7 +92,7 @@ def read_stage(folder: str | Path) -> StageConfig:
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """The network's weights, of one file or several."""
-    return {name: tensor for file in _weight_files(Path(folder)) for name, tensor in load_tensors(file).items()}
+    return {name: tensor for file in weight_files(Path(folder)) for name, tensor in load_tensors(file).items()}
 
 
 def write_stage(
@@ -276,7 +276,7 @@ def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> di
     }
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the network: full precision if there, else fp16; one, or the shards of an index."""
     for variant in ("", ".fp16"):
         whole = folder / "unet" / f"diffusion_pytorch_model{variant}.safetensors"
@@ -292,7 +292,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _stored_names(folder: Path) -> list[str]:
     """Names of all weights, without reading them."""
     names: list[str] = []
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 names += file.keys()

@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from cascade import deepfloyd
+from cascade import deepfloyd, memory
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_tensors, load_weights, read_json, read_stage_config
 from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
-from cascade.pipeline import CascadePipeline, StageSlot
+from cascade.hub import download, may_be_on_hub
+from cascade.models.winograd import Convolution
+from cascade.pipeline import CascadePipeline
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
+from cascade.slots import StageSlot
 from cascade.stage import Stage
+from cascade.streaming import stored_bytes, stream
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
 from cascade.text.captions import Captions
-from cascade.text.t5 import TextEncoder, TextEncoderProtocol
+from cascade.text.t5 import TextEncoder, TextEncoderProtocol, text_weights
 
 if TYPE_CHECKING:
     from cascade.training.trainer import Trainer
@@ -33,11 +37,6 @@ logger = logging.getLogger("cascade.load")
 
 BUNDLED = Path(__file__).parent / "pretrained"
 """The cascade that travels in the package."""
-
-_HUB_NOT = ["safety_checker/*", "watermarker/*", "feature_extractor/*", "*fp16*"]
-"""What repositories in diffusers' layout hold besides: filters, and the weights a second time."""
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.md"]
 
 
 def load_pipeline(
@@ -48,6 +47,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     low_memory: bool = False,
     captions: Captions | None = None,
+    text_8bit: bool = False,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
@@ -58,6 +58,7 @@ def load_pipeline(
         stage_folders = stage_folders[:1] + [find_stage(source) for source in sources]
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
+    text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
     load_text = partial(
         TextEncoder.from_pretrained,
         index.text_encoder,
@@ -65,7 +66,9 @@ def load_pipeline(
         padded=index.text_padded,
         captions=captions or index.captions,
         device=target,
-        dtype=torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32,
+        dtype=text_format,
+        eight_bit=text_8bit,
+        streamed=low_memory and not text_8bit and not _fits(text_weights(index.text_encoder), text_format),
     )
     slots = [
         _slot(stage_folder, target, number_format, low_memory, adapter)
@@ -240,8 +243,8 @@ def find_model(model: str | Path | None) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if _may_be_on_hub(model):
-        return _download(str(model))
+    if may_be_on_hub(model):
+        return download(str(model))
     raise CascadeError(f"{model}: no such model folder; give a folder with cascade.json, a hub id, or `bundled`")
 
 
@@ -254,11 +257,11 @@ def find_stage(source: str | Path) -> Path:
     parent, _, name = str(source).rpartition("/")
     reason = ""
     try:
-        if parent != "bundled" and _may_be_on_hub(source):
-            candidate = _download(str(source), ignore=["text_encoder/*", "tokenizer/*"])
+        if parent != "bundled" and may_be_on_hub(source):
+            candidate = download(str(source), text=False)
             if deepfloyd.is_diffusers(candidate):
                 return candidate
-        elif parent == "bundled" or Path(parent).is_dir() or _may_be_on_hub(parent):
+        elif parent == "bundled" or Path(parent).is_dir() or may_be_on_hub(parent):
             candidate = find_model(parent) / name
             if (candidate / "stage.json").is_file():
                 return candidate
@@ -330,7 +333,7 @@ def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) 
 def _slot(folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapter: Path | None) -> StageSlot:
     config = read_config(folder)
     if low_memory:
-        return StageSlot(config, lambda: _load_stage(folder, config, device, dtype, adapter))
+        return StageSlot(config, lambda: _load_sparing(folder, config, device, dtype, adapter))
     return StageSlot.holding(_load_stage(folder, config, device, dtype, adapter))
 
 
@@ -348,27 +351,34 @@ def _load_stage(
     return stage.to(device, dtype)
 
 
+def _load_sparing(
+    folder: Path, config: StageConfig, device: torch.device, dtype: torch.dtype, adapter: Path | None
+) -> Stage:
+    """Without the transformed kernels that would make it faster; streamed from disk where it does not fit whole.
+
+    An adapter is added to weights in memory: with one, nothing is streamed.
+    """
+    diffusers = deepfloyd.is_diffusers(folder)
+    files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
+    if adapter is None and not _fits(files, dtype):
+        stage = build_stage(config, device="meta")
+        stage.network.eval().requires_grad_(False).to(dtype)
+        stream(stage.network, files, device)
+    else:
+        stage = _load_stage(folder, config, device, dtype, adapter)
+    for module in stage.network.modules():
+        if isinstance(module, Convolution):
+            module.spare_memory = True
+    return stage
+
+
+def _fits(files: Sequence[Path], dtype: torch.dtype) -> bool:
+    """Whether weights leave a fifth of the free memory for the rest."""
+    return stored_bytes(files, dtype) < 0.8 * memory.free_bytes()
+
+
 def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
     values = index.get(key)
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise CascadeError(f"{path}: {key}: expected a list of stage names")
     return values
-
-
-def _may_be_on_hub(model: str | Path) -> bool:
-    """Whether `model` is written like a hub id, and no local folder is called like its first part."""
-    text = str(model)
-    looks_so = isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
-    return looks_so and not Path(text.partition("/")[0]).exists()
-
-
-def _download(repo: str, ignore: Sequence[str] = ()) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, ignore_patterns=[*_HUB_NOT, *ignore]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CascadeError(
-            f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
-        ) from None

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TrainConfig
+from cascade.models.winograd import Convolution
 from cascade.stage import Stage
 
 OVERHEAD_BYTES = 600_000_000
@@ -82,10 +83,14 @@ class _KeptByAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a stage: its weights, and what one network call makes besides them at most."""
+    """Bytes of a stage: its weights, and what one network call makes besides them at most.
+
+    transformed: what convolutions hold beside their weights in float32 on a CPU, unless memory is to be spared.
+    """
 
     weights: int
     activations: int
+    transformed: int = 0
 
     @property
     def total(self) -> int:
@@ -106,7 +111,9 @@ def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) 
             cond = replace(cond, low_res=picture, low_res_log_snr=level)
         with LiveBytes() as live:
             stage.network(picture, level, stage.network.prepare(cond))
-    return StageMemory(weight_bytes(stage.network), live.peak)
+    convolutions = [module for module in stage.network.modules() if isinstance(module, Convolution)]
+    transformed = sum(convolution.transformed_bytes() for convolution in convolutions)
+    return StageMemory(weight_bytes(stage.network), live.peak, transformed)
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,8 @@ def ways(stages: Sequence[StageConfig], text_parameters: int, text_tokens: int, 
     for dtype, share in (("float32", 1.0), ("bfloat16", 0.5)):
         text = 4 * text_parameters * (share if halved_text else 1.0)
         together = text + share * (sum(memory.weights for memory in each) + max(memory.activations for memory in each))
+        if dtype == "float32" and not torch.cuda.is_available():
+            together += sum(memory.transformed for memory in each)
         apart = max(text, *(share * memory.total for memory in each))
         for low_memory, total in ((False, together), (True, apart)):
             found.append(

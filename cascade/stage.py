@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from cascade.errors import CascadeError
 from cascade.images import upsample, upsample_corners
 from cascade.models.if_unet import IFUNet
 from cascade.models.unet import UNet
+from cascade.tiles import Tile, in_tiles
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -56,13 +58,17 @@ class Stage:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def prepare(self, cond: Conditioning) -> Denoiser:
-        """The denoiser of r for these conditions; text and the smaller picture are read here, once."""
+    def prepare(self, cond: Conditioning, tile: int | None = None) -> Denoiser:
+        """The denoiser of r for these conditions; text and the smaller picture are read here, once.
+
+        tile: side of the squares that the network is given one at a time; see `sample`.
+        """
         dtype = next(self.network.parameters()).dtype
         prepared = self.network.prepare(self.enlarge(cond).to(dtype=dtype))
 
         def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
-            output, *spread = self.network(z, log_snr, prepared).float().split(z.shape[1], dim=1)
+            raw = self.network(z, log_snr, prepared) if tile is None else self._tiled(z, log_snr, prepared, tile)
+            output, *spread = raw.float().split(z.shape[1], dim=1)
             x_hat = to_x(self.config.parameterization, output, z, log_snr)
             return (x_hat, (spread[0] + 1) / 2) if spread else x_hat
 
@@ -76,15 +82,20 @@ class Stage:
         rng: Generators,
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
+        tile: int | None = None,
     ) -> Tensor:
         """Draw pictures from the noise z (B, 3, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
+        tile: the network draws squares of this side, seen with its receptive radius around them; the same pictures up
+        to float32's rounding, in the memory of one square and a few tensors of the whole size.
+        Raises CascadeError for tiles where the network looks at the whole picture, or of a side that it cannot divide.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
-        guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
+        self.check_tile(tile)
+        guided = denoisers.guide(_Tiled(self, tile), cond, null, settings.guidance, settings.guidance_interval)
         picture = limit(denoisers.to_picture(guided, base, scale), settings)
         log_snrs = self.noise_levels(settings)
 
@@ -137,6 +148,10 @@ class Stage:
             )
         return step_grid(self.schedule, numbers)
 
+    def count_steps(self, settings: SamplingConfig | None = None) -> int:
+        """Sampling steps, N. Raises CascadeError as `noise_levels` does."""
+        return len(self.noise_levels(settings)) - 1
+
     def unnoised(self, low_res: Tensor) -> Tensor:
         """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
         if not self.config.model.enlarges_first:
@@ -162,9 +177,41 @@ class Stage:
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
+    def check_tile(self, tile: int | None) -> None:
+        """Raises CascadeError for tiles in which this stage cannot draw."""
+        if tile is None:
+            return
+        step = self.config.model.downsampling
+        if self.config.model.receptive_radius is None:
+            raise CascadeError(f"tile: stage {self.name} looks at the whole picture; draw it without tiles")
+        if tile < step or tile % step:
+            raise CascadeError(f"tile: {tile}; stage {self.name} expects a multiple of {step}")
+
+    def _tiled(self, z: Tensor, log_snr: Tensor, prepared: Any, tile: int) -> Tensor:
+        """The network's output for z, square by square."""
+        margin, low_res = self.config.model.receptive_radius, prepared.low_res
+        assert margin is not None, "check_tile comes first"
+
+        def draw(part: Tile) -> Tensor:
+            seen = replace(prepared, low_res=None if low_res is None else part.cut(low_res))
+            return self.network(part.cut(z), log_snr, seen)
+
+        return in_tiles(draw, (z.shape[-2], z.shape[-1]), tile, margin)
+
     @property
     def _residual_scale(self) -> float:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
+
+
+@dataclass(frozen=True)
+class _Tiled:
+    """A stage whose network is given squares of a side, or whole pictures."""
+
+    stage: Stage
+    side: int | None
+
+    def prepare(self, cond: Conditioning) -> Denoiser:
+        return self.stage.prepare(cond, self.side)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:

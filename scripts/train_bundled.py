@@ -51,7 +51,8 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         Part(
             "data",
             lambda: script("prepare_data", "--data", data, "--out", prepared),
-            prepared / "photos-validation-64.parquet",
+            # The last file that it writes; prepare_art.py makes no photographs.
+            prepared / ("photos-validation-64.parquet" if (data / "photos").is_dir() else "validation-256.parquet"),
         ),
         Part(
             "text",
@@ -80,7 +81,7 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     required=True,
-    help="Folder with emoji/, photos/ and captions.txt (docs/data.md).",
+    help="Folder with emoji/ and captions.txt, perhaps photos/ (docs/data.md).",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for all of it.")
 @click.option(

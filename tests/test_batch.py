@@ -266,6 +266,17 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
         list(Engine(pipeline, options(batch_size=4)).draw(tasks(pipeline, records, call)))
 
 
+def test_the_pieces_of_work_do_not_depend_on_the_memory_that_a_process_finds_free(
+    pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or processes would cut the prompts differently, and leave some to nobody."""
+    windows = []
+    for pages in (1, 10**9):
+        monkeypatch.setattr("os.sysconf", lambda name, pages=pages: pages if name == "SC_AVPHYS_PAGES" else 4096)
+        windows.append(Engine(pipeline, options(batch_size="auto")).window)
+    assert windows == [4, 4]
+
+
 def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from pyarrow import parquet
 
 from cascade import CascadeError, CascadePipeline
 from cascade.batch import Layout, Output
+from cascade.batch.locks import Claims
 from cascade.batch.plan import subfolder
 from cascade.batch.writer import BackgroundWriter
 from cascade.cli import main
@@ -309,6 +311,20 @@ def test_sigterm_finishes_the_picture_at_hand_and_the_same_command_continues(
     assert_continues(capsys, model, out)
 
 
+def test_what_a_stopped_process_left_is_not_called_finished_by_the_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first of two sees it: the other took unit 1, was told to stop, and gave it back undone."""
+    out = tmp_path / "out"
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "claim", lambda _, unit: unit != 1)
+        status, _, stderr = generate(capsys, model, out)
+    assert (status, stderr) == (1, "cascade: stopped; the same command continues\n")
+    assert generate(capsys, model, out)[0] == 0
+
+
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +337,43 @@ def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
         with Output(out, Layout(shard=(1, 2))) as other:  # the lock is per shard
             other.begin({"seed": 3})
     assert generate(capsys, model, out)[0] == 0
+
+
+def test_what_one_process_finished_no_other_does_again_and_what_a_dead_one_left_another_does(tmp_path: Path) -> None:
+    def process() -> subprocess.Popen[str]:
+        """Takes 0 and 1, finishes 0, and keeps 1 until it is killed."""
+        code = (
+            "import sys; from pathlib import Path; from cascade.batch.locks import Claims\n"
+            "claims = Claims(Path(sys.argv[1]))\n"
+            "assert claims.take(0) and claims.take(1)\n"
+            "claims.finish(0); print('ready', flush=True); sys.stdin.read()\n"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "claims")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    ours, other = Claims(tmp_path / "claims"), process()
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "ready\n"
+    assert (ours.take(0), ours.is_done(0), ours.take(1)) == (True, True, False)
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    assert (ours.take(1), ours.is_done(1)) == (True, False)
+    ours.clear()
+    assert not ours.is_done(0)
+    ours.close()
+
+
+def test_a_process_leaves_out_what_another_of_its_launch_has_done(tmp_path: Path) -> None:
+    with Output(tmp_path / "out") as output:
+        output.begin({"seed": 3})
+        output.process_count = 2
+        assert output.claim(0)
+        output.finish(0)
+        assert not output.claim(0)
+        assert output.claim(1)
 
 
 def test_writing_happens_in_the_background_in_order_and_keeps_up() -> None:

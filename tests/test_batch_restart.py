@@ -125,12 +125,16 @@ def test_damaged_and_missing_pictures_and_torn_lines_are_redone_and_others_kept(
     assert manifest.read_text().count("\n") == 25
 
 
+EXTRAS = ("grid.png", "index.html", "manifest.parquet")
+
+
 def test_other_settings_are_refused_by_name_unless_told_to_overwrite(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run(capsys, *call(model, prompts, out, "--until", 8))[0] == 1
+    assert run(capsys, *call(model, prompts, out, "--until", 8, "--grid", "--html", "--manifest", "parquet"))[0] == 1
     before = lines_of(out)
+    assert set(EXTRAS) <= {path.name for path in out.iterdir()}
     status, _, stderr = run(capsys, *call(model, prompts, out, "--until", 16, "--steps", "base=1"))
     assert status == 2
     assert 'other settings (steps was not given, is {"base": 1}; until was 8, is 16); use the same' in stderr
@@ -138,6 +142,7 @@ def test_other_settings_are_refused_by_name_unless_told_to_overwrite(
     assert run(capsys, *call(model, prompts, out, "--until", 16, "--format", "jpeg", "--overwrite"))[0] == 1
     assert {line["settings"]["height"] for line in lines_of(out)} == {16}
     assert set(contents(out)) == {line["file"] for line in lines_of(out)}
+    assert not set(EXTRAS) & {path.name for path in out.iterdir()}  # they showed what is no more
 
 
 def test_another_prompt_in_the_place_of_a_drawn_one_is_refused(
@@ -172,7 +177,7 @@ def test_windows_change_no_output(
     assert not (tmp_path / "out" / ".cascade" / "shelf").exists()
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 5, 16])
 def test_shards_that_share_nothing_give_the_output_of_one_run(
     model: Path, prompts: Path, whole: Path, tmp_path: Path, count: int
 ) -> None:

@@ -16,8 +16,10 @@ from cascade import CascadePipeline
 from cascade.batch import Drawn, DrawOptions, Engine, plan
 from cascade.batch.identity import model_identity
 from cascade.build import IF_NOISE, build_stage
+from cascade.checkpoint import save_stage
 from cascade.cli import main
 from cascade.conditioning import Conditioning
+from cascade.config import SamplingConfig, StageConfig, UNetConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage, read_weights
 from cascade.diffusion.noise import diffuse, log_snr_from_std
@@ -240,6 +242,35 @@ def test_every_sampler_draws_with_a_network_that_predicts_its_variance(
     drawn = pipeline("a red apple", seed=1, steps=3, sampler=sampler, negative_prompt="blue", output_type="pt")
     assert drawn.images.shape == (1, 3, 32, 32)
     assert list(drawn.stages) == [8, 32]
+
+
+def test_a_stage_of_ours_follows_theirs(peers: dict[bool, tuple[Path, Any]], tmp_path: Path) -> None:
+    model = UNetConfig(
+        channels=(8, 16),
+        blocks=(1, 1),
+        strides=(1, 2),
+        attention=(False, False),
+        groups=4,
+        embedding_dim=16,
+        text="none",
+    )
+    own = StageConfig(
+        name="sr128",
+        resolution=128,
+        low_resolution=32,
+        parameterization="x",
+        model=model,
+        sampling=SamplingConfig(steps=2, guidance=1.0, aug_level=0.1),
+    )
+    save_stage(tmp_path / "own", own, build_stage(own).network.state_dict())
+    stages = [peers[True][0], tmp_path / "own"]
+    pipeline = CascadePipeline.from_pretrained(peers[False][0], super_resolution=stages)
+    drawn = pipeline("a red apple", negative_prompt="blue", seed=1, steps=2, output_type="pt")
+    assert drawn.images.shape == (1, 3, 128, 128)
+    assert list(drawn.stages) == [8, 32, 128]
+    theirs = CascadePipeline.from_pretrained(peers[False][0], super_resolution=stages[:1])
+    same = theirs("a red apple", negative_prompt="blue", seed=1, steps=2, output_type="pt")
+    assert torch.equal(same.images, drawn.stages[32])
 
 
 def edit(path: Path, **changes: Any) -> None:

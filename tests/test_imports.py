@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,22 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {"conditioning", "settings", "config", "images", "checkpoint", "errors", "seeds", "locks", "_version"}
+LEAVES = {
+    "tiles",
+    "conditioning",
+    "settings",
+    "config",
+    "images",
+    "checkpoint",
+    "errors",
+    "seeds",
+    "locks",
+    "streaming",
+    "_version",
+}
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
+DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "settings"},
     "images": {"errors"},
     "seeds": {"errors"},
+    "streaming": {"errors"},
     "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
     "sampling": {"errors", "settings", "config"},
     "prompts": LEAVES | {"text", "sampling"},
@@ -34,18 +49,38 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": LEAVES,
     "stage": CORE,
     "training": STAGE | {"text", "data"},
-    "evaluation": STAGE | {"text", "data"},
-    "pipeline": STAGE | {"text", "data", "sampling"},
+    "arguments": LEAVES | {"text"},
+    "output": LEAVES,
+    "slots": STAGE,
+    "drawing": STAGE | {"text"},
+    "save": STAGE | {"text", "slots"},
+    "upscaling": STAGE | {"arguments"},
+    "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
+    "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build"},
     "preflight": STAGE | {"build", "memory"},
+    "hub": {"errors"},
     "load": STAGE
-    | {"text", "data", "sampling", "pipeline", "training", "evaluation", "build", "deepfloyd", "preflight"},
-    "batch": STAGE | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
+    | {
+        "hub",
+        "memory",
+        "text",
+        "data",
+        "sampling",
+        "pipeline",
+        "training",
+        "evaluation",
+        "build",
+        "deepfloyd",
+        "preflight",
+        "slots",
+    },
+    "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
-    "__init__": STAGE | {"text", "pipeline"},  # the public names
+    "__init__": STAGE | {"text", "output", "pipeline"},  # the public names
 }
 # What stands at the top may import everything.
 TOP = {"cli", "__main__"}
@@ -146,3 +181,33 @@ def test_the_trainer_brings_accelerate_only() -> None:
         for name in imported_names(node)
     }
     assert imported & HEAVY == {"accelerate"}
+
+
+def test_importing_cascade_asks_no_network() -> None:
+    """Any connection or look-up of a name would end the process."""
+    code = (
+        "import sys\n"
+        "def refuse(event, _arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
+        "sys.addaudithook(refuse)\n"
+        "import cascade, cascade.cli, cascade.load\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_the_public_names_are_complete_and_typed() -> None:
+    """Every name that the package imports for its users is in `__all__`; their parameters and results have types."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert set(cascade.__all__) == imported
+    assert cascade.__all__ == sorted(cascade.__all__)
+    for name in cascade.__all__:
+        value = getattr(cascade, name)
+        assert name == "__version__" or value.__doc__, name
+        members = vars(value).items() if inspect.isclass(value) else [(name, value)]
+        for member, plain in members:
+            function = getattr(plain, "__func__", plain)  # of a class method
+            ours = inspect.isfunction(function) and function.__module__.startswith("cascade")
+            if ours and not member.startswith("_"):
+                parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+                assert parameters | {"return"} <= set(function.__annotations__), f"{name}.{member}"

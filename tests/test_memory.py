@@ -12,6 +12,7 @@ import torch
 from helpers_model import make_tiny_cascade, tiny_configs
 
 from cascade.cli import main
+from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
 from cascade.memory import LiveBytes, Way, stage_memory, ways
 
 
@@ -31,6 +32,17 @@ def test_low_memory_needs_the_largest_part_and_bfloat16_half() -> None:
     found = {(way.dtype, way.low_memory): way.bytes for way in ways(configs, 10**9, 48, halved_text=True)}
     assert found["float32", False] > found["float32", True] > found["bfloat16", True]
     assert found["float32", True] - found["bfloat16", True] == 2 * 10**9
+
+
+def test_what_wide_convolutions_hold_beside_their_weights_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = StageConfig(
+        name="base", resolution=64, schedule=SquaredCosineSchedule(), model=IFUNetConfig(blocks=(1, 1, 1, 1))
+    )
+    memory = stage_memory(config)
+    assert 0 < memory.transformed < 16 / 9 * memory.weights
+    found = {(way.dtype, way.low_memory): way.bytes for way in ways([config], 0, 77, halved_text=True)}
+    assert found["float32", False] - found["float32", True] == memory.transformed
 
 
 def test_weights_are_counted_exactly() -> None:
@@ -70,6 +82,7 @@ def test_a_step_at_the_size_of_if_i_m_stays_within_the_estimate(dtype: str) -> N
         torch.set_default_dtype(torch.{dtype})
         stage = build_stage(config)
         torch.set_default_dtype(torch.float32)
+        stage.network.eval().requires_grad_(False)
         text, mask = torch.randn(1, 77, 4096), torch.ones(1, 77, dtype=torch.bool)
         with torch.inference_mode():
             cond = Conditioning(text, mask)

@@ -29,4 +29,12 @@ def test_the_wheel_holds_weights_presets_and_types(tmp_path: Path):
         if path.is_file() and "__pycache__" not in path.parts:
             relative = path.relative_to(ROOT).as_posix()
             assert relative.replace("configs/", "cascade/presets/", 1) in names
-    assert sum(path.stat().st_size for path in (ROOT / "cascade" / "pretrained").rglob("*")) < 25e6
+
+
+def test_the_bundled_weights_keep_their_sizes():
+    """Bytes: the text encoder and the base stage, both super-resolution stages, and the judge of the art suite."""
+    folder = ROOT / "cascade" / "pretrained"
+    for parts, most in ((("text_encoder", "base"), 45e6), (("sr256", "sr1024"), 16e6), (("tower",), 8e6)):
+        files = [path for part in parts for path in (folder / part).rglob("*") if path.is_file()]
+        assert files
+        assert sum(path.stat().st_size for path in files) <= most

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, Stage
 from cascade.load import assemble
-from cascade.pipeline import StageSlot
+from cascade.slots import StageSlot
 
 LONG = "a blue star and two green circles of the fox style"
 

@@ -87,3 +87,15 @@ def test_each_run_writes_and_reads_where_the_parts_say(script: ModuleType, tmp_p
         starts_from = config.training.init_from
         if starts_from is not None:
             assert results["base32"] == tmp_path / starts_from / "stage" / "stage.json"
+
+
+@pytest.mark.parametrize(
+    ("folders", "last"),
+    [(["emoji"], "validation-256.parquet"), (["emoji", "photos"], "photos-validation-64.parquet")],
+)
+def test_the_copies_count_as_made_when_the_last_file_is_there(
+    script: ModuleType, tmp_path: Path, folders: list[str], last: str
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    assert script.parts(tmp_path, tmp_path / "out", [])[0].result.name == last

@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.arguments import stage_sizes
 from cascade.batch.plan import DrawOptions, Task
 from cascade.checkpoint import atomic_file
 from cascade.config import SamplingConfig
 from cascade.diffusion.samplers import OnStep
+from cascade.drawing import Picture, Texts
 from cascade.images import to_uint8
-from cascade.pipeline import CascadePipeline, Picture, StageSlot, is_out_of_memory, not_finite, stage_sizes
+from cascade.pipeline import CascadePipeline
+from cascade.slots import StageSlot, is_out_of_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.text.t5 import TextEmbeddings, join
 
@@ -132,9 +135,13 @@ class Engine:
 
     @property
     def window(self) -> int:
-        """Prompts that are drawn together."""
-        largest = max(self._batch_sizes.values())
+        """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
+        largest = self._largest_auto if self.options.batch_size == "auto" else max(self._batch_sizes.values())
         return self.options.window or max(1, largest // self.options.num_images)
+
+    @property
+    def _largest_auto(self) -> int:
+        return _AUTO_BATCH_ON_CPU if self.pipeline.device.type == "cpu" else LARGEST_AUTO_BATCH
 
     @torch.inference_mode()
     def draw(self, tasks: Sequence[Task]) -> Iterator[Result]:
@@ -153,7 +160,7 @@ class Engine:
             ]
             if not todo:
                 continue  # a restart finds all of them on the shelf
-            with self.pipeline.running(slot) as stage:
+            with running(slot) as stage:
                 for batch, pixels, took in self._batches(stage, position, todo, texts):
                     for task, picture in zip(batch, pixels, strict=True):
                         seconds[task] += took / len(batch)
@@ -204,10 +211,12 @@ class Engine:
             settings,
             self.sizes[position],
             [Picture(row, task.job.record.seed, task.number) for row, task in enumerate(full)],
-            texts([task.job.record.prompt for task in full]),
-            texts([task.job.negative_prompt for task in full]),
+            Texts(
+                own=texts([task.job.record.prompt for task in full]),
+                null=texts([task.job.negative_prompt for task in full]),
+            ),
             low,
-            self._steps(stage.name, len(stage.noise_levels(settings)) - 1),
+            self._steps(stage.name, stage.count_steps(settings)),
         )[: len(batch)]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()
@@ -234,10 +243,10 @@ class Engine:
         if self.options.batch_size is None:
             return self.pipeline.default_batch_size
         if self.pipeline.device.type != "cpu":
-            return LARGEST_AUTO_BATCH
+            return self._largest_auto
         needed = size[0] * size[1] * slot.config.model.channels[0] * _BYTES_PER_ACTIVATION
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(1, min(_AUTO_BATCH_ON_CPU, free // (2 * needed)))
+        return max(1, min(self._largest_auto, free // (2 * needed)))
 
     def _finished(self, task: Task, pixels: Tensor, seconds: float) -> Drawn:
         stages = {self.slots[-1].config.resolution: _image(pixels)}

@@ -37,6 +37,18 @@ def _looked_at(path: Path) -> bytes:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def weights_sha256(index: ModelIndex) -> str:
+    """SHA-256 over every weight of a model, in hexadecimal: the safetensors files of text encoder and stages, whole."""
+    digest = hashlib.sha256()
+    for folder in (index.text_encoder, *index.stages):
+        for path in _files(folder):
+            if path.suffix == ".safetensors":
+                digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def versions() -> str:
     """Of what draws: another one may change last bits."""
     return f"cascade {__version__}, torch {torch.__version__}"

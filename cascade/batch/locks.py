@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cascade.errors import CascadeError
 
+_DONE = b"\1"
 _PATIENCE_SECONDS = 2.0  # for the first process of our own launch to say that it is ours
 
 
@@ -66,7 +67,10 @@ class RunLock:
 
 
 class Claims:
-    """Who works on which number: a lock on one byte of a file each, which a dead process loses."""
+    """Who works on which number: a lock on one byte of a file each, which a dead process loses.
+
+    The byte itself says whether the work on its number is done.
+    """
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,6 +87,19 @@ class Claims:
         """Until nobody works on it."""
         fcntl.lockf(self._handle, fcntl.LOCK_EX, 1, number)
         self.release(number)
+
+    def is_done(self, number: int) -> bool:
+        """Whether a process of this run has finished it."""
+        return os.pread(self._handle, 1, number) == _DONE
+
+    def finish(self, number: int) -> None:
+        """It is done, and we no longer work on it."""
+        os.pwrite(self._handle, _DONE, number)
+        self.release(number)
+
+    def clear(self) -> None:
+        """Nothing is done."""
+        os.ftruncate(self._handle, 0)
 
     def release(self, number: int) -> None:
         """We no longer work on it."""

@@ -109,12 +109,13 @@ class Output:
             self._state.mkdir(exist_ok=True)
             self._lock = RunLock(self._state / self._named("lock", ""), self._launch)
             self._lock.acquire()
+            self._claims = Claims(self._state / self._named("claims", ""))
             if self._lock.first:
                 settled = self._prepare(settings)
+                self._claims.clear()
                 self._lock.share()
             else:
                 settled = self._compared(settings)
-            self._claims = Claims(self._state / self._named("claims", ""))
             self._drawing = Claims(self._state / self._named("drawing", ""))
         except OSError as error:
             raise self._unwritable(error) from None
@@ -157,7 +158,10 @@ class Output:
         return any(path.stat().st_size for path in self.folder.glob("manifest*.jsonl"))
 
     def _clear(self) -> None:
-        """Remove what the earlier manifest names, and the manifest."""
+        """Remove what the earlier manifest names, what was made of it, and the manifest."""
+        for name in ("manifest.parquet", "index.html", "grid.png"):
+            stem, _, ending = name.partition(".")
+            (self.folder / self._named(stem, f".{ending}")).unlink(missing_ok=True)
         path = self.folder / self._named("manifest", ".jsonl")
         if path.exists():
             with suppress(CascadeError):  # a file that is no manifest of ours names nothing
@@ -220,10 +224,13 @@ class Output:
         if self.process_count == 1:
             return True
         assert self._claims is not None, "begin() comes first"
-        taken = self._claims.take(unit)
-        if taken:
-            self.manifest.refresh()  # perhaps another one finished it before us
-        return taken
+        if not self._claims.take(unit):
+            return False
+        if self._claims.is_done(unit):  # its failures are written down, and its pictures need no second look
+            self._claims.release(unit)
+            return False
+        self.manifest.refresh()  # another one may have died within it
+        return True
 
     def has(self, index: int, number: int, made_by: Mapping[str, Any]) -> bool:
         """Whether a picture is finished, its file whole. Raises CascadeError when it was of another prompt."""
@@ -295,7 +302,7 @@ class Output:
         except OSError as error:
             raise self._unwritable(error) from None
         if self.process_count > 1 and self._claims is not None:
-            self._claims.release(unit)
+            self._claims.finish(unit)
 
     def wait_for_the_others(self) -> None:
         """Until no process of this launch draws any more: launchers end all when one ends with a failure."""
@@ -304,6 +311,12 @@ class Output:
         for rank in range(self.process_count):
             if rank != self.rank:
                 self._drawing.wait(rank)
+
+    def is_everything_done(self, last: int) -> bool:
+        """Whether processes of this launch finished all units to `last`; one that was told to stop left its own."""
+        assert self._claims is not None, "begin() comes first"
+        which, count = self.layout.shard if self._store.unit(0) is not None else (0, 1)
+        return self.process_count == 1 or all(map(self._claims.is_done, range(which, last + 1, count)))
 
     def failures(self) -> int:
         """How many failures all processes wrote down."""

@@ -23,12 +23,16 @@ LOW_MEMORY_WINDOW = 64
 
 @dataclass
 class Summary:
-    """How a run went. pictures: drawn by it; kept: finished earlier; stopped: there is more to draw."""
+    """How a run went. pictures: drawn by it; kept: finished earlier; stopped: there is more to draw.
+
+    last_unit: of the pieces of work, its own and other processes', the last; -1: there was none.
+    """
 
     pictures: int = 0
     kept: int = 0
     failures: int = 0
     stopped: bool = False
+    last_unit: int = -1
 
 
 Line: TypeAlias = PromptRecord | Failure
@@ -61,6 +65,7 @@ def run_batch(
             for unit, lines in _units(records, output, engine.window):
                 if stop():
                     raise StoppedError
+                run.summary.last_unit = unit
                 if output.claim(unit):
                     run.draw_unit(unit, lines, engine.window)
         except StoppedError:

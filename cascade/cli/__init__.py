@@ -12,10 +12,12 @@ import click
 
 from cascade._version import __version__
 from cascade.cli.data import check_data
+from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
 from cascade.cli.train import encode, train
+from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
 
 __all__ = ["main"]
@@ -35,7 +37,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, train, encode, check_data, plot, info, assemble, convert):
+for command in (generate, upscale, train, encode, evaluate, check_data, plot, info, assemble, convert):
     program.add_command(command)
 
 

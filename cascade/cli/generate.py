@@ -26,7 +26,7 @@ SAMPLING = ("steps", "guidance", "sampler", "aug_level", "threshold")
 """Options with one value for all stages or one for each."""
 
 
-def _for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable[[Any], Any]:
+def for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable[[Any], Any]:
     """An option that takes `20` for all stages, or `base=20,sr256=4`."""
 
     def read(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Any:
@@ -80,11 +80,11 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same pictures; default: drawn and reported.")
 @click.option("-n", "--num-images-per-prompt", type=_POSITIVE, default=1, show_default=True)
 @click.option("--negative-prompt", metavar="TEXT", help="What the pictures should not be like.")
-@_for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
-@_for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@_for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
-@_for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
-@_for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
+@for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
+@for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
+@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
+@for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
 @click.option("--until", type=_POSITIVE, help="Stop after the stage of this size, in pixels.")
 @click.option("--height", type=_POSITIVE, help="Of the pictures, in pixels.")
@@ -95,6 +95,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.")
 @click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
+@click.option("--text-8bit", is_flag=True, help="Text encoder in 8 bits; needs the extra `quantized`.")
 @click.option("--window", type=_POSITIVE, help="Prompts drawn together; default: a batch, 64 with --low-memory.")
 @click.option("--log-json", is_flag=True, help="For machines: a line of JSON for everything that happens, on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
@@ -153,6 +154,7 @@ class Request:
     dtype: str | None
     batch_size: int | str | None
     low_memory: bool
+    text_8bit: bool
     window: int | None
     log_json: bool
     quiet: bool
@@ -210,7 +212,7 @@ class Request:
         from cascade.pipeline import CascadePipeline
 
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory
+            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
         )
 
     def _options(self, run_seed: int) -> DrawOptions:
@@ -249,6 +251,7 @@ class Request:
     def _finish(self, output: Output, summary: Summary, run_seed: int) -> int:
         """What comes once all is drawn; with several processes, the first does it for all."""
         output.wait_for_the_others()
+        summary.stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
         if output.rank > 0:
             return 0
         output.manifest.refresh()

@@ -179,7 +179,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
     """
     subject = _subject(scene, rng)
     if scene.background != "white" or rng.random() < 0.15:
-        subject += f" on {_article(scene.background)} background"
+        subject += f" on {article(scene.background)} background"
     pattern = rng.choice(("{}, {style}", "{}, {style}", "{style}, {}", "{style}: {}", "a picture of {}, {style}"))
     return pattern.format(subject, style=STYLE_WORDS)
 
@@ -191,11 +191,11 @@ def _subject(scene: Scene, rng: random.Random) -> str:
     count = len(scene.objects)
     size = f"{first.size} " if rng.random() < 0.4 else ""
     if count > 1:
-        return f"{NUMBER_WORDS[count]} {size}{first.colour} {_plural(first.shape)}"
+        return f"{NUMBER_WORDS[count]} {size}{first.colour} {plural(first.shape)}"
     words = f"{size}{first.colour} {first.shape}"
     if scene.place is None:
-        return _article(words) if rng.random() < 0.5 else f"{NUMBER_WORDS[1]} {words}"
-    return f"{_article(words)} {scene.place}" if rng.random() < 0.5 else _article(words)
+        return article(words) if rng.random() < 0.5 else f"{NUMBER_WORDS[1]} {words}"
+    return f"{article(words)} {scene.place}" if rng.random() < 0.5 else article(words)
 
 
 def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
@@ -205,7 +205,7 @@ def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
         first, second, relation = second, first, OPPOSITE[relation]
     sizes_said = rng.random() < 0.4
     one, other = (
-        _article(f"{item.size} {item.colour} {item.shape}" if sizes_said else f"{item.colour} {item.shape}")
+        article(f"{item.size} {item.colour} {item.shape}" if sizes_said else f"{item.colour} {item.shape}")
         for item in (first, second)
     )
     long_form = relation if relation in ("above", "below") else f"to the {relation}"
@@ -219,11 +219,13 @@ def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
     )
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """`a circle`, `an orange circle`."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """`circles`, `crosses`."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 

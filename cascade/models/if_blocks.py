@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.config import IFUNetConfig
+from cascade.models.winograd import Convolution
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
@@ -29,6 +30,14 @@ class TwoLayers(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(features)))
 
 
+class Mix(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is: on one thread torch has no fast convolution for it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H, W)."""
+        return F.linear(h.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class IFResidualBlock(nn.Module):
     """(shortcut(h) + conv(gelu(scale-shift(norm(conv(resize(gelu(norm(h))))))))) / block_scale.
 
@@ -46,11 +55,11 @@ class IFResidualBlock(nn.Module):
         self.resize = resize
         self.block_scale = config.block_scale
         self.norm1 = nn.GroupNorm(config.groups, channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Convolution(channels_in, channels)
         self.time_emb_proj = nn.Linear(config.embedding_dim, 2 * channels)
         self.norm2 = nn.GroupNorm(config.groups, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
+        self.conv2 = Convolution(channels, channels)
+        self.conv_shortcut = Mix(channels_in, channels, 1) if channels_in != channels else None
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """h: (B, C_in, H, W); embedding: (B, E), after its GELU -> (B, C, H', W')."""

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cascade.conditioning import Conditioning
 from cascade.config import IFUNetConfig
+from cascade.models.checks import check_conditions, check_size
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
 
 StepOf = Callable[[Tensor], Tensor]
@@ -113,7 +114,7 @@ class IFUNet(nn.Module):
         The text has no mask here: IF reads what T5 gives for the padding too, up to 77 tokens. Raises ValueError when
         a smaller picture is missing or not expected.
         """
-        self._check_conditions(cond)
+        check_conditions(cond, self.low_res_channels)
         states = cond.text.to(self.conv_in.weight.dtype)
         embedding = self.add_embedding(states)  # (B, E)
         if self.class_embedding is not None and cond.low_res_log_snr is not None:
@@ -128,7 +129,7 @@ class IFUNet(nn.Module):
         Raises ValueError for any other size.
         """
         seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
-        self._check_size(z, seen.low_res)
+        check_size(z, seen.low_res, self.config.downsampling)
         embedding = F.gelu(self.time_embedding(self._sinusoids(log_snr)) + seen.embedding)  # (B, E)
         text = iter(seen.text)
 
@@ -175,25 +176,6 @@ class IFUNet(nn.Module):
         """All attentions in the order in which `forward` meets them."""
         parts: list[Level | Middle] = [*self._levels(self.down_blocks), self.mid_block, *self._levels(self.up_blocks)]
         return (attention for part in parts for _, attention in part.blocks() if attention is not None)
-
-    def _check_conditions(self, cond: Conditioning) -> None:
-        complete = cond.low_res is not None and cond.low_res_log_snr is not None
-        if self.low_res_channels and not complete:
-            raise ValueError("a super-resolution network needs low_res and low_res_log_snr in its conditions")
-        if not self.low_res_channels and cond.low_res is not None:
-            raise ValueError("a base network sees no smaller picture; leave low_res out of its conditions")
-
-    def _check_size(self, z: Tensor, low_res: Tensor | None) -> None:
-        step, (height, width) = self.config.downsampling, z.shape[-2:]
-        if height % step or width % step:
-            raise ValueError(
-                f"height {height} and width {width} must be multiples of {step}, by which this network divides them"
-            )
-        if low_res is not None and low_res.shape[-2:] != z.shape[-2:]:
-            raise ValueError(
-                f"low_res is {low_res.shape[-2]} x {low_res.shape[-1]}, the noisy picture {height} x {width};"
-                " upsample it to the same size"
-            )
 
 
 def _down(config: IFUNetConfig, index: int) -> Level:

@@ -28,6 +28,7 @@ from cascade.models.blocks import (
     space_to_depth,
     zero_init,
 )
+from cascade.models.checks import check_conditions, check_size
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
 
 PICTURE_CHANNELS = 3
@@ -115,8 +116,8 @@ class UNet(nn.Module):
 
         Raises ValueError when a smaller picture is missing or not expected.
         """
-        self._check_conditions(cond)
-        embedding = torch.zeros((), device=self.stem.weight.device, dtype=self.stem.weight.dtype)
+        check_conditions(cond, self.low_res_channels)
+        embedding = torch.zeros((), device=cond.text.device, dtype=self.stem.weight.dtype)
         text: list[KeysValues | None] = [None] * sum(1 for _ in self._attentions())
         visible = None
         if self.text_norm is not None and self.text_pooling is not None:
@@ -135,7 +136,7 @@ class UNet(nn.Module):
         Raises ValueError for any other size.
         """
         seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
-        self._check_size(z, seen.low_res)
+        check_size(z, seen.low_res, self.config.downsampling)
         embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
         text = iter(seen.text)
 
@@ -177,22 +178,3 @@ class UNet(nn.Module):
         blocks = [block for level in self._levels() for block in level.encoder()]
         blocks += [*self._middle(), *(block for level in reversed(self._levels()) for block in level.decoder())]
         return (block.attention for block in blocks if block.attention is not None)
-
-    def _check_conditions(self, cond: Conditioning) -> None:
-        complete = cond.low_res is not None and cond.low_res_log_snr is not None
-        if self.low_res_channels and not complete:
-            raise ValueError("a super-resolution network needs low_res and low_res_log_snr in its conditions")
-        if not self.low_res_channels and cond.low_res is not None:
-            raise ValueError("a base network sees no smaller picture; leave low_res out of its conditions")
-
-    def _check_size(self, z: Tensor, low_res: Tensor | None) -> None:
-        step, (height, width) = self.config.downsampling, z.shape[-2:]
-        if height % step or width % step:
-            raise ValueError(
-                f"height {height} and width {width} must be multiples of {step}, by which this network divides them"
-            )
-        if low_res is not None and low_res.shape[-2:] != z.shape[-2:]:
-            raise ValueError(
-                f"low_res is {low_res.shape[-2]} x {low_res.shape[-1]}, the noisy picture {height} x {width};"
-                " upsample it to the same size"
-            )

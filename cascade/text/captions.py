@@ -15,7 +15,7 @@ from urllib.parse import unquote_plus
 Captions = Literal["as_is", "lower", "deepfloyd"]
 
 _ENDINGS = "com|co|ru|net|org|edu|gov|it"
-_SUFFIXES = "jpe?g|png|bmp|webp|gif|svg|eps|html?|pdf|zip|rar|mp4|psd|tiff?"
+_SUFFIXES = "jpe?g|png|bmp|webp|eps|pdf|apk|mp4"
 _CJK = "\u2e80-\u2fff\u3000-\u30ff\u3100-\u31ef\u31f0-\u31ff\u3200-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32"
 
@@ -44,16 +44,23 @@ _MANY_JOINED = re.compile(r"[-_]")
 _LAST_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\b[a-z]{0,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),  # codes
-        (r"(?:worldwide\s+)?free\s+shipping|(?:free\s)?download(?:\sfree)?|\bclick\b\s(?:for|on)\s\w+", ""),
+        (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b|\b\d*(?:[a-z]+\d+){2}[a-z\d]*\b", ""),  # codes
+        (r"(?:worldwide\s+)?(?:free\s+)?shipping|(?:free\s)?download(?:\sfree)?|\bclick\b\s(?:for|on)\s\w+", ""),
         (rf"\b(?:{_SUFFIXES})(?:\simages?)?\b|\bpage\s+\d+\b", ""),
         (r"\b\d+\s*[xх×]\s*\d+\b", ""),  # sizes
-        (r"\s*:\s*", ": "),
+        (r"\b\s+:\s+", ": "),
         (r"(\D[,./])\b", r"\1 "),
         (r"\s+", " "),
     )
 )
-_ENDS = re.compile(r"^[\"']+|[\"']+$|^[-_.,:;]+|[-_+:;,]+$|^\.\S+$")
+_ENDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^[\"'](.+)[\"']$", r"\1"),
+        (r"^['_,\-:;]|['_,\-:+]$", ""),
+        (r"^\.\S+$", ""),
+    )
+)
 
 
 def prepare_caption(text: str, how: Captions) -> str:
@@ -76,7 +83,7 @@ def clean_caption(text: str) -> str:
         text = _MANY_JOINED.sub(" ", text)
     text = html.unescape(html.unescape(text)).strip()
     text = _apply(_LAST_RULES, text).strip()
-    return _ENDS.sub("", text).strip()
+    return _apply(_ENDS, text).strip()
 
 
 def _apply(rules: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
+import logging as python_logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder
 from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
+from cascade.streaming import stream
 from cascade.text.captions import Captions, prepare_caption
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -118,6 +121,8 @@ class TextEncoder:
         self._max_length = max_length
         self.padded, self.captions = padded, captions
         self._fingerprint: str | None = None
+        self._streamed_to: torch.device | None = None
+        self.eight_bit = False
 
     @classmethod
     def from_pretrained(
@@ -129,13 +134,16 @@ class TextEncoder:
         captions: Captions = "as_is",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        streamed: bool = False,
+        eight_bit: bool = False,
     ) -> Self:
         """Load a T5 from a folder in transformers' layout, or from a hub id such as google/flan-t5-base.
 
         The tokenizer may lie beside the weights or in a folder `tokenizer` beside theirs, as diffusers puts it.
         Whatever exists or looks like a path never goes to the network. Weights are safetensors, nothing is
         unpickled. Raises CascadeError when there is no such folder or model, its files are damaged or
-        incomplete, or it is no T5.
+        incomplete, or it is no T5. streamed: a folder's weights stay on disk and are read layer by layer.
+        eight_bit: linear weights are int8 (bitsandbytes), a quarter of float32's memory; not with `streamed`.
         """
         _check_dtype(dtype)
         local = is_local(source)
@@ -143,8 +151,27 @@ class TextEncoder:
         if local:
             check_folder(Path(where))
         with _quiet(progress=not local):
-            model, tokenizer = _load(where, local, dtype)
-        return cls(model, tokenizer, max_length, padded, captions).to(device, dtype)
+            if streamed and local:
+                return cls._streaming(Path(where), device or "cpu", dtype, max_length, padded, captions)
+            quantized = _eight_bit(device) if eight_bit else {}
+            model, tokenizer = _load(where, local, dtype, quantized)
+        encoder = cls(model, tokenizer, max_length, padded, captions)
+        encoder.eight_bit = eight_bit
+        return encoder if eight_bit else encoder.to(device, dtype)
+
+    @classmethod
+    def _streaming(cls, folder: Path, device: torch.device | str, dtype: torch.dtype, *how: Any) -> Self:
+        """See `from_pretrained`: the model on the meta device, with hooks that fetch what runs."""
+        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
+        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
+        encoder = cls(model, tokenizer, *how)
+        encoder._streamed_to = torch.device(device)
+        return encoder
 
     @property
     def dim(self) -> int:
@@ -164,7 +191,7 @@ class TextEncoder:
     @property
     def device(self) -> torch.device:
         """Where the weights and the embeddings are."""
-        device: torch.device = self._loaded().device
+        device: torch.device = self._streamed_to or self._loaded().device
         return device
 
     @property
@@ -181,6 +208,7 @@ class TextEncoder:
         """
         if self._fingerprint is None:
             ways = f" padded={self.padded} {self.captions}" if self.padded or self.captions != "as_is" else ""
+            ways += " eight_bit" if self.eight_bit else ""
             digest = hashlib.sha256(f"{self.max_length} {self.dtype}{ways}\n".encode())
             digest.update(_describe(self._tokenizer).encode())
             for name, parameter in sorted(self._loaded().named_parameters()):
@@ -209,7 +237,9 @@ class TextEncoder:
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the weights to `device`, cast them to `dtype`, and return this encoder."""
+        """Move the weights to `device`, cast them to `dtype`, and return this encoder; one in 8 bits stays."""
+        if self.eight_bit:
+            return self
         if dtype is not None and dtype != self.dtype:
             _check_dtype(dtype)
             self._fingerprint = None
@@ -226,6 +256,8 @@ class TextEncoder:
         Weights that bf16 holds exactly, such as those that came from a bf16 file, are written as bf16. A text
         encoder that stood in `folder` is replaced; raises CascadeError if anything else stands there.
         """
+        if self.eight_bit:
+            raise CascadeError(f"{folder}: a text encoder in 8 bits is not written; load it without eight_bit first")
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
@@ -313,13 +345,19 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
 
 
+def text_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a text encoder: full precision where there is any."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if ".fp16" not in file.name] or files
+
+
 def _variant(folder: Path) -> str | None:
     """`fp16` when the folder holds weights of that variant alone."""
     names = [path.name for path in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of a checked folder or a hub id. Whatever the libraries raise becomes one line."""
     from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
@@ -337,6 +375,7 @@ def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
             use_safetensors=True,
             variant=_variant(Path(where)) if local else None,
             output_loading_info=True,
+            **quantized,
             **options,
         )
     except CascadeError:
@@ -351,6 +390,18 @@ def _load(where: str, local: bool, dtype: torch.dtype) -> tuple[Any, Any]:
         raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
     _check_tokenizer(where, tokenizer, config.vocab_size)
     return model, tokenizer
+
+
+def _eight_bit(device: torch.device | str | None) -> dict[str, Any]:
+    """Arguments that load int8 weights. Raises CascadeError when the library for it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CascadeError(
+            "text encoder: 8 bits need bitsandbytes; pip install 'cascade-diffusion[quantized]', or leave eight_bit out"
+        )
+    from transformers import BitsAndBytesConfig
+
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it tells of every cast
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
 
 
 def _check_tokenizer(where: str, tokenizer: Any, vocab_size: int) -> None:

@@ -1,0 +1,119 @@
+"""What a call of the pipeline is given: prompts, seeds and sizes, checked. Everything here raises CascadeError."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from cascade.config import StageConfig
+from cascade.errors import CascadeError
+from cascade.seeds import MAX_SEED, fresh_seed
+from cascade.text.t5 import TextEmbeddings
+
+T = TypeVar("T")
+PerStage: TypeAlias = T | Mapping[str, T] | None
+"""One value for all stages, or {stage name: value}; None or a missing stage: the stage's own default."""
+
+
+def prompts_of(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) -> list[str]:
+    """The prompts as a list; an empty one for each row of embeddings."""
+    if (prompt is None) == (embeds is None):
+        raise CascadeError("give either prompt or prompt_embeds")
+    if embeds is not None:
+        if not isinstance(embeds, TextEmbeddings) or not len(embeds):
+            raise CascadeError("prompt_embeds: expected TextEmbeddings(tokens, mask) of at least one prompt")
+        return [""] * len(embeds)
+    prompts = texts_of("prompt", prompt)
+    if not prompts:
+        raise CascadeError("prompt: the list is empty; give at least one prompt")
+    return prompts
+
+
+def texts_of(name: str, value: Any) -> list[str]:
+    """A string, or several, as a list."""
+    texts: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
+    return texts
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each of `count` prompts, drawn where none is given."""
+    if seed is None:
+        return [fresh_seed() for _ in range(count)]
+    given: list[Any] = list(seed) if isinstance(seed, (Sequence, np.ndarray)) else [seed] * count
+    if len(given) != count:
+        raise CascadeError(f"seed: {len(given)} seeds for {count} prompts; give one, or one for each prompt")
+    # Plain numbers, because noise follows from how a seed is written: NumPy's 1 and ours must be the same.
+    seeds = [integer("seed", value) for value in given]
+    for value in seeds:
+        if not 0 <= value <= MAX_SEED:
+            raise CascadeError(f"seed: {value}; expected a whole number in 0..{MAX_SEED}")
+    return seeds
+
+
+def integer(name: str, value: Any) -> int:
+    """A whole number of whatever type."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CascadeError(f"{name}: {value!r}; expected a whole number") from None
+
+
+def positive(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    number = integer(name, value)
+    if number < 1:
+        raise CascadeError(f"{name}: {value}; expected at least 1")
+    return number
+
+
+def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
+    """(height, width) of each stage, so that the last has the size asked for."""
+    last = stages[-1].resolution
+    sizes = []
+    for stage in stages:
+        pair = []
+        for name, wanted in (("height", height), ("width", width)):
+            pixels, rest = divmod((last if wanted is None else integer(name, wanted)) * stage.resolution, last)
+            if rest or pixels % stage.model.downsampling or pixels < 1:
+                step = _common_step(stages)
+                raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
+            pair.append(pixels)
+        sizes.append((pair[0], pair[1]))
+    return sizes
+
+
+def _common_step(stages: Sequence[StageConfig]) -> int:
+    last = stages[-1].resolution
+    steps = [stage.model.downsampling * last // stage.resolution for stage in stages]
+    return math.lcm(*steps)
+
+
+def check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
+    """Whether the stages make a cascade: their sizes chain, and all read text of the same width."""
+    if not stages:
+        raise CascadeError("a cascade needs at least one stage")
+    if stages[0].low_resolution is not None:
+        raise CascadeError(f"stage {stages[0].name}: the first stage must be a base stage, without low_resolution")
+    names = [stage.name for stage in stages]
+    if len(set(names)) != len(names):
+        raise CascadeError(f"stages {', '.join(names)}: every stage needs a name of its own")
+    for before, after in pairwise(stages):
+        if after.low_resolution != before.resolution:
+            raise CascadeError(
+                f"stage {after.name} starts from {after.low_resolution} px, but stage {before.name} before it draws"
+                f" {before.resolution} px; choose stages whose sizes chain"
+            )
+    for stage in stages:
+        if stage.model.reads_text and stage.model.text_dim != text_dim:
+            raise CascadeError(
+                f"stage {stage.name}: reads text of width {stage.model.text_dim}, the text encoder gives {text_dim};"
+                " use the encoder that it was trained with"
+            )

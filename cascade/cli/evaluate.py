@@ -1,0 +1,130 @@
+"""`cascade evaluate`: measure what a cascade draws."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cascade.cli.generate import for_stages
+from cascade.errors import CascadeError
+from cascade.sampling import number, whole_number
+from cascade.seeds import MAX_SEED
+
+if TYPE_CHECKING:
+    from cascade.evaluation.report import Request, Suite
+    from cascade.pipeline import CascadePipeline
+
+
+def _scenes() -> Suite:
+    from cascade.evaluation.scenes import run
+
+    return run
+
+
+def _art() -> Suite:
+    from cascade.evaluation.art import run
+
+    return run
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art}
+"""The suites by name; each is imported when it is asked for."""
+
+UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception")}
+"""Options that a suite would not look at, and that are refused with it."""
+
+SAMPLING = ("steps", "guidance", "sampler")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--suite", type=click.Choice(tuple(SUITES)), required=True, help="What is measured.")
+@click.option("--out", default="evaluation", show_default=True, metavar="FOLDER", help="Where the report goes.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of prompts and noise.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Pictures at most; default: the suite's own.")
+@click.option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
+@click.option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
+@click.option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
+@for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
+@for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
+@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures per call.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
+@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype: str | None, **values: Any) -> int:
+    """Measure what a cascade draws: report.json, report.md and contact.png in FOLDER.
+
+    MODEL is a folder or hub id; default: the bundled cascade. The same call gives the same numbers; docs/evaluation.md
+    says what each of them means.
+
+    \b
+    cascade evaluate --suite scenes --out report
+    cascade evaluate my-cascade --suite art --data data --limit 200
+    """
+    from cascade.evaluation.report import markdown, write_report
+    from cascade.pipeline import CascadePipeline
+
+    _check(suite, out, values)
+    measure = SUITES[suite]()
+    request = _request(values)
+    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype)
+    run = _run(model, pipeline, request)
+    report = measure(pipeline, request)
+    write_report(report, run, out)
+    click.echo(markdown(report, run))
+    click.echo(f"report.json, report.md and contact.png in {out}")
+    return 0
+
+
+def _check(suite: str, out: str, values: dict[str, Any]) -> None:
+    """Raises CascadeError for what would be noticed only after everything was drawn, or never."""
+    for option in UNUSED.get(suite, ()):
+        if values[option] is not None:
+            raise CascadeError(f"--{option}: the suite {suite} does not use it; leave it out")
+    place = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise CascadeError(f"--out {out}: {place} is no folder that can be written; name another")
+
+
+def _request(values: dict[str, Any]) -> Request:
+    from cascade.evaluation.report import Request
+
+    return Request(
+        seed=values["seed"],
+        limit=values["limit"],
+        sampling={name: values[name] for name in SAMPLING if values[name] is not None},
+        batch_size=values["batch_size"],
+        data=None if values["data"] is None else Path(values["data"]),
+        clip=values["clip"],
+        inception=values["inception"],
+        progress=sys.stderr.isatty() and not values["quiet"],
+    )
+
+
+def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict[str, Any]:
+    """What every report says of the run: enough to repeat it, and nothing that changes when it is repeated."""
+    import torch
+
+    from cascade._version import __version__
+    from cascade.batch.identity import weights_sha256
+    from cascade.evaluation.drawing import used_sampling
+    from cascade.load import read_index
+
+    return {
+        "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},
+        "versions": {"cascade": __version__, "torch": torch.__version__},
+        "seed": request.seed,
+        "settings": {
+            "limit": request.limit,
+            "batch_size": request.batch_size,
+            "device": pipeline.device.type,
+            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "sampling": used_sampling(pipeline, request),
+        },
+    }

@@ -1,0 +1,168 @@
+"""`cascade upscale`: pictures of one's own, enlarged by the super-resolution stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cascade.cli.generate import for_stages
+from cascade.errors import CascadeError
+from cascade.sampling import PRESETS, number, threshold_value, whole_number
+from cascade.seeds import MAX_SEED
+
+if TYPE_CHECKING:
+    from cascade.output import CascadeOutput
+    from cascade.pipeline import CascadePipeline
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("--prompt", default="", metavar="TEXT", help="What the pictures show.")
+@click.option("--to", type=_POSITIVE, metavar="N", help="Longer side of the result; default: of the last stage.")
+@click.option("--tile", type=_POSITIVE, metavar="N", help="Draw squares of this side one at a time: less memory.")
+@click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@click.option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@click.option("--overwrite", is_flag=True, help="Replace pictures that are there already.")
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Same seed, same pictures."
+)
+@for_stages("--steps", whole_number, "Sampling steps, e.g. 2 or sr256=4,sr1024=2.")
+@for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
+@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
+@for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
+@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.")
+@click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
+@click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
+def upscale(
+    images: tuple[str, ...],
+    model: str | None,
+    out: str,
+    overwrite: bool,
+    device: str | None,
+    dtype: str | None,
+    low_memory: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Enlarge pictures of any size and aspect ratio.
+
+    Each becomes FOLDER/NAME.png, which says how it was made; manifest.jsonl has a line for each. Pictures that are
+    there from the same call are kept.
+
+    \b
+    cascade upscale photo.jpg --prompt "a red apple, noto style"
+    cascade upscale out/*.png --to 4096 --tile 512
+    """
+    from cascade.pipeline import CascadePipeline
+
+    targets = _targets(images, Path(out))
+    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
+    failed = 0
+    for image, target in targets.items():
+        try:
+            done = _enlarge(pipeline, image, target, options, overwrite)
+        except CascadeError as error:
+            failed += 1
+            click.echo(f"cascade: {error}", err=True)
+        else:
+            if not quiet:
+                click.echo(f"{target}: {done}")
+    if failed == len(targets):
+        return 2
+    return 1 if failed else 0
+
+
+def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
+    """The file that each picture becomes. Raises CascadeError when two would become the same, or `out` is no folder."""
+    targets: dict[str, Path] = {}
+    taken: dict[Path, str] = {}
+    for image in dict.fromkeys(images):
+        target = out / f"{Path(image).stem}.png"
+        if target in taken:
+            raise CascadeError(f"{image}: would become {target}, as {taken[target]} does; give them two --out folders")
+        if target.exists() and Path(image).exists() and target.samefile(image):
+            raise CascadeError(f"{image}: would be overwritten; name another folder with --out")
+        targets[image], taken[target] = target, image
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CascadeError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    return targets
+
+
+def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mapping[str, Any], overwrite: bool) -> str:
+    """Write one picture and its line of the manifest, and say what was done. Raises CascadeError."""
+    try:
+        source = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
+    asked = {"source_sha256": source, **options}
+    if target.exists() and not overwrite:
+        if _asked_before(target) == json.loads(json.dumps(asked)):
+            return "kept"
+        raise CascadeError(f"{target}: is there already, and not from this call; --overwrite, or name another --out")
+    result = pipeline.upscale(image, **options)
+    entry = _entry(pipeline, image, asked, result)
+    _write(target, result, entry)
+    width, height = result.images[0].size
+    return f"{width}x{height}"
+
+
+def _entry(pipeline: CascadePipeline, image: str, asked: Mapping[str, Any], result: CascadeOutput) -> dict[str, Any]:
+    """What the picture and the manifest say of it."""
+    from cascade._version import __version__
+
+    width, height = result.images[0].size
+    return {
+        "source": Path(image).name,
+        "prompt": result.prompts[0],
+        "seed": result.seeds[0],
+        "width": width,
+        "height": height,
+        "model": pipeline.name,
+        "license": pipeline.license,
+        "cascade": __version__,
+        "settings": {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")},
+        "upscale": asked,
+    }
+
+
+def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> None:
+    """The picture whole, then its line. Raises CascadeError when they cannot be written."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from cascade.checkpoint import atomic_file
+
+    chunks = PngInfo()
+    for name, value in entry.items():
+        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    try:
+        with atomic_file(target) as temporary:
+            result.images[0].save(temporary, format="PNG", pnginfo=chunks)
+        line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+        with (target.parent / "manifest.jsonl").open("a", encoding="utf-8") as manifest:
+            manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _asked_before(target: Path) -> Any:
+    """What an earlier call asked for, by the picture that it left; None if it says nothing of the kind."""
+    from PIL import Image
+
+    try:
+        with Image.open(target) as image:
+            image.load()
+            return json.loads(getattr(image, "text", {}).get("upscale", "null"))
+    except (OSError, ValueError, SyntaxError):
+        return None

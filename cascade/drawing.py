@@ -1,0 +1,82 @@
+"""Drawing one batch of pictures with one stage: noise from named generators, conditions, the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade.conditioning import Conditioning
+from cascade.config import SamplingConfig
+from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
+from cascade.diffusion.samplers import OnStep
+from cascade.images import back_project, to_float
+from cascade.seeds import generator
+from cascade.stage import Stage
+from cascade.text.t5 import TextEmbeddings
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: which text it has, and (seed, number), from which all its noise follows."""
+
+    text: int
+    seed: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings, a row for each `Picture.text`: of the prompts, and of what takes the null text's place for each."""
+
+    own: TextEmbeddings
+    null: TextEmbeddings
+
+
+def draw_batch(
+    stage: Stage,
+    settings: SamplingConfig,
+    size: tuple[int, int],
+    batch: Sequence[Picture],
+    texts: Texts,
+    low: Tensor | None,
+    on_step: OnStep | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
+
+    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. tile: see
+    `Stage.sample`.
+    """
+
+    def rng(purpose: str) -> list[torch.Generator]:
+        return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
+
+    rows = [picture.text for picture in batch]
+    own, null = texts.own.select(rows), texts.null.select(rows)
+    cond = Conditioning(own.tokens, own.mask)
+    if low is not None:
+        cond = _with_smaller(cond, stage.unnoised(to_float(low)), settings.aug_level, rng("augment"))
+    cond = cond.to(stage.device)
+    null_cond = cond.with_text(null.tokens.to(stage.device), null.mask.to(stage.device))
+    z = noise_like(torch.empty(len(batch), 3, *size, device=stage.device), rng("start"))
+    x = stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile)
+    return x if low is None else back_project(x, to_float(low).to(x.device), settings.consistency)
+
+
+def _with_smaller(cond: Conditioning, low: Tensor, aug_level: float, rng: Sequence[torch.Generator]) -> Conditioning:
+    """The conditions with the smaller picture (B, 3, h, w), noised."""
+    level = log_snr_from_std(torch.full((len(cond), 1, 1, 1), aug_level))
+    return Conditioning(cond.text, cond.text_mask, diffuse(low, noise_like(low, rng), level), level)
+
+
+def padded_batches(count: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """(members, how many of them are real): a short last batch repeats its last member.
+
+    So that every network call has the same shape, and a picture the same bytes wherever it stands.
+    """
+    for start in range(0, count, batch_size):
+        members = list(range(start, min(start + batch_size, count)))
+        yield members + [members[-1]] * (batch_size - len(members)), len(members)

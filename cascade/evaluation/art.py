@@ -1,0 +1,235 @@
+"""The art suite: subjects seen and unseen in six styles, judged by a tower that knows the training pictures alone.
+
+Every prompt asks for a picture that exists, so each figure stands beside the same one for the true pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.evaluation import drawing
+from cascade.evaluation.art_data import FLAGS, Art, Concept, read_art
+from cascade.evaluation.distances import (
+    NEIGHBOURS,
+    kernel_distance,
+    near_copies,
+    precision_and_recall,
+    sliced_wasserstein,
+)
+from cascade.evaluation.published import Published
+from cascade.evaluation.report import Figure, Report, Request, share
+from cascade.evaluation.tower import STYLES, Tower, at_resolution, load_tower
+from cascade.images import from_pil, to_float, to_pil
+from cascade.pipeline import CascadePipeline
+from cascade.seeds import generator
+
+TRAINING_CONCEPTS = 100
+STYLES_EACH = 2
+"""In how many of its styles every subject is asked for."""
+_PAIRS_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, and the number of the true picture that it describes among the art of its set."""
+
+    prompt: str
+    concept: Concept
+    style: str
+    true: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures for one set of prompts beside the true ones, N of each.
+
+    features: (N, 256) of the tower.  pixels: (N, 3, 64, 64) in [-1, 1].
+    """
+
+    items: Sequence[Item]
+    pictures: Sequence[Image.Image]
+    pixels: Tensor
+    features: Tensor
+    true_pixels: Tensor
+    true_features: Tensor
+
+
+def run(pipeline: CascadePipeline, request: Request) -> Report:
+    """Draw subjects of both kinds with the base stage and measure them. Raises CascadeError without `--data`."""
+    if request.data is None:
+        raise CascadeError("--suite art: needs true pictures; make them with scripts/prepare_data.py and give --data")
+    training, held_out = read_art(request.data, "train"), read_art(request.data, "validation", "test")
+    tower, published = load_tower(), Published.load(request)
+    unseen, seen = choose(training, held_out, request.seed, request.limit)
+    sets = {
+        name: _draw(pipeline, request, tower, items, art)
+        for name, items, art in (("unseen", unseen, held_out), ("training", seen, training))
+        if items
+    }
+    known = tower.features(to_float(training.pixels))
+    figures: list[Figure] = []
+    for name, drawn in sets.items():
+        figures += retrieval(name, drawn, tower, _candidates(name, training, held_out, request.seed))
+    if "unseen" in sets:
+        others, asked = _others(held_out, unseen), sets["unseen"]
+        figures += likeness(asked, others, tower, request.seed)
+        figures += published.distances(asked.pixels, asked.true_pixels, others)
+    for name, drawn in sets.items():
+        figures += copies(name, drawn, training, known)
+    figures += styles(list(sets.values()), tower)
+    for name, drawn in sets.items():
+        prompts = [item.prompt for item in drawn.items]
+        figures += published.figures(name, drawn.pictures, to_pil(drawn.true_pixels), prompts)
+    return Report(
+        "art",
+        figures,
+        _sheet(list(sets.values())),
+        settings={"prompts": len(unseen) + len(seen), "data_sha256": [training.digest, held_out.digest]},
+        notes=["Unseen: subjects of the validation and test splits, flags left out. True pictures: the same prompts'."],
+    )
+
+
+# --- what is asked ---------------------------------------------------------------------------------------
+
+
+def choose(training: Art, held_out: Art, seed: int, limit: int | None) -> tuple[list[Item], list[Item]]:
+    """Prompts for every unseen subject but flags, and for some training subjects; at most `limit`, half of each."""
+    unseen = _items(held_out, _candidates("unseen", training, held_out, seed))
+    seen = _items(training, _candidates("training", training, held_out, seed))
+    if limit is None:
+        return unseen, seen
+    return unseen[: (limit + 1) // 2], seen[: limit // 2]
+
+
+def _candidates(name: str, training: Art, held_out: Art, seed: int) -> list[Concept]:
+    """The subjects of a set, in an order of the seed: those whose words a picture is held against."""
+    art, most = (held_out, None) if name == "unseen" else (training, TRAINING_CONCEPTS)
+    subjects = [concept for concept in art.distinct() if concept.group != FLAGS]
+    order = torch.randperm(len(subjects), generator=generator(seed, "art suite", name)).tolist()
+    return [subjects[index] for index in order][:most]
+
+
+def _items(art: Art, concepts: Sequence[Concept]) -> list[Item]:
+    """Every subject once in one style, then again in another; the styles take turns."""
+    pictures = {
+        (concept.key, style): index for index, (concept, style) in enumerate(zip(art.concepts, art.styles, strict=True))
+    }
+    result = []
+    for turn in range(STYLES_EACH):
+        for index, concept in enumerate(concepts):
+            drawn_in = [style for style in STYLES if (concept.key, style) in pictures]
+            style = drawn_in[(index + turn * len(STYLES) // STYLES_EACH) % len(drawn_in)]
+            prompt = f"{concept.name}, {style.replace('_', ' ')} style"
+            result.append(Item(prompt, concept, style, pictures[concept.key, style]))
+    return result
+
+
+def _draw(pipeline: CascadePipeline, request: Request, tower: Tower, items: Sequence[Item], art: Art) -> Drawn:
+    pictures = drawing.draw(pipeline, [item.prompt for item in items], request)
+    pixels = at_resolution(to_float(torch.stack([from_pil(picture) for picture in pictures])))
+    true_pixels = to_float(art.pixels[[item.true for item in items]])
+    return Drawn(items, pictures, pixels, tower.features(pixels), true_pixels, tower.features(true_pixels))
+
+
+def _others(art: Art, items: Sequence[Item]) -> Tensor:
+    """(N, 3, 64, 64): the held-out pictures that no prompt asks for, flags left out."""
+    asked = {item.true for item in items}
+    rest = [index for index in range(len(art.concepts)) if index not in asked and art.concepts[index].group != FLAGS]
+    return to_float(art.pixels[rest])
+
+
+# --- what is measured ------------------------------------------------------------------------------------
+
+
+def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept]) -> list[Figure]:
+    """How often a picture's own subject is the best, or among the best ten, of the set's; and the ceiling's share."""
+    texts = tower.place_texts([concept.words for concept in concepts])
+    own = torch.tensor([concepts.index(item.concept) for item in drawn.items])
+
+    def ranks(features: Tensor) -> Tensor:
+        scores = tower.place_features(features) @ texts.T
+        return (scores > scores.gather(1, own[:, None])).sum(dim=1)
+
+    drawn_ranks, true_ranks = ranks(drawn.features), ranks(drawn.true_features)
+    figures = []
+    for most in (1, 10):
+        title = f"retrieval at {most} of {len(concepts)}, {name} subjects"
+        ceiling = float((true_ranks < most).double().mean())
+        (figure,) = share(title, (drawn_ranks < most).tolist(), ceiling)
+        figures.append(figure)
+        if ceiling > 0:
+            relative = f"{title}, of the true pictures'"
+            figures.append(Figure(relative, figure.value / ceiling, "share", "higher", figure.count, 1.0))
+    return figures
+
+
+def likeness(drawn: Drawn, others: Tensor, tower: Tower, seed: int) -> list[Figure]:
+    """Distances between the drawn set and held-out pictures, and precision and recall; true pictures give the floor.
+
+    The floor compares the pictures that the prompts describe with the same others, at the same numbers.
+    """
+    if min(len(drawn.items), len(others)) <= NEIGHBOURS + 1:
+        return []  # a small limit: too few for neighbourhoods
+    known = tower.features(others).double()
+    centre, spread = known.mean(dim=0), known.std(dim=0).square().mean().sqrt()
+    known, ours, true = ((part.double() - centre) / spread for part in (known, drawn.features, drawn.true_features))
+
+    def sliced(part: Tensor) -> float:
+        return sliced_wasserstein(part, known, generator(seed, "art suite", "directions"))
+
+    count = len(ours)
+    precision, recall = precision_and_recall(known, ours)
+    true_precision, true_recall = precision_and_recall(known, true)
+    return [
+        Figure("sliced Wasserstein distance", sliced(ours), "spread", "lower", count, sliced(true)),
+        Figure("kernel distance", kernel_distance(ours, known), "", "lower", count, kernel_distance(true, known)),
+        Figure("precision", precision, "share", "higher", count, true_precision),
+        Figure("recall", recall, "share", "higher", len(known), true_recall),
+    ]
+
+
+def copies(name: str, drawn: Drawn, training: Art, known: Tensor) -> list[Figure]:
+    """Share of pictures that nearly repeat one of the training split, in pixels and in features."""
+    numbers = {concept: index for index, concept in enumerate(training.distinct())}
+    groups = torch.tensor([numbers[concept] for concept in training.concepts])
+    pixels = to_float(training.pixels).flatten(1)
+    figures = []
+    for what, ours, true, theirs in (
+        ("pixels", drawn.pixels.flatten(1), drawn.true_pixels.flatten(1), pixels),
+        ("features", drawn.features, drawn.true_features, known),
+    ):
+        outcomes = near_copies(ours, theirs, groups)
+        # A true training picture is its own copy; only of unseen ones does the share say anything.
+        reference = sum(near_copies(true, theirs, groups)) / len(outcomes) if name == "unseen" else None
+        title = f"near-copies in {what}, {name} subjects"
+        figures.append(Figure(title, sum(outcomes) / len(outcomes), "share", "lower", len(outcomes), reference))
+    return figures
+
+
+def styles(sets: Sequence[Drawn], tower: Tower) -> list[Figure]:
+    """How often the tower reads the style that was asked for: over all, and of each style."""
+    asked = [item.style for drawn in sets for item in drawn.items]
+    ours = tower.read_styles(torch.cat([drawn.pixels for drawn in sets]))
+    true = tower.read_styles(torch.cat([drawn.true_pixels for drawn in sets]))
+    figures = []
+    for title, members in [("style obeyed", set(STYLES)), *((f"style obeyed: {style}", {style}) for style in STYLES)]:
+        chosen = [index for index, style in enumerate(asked) if style in members]
+        right = [[read[index] == asked[index] for index in chosen] for read in (ours, true)]
+        figures += share(title, right[0], sum(right[1]) / max(1, len(chosen)))
+    return figures
+
+
+def _sheet(sets: Sequence[Drawn]) -> list[tuple[Image.Image, str]]:
+    """Each drawn picture followed by the true one, the sets in equal parts."""
+    shown = []
+    for drawn in sets:
+        true = to_pil(drawn.true_pixels)
+        for index, item in enumerate(drawn.items[: _PAIRS_SHOWN // len(sets)]):
+            shown += [(drawn.pictures[index], item.prompt), (true[index], "true")]
+    return shown

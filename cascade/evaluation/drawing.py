@@ -1,0 +1,51 @@
+"""Drawing for a measurement: every prompt with a seed of its own, which follows from the run's seed and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from PIL import Image
+
+from cascade.evaluation.report import Request
+from cascade.pipeline import CascadePipeline
+from cascade.sampling import resolve_sampling
+from cascade.seeds import derive_seed
+
+
+def draw(
+    pipeline: CascadePipeline, prompts: Sequence[str], request: Request, until: int | None = None
+) -> list[Image.Image]:
+    """A picture for each prompt, from the stage of `until` px; None: the base stage.
+
+    The noise depends on (run seed, text, how often that text came before), not on the other prompts.
+    """
+    until = until or base_resolution(pipeline)
+    arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
+    output = pipeline(prompts, seed=prompt_seeds(prompts, request.seed), until=until, **arguments)
+    return cast(list[Image.Image], output.images)
+
+
+def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
+    """The seed of each prompt; equal prompts get different ones."""
+    seen: dict[str, int] = {}
+    seeds = []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        seeds.append(derive_seed(seed, "evaluate", prompt, seen[prompt]))
+    return seeds
+
+
+def base_resolution(pipeline: CascadePipeline) -> int:
+    """Pixels of the first stage's pictures."""
+    return pipeline.slots[0].config.resolution
+
+
+def used_sampling(pipeline: CascadePipeline, request: Request) -> dict[str, Any]:
+    """The sampling settings of every stage in full, the model's own defaults included.
+
+    Raises CascadeError for a stage or value that does not exist, before anything is drawn.
+    """
+    configs = [slot.config for slot in pipeline.slots]
+    settings = resolve_sampling(configs, None, request.sampling)
+    return {name: setting.model_dump(mode="json") for name, setting in settings.items()}

@@ -1,0 +1,149 @@
+"""One report a run: named figures and a contact sheet, as JSON, a Markdown table and a picture.
+
+A suite is a function (pipeline, request) -> Report. It draws with `cascade.evaluation.drawing.draw` and measures; what
+is the same for all suites, the model and the versions, is added where the report is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from PIL import Image
+
+from cascade.checkpoint import atomic_file, write_json, write_text
+from cascade.images import contact_sheet
+from cascade.pipeline import CascadePipeline
+
+FORMAT = 1
+"""Of report.json; larger when a key changes its meaning."""
+_COLUMNS = 6
+_CELL = 192  # pixels of a picture on the sheet: labels of about 30 letters stay readable
+
+PerStage: TypeAlias = float | str | Mapping[str, float] | Mapping[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a suite is asked; one field an option of `cascade evaluate`.
+
+    seed: of the choice of prompts and of all noise.  limit: pictures drawn at most, None: the suite's own number.
+    sampling: arguments of `CascadePipeline.__call__` by name, such as steps; one value or {stage: value}.
+    batch_size: pictures per network call.  data: folder of prepared Parquet files, for suites that need true pictures.
+    clip, inception: the user's own weights, for the figures that other people publish.
+    progress: whether a bar is shown.
+    """
+
+    seed: int = 0
+    limit: int | None = None
+    sampling: Mapping[str, PerStage] = field(default_factory=dict)
+    batch_size: int = 8
+    data: Path | None = None
+    clip: str | None = None
+    inception: str | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    unit: such as "share" (0 to 1) or "dB".  count: how many pictures, or objects, it is taken over.
+    reference: the same number for true pictures, where there is one: the ceiling, or of a distance the floor.
+    """
+
+    name: str
+    value: float
+    unit: str
+    better: Literal["higher", "lower"]
+    count: int
+    reference: float | None = None
+
+    def __post_init__(self) -> None:
+        assert math.isfinite(self.value), self.name
+        assert self.count > 0, self.name
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a suite found.
+
+    pictures: of the contact sheet, each with its label, in an order fixed before drawing.  columns: of the sheet.
+    settings: what the figures depend on besides the request, such as the number of prompts or a hash of the data.
+    notes: sentences below the table.
+    """
+
+    suite: str
+    figures: Sequence[Figure]
+    pictures: Sequence[tuple[Image.Image, str]]
+    columns: int = _COLUMNS
+    cell: int = _CELL
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        names = [figure.name for figure in self.figures]
+        assert len(set(names)) == len(names), "two figures of one name"
+
+
+Suite = Callable[[CascadePipeline, Request], Report]
+
+
+def share(name: str, outcomes: Sequence[bool], reference: float | None = None) -> list[Figure]:
+    """The share of true outcomes as a figure; none where nothing was asked, which a small limit may bring about."""
+    if not outcomes:
+        return []
+    return [Figure(name, sum(outcomes) / len(outcomes), "share", "higher", len(outcomes), reference)]
+
+
+def write_report(report: Report, run: Mapping[str, Any], folder: str | Path) -> None:
+    """Write report.json, report.md and contact.png, each atomically; those of an earlier run are replaced.
+
+    run: what the command knows: model, versions, seed, settings. It holds neither time nor place, so that the same run
+    writes the same bytes.
+    """
+    folder = Path(folder)
+    settings = {**run.get("settings", {}), **report.settings}
+    data = {
+        "format": FORMAT,
+        "suite": report.suite,
+        **run,
+        "settings": settings,
+        "figures": [asdict(figure) for figure in report.figures],
+        "notes": list(report.notes),
+    }
+    write_text(folder / "report.md", markdown(report, run))
+    pictures, labels = zip(*report.pictures, strict=True)
+    sheet = contact_sheet(pictures, columns=report.columns, labels=labels, cell=report.cell)
+    with atomic_file(folder / "contact.png") as temporary:
+        sheet.save(temporary, "PNG", optimize=True)
+    write_json(folder / "report.json", data)  # the last: whoever finds it finds the others
+
+
+def markdown(report: Report, run: Mapping[str, Any]) -> str:
+    """The figures as one table, the direction of better beside each name."""
+    lines = [f"# {run['model']['name']}: {report.suite}", ""]
+    lines += [f"Seed {run['seed']}, weights {run['model']['sha256'][:12]}, {_versions(run)}.", ""]
+    lines += [
+        "| figure | measured | true pictures | unit | better | over |",
+        "| --- | ---: | ---: | --- | --- | ---: |",
+    ]
+    for figure in report.figures:
+        reference = "" if figure.reference is None else shown(figure.reference, figure.unit)
+        cells = (figure.name, shown(figure.value, figure.unit), reference, figure.unit, figure.better, figure.count)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for note in report.notes:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: float, unit: str) -> str:
+    """A number as the table shows it: a share with three decimals, anything else with four digits."""
+    return f"{value:.3f}" if unit == "share" else f"{value:.4g}"
+
+
+def _versions(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run["versions"].items())

@@ -1,0 +1,221 @@
+"""The sr suite: every super-resolution stage on held-out pictures, and on what the stage before it drew.
+
+Beside each figure of fidelity stand bicubic and Lanczos, so that what a stage adds can be seen.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.drawing import Picture, draw_batch
+from cascade.errors import CascadeError
+from cascade.evaluation.fidelity import (
+    artefacts,
+    colour_shift,
+    consistency,
+    edge_strength,
+    feature_distance,
+    psnr,
+    ssim,
+)
+from cascade.evaluation.report import Figure, Report, Request
+from cascade.evaluation.tower import Tower, load_tower
+from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
+from cascade.pipeline import CascadePipeline
+from cascade.sampling import resolve_sampling
+from cascade.seeds import generator
+from cascade.slots import StageSlot, running
+
+PICTURES = 48
+"""Held-out pictures for each stage unless the caller says otherwise."""
+_SHOWN = 8
+_CROP = 192
+"""Side of the crops on the sheet, in pixels of the large picture: shown at 100 %."""
+
+_UNITS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
+    "PSNR": ("dB", "higher"),
+    "SSIM": ("", "higher"),
+    "feature distance": ("", "lower"),
+    "edge strength": ("of the truth", "higher"),
+    "consistency": ("dB", "higher"),
+    "colour shift": ("1/255", "lower"),
+    "dots": ("share", "lower"),
+    "ringing": ("share", "lower"),
+}
+AVERAGED = tuple(_UNITS)
+"""The figures of a picture, which are averaged over pictures."""
+_WITHOUT_TRUTH = ("consistency", "colour shift", "dots", "ringing")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A true picture and the smaller one: (1, 3, H, W) and (1, 3, h, w) in [-1, 1], both on 8 bits."""
+
+    truth: Tensor
+    low: Tensor
+    caption: str
+
+
+def run(pipeline: CascadePipeline, request: Request) -> Report:
+    """Measure all super-resolution stages. Raises CascadeError without `--data`, or when it has no large pictures."""
+    if request.data is None:
+        raise CascadeError("--suite sr: needs true pictures; give --data, a folder with test-256.parquet, test.parquet")
+    settings = resolve_sampling([slot.config for slot in pipeline.slots], None, request.sampling)
+    tower, count = load_tower(), request.limit or PICTURES
+    figures: list[Figure] = []
+    sheet: list[tuple[Image.Image, str]] = []
+    notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
+    lows: list[Tensor] | None = None
+    for before, slot in zip([None, *pipeline.slots], pipeline.slots, strict=False):
+        config = slot.config
+        if config.low_resolution is None or before is None:
+            continue
+        path = _file(request.data, config.resolution)
+        if path is None:
+            notes.append(f"{config.name} was not measured: no pictures of {config.resolution} px in the data.")
+            continue
+        pairs = read_pairs(path, config.resolution, config.low_resolution, count, request.seed)
+        drawn = [_enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
+        figures += _against_truth(config.name, pairs, drawn, tower)
+        lows = lows or _base_pictures(pipeline, pairs, request)
+        captions = [pair.caption for pair in pairs]
+        larger = [
+            _enlarged(pipeline, slot, settings, *item) for item in zip(lows, captions, range(count), strict=False)
+        ]
+        figures += _against_low(config.name, lows, larger)
+        lows = larger
+        sheet += _crops(config.name, pairs, drawn)
+    if not figures:
+        raise CascadeError(f"--data {request.data}: no test-256.parquet and no test.parquet with large pictures")
+    return Report("sr", figures, sheet, columns=4, settings={"pictures": count}, notes=notes)
+
+
+def _file(folder: Path, resolution: int) -> Path | None:
+    return next(
+        (path for path in (folder / f"test-{resolution}.parquet", folder / "test.parquet") if path.exists()), None
+    )
+
+
+def read_pairs(path: Path, resolution: int, low_resolution: int, count: int, seed: int) -> list[Pair]:
+    """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order of the seed.
+
+    Raises CascadeError for a file without any.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["image", "caption_styled"])
+    pairs: list[Pair] = []
+    for row in torch.randperm(len(table), generator=generator(seed, "sr suite", resolution)).tolist():
+        record: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+        with Image.open(io.BytesIO(record["image"]["bytes"])) as image:
+            if min(image.size) < resolution:
+                continue
+            picture = to_float(from_pil(image))[None]
+        truth = _rounded(downsample(picture, resolution))
+        pairs.append(Pair(truth, _rounded(downsample(truth, low_resolution)), record["caption_styled"]))
+        if len(pairs) == count:
+            break
+    if not pairs:
+        raise CascadeError(f"{path}: no picture of {resolution} px or more")
+    return pairs
+
+
+def _rounded(picture: Tensor) -> Tensor:
+    return to_float(to_uint8(picture))
+
+
+def resized(pair: Pair, kind: str) -> Tensor:
+    """The smaller picture enlarged by PIL's `bicubic` or `lanczos`: (1, 3, H, W) in [-1, 1]."""
+    size = (pair.truth.shape[-1], pair.truth.shape[-2])
+    return to_float(from_pil(to_pil(pair.low)[0].resize(size, Image.Resampling[kind.upper()])))[None]
+
+
+def _enlarged(
+    pipeline: CascadePipeline, slot: StageSlot, settings: dict[str, Any], low: Tensor, caption: str, number: int
+) -> Tensor:
+    """What a stage makes of a smaller picture, on 8 bits."""
+    texts = pipeline.texts([caption])
+    scale = slot.config.resolution // low.shape[-1]
+    size = (low.shape[-2] * scale, low.shape[-1] * scale)
+    with running(slot) as stage, torch.inference_mode():
+        x = draw_batch(stage, settings[slot.config.name], size, [Picture(0, 0, number)], texts, to_uint8(low))
+    return _rounded(x.cpu())
+
+
+def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[Tensor]:
+    """What the base stage draws for the captions."""
+    base = pipeline.slots[0].config.resolution
+    drawn = pipeline([pair.caption for pair in pairs], seed=request.seed, until=base, output_type="pt")
+    return [picture[None] for picture in drawn.images]
+
+
+def measure(picture: Tensor, pair: Pair, tower: Tower) -> dict[str, float]:
+    """All figures of one picture, by the names of `AVERAGED`."""
+    return {
+        "PSNR": psnr(picture, pair.truth),
+        "SSIM": ssim(picture, pair.truth),
+        "feature distance": feature_distance(picture, pair.truth, tower),
+        "edge strength": edge_strength(picture, pair.truth),
+        **measure_without_truth(picture, pair.low),
+    }
+
+
+def measure_without_truth(picture: Tensor, low: Tensor) -> dict[str, float]:
+    """The figures for which the smaller picture suffices."""
+    dots, ringing = artefacts(picture, low)
+    shift = colour_shift(picture, low)
+    return {"consistency": consistency(picture, low), "colour shift": shift, "dots": dots, "ringing": ringing}
+
+
+def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], tower: Tower) -> list[Figure]:
+    """The stage's figures, then those of bicubic and Lanczos; of the true pictures where they say something."""
+    true = [measure_without_truth(pair.truth, pair.low) for pair in pairs]
+    figures = []
+    ways: dict[str, Callable[[int], Tensor]] = {
+        "": lambda index: drawn[index],
+        ", bicubic": lambda index: resized(pairs[index], "bicubic"),
+        ", Lanczos": lambda index: resized(pairs[index], "lanczos"),
+    }
+    for way, enlarged in ways.items():
+        found = [measure(enlarged(index), pair, tower) for index, pair in enumerate(pairs)]
+        for name in AVERAGED:
+            reference = _mean([each[name] for each in true]) if name in ("dots", "ringing") else None
+            figures.append(_figure(f"{stage}: {name}{way}", name, [each[name] for each in found], reference))
+    return figures
+
+
+def _against_low(stage: str, lows: Sequence[Tensor], larger: Sequence[Tensor]) -> list[Figure]:
+    found = [measure_without_truth(picture, low) for picture, low in zip(larger, lows, strict=True)]
+    title = f"{stage}, from drawn pictures: "
+    return [_figure(title + name, name, [each[name] for each in found], None) for name in _WITHOUT_TRUTH]
+
+
+def _figure(title: str, name: str, values: Sequence[float], reference: float | None) -> Figure:
+    unit, better = _UNITS[name]
+    return Figure(title, _mean(values), unit, better, len(values), reference)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tuple[Image.Image, str]]:
+    """The same central crop of the smaller picture (pixels repeated), bicubic, ours and the truth."""
+    shown: list[tuple[Image.Image, str]] = []
+    for pair, picture in list(zip(pairs, drawn, strict=True))[:_SHOWN]:
+        side = pair.truth.shape[-1]
+        start = max(0, (side - _CROP) // 2)
+        box = (start, start, min(side, start + _CROP), min(side, start + _CROP))
+        low = to_pil(pair.low)[0].resize((side, side), Image.Resampling.NEAREST)
+        images = (low, to_pil(resized(pair, "bicubic"))[0], to_pil(picture)[0], to_pil(pair.truth)[0])
+        labels = (pair.caption, "bicubic", stage, "truth")
+        shown += [(image.crop(box), label) for image, label in zip(images, labels, strict=True)]
+    return shown

@@ -1,0 +1,70 @@
+"""What a call of the pipeline gives: pictures in the type asked for, and news on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from cascade.errors import CascadeError
+from cascade.images import to_float, to_pil
+
+Callback = Callable[[str, int, int, Tensor], None]
+"""callback(stage, step, steps, x_hat) after each step, x_hat (B, 3, H, W) in about [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class CascadeOutput:
+    """What a call drew, one entry a picture: all pictures of the first prompt, then of the second, and so on.
+
+    images: of the last stage that ran. stages: {resolution: pictures}, the last stage included. `seeds` and
+    `prompts` repeat for the pictures of one prompt. Types follow `output_type`.
+    """
+
+    images: Any
+    stages: dict[int, Any]
+    seeds: list[int]
+    prompts: list[str]
+
+
+def as_type(pixels: Tensor, output_type: str) -> Any:
+    """uint8 (B, 3, H, W) as PIL pictures, NumPy (B, H, W, 3) uint8, or torch float32 in [-1, 1]."""
+    match output_type:
+        case "pil":
+            return to_pil(pixels)
+        case "np":
+            return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        case _:
+            return to_float(pixels)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises CascadeError for a type that pictures do not come in."""
+    if output_type not in ("pil", "np", "pt"):
+        raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
+
+
+class Watcher:
+    """Progress of one stage: a bar, the caller's callback, or neither. Used with `with`."""
+
+    def __init__(self, stage: str, steps: int, batches: int, progress: bool, callback: Callback | None) -> None:
+        """steps: of each of the `batches`."""
+        self._stage, self._steps, self._callback = stage, steps, callback
+        self._bar = tqdm(total=steps * batches, desc=stage, unit="step") if progress else None
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, step: int, x_hat: Tensor) -> None:
+        """Take note of a finished step."""
+        if self._bar is not None:
+            self._bar.update()
+        if self._callback is not None:
+            self._callback(self._stage, step, self._steps, x_hat)

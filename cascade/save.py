@@ -1,0 +1,65 @@
+"""Pipeline -> folder, or the hub: the counterpart of `cascade.load`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cascade.checkpoint import atomic_folder, save_stage, write_json
+from cascade.config import FORMAT_VERSION
+from cascade.errors import CascadeError
+from cascade.slots import StageSlot
+from cascade.text.t5 import TextEncoder
+
+
+def write_model(
+    folder: str | Path,
+    text_encoder: TextEncoder,
+    slots: Sequence[StageSlot],
+    name: str,
+    license: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`."""
+    folder = Path(folder)
+    if folder.exists() and not _may_be_replaced(folder):
+        raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
+    with atomic_folder(folder) as temporary:
+        text_encoder.save_pretrained(temporary / "text_encoder")
+        for slot in slots:
+            stage = slot.load()
+            save_stage(temporary / slot.config.name, slot.config, stage.network.state_dict(), dtype)
+        write_json(
+            temporary / "cascade.json",
+            {
+                "format": FORMAT_VERSION,
+                "name": name,
+                "license": license,
+                "stages": [slot.config.name for slot in slots],
+                "max_text_length": text_encoder.max_length,
+                "text_padded": text_encoder.padded,
+                "captions": text_encoder.captions,
+            },
+        )
+
+
+@contextmanager
+def model_for_hub(repo: str, private: bool) -> Iterator[Path]:
+    """A folder to be filled, which is then uploaded to a model repository of the Hugging Face hub."""
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        yield folder
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether `path` is a cascade or an empty folder."""
+    return path.is_dir() and ((path / "cascade.json").is_file() or not any(path.iterdir()))

@@ -1,0 +1,98 @@
+"""The stages of a pipeline: held, or loaded when their turn comes; and what is said when memory does not suffice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from cascade.config import StageConfig
+from cascade.errors import CascadeError
+from cascade.stage import Stage
+
+_WHOLE_TENSORS = 3
+"""Tensors of the whole picture that any sampler holds at least: noisy picture, estimate, enlarged smaller picture."""
+
+
+@dataclass(frozen=True)
+class StageSlot:
+    """A stage of a pipeline: in memory, or (`--low-memory`) loaded when its turn comes and dropped after it."""
+
+    config: StageConfig
+    load: Callable[[], Stage]
+    held: bool = False
+
+    @classmethod
+    def holding(cls, stage: Stage) -> StageSlot:
+        """A slot whose stage stays in memory."""
+        return cls(stage.config, lambda: stage, held=True)
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> StageSlot:
+        """The same slot, its stage on a device and in a number format: at once, or whenever it is loaded."""
+        if self.held:
+            self.load().to(device, dtype)
+            return self
+        return replace(self, load=lambda: self.load().to(device, dtype))
+
+
+@contextmanager
+def running(slot: StageSlot) -> Iterator[Stage]:
+    """The slot's stage; running out of memory inside is told with the stage's name."""
+    try:
+        yield slot.load()
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            numbers = str(error) if isinstance(error, MemoryError) else ""
+            raise _out_of_memory(slot.config.name, numbers) from error
+        raise
+
+
+def check_memory(
+    stage: StageConfig,
+    size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tile: int | None = None,
+) -> None:
+    """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
+    at_once = math.prod(size)
+    if tile is not None:
+        seen = tile + 2 * (stage.model.receptive_radius or 0)
+        at_once = min(at_once, seen**2)
+    picture = 3 * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
+    needed = batch_size * (picture + at_once * stage.model.least_activations * dtype.itemsize)
+    free = _free_bytes(device)
+    if needed > free:
+        raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory for tensors on a device: of a GPU also what torch has reserved there and does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def not_finite(stage: str) -> str:
+    """What is said of NaN in a picture."""
+    return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a smaller batch could help."""
+    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+        return True
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
+    return CascadeError(
+        f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
+        " a smaller height and width, stop earlier with until, or (upscale) a tile"
+    )

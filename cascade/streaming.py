@@ -1,0 +1,53 @@
+"""Weights that do not fit into memory: each layer's are read from disk when it runs, and dropped after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from cascade.errors import CascadeError
+
+
+def stream(
+    module: nn.Module, files: Sequence[Path], device: torch.device | str, aliases: Mapping[str, str] | None = None
+) -> None:
+    """Let a module on the meta device read its weights from safetensors files layer by layer, onto `device`.
+
+    It computes in the number format that it has. aliases: names in the module of weights stored under another name.
+    Raises CascadeError naming a weight that is missing, misshapen, or in a damaged file.
+    """
+    from accelerate.hooks import attach_align_device_hook
+    from accelerate.utils import OffloadedWeightsLoader
+
+    stored = {name: (path, shape) for path in files for name, shape in _shapes(path).items()}
+    index = {}
+    for name, parameter in module.state_dict().items():
+        source = (aliases or {}).get(name, name)
+        if source not in stored:
+            raise CascadeError(f"{files[0].parent}: {source} is missing; the weights belong to other settings")
+        path, shape = stored[source]
+        if shape != list(parameter.shape):
+            raise CascadeError(
+                f"{path}: {source} has shape {shape}, this network has {list(parameter.shape)}; the weights belong to"
+                " other settings"
+            )
+        index[name] = {"safetensors_file": str(path), "weight_name": source}
+    weights = OffloadedWeightsLoader(index=index)
+    attach_align_device_hook(module, execution_device=torch.device(device), offload=True, weights_map=weights)
+
+
+def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
+    """Bytes of all weights in safetensors files once they are loaded as `dtype`."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for path in files for shape in _shapes(path).values())
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise CascadeError(f"{path}: damaged, or not safetensors ({error}); copy or download it again") from None

@@ -1,0 +1,113 @@
+"""Enlarging a person's own picture: which stages, in which order, and how a picture of any size passes through one."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cascade.arguments import positive
+from cascade.config import StageConfig
+from cascade.errors import CascadeError
+from cascade.images import downsample, from_pil, to_float, to_uint8
+
+LARGEST_WHOLE = 2048**2
+"""Pixels of the largest result that is drawn in one piece unless the caller says otherwise."""
+DEFAULT_TILE = 1024
+"""Side of the squares of larger ones."""
+
+ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any]
+
+
+def read_picture(image: ImageLike) -> Tensor:
+    """A picture, its file, or NumPy uint8 (H, W, 3 or 4) -> uint8 (1, 3, H, W), upright, transparency over white.
+
+    Raises CascadeError for what is none of these, or cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return from_pil(image)[None]
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
+            raise CascadeError(f"image: an array {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3 or 4)")
+        return from_pil(Image.fromarray(image))[None]
+    if not isinstance(image, (str, os.PathLike)):
+        raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
+    try:
+        with Image.open(image) as opened:
+            return from_pil(opened)[None]
+    except FileNotFoundError:
+        raise CascadeError(f"{image}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "a folder" if Path(image).is_dir() else str(error)
+        raise CascadeError(f"{image}: not a readable picture: {reason}") from None
+
+
+def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | None) -> tuple[int, int]:
+    """(height, width) of the result for a picture of `size`, its longer side `to`, its aspect ratio kept.
+
+    to: default what the last stage draws; for a picture as large as that already, as much as that stage enlarges.
+    Raises CascadeError for a size that is not larger than the picture.
+    """
+    longest, last = max(size), stages[-1]
+    if to is None:
+        to = last.resolution if longest < last.resolution else longest * _scale(last)
+    if positive("to", to) <= longest:
+        raise CascadeError(f"to: {to}; the picture's longer side has {longest} px already, give more")
+    height, width = (max(1, round(side * to / longest)) for side in size)
+    return height, width
+
+
+def route(stages: Sequence[StageConfig], longest: int, to: int) -> list[int]:
+    """Which stages enlarge a picture until its longer side has at least `to` px, by their places in `stages`.
+
+    Each time it is the one whose smaller pictures are nearest in size, counted in doublings; so the last stage is
+    used again and again for pictures beyond its own size. Raises CascadeError when no stage enlarges.
+    """
+    enlarging = [place for place, stage in enumerate(stages) if stage.low_resolution is not None]
+    if not enlarging:
+        raise CascadeError("upscale: this model has no super-resolution stage; name another with --model")
+    chosen = []
+    while longest < to:
+        place = min(enlarging, key=lambda place: _doublings(longest, stages[place]))
+        chosen.append(place)
+        longest *= _scale(stages[place])
+    return chosen
+
+
+def _scale(stage: StageConfig) -> int:
+    return stage.resolution // (stage.low_resolution or stage.resolution)
+
+
+def _doublings(longest: int, stage: StageConfig) -> float:
+    assert stage.low_resolution is not None
+    return abs(math.log2(longest / stage.low_resolution))
+
+
+def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
+    """The smaller picture with its last rows and columns repeated, until the network can divide the larger one."""
+    step = stage.model.downsampling
+    multiple = step // math.gcd(step, _scale(stage))
+    bottom, right = (-side % multiple for side in pixels.shape[-2:])
+    # In float, because uint8 has no kernel for this; the values stay whole.
+    return F.pad(pixels.float(), (0, right, 0, bottom), mode="replicate").to(pixels.dtype)
+
+
+def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (1, 3, H, W) as area means at `size`, which is not larger."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return to_uint8(downsample(to_float(pixels), size))
+
+
+def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:
+    """The side of the squares in which a picture of `size` is drawn; None: in one piece."""
+    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.model.receptive_radius is not None:
+        return DEFAULT_TILE
+    return tile

@@ -1,0 +1,86 @@
+"""Super-resolution stages beside each other, and beside bicubic and Lanczos, on held-out pictures.
+
+    python scripts/compare_super_resolution.py runs/residual/stage runs/paper/stage --data data/test-256.parquet \\
+        --text-encoder text_encoder --steps 1,2,4,8,16 --aug-levels 0.05
+
+A line for every stage, number of steps and noise level on the smaller picture; figures as docs/super-resolution.md
+defines them, means over the pictures. The smaller pictures are the truth's area means, rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from cascade import Stage, TextEncoder
+from cascade.drawing import Picture, Texts, draw_batch
+from cascade.evaluation.super_resolution import AVERAGED, Pair, measure, read_pairs, resized
+from cascade.evaluation.tower import load_tower
+from cascade.images import to_float, to_uint8
+from cascade.load import load_stage
+
+
+@torch.inference_mode()
+def enlarged(stage: Stage, pair: Pair, texts: Texts, steps: int, aug_level: float, rounds: int) -> Tensor:
+    """What a stage makes of a pair's smaller picture, rounded to 8 bits: float (1, 3, H, W)."""
+    changes = {"steps": steps, "aug_level": aug_level, "consistency": rounds}
+    settings = stage.config.sampling.model_copy(update=changes)
+    size = (pair.truth.shape[-2], pair.truth.shape[-1])
+    x = draw_batch(stage, settings, size, [Picture(0, 0, 0)], texts, to_uint8(pair.low))
+    return to_float(to_uint8(x))
+
+
+def numbers(text: str) -> list[float]:
+    """`1,2,4` as numbers."""
+    return [float(part) for part in text.split(",")]
+
+
+@click.command()
+@click.argument("stages", nargs=-1, required=True)
+@click.option("--data", required=True, help="Parquet file of held-out pictures.")
+@click.option("--text-encoder", required=True, help="Folder of the encoder that the stages were trained with.")
+@click.option("--steps", default="1,2,4", show_default=True, callback=lambda _c, _p, text: numbers(text))
+@click.option("--aug-levels", default="0.05", show_default=True, callback=lambda _c, _p, text: numbers(text))
+@click.option("--consistency", default="0", show_default=True, callback=lambda _c, _p, text: numbers(text))
+@click.option("--count", default=24, show_default=True, help="Pictures.")
+def main(
+    stages: tuple[str, ...],
+    data: str,
+    text_encoder: str,
+    steps: list[float],
+    aug_levels: list[float],
+    consistency: list[float],
+    count: int,
+) -> None:
+    """Print the table."""
+    loaded = {path: load_stage(path) for path in stages}
+    first = next(iter(loaded.values())).config
+    assert first.low_resolution is not None, "a base stage enlarges nothing"
+    pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, seed=0)
+    encoder, tower = TextEncoder.from_pretrained(text_encoder), load_tower()
+    texts = [Texts(encoder.encode([pair.caption]), encoder.encode([""])) for pair in pairs]
+
+    def line(name: str, pictures: Iterator[Tensor]) -> None:
+        found = [measure(picture, pair, tower) for picture, pair in zip(pictures, pairs, strict=True)]
+        means = [sum(each[key] for each in found) / len(found) for key in AVERAGED]
+        print(f"| {name} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)
+
+    print(f"{len(pairs)} pictures of {data}\n\n| | " + " | ".join(AVERAGED) + " |")
+    print("| --- |" + " ---: |" * len(AVERAGED))
+    line("truth", (pair.truth for pair in pairs))
+    for kind in ("bicubic", "lanczos"):
+        line(kind, (resized(pair, kind) for pair in pairs))
+    for path, stage in loaded.items():
+        for number, level, rounds in product(steps, aug_levels, consistency):
+            both = zip(pairs, texts, strict=True)
+            name = f"{path}, {number:g} steps, aug {level:g}, consistency {rounds:g}"
+            line(name, (enlarged(stage, pair, text, int(number), level, int(rounds)) for pair, text in both))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Weights that do not fit into memory are read layer by layer, and draw the same pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_if import make_if
+from helpers_model import make_tiny_cascade
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cascade import CascadePipeline
+from cascade.errors import CascadeError
+from cascade.streaming import stored_bytes, stream
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
+
+
+def layers(count: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(count)))
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, streamed = layers(5), layers(5).to("meta")
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    stream(streamed, [tmp_path / "model.safetensors"], "cpu")
+    held: list[int] = []
+    plain = nn.functional.linear
+
+    def counting(*arguments: Any) -> Tensor:
+        held.append(sum(not parameter.is_meta for parameter in streamed.parameters()))
+        return plain(*arguments)
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = whole(x)
+    monkeypatch.setattr(nn.functional, "linear", counting)
+    assert torch.equal(streamed(x), expected)
+    assert held == [1] * 5
+    assert all(parameter.is_meta for parameter in streamed.parameters())
+    assert stored_bytes([tmp_path / "model.safetensors"], torch.bfloat16) == 5 * 64 * 2
+
+
+def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(layers(2).state_dict(), path)
+    with pytest.raises(CascadeError, match=r"2\.weight is missing"):
+        stream(layers(3).to("meta"), [path], "cpu")
+    with pytest.raises(CascadeError, match=r"0\.weight has shape \[8, 8\], this network has \[4, 8\]"):
+        stream(nn.Sequential(nn.Linear(8, 4, bias=False)).to("meta"), [path], "cpu")
+
+
+@pytest.mark.parametrize("kind", ["ours", "deepfloyd", "sharded"])
+def test_a_cascade_that_does_not_fit_draws_the_same_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "ours":
+        make_tiny_cascade(tmp_path / "model")
+    else:
+        make_if(tmp_path / "model", **({"max_shard_size": "100KB"} if kind == "sharded" else {}))
+    call: dict[str, Any] = {"prompt": "a red apple", "seed": 1, "steps": 1, "output_type": "pt"}
+    expected = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)(**call).images
+    monkeypatch.setattr("cascade.memory.free_bytes", lambda: 1000)
+    pipeline = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
+    for slot in pipeline.slots:
+        assert all(parameter.is_meta for parameter in slot.load().network.parameters())
+    assert pipeline.text_encoder._loaded().device.type == "meta"
+    assert torch.equal(pipeline(**call).images, expected)
+    assert torch.equal(pipeline(**call).images, expected)  # the encoder loads again
