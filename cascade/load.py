@@ -21,6 +21,7 @@ from cascade.hub import download, may_be_on_hub
 from cascade.models.winograd import Convolution
 from cascade.pipeline import CascadePipeline
 from cascade.preflight import check_run
+from cascade.settings import override, parse, read_yaml
 from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.streaming import stored_bytes, stream
@@ -204,6 +205,14 @@ def text_encoder_source(config: TextConfig) -> str | Path:
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:
     """The embeddings of `encoder` in a folder, or a new cache there."""
     return EmbeddingCache(folder, encoder.fingerprint, encoder.dim)
+
+
+def read_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
+    """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings."""
+    settings = read_yaml(path)
+    if isinstance(settings, dict) and isinstance(settings.get("stage"), str):
+        settings = settings | {"stage": read_config(find_stage(settings["stage"])).model_dump(mode="json")}
+    return parse(TrainConfig, override(settings, assignments), str(path))
 
 
 def load_trainer(config: TrainConfig) -> Trainer:

@@ -8,55 +8,17 @@ load is printed: a second busy process costs several times, so measure on a quie
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
 
 import click
 import torch
-import torch.nn.functional as F
+from measure import convolution_peak, load_average, peak_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline
 from cascade.load import choose_device, choose_dtype
-
-WIDTHS = ((64, 64), (128, 32), (192, 32), (256, 16))
-"""(channels, size) of the convolutions of the peak."""
-
-
-def seconds(action: Callable[[], object], repeats: int) -> float:
-    """Median time of `action`, once warmed up."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@torch.inference_mode()
-def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Best GFLOP/s of 3x3 convolutions, channels-last."""
-    best = 0.0
-    for channels, size in WIDTHS:
-        x = torch.randn(8, channels, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        flops = 2 * 9 * channels**2 * size**2 * 8
-        best = max(best, flops / seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1), 15) / 1e9)
-    return best
-
-
-def peak_memory() -> float:
-    """Largest resident size of this process so far, in GB."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def stage_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) -> dict[str, float]:
@@ -103,8 +65,8 @@ def main(
     start = time.perf_counter()
     pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=number_format)
     loading = time.perf_counter() - start
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    print(f"{target}, {number_format}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {load:.1f}")
+    threads = torch.get_num_threads()
+    print(f"{target}, {number_format}, {threads} threads, torch {torch.__version__}, load {load_average():.1f}")
     print(f"loading the model: {loading:.2f} s, {peak_memory():.2f} GB\n")
     before = convolution_peak(target, number_format)
     gflop, steps = stage_gflop(pipeline, prompt, preset)

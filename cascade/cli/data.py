@@ -30,10 +30,10 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     Of scenes and streams the first 1000 records are looked at. Exit status 1: there are bad records, named.
     """
     from cascade.checkpoint import atomic_file
-    from cascade.config import load_train_config
     from cascade.data.survey import survey, view_sheet
+    from cascade.load import read_train_config
 
-    settings = load_train_config(find_config(config), assignments)
+    settings = read_train_config(find_config(config), assignments)
     surveys = [survey(source, settings.stage, limit, settings.data.workers) for source in settings.data.sources]
     for found in surveys:
         click.echo("\n".join(describe(found, settings.stage)))

@@ -31,11 +31,10 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     cascade train preset:tiny/base training.steps=200 output=runs/mine
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
-    from cascade.config import load_train_config
-    from cascade.load import load_trainer
+    from cascade.load import load_trainer, read_train_config
     from cascade.training.state import checkpoints
 
-    settings = load_train_config(find_config(config), assignments)
+    settings = read_train_config(find_config(config), assignments)
     trainer = load_trainer(settings)
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:
@@ -61,13 +60,12 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     import torch
 
     from cascade.batch.locks import processes
-    from cascade.config import load_train_config
     from cascade.data.loader import unique_captions
-    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, open_cache
+    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, open_cache, read_train_config
     from cascade.text.cached import fill
 
     path = find_config(config)
-    settings = load_train_config(path, assignments)
+    settings = read_train_config(path, assignments)
     if settings.text.cache is None:
         raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
     number, count, _ = processes()

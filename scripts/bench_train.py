@@ -1,0 +1,189 @@
+"""A training step: pictures per second, share of the convolution peak, data wait, memory; beside its peers.
+
+    python scripts/bench_train.py [CONFIG]... [--set KEY=VALUE]... [--steps 10] [--optimizers adamw,muon]
+    python scripts/bench_train.py --peers [--imagen FOLDER] [CONFIG]
+
+The first form runs the real trainer, each variant in a process of its own: with and without activation
+checkpointing, and with each optimizer. Pictures are drawn scenes unless --set names other data; text embeddings are
+random, so that no encoder runs. FLOPs are those of the forward and backward pass, counted by torch; what
+checkpointing computes twice counts once.
+
+The second form takes our network, diffusers' UNet2DConditionModel in the shape of DeepFloyd IF and, from a FOLDER
+made by `pip install --no-deps --target FOLDER imagen-pytorch einops beartype`, imagen-pytorch's Unet: forward, square,
+backward, fused AdamW, alternating. Peers get the width whose FLOPs are next to ours, and the faster memory layout.
+
+The peak is measured in the same run, before and after. The load is printed: measure on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import click
+import torch
+from measure import convolution_peak, count_gflop, load_average, once, peak_memory
+from peer_networks import NetworkStep, diffusers_step, imagen_step, our_step
+
+from cascade.build import build_stage
+from cascade.cli.train import find_config
+from cascade.conditioning import Conditioning
+from cascade.config import StageConfig, TrainConfig
+from cascade.load import choose_device, read_train_config
+from cascade.text.t5 import TextEmbeddings
+
+TOKENS = 16
+"""Of a caption: about what captions have."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RandomText:
+    """Embeddings of captions without an encoder."""
+
+    fingerprint = "random"
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:  # noqa: ARG002 - the protocol's
+        return TextEmbeddings.from_rows([torch.randn(TOKENS, self.dim) for _ in prompts])
+
+    def to(self, device: object = None) -> Self:  # noqa: ARG002 - the protocol's
+        return self
+
+    def release(self) -> None:
+        """There is nothing to free."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run of the trainer: rates after its first half, gigabytes at the most."""
+
+    images_per_second: float
+    data_wait_share: float
+    gigabytes: float
+
+
+def run_trainer(config: TrainConfig) -> Measured:
+    """Twice `log_every` steps; the first half warms up. In a process of its own."""
+    from cascade.training.trainer import Trainer
+
+    torch.manual_seed(0)
+    assert Trainer(config, build_stage(config.stage), RandomText(config.stage.model.text_dim)).run()
+    entries = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    cuda = torch.cuda.is_available()
+    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_memory()
+    return Measured(entries[-1]["images_per_second"], entries[-1]["data_wait_share"], gigabytes)
+
+
+def pass_gflop(config: StageConfig, crop: int | None) -> float:
+    """GFLOP of one picture, forward and backward, counted without any memory."""
+    size = crop or config.resolution
+    network = build_stage(config, device="meta").network
+    with torch.device("meta"):
+        picture, level = torch.zeros(1, 3, size, size), torch.zeros(1, 1, 1, 1)
+        mask = torch.ones(1, TOKENS, dtype=torch.bool)
+        low = (picture, level) if config.low_resolution is not None else (None, None)
+        cond = Conditioning(torch.zeros(1, TOKENS, config.model.text_dim), mask, *low)
+        return count_gflop(lambda: network(picture, level, cond).square().mean().backward())
+
+
+def settings(config: str, changes: Sequence[str], steps: int, folder: str) -> TrainConfig:
+    """The run of a config for a while, on drawn scenes and without anything beside the steps."""
+    brief = [
+        f"output={folder}/run",
+        f"training.steps={2 * steps}",
+        f"training.log_every={steps}",
+        f"training.save_every={2 * steps}",
+        *("training.sample_every=0", "training.trackers=[]", "training.validation=null", "training.init_from=null"),
+        *("training.optimizer.warmup_steps=0", "training.optimizer.decay=constant", "training.optimizer.decay_steps=0"),
+        *("text.encoder=bundled", "text.cache=null", "data.sources=[{kind: scenes}]", "data.tiles=false"),
+    ]
+    return read_train_config(find_config(config), [*brief, *changes])
+
+
+def trainer_table(configs: Sequence[str], changes: Sequence[str], steps: int, optimizers: Sequence[str]) -> None:
+    """A line for each config, optimizer, and with and without activation checkpointing."""
+    print("| stage | optimizer | checkpointing | images/s | GFLOP/image | GFLOP/s | of conv peak | data wait | GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for config, optimizer, checkpointing in itertools.product(configs, optimizers, (False, True)):
+        variant = [f"training.optimizer.kind={optimizer}", f"training.activation_checkpointing={checkpointing}"]
+        with tempfile.TemporaryDirectory() as folder:
+            run = settings(config, [*changes, *variant], steps, folder)
+            peak = machine_peak(run)
+            # A new process: what earlier variants left in memory would count for this one.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                measured = pool.submit(run_trainer, run).result()
+            peak = max(peak, machine_peak(run))
+        gflop = pass_gflop(run.stage, run.data.crop)
+        rate = gflop * measured.images_per_second
+        print(
+            f"| {config} | {optimizer} | {'yes' if checkpointing else 'no'} | {measured.images_per_second:.1f}"
+            f" | {gflop:.1f} | {rate:.0f} | {rate / peak:.0%} of {peak:.0f} | {measured.data_wait_share:.1%}"
+            f" | {measured.gigabytes:.2f} |",
+            flush=True,
+        )
+
+
+def peer_table(config: TrainConfig, imagen: Path | None, repeats: int) -> None:
+    """The same step in networks of like size, alternating, so that another busy process slows all of them."""
+    device, dtype = choose_device(None), PRECISIONS[config.training.precision]
+    batch, ours = config.training.batch_size, pass_gflop(config.stage, None)
+    steps: list[NetworkStep] = [our_step(config.stage, batch, TOKENS, device, dtype, ours)]
+    steps.append(diffusers_step(ours, config.stage, batch, TOKENS, device, dtype))
+    if imagen is not None:
+        steps.append(imagen_step(imagen, ours, config.stage, batch, TOKENS, device, dtype))
+    peak = convolution_peak(device, dtype)
+    for step in steps:
+        step.run()
+    times = [[once(step.run) for step in steps] for _ in range(repeats)]
+    peak = max(peak, convolution_peak(device, dtype))
+    print("| network | parameters | GFLOP/image | images/s | GFLOP/s | of conv peak | ours is so many times as fast |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for number, step in enumerate(steps):
+        rate = step.gflop * batch / statistics.median(row[number] for row in times)
+        ratios = [ours * row[number] / (step.gflop * row[0]) for row in times]  # of FLOPs per second, pair by pair
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if number else ""
+        print(
+            f"| {step.name} | {step.parameters / 1e6:.0f} M | {step.gflop:.1f} | {rate / step.gflop:.1f} | {rate:.0f}"
+            f" | {rate / peak:.0%} of {peak:.0f} | {ratio} |"
+        )
+
+
+def machine_peak(config: TrainConfig) -> float:
+    """Of convolutions in the run's number format, in GFLOP/s."""
+    return convolution_peak(choose_device(None), PRECISIONS[config.training.precision])
+
+
+@click.command()
+@click.argument("configs", nargs=-1)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting of every run.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Measured; as many warm up.")
+@click.option("--optimizers", default="adamw", show_default=True, help="Separated by commas.")
+@click.option("--peers", is_flag=True, help="Compare networks in place of running the trainer.")
+@click.option(
+    "--imagen", type=click.Path(exists=True, file_okay=False, path_type=Path), help="imagen-pytorch's folder."
+)
+def main(
+    configs: tuple[str, ...], changes: tuple[str, ...], steps: int, optimizers: str, peers: bool, imagen: Path | None
+) -> None:
+    """Print the table."""
+    configs = configs or ("preset:bundled/base",)
+    threads = torch.get_num_threads()
+    print(f"{choose_device(None)}, {threads} threads, torch {torch.__version__}, load {load_average():.1f}\n")
+    if peers:
+        peer_table(settings(configs[0], changes, steps, "unused"), imagen, steps)
+    else:
+        trainer_table(configs, changes, steps, optimizers.split(","))
+
+
+if __name__ == "__main__":
+    main()
