@@ -125,15 +125,6 @@ def sample_sheet(config: TrainConfig) -> object:
     return hashlib.sha256(sample_grid(config, filled_stage(config), WordEncoder()).tobytes()).hexdigest()
 
 
-def enlarged(config: TrainConfig) -> object:
-    """A larger picture, as a pipeline draws it."""
-    stage, size = filled_stage(config), config.stage.resolution
-    texts = Texts(TextEmbeddings(*some_text(4)), TextEmbeddings(*some_text(5)))
-    low = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    picture = draw_batch(stage, config.stage.sampling, (size, size), [Picture(0, 0, 0)], texts, low)
-    return digest({"picture": picture})
-
-
 def embeddings(config: TrainConfig) -> object:
     """What the text encoder gives for two captions."""
     with warnings.catch_warnings():
@@ -347,7 +338,6 @@ ROWS: dict[str, Row] = {
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
     "stage.sampling.threshold": Row("null", drawn),
-    "stage.sampling.consistency": Row("1", enlarged, SUPER_RESOLUTION),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
     "stage.presets[].sampler": Row("heun", drawn_fast),
