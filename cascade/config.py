@@ -166,9 +166,9 @@ class UNetConfig(Settings):
 
     @property
     def receptive_radius(self) -> int | None:
-        """How far a pixel of the output looks in each direction, in pixels; None: at the whole picture.
+        """How far a square of the output looks beyond its edges, in pixels; None: at the whole picture.
 
-        Rounded up where a path crosses to a coarser level, and in the end to a multiple of `downsampling`.
+        The square's edges are multiples of `downsampling`; so is this. Rounded up where a path enters a coarser level.
         """
         if self.norm == "group" or any(self.attention):
             return None

@@ -44,12 +44,14 @@ def draw_batch(
     low: Tensor | None,
     on_step: OnStep | None = None,
     tile: int | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
 
     size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. tile: see
-    `Stage.sample`.
+    `Stage.sample`. device: where to compute, default where the weights lie; those read layer by layer lie nowhere.
     """
+    device = device or stage.device
 
     def rng(purpose: str) -> list[torch.Generator]:
         return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
@@ -59,9 +61,9 @@ def draw_batch(
     cond = Conditioning(own.tokens, own.mask)
     if low is not None:
         cond = _with_smaller(cond, stage.unnoised(to_float(low)), settings.aug_level, rng("augment"))
-    cond = cond.to(stage.device)
-    null_cond = cond.with_text(null.tokens.to(stage.device), null.mask.to(stage.device))
-    z = noise_like(torch.empty(len(batch), 3, *size, device=stage.device), rng("start"))
+    cond = cond.to(device)
+    null_cond = cond.with_text(null.tokens.to(device), null.mask.to(device))
+    z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
     x = stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile)
     return x if low is None else back_project(x, to_float(low).to(x.device), settings.consistency)
 

@@ -277,7 +277,7 @@ class CascadePipeline:
     ) -> Tensor:
         """`cascade.drawing.draw_batch`, after a look at the memory that it needs. Raises MemoryError."""
         check_memory(stage.config, size, len(batch), self.device, self.dtype, tile)
-        return draw_batch(stage, settings, size, batch, texts, low, on_step, tile)
+        return draw_batch(stage, settings, size, batch, texts, low, on_step, tile, self.device)
 
     def _draw(
         self,

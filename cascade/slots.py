@@ -93,6 +93,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
     return CascadeError(
-        f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory=True, dtype bfloat16,"
+        f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory, dtype bfloat16,"
         " a smaller height and width, stop earlier with until, or (upscale) a tile"
     )

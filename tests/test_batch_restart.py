@@ -238,21 +238,42 @@ def test_tars_in_shards_are_those_of_one_run(model: Path, prompts: Path, whole_t
 def test_a_picture_is_drawn_again_to_the_same_bytes(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
 ) -> None:
-    file, out = tmp_path / "p.jsonl", tmp_path / "out"
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out"
     lines = [
         {"prompt": "ключ 🦊 ", "num_images": 2, "negative_prompt": "dull"},
         "long " * 20_000,
         {"prompt": "a", "steps": 1},
     ]
-    file.write_text("\n".join(json.dumps(line) for line in lines))
+    prompts.write_text("\n".join(json.dumps(line) for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # a long prompt is cut, with a warning
-        assert run(capsys, *call(model, file, out, "--format", format, "--batch-size", 2, "--until", 16))[0] == 0
-        for line in lines_of(out):
-            again = ["--from-image", str(out / line["file"]), "--model", str(model), "--out", str(tmp_path / "again")]
-            status, stdout, _ = run(capsys, "generate", *again)
-            assert (status, stdout) == (0, f"{tmp_path / 'again' / line['file']}: the same bytes\n")
-            assert (tmp_path / "again" / line["file"]).read_bytes() == (out / line["file"]).read_bytes()
+        assert (
+            run(
+                capsys,
+                *call(model, prompts, out, "--format", format, "--batch-size", 2, "--until", 16, "--save-stages"),
+            )[0]
+            == 0
+        )
+        smaller = [name for line in lines_of(out) for name in line["stages"].values()]
+        assert len(smaller) == 4
+        for file in (*(line["file"] for line in lines_of(out)), smaller[1]):
+            again = tmp_path / "again" / Path(file).name
+            call_again = ["--from-image", str(out / file), "--model", str(model), "--out", str(again.parent)]
+            assert run(capsys, "generate", *call_again)[:2] == (0, f"{again}: the same bytes\n")
+            assert again.read_bytes() == (out / file).read_bytes()
+
+
+def test_a_smaller_picture_that_is_gone_is_drawn_again(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "p.txt", tmp_path / "out"
+    file.write_text("a\nb\n")
+    command = call(model, file, out, "--until", 16, "--save-stages")
+    assert run(capsys, *command)[0] == 0
+    before = contents(out)
+    next((out / "stages").rglob("*.png")).unlink()
+    assert run(capsys, *command)[1] == f"2 pictures in {out}, 1 of them from before\n"
+    assert contents(out) == before
 
 
 # --- killed ------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ MISTAKES = [
     ("data.sources=[{kind: folder}]", "data.sources.0.path is missing"),
     (
         "data.sources.0.kind=foldr",
-        "data.sources.0.kind: 'foldr' is not one of folder, parquet, datasets, scenes; did you mean folder?",
+        "data.sources.0.kind: 'foldr' is not one of folder, parquet, webdataset, datasets, scenes;"
+        " did you mean folder?",
     ),
     ("stage.model.blocks=[1]", "stage.model: blocks has 1 entries, channels has 3; give one per level"),
     ("stage.model.head_dim=60", "stage.model: head_dim 60 does not divide the 128 channels that attend"),

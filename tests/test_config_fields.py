@@ -30,6 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import batches
 from cascade.diffusion.loss import uniform_levels
+from cascade.drawing import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
@@ -37,6 +38,7 @@ from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
+from cascade.text.t5 import TextEmbeddings
 from cascade.training.samples import sample_grid
 from cascade.training.state import load_newest
 from cascade.training.validation import Validation
@@ -99,6 +101,15 @@ def drawn(config: TrainConfig) -> object:
     rng = [torch.Generator().manual_seed(index) for index in range(2)]
     z = torch.stack([torch.randn(3, 8, 8, generator=generator) for generator in rng])
     return digest({"pictures": stage.sample(cond, cond.with_text(*some_text(5)), z, rng)})
+
+
+@torch.inference_mode()
+def enlarged(config: TrainConfig) -> object:
+    """A picture drawn from a smaller one."""
+    stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
+    low = torch.randint(256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    picture = draw_batch(stage, config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low)
+    return digest({"picture": picture})
 
 
 def drawn_fast(config: TrainConfig) -> object:
@@ -328,6 +339,7 @@ ROWS: dict[str, Row] = {
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
+    "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
     "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
     "stage.presets[].guidance": Row("3.0", drawn_fast),

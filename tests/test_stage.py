@@ -113,7 +113,7 @@ def test_a_perfect_denoiser_draws_its_picture(sampler: str, path: str, monkeypat
     picture = normal(2, 3, 16, 16, seed=4).clamp(-1, 1)
     base = ours.origin(cond, (16, 16))
     r = (picture - base) / (0.25 if path == "residual" else 1.0)
-    monkeypatch.setattr(Stage, "prepare", lambda _stage, _cond: lambda _z, _log_snr: r)
+    monkeypatch.setattr(Stage, "prepare", lambda _stage, _cond, _tile: lambda _z, _log_snr: r)
     settings = PLAIN.model_copy(update={"sampler": sampler, "threshold": "clip"})
     drawn = draw(ours, cond, settings)
     # log SNR ends at 20: noise of 4.5e-5 times the largest of 1536 normal numbers

@@ -244,7 +244,8 @@ class Output:
             )
         content = self._store.read(known["file"])
         whole = content is not None and sha256(content) == known["sha256"]
-        return whole and all(self._store.read(name) == text for name, text in self._companions(known).items())
+        there = all(self._store.read(name) is not None for name in known.get("stages", {}).values())
+        return whole and there and all(self._store.read(name) == text for name, text in self._companions(known).items())
 
     def _companions(self, line: Mapping[str, Any]) -> dict[str, bytes]:
         """What stands beside a picture in a tar: its line of the manifest without times and names, and its prompt."""

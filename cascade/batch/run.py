@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from cascade.batch.engine import Drawn, Engine, Shelf, StoppedError, Undrawn
@@ -32,7 +32,7 @@ class Summary:
     kept: int = 0
     failures: int = 0
     stopped: bool = False
-    last_unit: int = -1
+    last_unit: int = field(default=-1, compare=False)
 
 
 Line: TypeAlias = PromptRecord | Failure

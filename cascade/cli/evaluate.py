@@ -32,10 +32,16 @@ def _art() -> Suite:
     return run
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art}
+def _sr() -> Suite:
+    from cascade.evaluation.super_resolution import run
+
+    return run
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art, "sr": _sr}
 """The suites by name; each is imported when it is asked for."""
 
-UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception")}
+UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception"), "sr": ("clip", "inception")}
 """Options that a suite would not look at, and that are refused with it."""
 
 SAMPLING = ("steps", "guidance", "sampler")
@@ -66,6 +72,7 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
     \b
     cascade evaluate --suite scenes --out report
     cascade evaluate my-cascade --suite art --data data --limit 200
+    cascade evaluate --suite sr --data data
     """
     from cascade.evaluation.report import markdown, write_report
     from cascade.pipeline import CascadePipeline

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
 from cascade.errors import CascadeError
 
@@ -33,7 +34,7 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> 
 
 
 def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, device: str | None) -> bytes:
-    """The file, as the run that wrote it would."""
+    """The file, as the run that wrote it would; the smaller picture of a stage is known by its size."""
     from cascade.batch import Drawn, DrawOptions, Engine, Job, Task, describe
     from cascade.batch.metadata import encode
     from cascade.config import SamplingConfig
@@ -54,11 +55,15 @@ def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, d
         height=settings["height"],
         width=settings["width"],
         batch_size=settings["batch_size"],
+        save_stages=True,
     )
+    with Image.open(picture) as image:
+        size = image.size
     task = Task(Job(record, said["negative_prompt"], said["num_images"], sampling), said["number"])
     for result in Engine(pipeline, options).draw([task]):
         if isinstance(result, Drawn):
-            return encode(result.image, describe(pipeline, result, options), format)[0]
+            chosen = next((stage for stage in result.stages.values() if stage.size == size), result.image)
+            return encode(chosen, describe(pipeline, result, options), format)[0]
         raise CascadeError(f"{picture}: {result.reason}")
     raise AssertionError("one task has one result")
 

@@ -55,10 +55,10 @@ class IFResidualBlock(nn.Module):
         self.resize = resize
         self.block_scale = config.block_scale
         self.norm1 = nn.GroupNorm(config.groups, channels_in)
-        self.conv1 = Convolution(channels_in, channels)
+        self.conv1 = Convolution(channels_in, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(config.embedding_dim, 2 * channels)
         self.norm2 = nn.GroupNorm(config.groups, channels)
-        self.conv2 = Convolution(channels, channels)
+        self.conv2 = Convolution(channels, channels, 3, padding=1)
         self.conv_shortcut = Mix(channels_in, channels, 1) if channels_in != channels else None
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:

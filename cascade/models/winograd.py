@@ -8,6 +8,8 @@ Source: Lavin & Gray (2016), F(2x2, 3x3).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,15 +22,18 @@ BAND_NUMBERS = 8_000_000
 
 
 class Convolution(nn.Conv2d):
-    """A 3x3 convolution, padded by 1. Frozen, in float32 and on a CPU, it holds its transformed kernel beside it.
+    """A convolution. One of 3x3, padded by 1, frozen, in float32 and on a CPU holds its transformed kernel beside it.
 
-    bfloat16 stays with the plain one: rounding the transformed numbers would triple its error.
+    bfloat16 stays with the plain one: rounding the transformed numbers would triple its error. Made with the arguments
+    of its parent, since low-rank adaptation makes two smaller ones of the same class.
     """
 
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__(channels_in, channels, 3, padding=1)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.spare_memory = False
         self._kernel: tuple[object, Tensor] | None = None
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        self._fits = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and self.bias is not None
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W)."""
@@ -39,7 +44,7 @@ class Convolution(nn.Conv2d):
 
     def transformed_bytes(self) -> int:
         """Bytes of the transformed kernel that drawing on a CPU in float32 holds beside the weight."""
-        held = not self.spare_memory and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+        held = self._fits and not self.spare_memory and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
         return 4 * 16 * self.in_channels * self.out_channels if held else 0
 
     def _pays(self, h: Tensor) -> bool:

@@ -25,7 +25,7 @@ def test_it_is_the_convolution(monkeypatch: pytest.MonkeyPatch, size: tuple[int,
 
 
 def frozen(channels: int = winograd.LEAST_CHANNELS) -> Convolution:
-    return Convolution(channels, channels).requires_grad_(False)
+    return Convolution(channels, channels, 3, padding=1).requires_grad_(False)
 
 
 def is_transformed(convolution: Convolution, h: Tensor) -> bool:

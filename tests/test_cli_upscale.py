@@ -1,0 +1,110 @@
+"""`cascade upscale`: what is written, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers_model import make_tiny_cascade
+from PIL import Image
+
+from cascade import CascadePipeline
+from cascade.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures, one of them partly transparent."""
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    Image.new("RGBA", (5, 8), (0, 0, 255, 90)).save(tmp_path / "blue.png")
+    return tmp_path
+
+
+def upscale(model: Path, folder: Path, *arguments: object) -> int:
+    """The exit status of a call."""
+    words = ["upscale", "--model", str(model), "--device", "cpu", "--out", str(folder / "out"), *map(str, arguments)]
+    return main(words)
+
+
+def manifest(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "out" / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_it_writes_what_the_pipeline_draws_and_says_how_in_picture_and_manifest(model: Path, folder: Path) -> None:
+    options = ("--to", 24, "--seed", 3, "--prompt", "a fox", "--steps", "sr16=1")
+    assert upscale(model, folder, folder / "red.png", folder / "blue.png", *options) == 0
+    pipeline = CascadePipeline.from_pretrained(model, device="cpu")
+    expected = pipeline.upscale(folder / "red.png", to=24, seed=3, prompt="a fox", steps={"sr16": 1}).images[0]
+    with Image.open(folder / "out" / "red.png") as image:
+        image.load()
+        assert image.size == (24, 18)
+        assert image.tobytes() == expected.tobytes()
+        said = getattr(image, "text", {})
+    assert (said["prompt"], said["seed"], said["source"]) == ("a fox", "3", "red.png")
+    assert json.loads(said["upscale"])["steps"] == {"sr16": 1}
+    red, blue = manifest(folder)
+    assert (red["file"], red["width"], red["height"]) == ("red.png", 24, 18)
+    assert (blue["file"], blue["width"], blue["height"]) == ("blue.png", 15, 24)
+
+
+def test_the_same_call_keeps_what_is_there_and_another_needs_overwrite(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = (folder / "red.png", "--to", 16)
+    assert upscale(model, folder, *call) == 0
+    written = (folder / "out" / "red.png").stat().st_mtime_ns
+    assert upscale(model, folder, *call) == 0
+    assert "kept" in capsys.readouterr().out
+    assert (folder / "out" / "red.png").stat().st_mtime_ns == written
+    assert len(manifest(folder)) == 1
+    assert upscale(model, folder, *call, "--prompt", "a fox") == 2
+    assert "is there already, and not from this call" in capsys.readouterr().err
+    assert upscale(model, folder, *call, "--prompt", "a fox", "--overwrite") == 0
+    assert manifest(folder)[-1]["prompt"] == "a fox"
+
+
+def test_a_picture_that_fails_is_named_and_the_others_are_made(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "broken.png").write_bytes(b"no picture")
+    assert upscale(model, folder, folder / "broken.png", folder / "red.png", "--to", 16) == 1
+    out, err = capsys.readouterr()
+    assert "broken.png: not a readable picture" in err
+    assert "red.png: 16x12" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png"], "nowhere.png: cannot be read: No such file"),
+        (["red.png", "--to", "4"], "to: 4; the picture's longer side has 8 px already"),
+        (["red.png", "--to", "0"], "0 is not in the range x>=1"),
+        (["red.png", "--tile", "8"], "tile: stage sr16 looks at the whole picture"),
+        (["red.png", "--steps", "base4=3"], "no stage is called 'base4'"),
+        (["red.png", "--preset", "best"], "no stage of this cascade defines 'best'"),
+        (["red.png", "sub/red.png"], "would become"),
+        (["red.png", "--out", "."], "would be overwritten"),
+        (["red.png", "--out", "blue.png"], "cannot be written"),
+        ([], "Missing argument"),
+    ],
+    ids=str,
+)
+def test_wrong_calls_end_with_status_2_and_one_line(
+    model: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    assert upscale(model, folder, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err

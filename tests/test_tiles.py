@@ -1,0 +1,122 @@
+"""A picture drawn in squares is the picture drawn whole; only memory differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_model import tiny_stage, tiny_stage_config
+from torch import Tensor
+
+from cascade.conditioning import Conditioning
+from cascade.config import UNetConfig
+from cascade.diffusion.noise import noise_like
+from cascade.errors import CascadeError
+from cascade.memory import LiveBytes
+from cascade.seeds import generator
+from cascade.stage import Stage
+from cascade.tiles import in_tiles, tiles
+
+NETWORKS = {
+    "patch": UNetConfig(channels=(8,), blocks=(1,), strides=(1,), attention=(False,), patch=4, norm="pixel"),
+    "levels": UNetConfig(
+        channels=(8, 8, 8), blocks=(1, 1, 2), strides=(1, 2, 2), attention=(False,) * 3, patch=2, norm="pixel"
+    ),
+    "stride first": UNetConfig(channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel"),
+}
+
+
+def convolutional_stage(model: UNetConfig, path: str = "residual") -> Stage:
+    """A super-resolution stage with random weights everywhere, no attention and no norm over the picture."""
+    model = model.model_copy(update={"text": "pooled", "text_dim": 8, "embedding_dim": 16, "skips": "add"})
+    return tiny_stage(tiny_stage_config("sr64", 64, 16, model=model, path=path))
+
+
+def drawn(stage: Stage, height: int, width: int, tile: int | None) -> Tensor:
+    """Two pictures in two steps with guidance, from the same noise."""
+    rng = [generator(index, "tiles") for index in range(2)]
+    low = noise_like(torch.empty(2, 3, height // 4, width // 4), rng).clamp(-1, 1)
+    text, mask = noise_like(torch.empty(2, 4, 8), rng), torch.ones(2, 4, dtype=torch.bool)
+    cond = Conditioning(text, mask, low, torch.full((2, 1, 1, 1), 5.0))
+    null = cond.with_text(torch.zeros_like(text), mask)
+    with torch.inference_mode():
+        return stage.sample(cond, null, noise_like(torch.empty(2, 3, height, width), rng), rng, tile=tile)
+
+
+def test_tiles_cover_every_pixel_once_and_see_their_margin_inside_the_picture() -> None:
+    covered = torch.zeros(1, 1, 50, 33)
+    for tile in tiles(50, 33, 16, 8):
+        covered[:, :, *tile.kept] += 1
+        for kept, seen, end in zip(tile.kept, tile.seen, (50, 33), strict=True):
+            assert (seen.start, seen.stop) == (max(kept.start - 8, 0), min(kept.stop + 8, end))
+    assert bool((covered == 1).all())
+
+
+def test_what_tiles_answer_is_put_together_in_place() -> None:
+    picture = torch.rand(2, 3, 20, 12)
+    assert torch.equal(in_tiles(lambda tile: tile.cut(picture), (20, 12), 8, 4), picture)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("path", ["residual", "picture"])
+def test_a_picture_in_tiles_equals_the_whole_up_to_rounding(name: str, path: str) -> None:
+    stage = convolutional_stage(NETWORKS[name], path)
+    whole, tiled = drawn(stage, 96, 144, None), drawn(stage, 96, 144, 24 if name == "patch" else 32)
+    # float32 sums of other shapes; what is seen in 8 bits begins at 8e-3.
+    assert (whole - tiled).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(name: str) -> None:
+    stage = convolutional_stage(NETWORKS[name])
+    radius = stage.config.model.receptive_radius
+    assert radius is not None
+    side = 4 * radius
+    low, level = torch.zeros(1, 3, side // 4, side // 4), torch.zeros(1, 1, 1, 1)
+    cond = Conditioning(torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.bool), low, level)
+    denoise = stage.prepare(cond)
+    z = torch.zeros(1, 3, side, side)
+    with torch.inference_mode():
+        before = denoise(z, level)
+        z[..., side // 2, side // 2] = 100.0
+        changed = (denoise(z, level) - before).abs().amax(dim=(0, 1)) > 0  # type: ignore[operator]
+    step = stage.config.model.downsampling
+    reached = (changed.nonzero() // step - side // 2 // step).abs().max() * step  # in whole squares
+    assert reached <= radius
+    assert reached > radius - 3 * step
+
+
+def test_with_too_little_around_them_tiles_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = convolutional_stage(NETWORKS["levels"])
+    whole = drawn(stage, 64, 64, None)
+    monkeypatch.setattr(UNetConfig, "receptive_radius", 8)
+    assert (whole - drawn(stage, 64, 64, 32)).abs().max() > 1e-3
+
+
+def test_memory_in_tiles_grows_by_a_few_tensors_of_the_picture_alone() -> None:
+    wide = UNetConfig(channels=(64,), blocks=(1,), strides=(1,), attention=(False,), patch=2, norm="pixel")
+    stage = convolutional_stage(wide)
+
+    def peak(side: int, tile: int | None) -> int:
+        with LiveBytes() as live:
+            drawn(stage, side, side, tile)
+        return live.peak
+
+    assert peak(128, 16) < peak(128, None) / 3
+    grown = (peak(128, 16) - peak(96, 16)) / (128**2 - 96**2)
+    # Two pictures of three float32 channels are 24 bytes a pixel; guidance doubles what enters the network.
+    assert grown < 14 * 24
+
+
+@pytest.mark.parametrize(
+    ("model", "tile", "message"),
+    [
+        (UNetConfig(attention=(False, False, True), norm="pixel"), 64, "looks at the whole picture"),
+        (UNetConfig(attention=(False,) * 3, norm="group"), 64, "looks at the whole picture"),
+        (NETWORKS["levels"], 12, "tile: 12; stage sr64 expects a multiple of 8"),
+        (NETWORKS["levels"], 4, "expects a multiple of 8"),
+    ],
+    ids=["attention", "group norm", "no multiple", "too small"],
+)
+def test_tiles_that_would_change_the_picture_are_refused(model: UNetConfig, tile: int, message: str) -> None:
+    with pytest.raises(CascadeError, match=message):
+        convolutional_stage(model).check_tile(tile)

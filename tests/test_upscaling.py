@@ -1,0 +1,190 @@
+"""A person's own picture: which stages, which size, what stays as it was, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers_model import make_tiny_cascade, tiny_configs
+from PIL import Image
+
+from cascade import CascadeError, CascadePipeline
+from cascade.config import StageConfig
+from cascade.images import back_project, downsample
+from cascade.upscaling import padded, read_picture, route, target_size
+
+BUNDLED = [
+    StageConfig(name="base", resolution=64),
+    StageConfig(name="sr256", resolution=256, low_resolution=64),
+    StageConfig(name="sr1024", resolution=1024, low_resolution=256),
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CascadePipeline:
+    return CascadePipeline.from_pretrained(make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny"), device="cpu")
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# --- sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("longest", "to", "stages"),
+    [
+        (64, 256, ["sr256"]),
+        (64, 1024, ["sr256", "sr1024"]),
+        (100, 1024, ["sr256", "sr1024"]),
+        (200, 800, ["sr1024"]),
+        (256, 1024, ["sr1024"]),
+        (256, 4096, ["sr1024", "sr1024"]),
+        (1024, 4096, ["sr1024"]),
+        (3, 100, ["sr256", "sr256", "sr256"]),
+    ],
+)
+def test_each_time_the_stage_nearest_in_size_enlarges_until_it_is_enough(
+    longest: int, to: int, stages: list[str]
+) -> None:
+    assert [BUNDLED[place].name for place in route(BUNDLED, longest, to)] == stages
+
+
+def test_the_default_size_is_the_last_stages_or_once_its_factor() -> None:
+    assert target_size(BUNDLED, (64, 32), None) == (1024, 512)
+    assert target_size(BUNDLED, (300, 200), None) == (1024, 683)
+    assert target_size(BUNDLED, (512, 1024), None) == (2048, 4096)
+    assert target_size(BUNDLED, (1, 1000), 1100) == (1, 1100)
+
+
+@pytest.mark.parametrize(("width", "height"), list(itertools.product((5, 8, 13), (1, 8, 17))))
+def test_any_size_is_possible_and_the_aspect_ratio_stays(pipeline: CascadePipeline, width: int, height: int) -> None:
+    result = pipeline.upscale(picture(width, height), to=31, seed=0)
+    longest = max(width, height)
+    assert result.images[0].size == (max(1, round(width * 31 / longest)), max(1, round(height * 31 / longest)))
+    assert max(result.stages) == 31
+
+
+def test_padding_repeats_the_last_pixels_and_is_the_least_that_the_network_divides() -> None:
+    stage = tiny_configs()[1]  # enlarges twice and divides by two: any size
+    assert padded(torch.zeros(1, 3, 5, 7, dtype=torch.uint8), stage).shape == (1, 3, 5, 7)
+    coarse = stage.model_copy(update={"model": stage.model.model_copy(update={"patch": 4})})  # divides by eight
+    pixels = torch.arange(5 * 7, dtype=torch.uint8).view(1, 1, 5, 7).expand(1, 3, 5, 7)
+    wide = padded(pixels, coarse)
+    assert wide.shape == (1, 3, 8, 8)
+    assert torch.equal(wide[..., :5, :7], pixels)
+    assert torch.equal(wide[..., 7, :7], pixels[..., 4, :])
+    assert torch.equal(wide[..., :5, 7], pixels[..., 6])
+
+
+# --- what the picture depends on ---------------------------------------------------------------------------
+
+
+def test_a_drawn_picture_continues_to_the_same_larger_ones(pipeline: CascadePipeline) -> None:
+    result = pipeline("a red apple", seed=7)
+    again = pipeline.upscale(result.stages[8][0], prompt="a red apple", seed=7)
+    for resolution in (16, 32):
+        assert again.stages[resolution][0].tobytes() == result.stages[resolution][0].tobytes()
+
+
+def test_prompt_and_seed_count_and_a_missing_seed_is_reported(pipeline: CascadePipeline) -> None:
+    image = picture(16, 16)
+    drawn = pipeline.upscale(image)
+    assert pipeline.upscale(image, seed=drawn.seeds[0]).images[0].tobytes() == drawn.images[0].tobytes()
+    others = [
+        pipeline.upscale(image, seed=drawn.seeds[0] + 1),
+        pipeline.upscale(image, seed=drawn.seeds[0], prompt="a fox"),
+    ]
+    assert all(other.images[0].tobytes() != drawn.images[0].tobytes() for other in others)
+
+
+def test_the_same_stage_draws_other_noise_the_second_time(pipeline: CascadePipeline) -> None:
+    seen: list[torch.Tensor] = []
+    pipeline.upscale(picture(32, 32), to=128, seed=0, callback=lambda *_a: seen.append(_a[-1]))
+    first, *_, last = seen
+    assert first.shape[-1] == 64
+    assert last.shape[-1] == 128
+
+
+def test_transparency_is_laid_over_white_and_paths_and_arrays_are_pictures(
+    pipeline: CascadePipeline, tmp_path: Path
+) -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    white = Image.new("RGB", (8, 8), "white")
+    white.save(tmp_path / "white.png")
+    results = {
+        pipeline.upscale(image, to=16, seed=1).images[0].tobytes()
+        for image in (
+            clear,
+            white,
+            tmp_path / "white.png",
+            str(tmp_path / "white.png"),
+            np.asarray(white),
+            np.asarray(clear),
+        )
+    }
+    assert len(results) == 1
+
+
+def test_low_memory_gives_the_same_bytes(pipeline: CascadePipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    frugal = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
+    image = picture(8, 8)
+    for _ in range(2):
+        assert frugal.upscale(image, seed=1).images[0].tobytes() == pipeline.upscale(image, seed=1).images[0].tobytes()
+
+
+def test_back_projection_brings_the_area_mean_to_the_smaller_picture() -> None:
+    rng = torch.Generator().manual_seed(0)
+    low = torch.rand(1, 3, 8, 8, generator=rng) - 0.5
+    images = torch.rand(1, 3, 32, 32, generator=rng) - 0.5
+    errors = [(downsample(back_project(images, low, rounds), 8) - low).abs().max() for rounds in range(4)]
+    assert all(after < 0.5 * before for before, after in itertools.pairwise(errors))
+    consistent = torch.nn.functional.interpolate(low, scale_factor=4)
+    assert torch.allclose(back_project(consistent, low, 3), consistent, atol=1e-6)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (picture(40, 8), {"to": 40}, "to: 40; the picture's longer side has 40 px already, give more"),
+        (picture(8, 8), {"to": 0}, "to: 0; expected at least 1"),
+        (picture(8, 8), {"tile": 0}, "tile: 0; expected at least 1"),
+        (picture(8, 8), {"tile": 8}, "tile: stage sr16 looks at the whole picture; draw it without tiles"),
+        (picture(8, 8), {"steps": {"sr64": 2}}, "no stage is called 'sr64'"),
+        (picture(8, 8), {"prompt": 3}, "prompt: 3 is no text"),
+        (picture(8, 8), {"output_type": "jpeg"}, "output_type: 'jpeg'"),
+        (b"abc", {}, "image: bytes; expected a PIL picture, a path or a NumPy array"),
+        (np.zeros((8, 8)), {}, r"image: an array float64 of shape \(8, 8\); expected uint8"),
+        ("nowhere.png", {}, "nowhere.png: no such file"),
+        (__file__, {}, "not a readable picture"),
+        (str(Path(__file__).parent), {}, "not a readable picture"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_calls_say_what_is_wrong(
+    pipeline: CascadePipeline, image: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CascadeError, match=message):
+        pipeline.upscale(image, **options)
+
+
+def test_a_model_without_super_resolution_cannot_upscale(pipeline: CascadePipeline) -> None:
+    alone = CascadePipeline(pipeline.text_encoder, [pipeline.slots[0]])
+    with pytest.raises(CascadeError, match="no super-resolution stage"):
+        alone.upscale(picture(8, 8), to=16)
+
+
+def test_sixteen_bit_and_palette_pictures_are_read(tmp_path: Path) -> None:
+    Image.new("I;16", (4, 4), 0xFFFF).save(tmp_path / "deep.png")
+    Image.new("P", (4, 4)).save(tmp_path / "palette.gif")
+    assert bool((read_picture(tmp_path / "deep.png") == 255).all())
+    assert read_picture(tmp_path / "palette.gif").shape == (1, 3, 4, 4)
