@@ -81,6 +81,22 @@ def test_the_tutorial_goes_from_pictures_to_a_drawn_picture(checkout: Path):
 
 
 @pytest.mark.slow
+def test_the_fine_tuning_tutorial_runs(checkout: Path):
+    """With few steps: every command works, the adapter changes what is drawn, and so does the Python."""
+    brief = " training.steps=3 'training.optimizer={warmup_steps: 0}' training.batch_size=2"
+    for command in commands("docs/fine-tune.md"):
+        run(command + brief if command.startswith("cascade train") else command, checkout)
+    for name in ("before", "after"):
+        assert len(list((checkout / name).glob("0*.png"))) == 2
+    before, after = (sorted((checkout / name).glob("0*.png"))[0].read_bytes() for name in ("before", "after"))
+    assert before != after
+    (checkout / "fine_tune.py").write_text("\n".join(commands("docs/fine-tune.md", "python")), encoding="utf-8")
+    run("python fine_tune.py", checkout)
+    run("python scripts/draw_fine_tune.py --until 64 --out sheet.png", checkout)
+    assert size(checkout / "sheet.png")[0] > 8 * 128
+
+
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(checkout: Path):
     (checkout / "readme.py").write_text("\n".join(commands("README.md", "python")), encoding="utf-8")
     run("python readme.py", checkout)
