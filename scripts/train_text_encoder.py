@@ -161,6 +161,8 @@ def main(
         "wordnet": wordnet is not None,
         "teacher": TEACHER if teacher else None,
         "texts": len(texts),
+        "learned_pieces": learned_pieces,
+        "whole_words": whole_words,
     }
     save(model, tokenizer, out, {**asdict(recipe), **asdict(sizes), **result, **origin})
 

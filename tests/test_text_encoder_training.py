@@ -145,6 +145,11 @@ def test_wordnet_is_read_as_its_manual_says(tmp_path):
     assert set(wordnet_texts(lexicon)) >= {"dog", "dogs", "puppy", "dog, a domestic animal"}
 
 
+def test_a_folder_that_is_not_wordnet_is_named(tmp_path):
+    with pytest.raises(click.ClickException, match="wordnet-base"):
+        read_wordnet(tmp_path)
+
+
 def test_held_out_words_are_enough_and_point_at_concepts():
     questions, names = held_out_words(), set(concept_names())
     assert len(questions) >= 200

@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 PARTS_OF_SPEECH = ("noun", "verb", "adj")
 # Lexicographer files (lexnames(5WN)) of what can be drawn: animals, artifacts, bodies, food, groups, places,
 # things, people, phenomena, plants, shapes, substances.
@@ -36,6 +38,11 @@ class WordNet:
 
 def read_wordnet(folder: Path) -> WordNet:
     """Lower-case lemmas of nouns, verbs and adjectives with their commonest sense; proper names are left out."""
+    if not (folder / "cntlist.rev").exists():
+        raise click.ClickException(
+            f"{folder}: has no cntlist.rev, so it is not WordNet's dict folder; Debian's wordnet-base puts it in "
+            "/usr/share/wordnet"
+        )
     counts: Counter[str] = Counter()
     for line in (folder / "cntlist.rev").read_text(encoding="latin-1").splitlines():
         key, _, count = line.split()
