@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the types in cascade/config.py, so that the reference cannot go stale.
+"""Writes docs/configuration.md from the types in cascade/config/, so that the reference cannot go stale.
 
 python scripts/write_config_reference.py [--check]
 """

@@ -1,0 +1,189 @@
+"""A training run: loss, optimizer, weight average, and the YAML file of the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cascade.config.common import Kind, PositiveInt
+from cascade.config.data import DataConfig, SourceConfig, TextConfig
+from cascade.config.stage import StageConfig
+from cascade.settings import Settings, override, parse, read_yaml
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class UniformLevels(Settings):
+    """t uniform, as in algorithm 18.1: over the T steps of a discrete schedule, over (0, 1) of a continuous one."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class LogitNormalLevels(Settings):
+    """logit t of the straight path (log SNR = -2 logit t) is normal; t = 1 is noise (Esser et al. 2024)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.4
+    """Mean of logit t; larger means noisier."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of logit t."""
+
+
+class LossConfig(Settings):
+    """The training loss: a weighted square, and the distribution of noise levels."""
+
+    space: Kind = "eps"
+    """The square is taken between true and predicted eps, v, x or velocity, whatever the network predicts."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Weight min(SNR, gamma) on the square in x (Hang et al. 2023), in place of `space`."""
+    max_weight: Annotated[float, Field(gt=0)] | None = None
+    """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
+    variance_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`if_unet`: weight of the variational bound, in bits per dimension, which alone trains the predicted variance."""
+    levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
+    """Distribution of the noise levels."""
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their distribution: same mean, less variance."""
+
+
+class OptimizerConfig(Settings):
+    """Optimizer and learning-rate schedule, counted in optimizer steps."""
+
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
+    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
+    """AdamW's averaging factors; Muon's momentum is 0.95."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices and kernels only."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the fall at the end."""
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the fall; it ends at 0 with the last step of the run. 0 with a decay: everything after the warm-up."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm. None: never."""
+
+
+class EMAConfig(Settings):
+    """Average of the weights over the recent past, which is what gets saved for drawing."""
+
+    half_life_images: PositiveInt = 50_000
+    """Pictures after which a weight's contribution has halved."""
+    warmup: bool = True
+    """Shorten the half-life to a fifth of the pictures seen so far, so that the start is forgotten."""
+
+
+class ValidationConfig(Settings):
+    """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The held-out pictures."""
+    every: PositiveInt = 1000
+    """Steps between validations; there is one after the last step too."""
+    batches: PositiveInt = 8
+    """Batches of batch_size / accumulation pictures, shared by the processes."""
+
+
+class TrainingConfig(Settings):
+    """The run."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 16
+    """Pictures per optimizer step, over all processes and accumulation."""
+    accumulation: PositiveInt = 1
+    """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic inside the network; weights stay float32. fp16 needs a GPU."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Everything random follows from it."""
+    init_from: str | None = None
+    """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
+    frozen: tuple[str, ...] = ()
+    """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
+    `adapter` holds them apart. 0: train all weights."""
+    lora_layers: Literal["attention", "all"] = "attention"
+    """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the network; worth it on a GPU or for long runs."""
+    loss: LossConfig = LossConfig()
+    """The loss."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    ema: EMAConfig = EMAConfig()
+    """The weight average."""
+    validation: ValidationConfig | None = None
+    """A validation loss. None: no validation."""
+    log_every: PositiveInt = 50
+    """Steps between log entries."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between grids of sample pictures; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the grids; empty: the captions of the first pictures."""
+    sample_count: PositiveInt = 8
+    """Pictures in a grid when `sample_prompts` is empty, and for super-resolution."""
+    save_every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers of accelerate by name, such as tensorboard. A log.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps + decay_steps = {self.optimizer.warmup_steps + self.optimizer.decay_steps}"
+                f" is longer than the run of {self.steps} steps"
+            )
+        return self
+
+
+class TrainConfig(Settings):
+    """One stage's training run: a YAML file of `configs/`."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+    output: str
+    """Folder of the run: checkpoints, samples, log and the finished stage."""
+    stage: StageConfig
+    """What is trained."""
+    text: TextConfig = TextConfig()
+    """The text encoder."""
+    data: DataConfig
+    """What it is trained on."""
+    training: TrainingConfig = TrainingConfig()
+    """How it is trained."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        crop = self.data.crop
+        if crop is not None:
+            if self.stage.low_resolution is None:
+                raise ValueError("data.crop is for super-resolution stages; this stage has no low_resolution")
+            if crop > self.stage.resolution:
+                raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
+            scale = self.stage.resolution // self.stage.low_resolution
+            step = math.lcm(scale, self.stage.model.downsampling)
+            if crop % step:
+                raise ValueError(f"data.crop {crop} must be a multiple of {step}")
+        return self
+
+
+def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
+    """The training run described by a YAML file and `key=value` changes."""
+    return parse(TrainConfig, override(read_yaml(path), assignments), str(path))
