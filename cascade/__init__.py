@@ -11,7 +11,8 @@ from cascade.errors import CascadeError
 from cascade.output import CascadeOutput
 from cascade.pipeline import CascadePipeline
 from cascade.stage import Stage
-from cascade.text.t5 import TextEmbeddings, TextEncoder
+from cascade.text.embeddings import TextEmbeddings
+from cascade.text.t5 import TextEncoder
 
 __all__ = [
     "CascadeError",

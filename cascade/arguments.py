@@ -13,7 +13,7 @@ import numpy as np
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
 from cascade.seeds import MAX_SEED, fresh_seed
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 
 T = TypeVar("T")
 PerStage: TypeAlias = T | Mapping[str, T] | None

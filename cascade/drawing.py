@@ -15,7 +15,7 @@ from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, to_float
 from cascade.seeds import generator
 from cascade.stage import Stage
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ from cascade.streaming import stored_bytes, stream
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
 from cascade.text.captions import Captions
-from cascade.text.t5 import TextEncoder, TextEncoderProtocol, text_weights
+from cascade.text.embeddings import TextEncoderProtocol
+from cascade.text.t5 import TextEncoder
+from cascade.text.t5_files import text_weights
 
 if TYPE_CHECKING:
     from cascade.training.trainer import Trainer

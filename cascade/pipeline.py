@@ -21,7 +21,8 @@ from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, check_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.text.captions import Captions
-from cascade.text.t5 import TextEmbeddings, TextEncoder
+from cascade.text.embeddings import TextEmbeddings
+from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, padded, read_picture, route, target_size, tile_of
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from cascade.errors import CascadeError
 from cascade.sampling import number, per_stage, whole_number
 from cascade.seeds import MAX_SEED, derive_seed
-from cascade.text.t5 import well_formed
+from cascade.text.captions import well_formed
 
 STANDARD_INPUT = "-"
 _MOST = 1_000_000  # steps, or pictures of one prompt

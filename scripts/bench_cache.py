@@ -32,7 +32,7 @@ from cascade.conditioning import Conditioning
 from cascade.data.scenes import describe, random_scene
 from cascade.load import BUNDLED, read_train_config
 from cascade.text.cache import EmbeddingCache
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 from cascade.text.tokens import TokenCounter
 
 PADDED = 256

@@ -38,7 +38,7 @@ from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TrainConfig
 from cascade.load import choose_device, read_train_config
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 
 TOKENS = 16
 """Of a caption: about what captions have."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from cascade.build import build_stage
 from cascade.config import TrainConfig
 from cascade.settings import override, parse
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 from cascade.training.log import MEASURED
 
 TEXT_DIM = 16

@@ -38,7 +38,7 @@ from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
-from cascade.text.t5 import TextEmbeddings
+from cascade.text.embeddings import TextEmbeddings
 from cascade.training.samples import sample_grid
 from cascade.training.state import load_newest
 from cascade.training.validation import Validation

@@ -26,7 +26,7 @@ from cascade.images import to_uint8
 from cascade.pipeline import CascadePipeline
 from cascade.slots import StageSlot, is_out_of_memory, not_finite, running
 from cascade.stage import Stage
-from cascade.text.t5 import TextEmbeddings, join
+from cascade.text.embeddings import TextEmbeddings, join
 
 LARGEST_AUTO_BATCH = 64
 """Where `--batch-size auto` begins on a GPU."""

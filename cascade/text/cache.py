@@ -22,8 +22,8 @@ from cascade.checkpoint import check_format, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.locks import lock_file
+from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import HASH_BYTES, Lookup, hash_of
-from cascade.text.t5 import TextEmbeddings
 
 _START_AGAIN = "delete the folder and fill it again with `cascade encode`"
 ANOTHER_ENCODER = (

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError
 from cascade.text.cache import ANOTHER_ENCODER, EmbeddingCache
+from cascade.text.embeddings import TextEmbeddings, TextEncoderProtocol
 from cascade.text.lookup import hash_of
-from cascade.text.t5 import TextEmbeddings, TextEncoderProtocol
 
 _SLICE = 16  # batches encoded and rounded at a time while a cache is filled
 

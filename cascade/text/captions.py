@@ -86,6 +86,11 @@ def clean_caption(text: str) -> str:
     return _apply(_ENDS, text).strip()
 
 
+def well_formed(text: str) -> str:
+    """`text` as valid Unicode: halves of a surrogate pair join, a lone one (no character) becomes U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _apply(rules: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)

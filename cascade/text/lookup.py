@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cascade.text.t5 import well_formed
+from cascade.text.captions import well_formed
 
 HASH_BYTES = 32
 

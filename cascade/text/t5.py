@@ -4,98 +4,31 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
-import logging as python_logging
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
 from cascade.streaming import stream
-from cascade.text.captions import Captions, prepare_caption
+from cascade.text.captions import Captions, prepare_caption, well_formed
+from cascade.text.embeddings import TextEmbeddings
+from cascade.text.t5_files import (
+    check_folder,
+    eight_bit_options,
+    is_local,
+    load_t5,
+    quiet,
+    text_weights,
+    tokenizer_folder,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class TextEmbeddings:
-    """The embeddings of B prompts.
-
-    tokens: (B, N, D), zero where padded. mask: (B, N) bool, True where a token is real; padding comes last.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Tensor]) -> Self:
-        """Pad unpadded embeddings, each (n, D), to the longest: (B, N, D)."""
-        assert rows, "no embeddings to pad"
-        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-        tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        return cls(tokens, mask)
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def rows(self) -> list[Tensor]:
-        """Each prompt's embedding without padding: (n, D)."""
-        lengths = self.mask.sum(dim=1).tolist()
-        return [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
-
-    def select(self, indices: Sequence[int]) -> TextEmbeddings:
-        """The prompts at `indices`, in that order and as often as named; the padded length stays."""
-        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
-        return TextEmbeddings(self.tokens[chosen], self.mask[chosen])
-
-    def padded(self, length: int) -> TextEmbeddings:
-        """The same embeddings with masked zeros up to `length` tokens; `length` is at least N."""
-        assert length >= self.tokens.shape[1], f"{self.tokens.shape[1]} tokens do not fit into {length}"
-        return TextEmbeddings(*pad_text(self.tokens, self.mask, length))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
-        """Move to `device`, and cast the tokens to `dtype`."""
-        return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
-
-
-def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """One batch of several; the shorter ones are padded with masked zeros."""
-    longest = max(part.tokens.shape[1] for part in parts)
-    padded = [part.padded(longest) for part in parts]
-    return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
-
-
-class TextEncoderProtocol(Protocol):
-    """Whatever turns prompts into embeddings: a `TextEncoder`, or one with a cache before it."""
-
-    @property
-    def dim(self) -> int:
-        """Width D of an embedding."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the embeddings would."""
-
-    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
-        """The embeddings of `prompts`, in their order."""
-
-    def to(self, device: torch.device | str | None = None) -> Self:
-        """Move to `device`, where the prompts are read from then on, and return this encoder."""
-
-    def release(self) -> None:
-        """Free the memory of the weights."""
 
 
 class TextEncoder:
@@ -150,11 +83,11 @@ class TextEncoder:
         where = str(Path(source).expanduser()) if local else str(source)
         if local:
             check_folder(Path(where))
-        with _quiet(progress=not local):
+        with quiet(progress=not local):
             if streamed and local:
                 return cls._streaming(Path(where), device or "cpu", dtype, max_length, padded, captions)
-            quantized = _eight_bit(device) if eight_bit else {}
-            model, tokenizer = _load(where, local, dtype, quantized)
+            quantized = eight_bit_options(device) if eight_bit else {}
+            model, tokenizer = load_t5(where, local, dtype, quantized)
         encoder = cls(model, tokenizer, max_length, padded, captions)
         encoder.eight_bit = eight_bit
         return encoder if eight_bit else encoder.to(device, dtype)
@@ -262,7 +195,7 @@ class TextEncoder:
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
         model = _halved(self._loaded())
-        with atomic_folder(folder) as temporary, _quiet(progress=False):
+        with atomic_folder(folder) as temporary, quiet(progress=False):
             model.save_pretrained(temporary)
             self._tokenizer.save_pretrained(temporary)
             for file in temporary.iterdir():
@@ -306,112 +239,12 @@ class TextEncoder:
         )
 
 
-def well_formed(text: str) -> str:
-    """`text` as valid Unicode: halves of a surrogate pair join, a lone one (no character) becomes U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def is_local(source: str | Path) -> bool:
-    """Whether `source` means a folder: a Path, or text that exists or cannot be a hub id ([owner/]name)."""
-    return isinstance(source, Path) or _HUB_ID.fullmatch(source) is None or Path(source).exists()
-
-
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise CascadeError(
             f"text encoder: dtype {str(dtype).removeprefix('torch.')} is not offered; use float32 or bfloat16"
             " (T5's activations overflow float16)"
         )
-
-
-def check_folder(folder: Path) -> None:
-    """Missing files by name. transformers would make up an empty tokenizer in place of a missing one."""
-    if not folder.is_dir():
-        raise CascadeError(
-            f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
-            " tokenizer.json, or a hub id such as google/flan-t5-base"
-        )
-    if not _has_tokenizer(tokenizer_folder(folder)):
-        raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "spiece.model"))
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
-    beside = folder.parent / "tokenizer"
-    return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
-
-
-def text_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a text encoder: full precision where there is any."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if ".fp16" not in file.name] or files
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` when the folder holds weights of that variant alone."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
-
-
-def _load(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of a checked folder or a hub id. Whatever the libraries raise becomes one line."""
-    from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
-
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-        if config.model_type != "t5":
-            raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
-        words = str(tokenizer_folder(Path(where))) if local else where
-        tokenizer = AutoTokenizer.from_pretrained(words, **options)
-        model, loaded = T5EncoderModel.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            variant=_variant(Path(where)) if local else None,
-            output_loading_info=True,
-            **quantized,
-            **options,
-        )
-    except CascadeError:
-        raise
-    except Exception as error:  # damaged files raise OSError, ValueError, TypeError, SafetensorError, ...
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        way_out = "copy the folder again" if local else "check the name and the network, or give a local folder"
-        raise CascadeError(
-            f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
-        ) from error
-    if loaded["missing_keys"]:
-        raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
-    _check_tokenizer(where, tokenizer, config.vocab_size)
-    return model, tokenizer
-
-
-def _eight_bit(device: torch.device | str | None) -> dict[str, Any]:
-    """Arguments that load int8 weights. Raises CascadeError when the library for it is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise CascadeError(
-            "text encoder: 8 bits need bitsandbytes; pip install 'cascade-diffusion[quantized]', or leave eight_bit out"
-        )
-    from transformers import BitsAndBytesConfig
-
-    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it tells of every cast
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
-
-
-def _check_tokenizer(where: str, tokenizer: Any, vocab_size: int) -> None:
-    if len(tokenizer) > vocab_size:
-        raise CascadeError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}; they belong to"
-            " different models"
-        )
-    if tokenizer(NULL_TEXT)["input_ids"] != [tokenizer.eos_token_id]:
-        raise CascadeError(f"{where}: the tokenizer does not end a text with </s>; use the one T5 was trained with")
 
 
 def _halved(model: Any) -> Any:
@@ -431,20 +264,3 @@ def _describe(tokenizer: Any) -> str:
 
 def _shorten(prompt: str, length: int = 40) -> str:
     return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
-
-
-@contextmanager
-def _quiet(*, progress: bool) -> Iterator[None]:
-    """transformers' reports off, since our errors say what is wrong; its bars too, unless for a download."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    if not progress:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cascade.errors import CascadeError
-from cascade.text.captions import Captions, prepare_caption
-from cascade.text.t5 import check_folder, is_local, tokenizer_folder, well_formed
+from cascade.text.captions import Captions, prepare_caption, well_formed
+from cascade.text.t5_files import check_folder, is_local, tokenizer_folder
 
 
 class TokenCounter:

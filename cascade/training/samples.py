@@ -16,7 +16,7 @@ from cascade.diffusion.noise import noise_like
 from cascade.images import contact_sheet, to_float, to_pil
 from cascade.seeds import generator
 from cascade.stage import Stage
-from cascade.text.t5 import TextEncoderProtocol
+from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.step import TrainingBatch, conditions, draw_noise
 
 _CELL = 256

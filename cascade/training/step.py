@@ -16,7 +16,7 @@ from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample, to_float
 from cascade.seeds import generator
 from cascade.stage import Network, Stage
-from cascade.text.t5 import TextEncoderProtocol
+from cascade.text.embeddings import TextEncoderProtocol
 
 
 @dataclass(frozen=True)

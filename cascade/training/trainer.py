@@ -22,7 +22,7 @@ from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
-from cascade.text.t5 import TextEncoderProtocol
+from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.accelerator import any_process, build_accelerator, check_shardable, from_main, shards
 from cascade.training.ema import EMA
 from cascade.training.frozen import freeze

@@ -13,7 +13,7 @@ from cascade.config import TrainConfig, ValidationConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
 from cascade.stage import Stage
-from cascade.text.t5 import TextEncoderProtocol
+from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.step import draw_noise, training_batch, training_loss
 
 SEED = 0

@@ -16,8 +16,8 @@ from cascade.checkpoint import save_tensors
 from cascade.errors import CascadeError
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder, fill
+from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import Lookup, Place
-from cascade.text.t5 import TextEmbeddings
 
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")]
 

@@ -13,7 +13,8 @@ import torch
 from helpers_text import make_tiny_t5
 
 from cascade.errors import CascadeError
-from cascade.text.t5 import TextEmbeddings, TextEncoder
+from cascade.text.embeddings import TextEmbeddings
+from cascade.text.t5 import TextEncoder
 
 STRINGS = [
     "a red apple",

@@ -1,0 +1,82 @@
+"""What is known of prompts: token embeddings and their mask; and what an encoder of prompts can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from cascade.conditioning import pad_text
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """The embeddings of B prompts.
+
+    tokens: (B, N, D), zero where padded. mask: (B, N) bool, True where a token is real; padding comes last.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Tensor]) -> Self:
+        """Pad unpadded embeddings, each (n, D), to the longest: (B, N, D)."""
+        assert rows, "no embeddings to pad"
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return cls(tokens, mask)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self) -> list[Tensor]:
+        """Each prompt's embedding without padding: (n, D)."""
+        lengths = self.mask.sum(dim=1).tolist()
+        return [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+
+    def select(self, indices: Sequence[int]) -> TextEmbeddings:
+        """The prompts at `indices`, in that order and as often as named; the padded length stays."""
+        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
+        return TextEmbeddings(self.tokens[chosen], self.mask[chosen])
+
+    def padded(self, length: int) -> TextEmbeddings:
+        """The same embeddings with masked zeros up to `length` tokens; `length` is at least N."""
+        assert length >= self.tokens.shape[1], f"{self.tokens.shape[1]} tokens do not fit into {length}"
+        return TextEmbeddings(*pad_text(self.tokens, self.mask, length))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
+        """Move to `device`, and cast the tokens to `dtype`."""
+        return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
+
+
+def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    """One batch of several; the shorter ones are padded with masked zeros."""
+    longest = max(part.tokens.shape[1] for part in parts)
+    padded = [part.padded(longest) for part in parts]
+    return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
+
+
+class TextEncoderProtocol(Protocol):
+    """Whatever turns prompts into embeddings: a `TextEncoder`, or one with a cache before it."""
+
+    @property
+    def dim(self) -> int:
+        """Width D of an embedding."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the embeddings would."""
+
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
+        """The embeddings of `prompts`, in their order."""
+
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move to `device`, where the prompts are read from then on, and return this encoder."""
+
+    def release(self) -> None:
+        """Free the memory of the weights."""

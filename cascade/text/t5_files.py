@@ -1,0 +1,130 @@
+"""A T5's folder or hub id -> transformers' model and tokenizer; whatever is wrong with them becomes one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging as python_logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.conditioning import NULL_TEXT
+from cascade.errors import CascadeError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether `source` means a folder: a Path, or text that exists or cannot be a hub id ([owner/]name)."""
+    return isinstance(source, Path) or _HUB_ID.fullmatch(source) is None or Path(source).exists()
+
+
+def check_folder(folder: Path) -> None:
+    """Missing files by name. transformers would make up an empty tokenizer in place of a missing one."""
+    if not folder.is_dir():
+        raise CascadeError(
+            f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
+            " tokenizer.json, or a hub id such as google/flan-t5-base"
+        )
+    if not _has_tokenizer(tokenizer_folder(folder)):
+        raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "spiece.model"))
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
+    beside = folder.parent / "tokenizer"
+    return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
+
+
+def text_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a text encoder: full precision where there is any."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if ".fp16" not in file.name] or files
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` when the folder holds weights of that variant alone."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
+
+
+def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer of a checked folder or a hub id. Whatever the libraries raise becomes one line."""
+    from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        if config.model_type != "t5":
+            raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
+        words = str(tokenizer_folder(Path(where))) if local else where
+        tokenizer = AutoTokenizer.from_pretrained(words, **options)
+        model, loaded = T5EncoderModel.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=_variant(Path(where)) if local else None,
+            output_loading_info=True,
+            **quantized,
+            **options,
+        )
+    except CascadeError:
+        raise
+    except Exception as error:  # damaged files raise OSError, ValueError, TypeError, SafetensorError, ...
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        way_out = "copy the folder again" if local else "check the name and the network, or give a local folder"
+        raise CascadeError(
+            f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
+        ) from error
+    if loaded["missing_keys"]:
+        raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
+    _check_tokenizer(where, tokenizer, config.vocab_size)
+    return model, tokenizer
+
+
+def eight_bit_options(device: torch.device | str | None) -> dict[str, Any]:
+    """Arguments that load int8 weights. Raises CascadeError when the library for it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CascadeError(
+            "text encoder: 8 bits need bitsandbytes; pip install 'cascade-diffusion[quantized]', or leave eight_bit out"
+        )
+    from transformers import BitsAndBytesConfig
+
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it tells of every cast
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
+
+
+def _check_tokenizer(where: str, tokenizer: Any, vocab_size: int) -> None:
+    if len(tokenizer) > vocab_size:
+        raise CascadeError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}; they belong to"
+            " different models"
+        )
+    if tokenizer(NULL_TEXT)["input_ids"] != [tokenizer.eos_token_id]:
+        raise CascadeError(f"{where}: the tokenizer does not end a text with </s>; use the one T5 was trained with")
+
+
+@contextmanager
+def quiet(*, progress: bool) -> Iterator[None]:
+    """transformers' reports off, since our errors say what is wrong; its bars too, unless for a download."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
