@@ -275,7 +275,7 @@ def test_only_bad_lines_is_a_failure_that_leaves_nothing(
 def test_what_looks_local_is_not_asked_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr("cascade.load.download", None)
+    monkeypatch.setattr("cascade.load.index.download", None)
     with pytest.raises(CascadeError, match=f"^{source}: no stage here; give a folder"):
         find_stage(source)
 
@@ -287,6 +287,6 @@ def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
         raise CascadeError(f"{repo}: neither a folder nor a model that the hub gives: offline")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cascade.load.download", offline)
+    monkeypatch.setattr("cascade.load.index.download", offline)
     with pytest.raises(CascadeError, match=r"^runs/nope/base: no stage here; .* \(runs/nope: neither .*offline\)$"):
         find_stage("runs/nope/base")

@@ -1,0 +1,121 @@
+"""Where a model and its stages lie: a name, folder or hub id -> folders, and what cascade.json says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from cascade import deepfloyd
+from cascade.checkpoint import check_format, read_json
+from cascade.errors import CascadeError
+from cascade.hub import download, may_be_on_hub
+from cascade.text.captions import Captions
+
+BUNDLED = Path(__file__).parent.parent / "pretrained"
+"""The cascade that travels in the package."""
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """What a cascade's cascade.json says, its folders as paths."""
+
+    name: str
+    license: str
+    text_encoder: Path
+    stages: tuple[Path, ...]
+    max_text_length: int
+    text_padded: bool = False
+    captions: Captions = "as_is"
+
+    @property
+    def halves_text(self) -> bool:
+        """Whether the text encoder (4.8 billion weights in IF) is bfloat16 beside 16-bit stages; elsewhere float32."""
+        return self.text_padded
+
+
+def read_index(model: str | Path | None = None) -> ModelIndex:
+    """The index of a model: bundled, folder or hub id. Raises CascadeError naming what is missing or wrong."""
+    folder = find_model(model)
+    if deepfloyd.is_diffusers(folder):
+        return _read_diffusers_index(folder)
+    path = folder / "cascade.json"
+    data = read_json(path)
+    check_format(path, data.get("format"))
+    length = data.get("max_text_length", 64)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
+    return ModelIndex(
+        name=str(data.get("name", folder.name)),
+        license=str(data.get("license", "unstated")),
+        text_encoder=folder / "text_encoder",
+        stages=tuple(folder / name for name in _strings(data, "stages", path)),
+        max_text_length=length,
+        text_padded=bool(data.get("text_padded", False)),
+        captions=_captions(data.get("captions", "as_is"), path),
+    )
+
+
+def _read_diffusers_index(folder: Path) -> ModelIndex:
+    """DeepFloyd IF as diffusers lays it out: one stage and the text encoder."""
+    return ModelIndex(
+        name=folder.name,
+        license=deepfloyd.read_license(folder),
+        text_encoder=folder / "text_encoder",
+        stages=(folder,),
+        max_text_length=deepfloyd.TEXT_LENGTH,
+        text_padded=True,
+        captions="deepfloyd",
+    )
+
+
+def _captions(value: object, path: Path) -> Captions:
+    known: tuple[Captions, ...] = get_args(Captions)
+    for name in known:
+        if value == name:
+            return name
+    raise CascadeError(f"{path}: captions: {value!r}; expected one of {', '.join(known)}")
+
+
+def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
+    values = index.get(key)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise CascadeError(f"{path}: {key}: expected a list of stage names")
+    return values
+
+
+def find_model(model: str | Path | None) -> Path:
+    """The folder of a model: the bundled one, a local folder, or a hub id (downloaded once)."""
+    if model is None or model == "bundled":
+        return BUNDLED
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if may_be_on_hub(model):
+        return download(str(model))
+    raise CascadeError(f"{model}: no such model folder; give a folder with cascade.json, a hub id, or `bundled`")
+
+
+def find_stage(source: str | Path) -> Path:
+    """The folder of one stage: itself, `stage` of a training run, or `model/stage` of a cascade."""
+    path = Path(source)
+    for candidate in (path, path / "stage"):
+        if (candidate / "stage.json").is_file() or deepfloyd.is_diffusers(candidate):
+            return candidate
+    parent, _, name = str(source).rpartition("/")
+    reason = ""
+    try:
+        if parent != "bundled" and may_be_on_hub(source):
+            candidate = download(str(source), text=False)
+            if deepfloyd.is_diffusers(candidate):
+                return candidate
+        elif parent == "bundled" or Path(parent).is_dir() or may_be_on_hub(parent):
+            candidate = find_model(parent) / name
+            if (candidate / "stage.json").is_file():
+                return candidate
+    except CascadeError as error:
+        reason = f" ({error})"
+    raise CascadeError(
+        f"{source}: no stage here; give a folder with stage.json, a training run, model/stage, or DeepFloyd IF in"
+        f" diffusers' layout{reason}"
+    )

@@ -1,0 +1,102 @@
+"""A folder or hub id -> a pipeline; trained stages -> a pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cascade.errors import CascadeError
+from cascade.load.device import choose_device, choose_dtype
+from cascade.load.index import BUNDLED, find_stage, read_index
+from cascade.load.stage import fits, load_stage, read_config, slot_of
+from cascade.pipeline import CascadePipeline
+from cascade.text.captions import Captions
+from cascade.text.t5 import TextEncoder
+from cascade.text.t5_files import text_weights
+
+logger = logging.getLogger("cascade.load")
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    *,
+    super_resolution: str | Path | Sequence[str | Path] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    low_memory: bool = False,
+    captions: Captions | None = None,
+    text_8bit: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> CascadePipeline:
+    """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    index = read_index(model)
+    stage_folders = list(index.stages)
+    if super_resolution is not None:
+        sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
+        stage_folders = stage_folders[:1] + [find_stage(source) for source in sources]
+    target = choose_device(device)
+    number_format = choose_dtype(dtype, target)
+    text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
+    load_text = partial(
+        TextEncoder.from_pretrained,
+        index.text_encoder,
+        max_length=index.max_text_length,
+        padded=index.text_padded,
+        captions=captions or index.captions,
+        device=target,
+        dtype=text_format,
+        eight_bit=text_8bit,
+        streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format),
+    )
+    slots = [
+        slot_of(stage_folder, target, number_format, low_memory, adapter)
+        for stage_folder, adapter in _with_adapters(stage_folders, adapters or {})
+    ]
+    # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
+    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots) else logging.DEBUG
+    logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
+    pipeline = CascadePipeline(
+        load_text(),
+        slots,
+        name=index.name,
+        license=index.license,
+        reload_text_encoder=load_text if low_memory else None,
+    )
+    pipeline.device, pipeline.dtype = target, number_format
+    return pipeline
+
+
+def assemble(
+    text_encoder: str | Path,
+    stages: Iterable[str | Path],
+    *,
+    name: str,
+    license: str,
+    max_length: int = 64,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> CascadePipeline:
+    """Put trained stages behind a text encoder. Raises CascadeError when they do not chain.
+
+    adapters: folders of low-rank adapters by the name of the stage that they are added to.
+    """
+    source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
+    encoder = TextEncoder.from_pretrained(source, max_length=max_length)
+    folders = _with_adapters([find_stage(stage) for stage in stages], adapters or {})
+    loaded = [load_stage(folder, adapter=adapter) for folder, adapter in folders]
+    return CascadePipeline(encoder, loaded, name=name, license=license)
+
+
+def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
+    """Stage folders, each with the adapter for it. Raises CascadeError for an adapter of a stage that there is not."""
+    names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
+    unknown = [name for name in adapters if name not in names]
+    if unknown:
+        raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
+    return [
+        (folder, Path(adapters[name]) if name in adapters else None)
+        for folder, name in zip(folders, names, strict=True)
+    ]

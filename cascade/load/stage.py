@@ -1,0 +1,86 @@
+"""A stage folder -> its settings, its weights, and the stage that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cascade import deepfloyd, memory
+from cascade.build import build_stage
+from cascade.checkpoint import load_tensors, load_weights, read_stage_config
+from cascade.config import StageConfig
+from cascade.models.winograd import Convolution
+from cascade.slots import StageSlot
+from cascade.stage import Stage
+from cascade.streaming import stored_bytes, stream
+
+
+def read_config(folder: str | Path) -> StageConfig:
+    """The settings of a stage folder: ours, or DeepFloyd IF's in diffusers' layout."""
+    return deepfloyd.read_stage(folder) if deepfloyd.is_diffusers(folder) else read_stage_config(folder)
+
+
+def read_weights(folder: str | Path) -> tuple[dict[str, Tensor], Path]:
+    """The network's weights in a stage folder, and the file or folder they came from."""
+    folder = Path(folder)
+    if deepfloyd.is_diffusers(folder):
+        return deepfloyd.read_weights(folder), folder / "unet"
+    path = folder / "model.safetensors"
+    return load_tensors(path), path
+
+
+def load_stage(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapter: str | Path | None = None,
+) -> Stage:
+    """A stage from its folder (ours: stage.json, model.safetensors; or diffusers'), ready to draw.
+
+    Built without memory on the meta device, then filled: the weights exist once. adapter: a folder of low-rank
+    differences that are added to them.
+    """
+    stage = build_stage(read_config(folder), device="meta")
+    load_weights(stage.network, *read_weights(folder))
+    if adapter is not None:
+        from cascade.training.lora import merge_adapter  # brings peft, an extra
+
+        merge_adapter(stage.network, Path(adapter))
+    stage.network.eval().requires_grad_(False)
+    return stage.to(device, dtype)
+
+
+def slot_of(
+    folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapter: Path | None
+) -> StageSlot:
+    """The place of a stage in a pipeline: loaded now, or (low_memory) when its turn comes."""
+    if low_memory:
+        return StageSlot(read_config(folder), lambda: _load_sparing(folder, device, dtype, adapter))
+    return StageSlot.holding(load_stage(folder, device, dtype, adapter))
+
+
+def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Stage:
+    """Without the transformed kernels that would make it faster; streamed from disk where it does not fit whole.
+
+    An adapter is added to weights in memory: with one, nothing is streamed.
+    """
+    diffusers = deepfloyd.is_diffusers(folder)
+    files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
+    if adapter is None and not fits(files, dtype):
+        stage = build_stage(read_config(folder), device="meta")
+        stage.network.eval().requires_grad_(False).to(dtype)
+        stream(stage.network, files, device)
+    else:
+        stage = load_stage(folder, device, dtype, adapter)
+    for module in stage.network.modules():
+        if isinstance(module, Convolution):
+            module.spare_memory = True
+    return stage
+
+
+def fits(files: Sequence[Path], dtype: torch.dtype) -> bool:
+    """Whether weights leave a fifth of the free memory for the rest."""
+    return stored_bytes(files, dtype) < 0.8 * memory.free_bytes()
