@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +28,12 @@ class CascadeOutput:
     stages: dict[int, Any]
     seeds: list[int]
     prompts: list[str]
+
+    @classmethod
+    def of(cls, drawn: Mapping[int, Tensor], output_type: str, seeds: list[int], prompts: list[str]) -> Self:
+        """From the pictures of each stage, uint8 (B, 3, H, W), the largest last."""
+        stages = {resolution: as_type(pixels, output_type) for resolution, pixels in drawn.items()}
+        return cls(stages[max(stages)], stages, seeds, prompts)
 
 
 def as_type(pixels: Tensor, output_type: str) -> Any:

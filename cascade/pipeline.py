@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,10 @@ from cascade.diffusion.samplers import OnStep
 from cascade.drawing import Picture, Texts, draw_batch, padded_batches
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
-from cascade.output import Callback, CascadeOutput, Watcher, as_type, check_output_type
+from cascade.output import Callback, CascadeOutput, Watcher, check_output_type
 from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
-from cascade.slots import StageSlot, check_memory, not_finite, running
+from cascade.slots import StageSlot, TextSlot, check_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.text.captions import Captions
 from cascade.text.embeddings import TextEmbeddings
@@ -42,9 +43,7 @@ class CascadePipeline:
 
         reload_text_encoder: the encoder is released once it has read the prompts, and loaded again for the next ones.
         """
-        self.text_encoder = text_encoder
-        self._reload_text_encoder = reload_text_encoder
-        self._text_encoder_released = False
+        self._text = TextSlot(text_encoder, reload_text_encoder)
         self.slots = [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]
         self.name, self.license = name, license
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -90,6 +89,11 @@ class CascadePipeline:
             text_8bit=text_8bit,
             adapters=adapters,
         )
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """What reads the prompts; with `low_memory`, without its weights while nothing is read."""
+        return self._text.encoder
 
     @property
     def stage_names(self) -> list[str]:
@@ -146,22 +150,15 @@ class CascadePipeline:
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
         pictures = [Picture(index, seeds[index], number) for index in range(len(prompts)) for number in numbers]
         batch_size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        watch = partial(Watcher, progress=progress, callback=callback)
         drawn: dict[int, Tensor] = {}
         pixels: Tensor | None = None
         for slot, size in zip(slots, sizes, strict=True):
-            with running(slot) as stage:
-                check_memory(slot.config, size, batch_size, self.device, self.dtype)
-                own = settings[stage.name]
-                batches = -(-len(pictures) // batch_size)
-                with Watcher(stage.name, stage.count_steps(own), batches, progress, callback) as watcher:
-                    pixels = self._draw(stage, own, size, pictures, batch_size, texts, pixels, watcher.step)
-                drawn[stage.config.resolution] = pixels
-                del stage  # `--low-memory`: it must be gone before the next one is loaded
-        return CascadeOutput(
-            images=as_type(drawn[slots[-1].config.resolution], output_type),
-            stages={resolution: as_type(pixels, output_type) for resolution, pixels in drawn.items()},
-            seeds=[picture.seed for picture in pictures],
-            prompts=[prompts[picture.text] for picture in pictures],
+            own = settings[slot.config.name]
+            pixels = self._draw(slot, own, size, pictures, batch_size, texts, pixels, watch)
+            drawn[slot.config.resolution] = pixels
+        return CascadeOutput.of(
+            drawn, output_type, [picture.seed for picture in pictures], [prompts[picture.text] for picture in pictures]
         )
 
     @torch.inference_mode()
@@ -205,35 +202,33 @@ class CascadePipeline:
         if tile is not None:
             positive("tile", tile)
         texts = self.texts([text])
+        watch = partial(Watcher, progress=progress, callback=callback)
         drawn: dict[int, Tensor] = {}
         for step, place in enumerate(places):
             slot, picture = self.slots[place], Picture(0, own_seed, places[:step].count(place))
-            with running(slot) as stage:
-                with Watcher(stage.name, stage.count_steps(settings[stage.name]), 1, progress, callback) as watcher:
-                    pixels = self._enlarge(stage, settings[stage.name], pixels, picture, texts, tile, watcher.step)
-                del stage  # `--low-memory`: it must be gone before the next one is loaded
+            pixels = self._enlarge(slot, settings[slot.config.name], pixels, picture, texts, tile, watch)
             if step == len(places) - 1:
                 pixels = fitted(pixels, (height, width))
             drawn[max(pixels.shape[-2:])] = pixels
-        stages = {size: as_type(picture, output_type) for size, picture in drawn.items()}
-        return CascadeOutput(images=stages[max(height, width)], stages=stages, seeds=[own_seed], prompts=[text])
+        return CascadeOutput.of(drawn, output_type, [own_seed], [text])
 
     def _enlarge(
         self,
-        stage: Stage,
+        slot: StageSlot,
         settings: SamplingConfig,
         pixels: Tensor,
         picture: Picture,
         texts: Texts,
         tile: int | None,
-        on_step: OnStep,
+        watch: Callable[..., Watcher],
     ) -> Tensor:
         """uint8 (1, 3, h, w) of any size -> (1, 3, scale h, scale w)."""
-        low = padded(pixels, stage.config)
-        size = (low.shape[-2] * stage.scale, low.shape[-1] * stage.scale)
-        side = tile_of(tile, size, stage.config)
-        x = self._draw(stage, settings, size, [picture], 1, texts, low, on_step, side)
-        return x[..., : pixels.shape[-2] * stage.scale, : pixels.shape[-1] * stage.scale]
+        scale = slot.config.scale
+        low = padded(pixels, slot.config)
+        size = (low.shape[-2] * scale, low.shape[-1] * scale)
+        side = tile_of(tile, size, slot.config)
+        x = self._draw(slot, settings, size, [picture], 1, texts, low, watch, side)
+        return x[..., : pixels.shape[-2] * scale, : pixels.shape[-1] * scale]
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one folder: cascade.json, text_encoder/ and a folder a stage, safetensors; atomically.
@@ -241,7 +236,7 @@ class CascadePipeline:
         dtype: number format of the stage weights, default the one they have. A cascade that stood there is replaced;
         raises CascadeError if anything else stands there.
         """
-        write_model(folder, self._loaded_text_encoder(), self.slots, self.name, self.license, dtype)
+        write_model(folder, self._text.load(), self.slots, self.name, self.license, dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""
@@ -252,17 +247,14 @@ class CascadePipeline:
         """Move the stages to a device and number format. The text encoder moves too, but keeps its own format."""
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
-        self._loaded_text_encoder().to(device=self.device)
+        self._text.load().to(device=self.device)
         self.slots = [slot.moved(self.device, self.dtype) for slot in self.slots]
         return self
 
     def encode(self, texts: Sequence[str]) -> TextEmbeddings:
         """Embeddings of texts, each encoded alone and padded to the longest allowed; `low_memory` then releases T5."""
-        encoder = self._loaded_text_encoder()
-        embeddings = encoder.encode(texts)
-        if self._reload_text_encoder is not None:
-            encoder.release()
-            self._text_encoder_released = True
+        with self._text.reading() as encoder:
+            embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
     def draw_batch(
@@ -282,30 +274,32 @@ class CascadePipeline:
 
     def _draw(
         self,
-        stage: Stage,
+        slot: StageSlot,
         settings: SamplingConfig,
         size: tuple[int, int],
         pictures: Sequence[Picture],
         batch_size: int,
         texts: Texts,
         low: Tensor | None,
-        on_step: OnStep,
+        watch: Callable[..., Watcher],
         tile: int | None = None,
     ) -> Tensor:
         """All pictures of one stage: (B, 3, H, W) uint8, on the CPU. Raises CascadeError for numbers not finite.
 
         Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
-        bits of float arithmetic do not travel on.
+        bits of float arithmetic do not travel on. With `low_memory` the stage is gone when this returns.
         """
+        batches = list(padded_batches(len(pictures), batch_size))
         parts = []
-        for members, count in padded_batches(len(pictures), batch_size):
-            batch = [pictures[index] for index in members]
-            smaller = None if low is None else low[members]
-            x = self.draw_batch(stage, settings, size, batch, texts, smaller, on_step, tile)
-            if not bool(torch.isfinite(x).all()):
-                raise CascadeError(not_finite(stage.name))
-            parts.append(to_uint8(x[:count]).cpu())
-        return torch.cat(parts)
+        with running(slot) as stage, watch(stage.name, stage.count_steps(settings), len(batches)) as watcher:
+            for members, count in batches:
+                batch = [pictures[index] for index in members]
+                smaller = None if low is None else low[members]
+                x = self.draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile)
+                if not bool(torch.isfinite(x).all()):
+                    raise CascadeError(not_finite(stage.name))
+                parts.append(to_uint8(x[:count]).cpu())
+            return torch.cat(parts)
 
     def texts(
         self,
@@ -317,26 +311,15 @@ class CascadePipeline:
         negative = texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negative) not in (1, len(prompts)):
             raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one or each its own")
-        encoder = self._loaded_text_encoder()
-        text = embeds if embeds is not None else encoder.encode(prompts)
-        if text.tokens.shape[-1] != self.text_encoder.dim:
-            raise CascadeError(
-                f"prompt_embeds: width {text.tokens.shape[-1]}, this cascade reads {self.text_encoder.dim}"
-            )
-        null = encoder.encode(negative).select([index % len(negative) for index in range(len(prompts))])
-        if self._reload_text_encoder is not None:
-            encoder.release()
-            self._text_encoder_released = True
+        with self._text.reading() as encoder:
+            text = embeds if embeds is not None else encoder.encode(prompts)
+            if text.tokens.shape[-1] != encoder.dim:
+                raise CascadeError(f"prompt_embeds: width {text.tokens.shape[-1]}, this cascade reads {encoder.dim}")
+            null = encoder.encode(negative).select([index % len(negative) for index in range(len(prompts))])
         # Always to the same length: sums over more tokens, masked or not, may differ in their last bits, and a
         # picture should not depend on how long the other prompts are.
         length = max(encoder.max_length, text.tokens.shape[1], null.tokens.shape[1])
         return Texts(text.padded(length), null.padded(length))
-
-    def _loaded_text_encoder(self) -> TextEncoder:
-        if self._text_encoder_released and self._reload_text_encoder is not None:
-            self.text_encoder = self._reload_text_encoder()
-            self._text_encoder_released = False
-        return self.text_encoder
 
     def slots_until(self, until: int | None) -> list[StageSlot]:
         """The stages up to the one that draws `until` px; all of them for None. Raises CascadeError."""

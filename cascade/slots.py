@@ -1,4 +1,4 @@
-"""The stages of a pipeline: held, or loaded when their turn comes; and what is said when memory does not suffice."""
+"""The parts of a pipeline: held, or loaded when their turn comes; and what is said when memory does not suffice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
 from cascade.stage import Stage
+from cascade.text.t5 import TextEncoder
 
 _WHOLE_TENSORS = 3
 """Tensors of the whole picture that any sampler holds at least: noisy picture, estimate, enlarged smaller picture."""
@@ -37,6 +38,31 @@ class StageSlot:
             self.load().to(device, dtype)
             return self
         return replace(self, load=lambda: self.load().to(device, dtype))
+
+
+class TextSlot:
+    """The text encoder of a pipeline: in memory, or (`--low-memory`) released after it has read, and loaded again."""
+
+    def __init__(self, encoder: TextEncoder, reload: Callable[[], TextEncoder] | None) -> None:
+        """reload: loads the encoder again; None: it is never released."""
+        self.encoder = encoder
+        self._reload = reload
+        self._released = False
+
+    def load(self) -> TextEncoder:
+        """The encoder with its weights."""
+        if self._released and self._reload is not None:
+            self.encoder = self._reload()
+            self._released = False
+        return self.encoder
+
+    @contextmanager
+    def reading(self) -> Iterator[TextEncoder]:
+        """The encoder with its weights, which are not needed afterwards."""
+        yield self.load()
+        if self._reload is not None:
+            self.encoder.release()
+            self._released = True
 
 
 @contextmanager

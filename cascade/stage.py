@@ -52,7 +52,7 @@ class Stage:
     @property
     def scale(self) -> int:
         """Factor from the smaller picture to this one, 1 for a base stage."""
-        return self.config.resolution // (self.config.low_resolution or self.config.resolution)
+        return self.config.scale
 
     @property
     def device(self) -> torch.device:

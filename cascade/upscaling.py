@@ -57,7 +57,7 @@ def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | 
     """
     longest, last = max(size), stages[-1]
     if to is None:
-        to = last.resolution if longest < last.resolution else longest * _scale(last)
+        to = last.resolution if longest < last.resolution else longest * last.scale
     if positive("to", to) <= longest:
         raise CascadeError(f"to: {to}; the picture's longer side has {longest} px already, give more")
     height, width = (max(1, round(side * to / longest)) for side in size)
@@ -77,12 +77,8 @@ def route(stages: Sequence[StageConfig], longest: int, to: int) -> list[int]:
     while longest < to:
         place = min(enlarging, key=lambda place: _doublings(longest, stages[place]))
         chosen.append(place)
-        longest *= _scale(stages[place])
+        longest *= stages[place].scale
     return chosen
-
-
-def _scale(stage: StageConfig) -> int:
-    return stage.resolution // (stage.low_resolution or stage.resolution)
 
 
 def _doublings(longest: int, stage: StageConfig) -> float:
@@ -93,7 +89,7 @@ def _doublings(longest: int, stage: StageConfig) -> float:
 def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     """The smaller picture with its last rows and columns repeated, until the network can divide the larger one."""
     step = stage.model.downsampling
-    multiple = step // math.gcd(step, _scale(stage))
+    multiple = step // math.gcd(step, stage.scale)
     bottom, right = (-side % multiple for side in pixels.shape[-2:])
     # In float, because uint8 has no kernel for this; the values stay whole.
     return F.pad(pixels.float(), (0, right, 0, bottom), mode="replicate").to(pixels.dtype)

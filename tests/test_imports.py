@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": STAGE | {"text", "data"},
     "arguments": LEAVES | {"text"},
     "output": LEAVES,
-    "slots": STAGE,
+    "slots": STAGE | {"text"},
     "drawing": STAGE | {"text"},
     "save": STAGE | {"text", "slots"},
     "upscaling": STAGE | {"arguments"},

@@ -120,3 +120,8 @@ class StageConfig(Settings):
                 " by which the model divides it"
             )
         return self
+
+    @property
+    def scale(self) -> int:
+        """Factor from the smaller picture to this one, 1 for a base stage."""
+        return self.resolution // (self.low_resolution or self.resolution)
