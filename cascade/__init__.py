@@ -6,8 +6,9 @@ CascadePipeline.from_pretrained()("a red apple", seed=7).images[0].save("apple.p
 
 from cascade._version import __version__
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TrainConfig, load_train_config
+from cascade.config import StageConfig, TrainConfig
 from cascade.errors import CascadeError
+from cascade.load import load_train_config
 from cascade.output import CascadeOutput
 from cascade.pipeline import CascadePipeline
 from cascade.stage import Stage

@@ -30,7 +30,7 @@ from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
 from cascade.data.scenes import describe, random_scene
-from cascade.load import BUNDLED, read_train_config
+from cascade.load import BUNDLED, load_train_config
 from cascade.text.cache import EmbeddingCache
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.tokens import TokenCounter
@@ -138,7 +138,7 @@ def storage_table(
 
 def training_cost(cache: EmbeddingCache, captions: Sequence[str], config: str, batch: int, steps: int) -> None:
     """Steps of a network with the same text from memory and from the cache, alternating."""
-    stage = read_train_config(find_config(config), ["text.cache=null"]).stage
+    stage = load_train_config(find_config(config), ["text.cache=null"]).stage
     model = stage.model.model_copy(update={"text_dim": cache.dim})
     network = build_stage(stage.model_copy(update={"model": model})).network
     z, level = torch.randn(batch, 3, stage.resolution, stage.resolution), torch.zeros(batch, 1, 1, 1)

@@ -37,7 +37,7 @@ from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TrainConfig
-from cascade.load import choose_device, read_train_config
+from cascade.load import choose_device, load_train_config
 from cascade.text.embeddings import TextEmbeddings
 
 TOKENS = 16
@@ -107,7 +107,7 @@ def settings(config: str, changes: Sequence[str], steps: int, folder: str) -> Tr
         *("training.optimizer.warmup_steps=0", "training.optimizer.decay=constant", "training.optimizer.decay_steps=0"),
         *("text.encoder=bundled", "text.cache=null", "data.sources=[{kind: scenes}]", "data.tiles=false"),
     ]
-    return read_train_config(find_config(config), [*brief, *changes])
+    return load_train_config(find_config(config), [*brief, *changes])
 
 
 def trainer_table(configs: Sequence[str], changes: Sequence[str], steps: int, optimizers: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from cascade.cli.model import gflop_per_call, network_calls
 from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig
-from cascade.load import read_train_config
+from cascade.load import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 
@@ -395,4 +395,4 @@ def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pyt
 def test_presets_are_the_files_that_come_along() -> None:
     assert {"tiny/base", "small/base", "imagen/base"} <= set(known_presets())
     for name in known_presets():
-        assert to_yaml(read_train_config(find_config(f"preset:{name}")))
+        assert to_yaml(load_train_config(find_config(f"preset:{name}")))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cascade.checkpoint import read_stage_config
-from cascade.config import CosineSchedule, SamplingConfig, StageConfig, TrainConfig, load_train_config
+from cascade.config import CosineSchedule, SamplingConfig, StageConfig, TrainConfig
 from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.errors import CascadeError
-from cascade.load import BUNDLED, read_train_config
+from cascade.load import BUNDLED, load_train_config
 from cascade.settings import override, parse, read_yaml, to_yaml
 
 SMALLEST: dict[str, Any] = {
@@ -271,9 +271,9 @@ def test_a_section_that_contains_itself_is_named(tmp_path: Path) -> None:
 def test_a_stage_by_name_brings_all_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("output: out\nstage: bundled/base\ndata: {sources: [{kind: scenes}]}\n")
-    config = read_train_config(path, ["stage.sampling.steps=3"])
+    config = load_train_config(path, ["stage.sampling.steps=3"])
     stored = read_stage_config(BUNDLED / "base")
     assert config.stage == stored.model_copy(update={"sampling": stored.sampling.model_copy(update={"steps": 3})})
     path.write_text("output: out\nstage: nothing/here\ndata: {sources: [{kind: scenes}]}\n")
     with pytest.raises(CascadeError, match="nothing/here: no stage here"):
-        read_train_config(path)
+        load_train_config(path)

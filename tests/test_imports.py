@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
-    "__init__": STAGE | {"text", "output", "pipeline"},  # the public names
+    "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
 }
 # What stands at the top may import everything.
 TOP = {"cli", "__main__"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cascade.build import build_stage
-from cascade.load import read_train_config
+from cascade.load import load_train_config
 from cascade.stage import count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -17,7 +17,7 @@ PRESETS = sorted(path for folder in FOLDERS for path in (CONFIGS / folder).glob(
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_preset_is_valid_and_builds(path: Path):
-    config = read_train_config(path)
+    config = load_train_config(path)
     assert count_parameters(build_stage(config.stage, device="meta").network) > 0
 
 
@@ -26,7 +26,7 @@ def test_preset_is_valid_and_builds(path: Path):
     [("base", 1_954_511_875, 2.0e9), ("sr256", 795_266_691, 0.6e9), ("sr1024", 593_890_947, 0.4e9)],
 )
 def test_paper_sizes_have_the_stated_parameters(name: str, parameters: int, paper: float):
-    stage = build_stage(read_train_config(CONFIGS / "imagen" / f"{name}.yaml").stage, device="meta")
+    stage = build_stage(load_train_config(CONFIGS / "imagen" / f"{name}.yaml").stage, device="meta")
     assert count_parameters(stage.network) == parameters
     # The paper rounds and leaves details open (how often attention, which embeddings); the gap is stated in the file.
     assert parameters / paper == pytest.approx({"base": 0.98, "sr256": 1.33, "sr1024": 1.48}[name], abs=0.01)
@@ -34,7 +34,7 @@ def test_paper_sizes_have_the_stated_parameters(name: str, parameters: int, pape
 
 @pytest.mark.parametrize("folder", ["tiny", "small", "imagen", "bundled", "deepfloyd"])
 def test_stages_of_a_preset_chain(folder: str):
-    stages = [read_train_config(path).stage for path in (CONFIGS / folder).glob("*.yaml")]
+    stages = [load_train_config(path).stage for path in (CONFIGS / folder).glob("*.yaml")]
     resolutions = {stage.resolution for stage in stages}
     assert all(stage.low_resolution in {None, *resolutions} for stage in stages)
     assert sum(stage.low_resolution is None for stage in stages) >= 1

@@ -31,9 +31,9 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     """
     from cascade.checkpoint import atomic_file
     from cascade.data.survey import survey, view_sheet
-    from cascade.load import read_train_config
+    from cascade.load import load_train_config
 
-    settings = read_train_config(find_config(config), assignments)
+    settings = load_train_config(find_config(config), assignments)
     surveys = [survey(source, settings.stage, limit, settings.data.workers) for source in settings.data.sources]
     for found in surveys:
         click.echo("\n".join(describe(found, settings.stage)))

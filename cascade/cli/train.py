@@ -31,10 +31,10 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     cascade train preset:tiny/base training.steps=200 output=runs/mine
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
-    from cascade.load import load_trainer, read_train_config
+    from cascade.load import load_train_config, load_trainer
     from cascade.training.state import checkpoints
 
-    settings = read_train_config(find_config(config), assignments)
+    settings = load_train_config(find_config(config), assignments)
     trainer = load_trainer(settings)
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:
@@ -61,11 +61,11 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
 
     from cascade.batch.locks import processes
     from cascade.data.loader import unique_captions
-    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, open_cache, read_train_config
+    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
     from cascade.text.cached import fill
 
     path = find_config(config)
-    settings = read_train_config(path, assignments)
+    settings = load_train_config(path, assignments)
     if settings.text.cache is None:
         raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
     number, count, _ = processes()

@@ -29,7 +29,6 @@ from cascade.config.training import (
     TrainingConfig,
     UniformLevels,
     ValidationConfig,
-    load_train_config,
 )
 
 __all__ = [
@@ -64,5 +63,4 @@ __all__ = [
     "UniformLevels",
     "ValidationConfig",
     "WebDatasetSource",
-    "load_train_config",
 ]

@@ -1,10 +1,8 @@
-"""A training run: loss, optimizer, weight average, and the YAML file of the whole."""
+"""A training run: loss, optimizer, weight average, and all that its YAML file holds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,7 +10,7 @@ from pydantic import Field, model_validator
 from cascade.config.common import Kind, PositiveInt
 from cascade.config.data import DataConfig, SourceConfig, TextConfig
 from cascade.config.stage import StageConfig
-from cascade.settings import Settings, override, parse, read_yaml
+from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -182,8 +180,3 @@ class TrainConfig(Settings):
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self
-
-
-def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
-    """The training run described by a YAML file and `key=value` changes."""
-    return parse(TrainConfig, override(read_yaml(path), assignments), str(path))

@@ -8,9 +8,9 @@ from cascade.load.training import (
     encoder_settings,
     load_plain_text_encoder,
     load_text_encoder,
+    load_train_config,
     load_trainer,
     open_cache,
-    read_train_config,
     text_encoder_source,
 )
 
@@ -27,11 +27,11 @@ __all__ = [
     "load_plain_text_encoder",
     "load_stage",
     "load_text_encoder",
+    "load_train_config",
     "load_trainer",
     "open_cache",
     "read_config",
     "read_index",
-    "read_train_config",
     "read_weights",
     "text_encoder_source",
 ]

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from cascade.training.trainer import Trainer
 
 
-def read_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
+def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings."""
     settings = read_yaml(path)
-    if isinstance(settings, dict) and isinstance(settings.get("stage"), str):
+    if isinstance(settings.get("stage"), str):
         settings = settings | {"stage": read_config(find_stage(settings["stage"])).model_dump(mode="json")}
     return parse(TrainConfig, override(settings, assignments), str(path))
 
