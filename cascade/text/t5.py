@@ -15,18 +15,9 @@ from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
 from cascade.errors import CascadeError
-from cascade.streaming import stream
 from cascade.text.captions import Captions, prepare_caption, well_formed
 from cascade.text.embeddings import TextEmbeddings
-from cascade.text.t5_files import (
-    check_folder,
-    eight_bit_options,
-    is_local,
-    load_t5,
-    quiet,
-    text_weights,
-    tokenizer_folder,
-)
+from cascade.text.t5_files import check_folder, eight_bit_options, is_local, load_t5, quiet, streamed_t5
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -85,26 +76,13 @@ class TextEncoder:
             check_folder(Path(where))
         with quiet(progress=not local):
             if streamed and local:
-                return cls._streaming(Path(where), device or "cpu", dtype, max_length, padded, captions)
-            quantized = eight_bit_options(device) if eight_bit else {}
-            model, tokenizer = load_t5(where, local, dtype, quantized)
+                model, tokenizer = streamed_t5(Path(where), device or "cpu", dtype)
+            else:
+                model, tokenizer = load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
         encoder = cls(model, tokenizer, max_length, padded, captions)
         encoder.eight_bit = eight_bit
-        return encoder if eight_bit else encoder.to(device, dtype)
-
-    @classmethod
-    def _streaming(cls, folder: Path, device: torch.device | str, dtype: torch.dtype, *how: Any) -> Self:
-        """See `from_pretrained`: the model on the meta device, with hooks that fetch what runs."""
-        from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
-
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
-        with torch.device("meta"):
-            model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
-        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
-        encoder = cls(model, tokenizer, *how)
-        encoder._streamed_to = torch.device(device)
-        return encoder
+        encoder._streamed_to = torch.device(device or "cpu") if streamed and local else None
+        return encoder.to(device, dtype)
 
     @property
     def dim(self) -> int:
@@ -170,8 +148,11 @@ class TextEncoder:
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the weights to `device`, cast them to `dtype`, and return this encoder; one in 8 bits stays."""
-        if self.eight_bit:
+        """Move the weights to `device`, cast them to `dtype`, and return this encoder.
+
+        One in 8 bits, or whose weights are read layer by layer, stays as it was loaded.
+        """
+        if self.eight_bit or self._streamed_to is not None:
             return self
         if dtype is not None and dtype != self.dtype:
             _check_dtype(dtype)

@@ -14,6 +14,7 @@ import torch
 
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError
+from cascade.streaming import stream
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -57,16 +58,11 @@ def _variant(folder: Path) -> str | None:
 
 
 def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of a checked folder or a hub id. Whatever the libraries raise becomes one line."""
-    from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+    """Model and tokenizer of a checked folder or a hub id. Raises CascadeError, whatever the libraries raise."""
+    from transformers import T5EncoderModel
 
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-        if config.model_type != "t5":
-            raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
-        words = str(tokenizer_folder(Path(where))) if local else where
-        tokenizer = AutoTokenizer.from_pretrained(words, **options)
+    with _told_in_one_line(where, local):
+        config, tokenizer = _config_and_tokenizer(where, local)
         model, loaded = T5EncoderModel.from_pretrained(
             where,
             config=config,
@@ -74,21 +70,53 @@ def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str,
             use_safetensors=True,
             variant=_variant(Path(where)) if local else None,
             output_loading_info=True,
+            local_files_only=local,
+            trust_remote_code=False,
             **quantized,
-            **options,
         )
+    if loaded["missing_keys"]:
+        raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
+    return model, tokenizer
+
+
+def streamed_t5(folder: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The same of a checked folder, but the weights stay on disk: hooks fetch those of the layer that runs."""
+    from transformers import T5EncoderModel
+
+    with _told_in_one_line(str(folder), local=True):
+        config, tokenizer = _config_and_tokenizer(str(folder), local=True)
+        with torch.device("meta"):
+            model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
+        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
+    return model, tokenizer
+
+
+def _config_and_tokenizer(where: str, local: bool) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {"local_files_only": local, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(where, **options)
+    if config.model_type != "t5":
+        raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
+    words = str(tokenizer_folder(Path(where))) if local else where
+    tokenizer = AutoTokenizer.from_pretrained(words, **options)
+    _check_tokenizer(where, tokenizer, config.vocab_size)
+    return config, tokenizer
+
+
+@contextmanager
+def _told_in_one_line(where: str, local: bool) -> Iterator[None]:
+    """Damaged files raise OSError, ValueError, TypeError, SafetensorError and more; here all become CascadeError."""
+    try:
+        yield
     except CascadeError:
         raise
-    except Exception as error:  # damaged files raise OSError, ValueError, TypeError, SafetensorError, ...
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         way_out = "copy the folder again" if local else "check the name and the network, or give a local folder"
         raise CascadeError(
             f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
         ) from error
-    if loaded["missing_keys"]:
-        raise CascadeError(f"{where}: the weights lack {min(loaded['missing_keys'])}; copy or convert the model again")
-    _check_tokenizer(where, tokenizer, config.vocab_size)
-    return model, tokenizer
 
 
 def eight_bit_options(device: torch.device | str | None) -> dict[str, Any]:
