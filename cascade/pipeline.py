@@ -289,16 +289,17 @@ class CascadePipeline:
         Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
         bits of float arithmetic do not travel on. With `low_memory` the stage is gone when this returns.
         """
-        batches = list(padded_batches(len(pictures), batch_size))
         parts = []
-        with running(slot) as stage, watch(stage.name, stage.count_steps(settings), len(batches)) as watcher:
-            for members, count in batches:
-                batch = [pictures[index] for index in members]
-                smaller = None if low is None else low[members]
-                x = self.draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile)
-                if not bool(torch.isfinite(x).all()):
-                    raise CascadeError(not_finite(stage.name))
-                parts.append(to_uint8(x[:count]).cpu())
+        with running(slot) as stage:
+            check_memory(slot.config, size, batch_size, self.device, self.dtype, tile)
+            with watch(stage.name, stage.count_steps(settings), -(-len(pictures) // batch_size)) as watcher:
+                for members, count in padded_batches(len(pictures), batch_size):
+                    batch = [pictures[index] for index in members]
+                    smaller = None if low is None else low[members]
+                    x = self.draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile)
+                    if not bool(torch.isfinite(x).all()):
+                        raise CascadeError(not_finite(stage.name))
+                    parts.append(to_uint8(x[:count]).cpu())
             return torch.cat(parts)
 
     def texts(
