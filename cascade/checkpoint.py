@@ -151,12 +151,12 @@ def read_stage_config(folder: str | Path) -> StageConfig:
     return parse(StageConfig, data, str(path))
 
 
-def check_format(path: Path, version: object) -> None:
+def check_format(path: str | Path, version: object) -> None:
     """Raises CascadeError unless a file's `format` is the one that this version reads."""
     if version != FORMAT_VERSION:
         raise CascadeError(
-            f"{path}: format {version!r}; this version of cascade reads format {FORMAT_VERSION},"
-            " so write the file again with the version of cascade that you run"
+            f"{path}: format {version!r}; this version of cascade reads format {FORMAT_VERSION}; use the version that"
+            " wrote the file, or write it again with this one"
         )
 
 

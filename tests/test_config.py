@@ -275,5 +275,5 @@ def test_a_stage_by_name_brings_all_its_settings(tmp_path: Path) -> None:
     stored = read_stage_config(BUNDLED / "base")
     assert config.stage == stored.model_copy(update={"sampling": stored.sampling.model_copy(update={"steps": 3})})
     path.write_text("output: out\nstage: nothing/here\ndata: {sources: [{kind: scenes}]}\n")
-    with pytest.raises(CascadeError, match="nothing/here: no stage here"):
+    with pytest.raises(CascadeError, match=r"run\.yaml: stage: nothing/here: no stage here"):
         load_train_config(path)

@@ -52,6 +52,14 @@ def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
         stream(nn.Sequential(nn.Linear(8, 4, bias=False)).to("meta"), [path], "cpu")
 
 
+def test_a_damaged_text_encoder_that_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_cascade(tmp_path / "model")
+    (tmp_path / "model" / "text_encoder" / "config.json").write_text("{")
+    monkeypatch.setattr("cascade.memory.free_bytes", lambda: 1000)
+    with pytest.raises(CascadeError, match=r"text_encoder: not loadable as a T5 .*; copy the folder again"):
+        CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
+
+
 @pytest.mark.parametrize("kind", ["ours", "deepfloyd", "sharded"])
 def test_a_cascade_that_does_not_fit_draws_the_same_from_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -184,6 +184,10 @@ def good_settings(world: World) -> None:
     (world.folder / "config.yaml").write_text(json.dumps(settings(world)))  # JSON is YAML
 
 
+def later_settings(world: World) -> None:
+    (world.folder / "config.yaml").write_text(json.dumps(settings(world) | {"format": 2}))
+
+
 def no_data(world: World) -> None:
     (world.folder / "config.yaml").write_text(json.dumps({k: v for k, v in settings(world).items() if k != "data"}))
 
@@ -205,12 +209,14 @@ TRAINING = [
     Case("nothing to resume", TRAIN + "--resume", "no usable checkpoint to resume from; start the run without --resume", good_settings),
     Case("text width", TRAIN + "stage.model.text_dim=32", "set stage.model.text_dim=16", good_settings),
     Case("data missing", TRAIN + "'data.sources=[{{kind: folder, path: {folder}/none}}]'", "none: no such folder", good_settings),
+    Case("config of a later version", TRAIN, "config.yaml: format 2; this version of cascade reads format 1", later_settings),
     Case("no cache to fill", "encode {folder}/config.yaml", "text.cache is not set; name a folder with text.cache=FOLDER", good_settings),
     Case("no such stage", "assemble --text-encoder {model}/text_encoder --stage {folder} --out {folder}/out --name a --license b", "no stage here; give a folder with stage.json"),
     Case("stages that do not chain", "assemble --text-encoder {model}/text_encoder --stage {model}/sr16 --out {folder}/out --name a --license b", "stage sr16: the first stage must be a base stage"),
     Case("option missing", "assemble --stage {model}/base", "Missing option '--text-encoder'"),
     Case("unknown command", "draw fox", "No such command 'draw'"),
     Case("info of nothing", "info {folder}/none", "none: no such model folder"),
+    Case("info of damaged weights", "info {own}", "text_encoder/model.safetensors: damaged, or not safetensors", truncated("text_encoder/model.safetensors")),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,23 +135,11 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
 
 def _stored_parameters(folder: Path) -> int:
     """Parameters in the safetensors files of a text encoder; of a whole T5, those of the encoder."""
-    from safetensors import safe_open
+    from cascade.streaming import weight_shapes
+    from cascade.text.t5_files import text_weights
 
-    total = 0
-    files = list(folder.glob("*.safetensors"))
-    for path in [file for file in files if ".fp16" not in file.name] or files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                if name.startswith(("shared.", "encoder.")):
-                    total += _product(file.get_slice(name).get_shape())
-    return total
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+    shapes = [item for path in text_weights(folder) for item in weight_shapes(path).items()]
+    return sum(math.prod(shape) for name, shape in shapes if name.startswith(("shared.", "encoder.")))
 
 
 def _size(folder: Path) -> int:

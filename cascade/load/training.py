@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from cascade.build import build_stage
-from cascade.checkpoint import load_weights
-from cascade.config import TextConfig, TrainConfig
+from cascade.checkpoint import check_format, load_weights
+from cascade.config import FORMAT_VERSION, TextConfig, TrainConfig
 from cascade.errors import CascadeError
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.stage import read_config, read_weights
@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings."""
     settings = read_yaml(path)
+    check_format(path, settings.get("format", FORMAT_VERSION))
     if isinstance(settings.get("stage"), str):
-        settings = settings | {"stage": read_config(find_stage(settings["stage"])).model_dump(mode="json")}
+        try:
+            stage = read_config(find_stage(settings["stage"]))
+        except CascadeError as error:
+            raise CascadeError(f"{path}: stage: {error}") from None
+        settings = settings | {"stage": stage.model_dump(mode="json")}
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 

@@ -30,14 +30,15 @@ def read_curves(run: Path) -> dict[str, Curve]:
     path = run / "log.jsonl" if run.is_dir() else run
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise CascadeError(f"{path}: {error.strerror}; give the folder of a training run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise CascadeError(f"{path}: {reason}; give the folder of a training run") from None
     curves: dict[str, Curve] = {}
     for line in lines:
         try:
             entry = json.loads(line)
             step = int(entry.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, OverflowError, KeyError, AttributeError, TypeError):
             continue
         for name, value in entry.items():
             if isinstance(value, int | float) and math.isfinite(value):
