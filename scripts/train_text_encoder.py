@@ -103,7 +103,7 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
 @click.option("--seed", default=0)
 @click.option("--batch-size", default=24, help="Captions per step; without a teacher 128 is better.")
 @click.option("--learning-rate", default=1e-3, help="Peak, after warm-up.")
-@click.option("--embedding-rate", default=1.0, help="Factor on the learning rate for the embedding; without a teacher 3.")
+@click.option("--embedding-rate", default=1.0, help="Of the embedding's learning rate; without a teacher 3.")
 @click.option("--warmup-steps", default=100)
 @click.option("--corruption", default=0.15, help="Share of the tokens that is hidden.")
 @click.option("--mean-span", default=2, help="Mean tokens in a hidden span; T5's 3 is long for captions.")
