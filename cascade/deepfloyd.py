@@ -49,6 +49,17 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None, "timestep"),
 }
 """What every IF network has in its unet/config.json."""
+_REQUIRED = (
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "attention_head_dim",
+    "encoder_hid_dim",
+    "cross_attention_dim",
+    "addition_embed_type_num_heads",
+    "norm_num_groups",
+)
+"""Its sizes, which differ from network to network."""
 
 
 def is_diffusers(folder: str | Path) -> bool:
@@ -133,6 +144,9 @@ def _check_unet(unet: Mapping[str, Any], path: Path) -> None:
         )
     if unet.get("resnet_out_scale_factor", 1.0) != unet.get("mid_block_scale_factor", 1.0):
         raise CascadeError(f"{path}: resnet_out_scale_factor and mid_block_scale_factor differ; in IF they are one")
+    missing = [setting for setting in _REQUIRED if unet.get(setting) is None]
+    if missing:
+        raise CascadeError(f"{path}: {missing[0]} is missing; download the file again")
     if not isinstance(unet.get("sample_size"), int):
         raise CascadeError(f"{path}: sample_size: {unet.get('sample_size')!r}; expected the size of the pictures")
 
@@ -284,7 +298,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [whole]
         index = folder / "unet" / f"diffusion_pytorch_model.safetensors.index{variant}.json"
         if index.is_file():
-            weight_map = read_json(index)["weight_map"]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CascadeError(f"{index}: weight_map is missing; download the file again")
             return [folder / "unet" / name for name in sorted(set(weight_map.values()))]
     raise CascadeError(f"{folder / 'unet'}: no diffusion_pytorch_model.safetensors; download the safetensors weights")
 

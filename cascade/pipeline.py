@@ -19,7 +19,7 @@ from cascade.images import to_uint8
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_type
 from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, check_memory, not_finite, running
+from cascade.slots import StageSlot, TextSlot, check_memory, memory_told, not_finite, running
 from cascade.stage import Stage
 from cascade.text.captions import Captions
 from cascade.text.embeddings import TextEmbeddings
@@ -201,6 +201,9 @@ class CascadePipeline:
         places = route(configs, max(pixels.shape[-2:]), max(height, width))
         if tile is not None:
             positive("tile", tile)
+        last = configs[places[-1]]
+        with memory_told(last.name):  # else it would be known only after all the stages before
+            check_memory(last, (height, width), 1, self.device, self.dtype, tile_of(tile, (height, width), last))
         texts = self.texts([text])
         watch = partial(Watcher, progress=progress, callback=callback)
         drawn: dict[int, Tensor] = {}

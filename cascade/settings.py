@@ -64,14 +64,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CascadeError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from None
+    except UnicodeDecodeError:
+        raise CascadeError(f"{path}: cannot be read as UTF-8 text; give a YAML file") from None
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise CascadeError(f"{path}: expected settings as `name: value`, found {type(data).__name__}")
+        found = "nothing" if data is None else type(data).__name__
+        raise CascadeError(f"{path}: expected settings as `name: value`, found {found}")
     return data
 
 

@@ -68,12 +68,19 @@ class TextSlot:
 @contextmanager
 def running(slot: StageSlot) -> Iterator[Stage]:
     """The slot's stage; running out of memory inside is told with the stage's name."""
-    try:
+    with memory_told(slot.config.name):
         yield slot.load()
+
+
+@contextmanager
+def memory_told(stage: str) -> Iterator[None]:
+    """Running out of memory inside becomes a CascadeError with the stage's name."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             numbers = str(error) if isinstance(error, MemoryError) else ""
-            raise _out_of_memory(slot.config.name, numbers) from error
+            raise _out_of_memory(stage, numbers) from error
         raise
 
 

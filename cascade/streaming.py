@@ -23,7 +23,7 @@ def stream(
     from accelerate.hooks import attach_align_device_hook
     from accelerate.utils import OffloadedWeightsLoader
 
-    stored = {name: (path, shape) for path in files for name, shape in weight_shapes(path).items()}
+    stored = {name: (path, shape) for path in files for name, shape in stored_shapes(path).items()}
     index = {}
     for name, parameter in module.state_dict().items():
         source = (aliases or {}).get(name, name)
@@ -42,11 +42,11 @@ def stream(
 
 def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
     """Bytes of all weights in safetensors files once they are loaded as `dtype`."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for path in files for shape in weight_shapes(path).values())
+    return sum(torch.Size(shape).numel() * dtype.itemsize for path in files for shape in stored_shapes(path).values())
 
 
-def weight_shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of all weights in a safetensors file by name, without reading them. Raises CascadeError."""
+def stored_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes in a safetensors file by name, without reading its numbers. Raises CascadeError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping

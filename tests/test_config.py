@@ -136,7 +136,7 @@ def test_a_missing_section_is_named(missing: str) -> None:
     ("text", "message"),
     [
         ("- a\n- b\n", "expected settings as `name: value`, found list"),
-        ("", "expected settings as `name: value`, found NoneType"),
+        ("", "expected settings as `name: value`, found nothing"),
         ("a: [1,\n", "not valid YAML: while parsing"),
     ],
 )

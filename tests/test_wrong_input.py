@@ -184,6 +184,16 @@ def good_settings(world: World) -> None:
     (world.folder / "config.yaml").write_text(json.dumps(settings(world)))  # JSON is YAML
 
 
+def no_art(world: World) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = ("image", "id", "caption", "captions", "style", "group")
+    parquet.write_table(
+        pa.table({name: pa.array([], pa.string()) for name in columns}), world.folder / "train-64.parquet"
+    )
+
+
 def later_settings(world: World) -> None:
     (world.folder / "config.yaml").write_text(json.dumps(settings(world) | {"format": 2}))
 
@@ -192,11 +202,35 @@ def no_data(world: World) -> None:
     (world.folder / "config.yaml").write_text(json.dumps({k: v for k, v in settings(world).items() if k != "data"}))
 
 
+def if_folder(**unet: object) -> Callable[[World], object]:
+    """A folder of DeepFloyd IF in diffusers' layout whose network's settings are these, and whose index is empty."""
+
+    def write(world: World) -> None:
+        (world.folder / "if" / "unet").mkdir(parents=True)
+        (world.folder / "if" / "model_index.json").write_text('{"_class_name": "IFPipeline"}')
+        (world.folder / "if" / "unet" / "config.json").write_text(json.dumps(unet))
+        (world.folder / "if" / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+
+    return write
+
+
+IF_KINDS: dict[str, object] = {
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "act_fn": "gelu", "resnet_time_scale_shift": "scale_shift",
+    "cross_attention_norm": "group_norm", "addition_embed_type": "text", "out_channels": 6, "sample_size": 64,
+    "time_embedding_act_fn": "gelu", "resnet_skip_time_act": True,
+}  # fmt: skip
+IF_SIZES: dict[str, object] = {
+    "block_out_channels": [32], "layers_per_block": 1, "down_block_types": ["ResnetDownsampleBlock2D"], "attention_head_dim": 8,
+    "encoder_hid_dim": 8, "cross_attention_dim": 32, "addition_embed_type_num_heads": 1, "norm_num_groups": 8,
+}  # fmt: skip
+
 TRAIN = "train {folder}/config.yaml "
 
 TRAINING = [
     Case("config missing", "train {folder}/none.yaml", "none.yaml: no such file"),
-    Case("config is a folder", "train {folder}", "cannot be read"),
+    Case("config is a folder", "train {folder}", "cannot be read: Is a directory; give a YAML file"),
+    Case("config is empty", TRAIN, "config.yaml: expected settings as `name: value`, found nothing", written("config.yaml", "")),
+    Case("config is no text", TRAIN, "config.yaml: cannot be read as UTF-8 text; give a YAML file", lambda world: (world.folder / "config.yaml").write_bytes(b"\x89PNG")),
     Case("YAML broken", TRAIN, "config.yaml: not valid YAML", written("config.yaml", "a: [1\nb: }")),
     Case("YAML a list", TRAIN, "config.yaml: expected settings as `name: value`, found list", written("config.yaml", "- a")),
     Case("unknown setting", TRAIN + "training.stepz=3", "training.stepz is not a setting; did you mean training.steps?", good_settings),
@@ -210,11 +244,15 @@ TRAINING = [
     Case("text width", TRAIN + "stage.model.text_dim=32", "set stage.model.text_dim=16", good_settings),
     Case("data missing", TRAIN + "'data.sources=[{{kind: folder, path: {folder}/none}}]'", "none: no such folder", good_settings),
     Case("config of a later version", TRAIN, "config.yaml: format 2; this version of cascade reads format 1", later_settings),
+    Case("cache is a file", "encode {folder}/config.yaml text.cache={folder}/file", "file: cannot be written: File exists", lambda world: (good_settings(world), written("file", "")(world))),
     Case("no cache to fill", "encode {folder}/config.yaml", "text.cache is not set; name a folder with text.cache=FOLDER", good_settings),
     Case("no such stage", "assemble --text-encoder {model}/text_encoder --stage {folder} --out {folder}/out --name a --license b", "no stage here; give a folder with stage.json"),
     Case("stages that do not chain", "assemble --text-encoder {model}/text_encoder --stage {model}/sr16 --out {folder}/out --name a --license b", "stage sr16: the first stage must be a base stage"),
     Case("option missing", "assemble --stage {model}/base", "Missing option '--text-encoder'"),
     Case("unknown command", "draw fox", "No such command 'draw'"),
+    Case("IF without its sizes", "convert {folder}/if {folder}/out", "unet/config.json: block_out_channels is missing; download the file again", if_folder(**IF_KINDS)),
+    Case("IF with an empty index", "info {folder}/if", "index.json: weight_map is missing; download the file again", if_folder(**IF_KINDS, **IF_SIZES)),
+    Case("art without pictures", "evaluate {model} --suite art --data {folder} --out {folder}/out", "no pictures in train-64.parquet; make them again", no_art),
     Case("info of nothing", "info {folder}/none", "none: no such model folder"),
     Case("info of damaged weights", "info {own}", "text_encoder/model.safetensors: damaged, or not safetensors", truncated("text_encoder/model.safetensors")),
 ]  # fmt: skip

@@ -135,10 +135,10 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
 
 def _stored_parameters(folder: Path) -> int:
     """Parameters in the safetensors files of a text encoder; of a whole T5, those of the encoder."""
-    from cascade.streaming import weight_shapes
+    from cascade.streaming import stored_shapes
     from cascade.text.t5_files import text_weights
 
-    shapes = [item for path in text_weights(folder) for item in weight_shapes(path).items()]
+    shapes = [item for path in text_weights(folder) for item in stored_shapes(path).items()]
     return sum(math.prod(shape) for name, shape in shapes if name.startswith(("shared.", "encoder.")))
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade.cli.generate import for_stages
+from cascade.cli.generate import SAMPLING, for_stages
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, number, threshold_value, whole_number
+from cascade.sampling import PRESETS, number, resolve_sampling, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
 
 if TYPE_CHECKING:
@@ -67,13 +67,16 @@ def upscale(
 
     targets = _targets(images, Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
+    sampling = {name: options[name] for name in SAMPLING}
+    resolve_sampling([slot.config for slot in pipeline.slots], options["preset"], sampling)  # told once, not each time
     failed = 0
     for image, target in targets.items():
         try:
             done = _enlarge(pipeline, image, target, options, overwrite)
         except CascadeError as error:
             failed += 1
-            click.echo(f"cascade: {error}", err=True)
+            named = "" if str(error).startswith((image, str(target))) else f"{image}: "
+            click.echo(f"cascade: error: {named}{error}", err=True)
         else:
             if not quiet:
                 click.echo(f"{target}: {done}")

@@ -89,6 +89,8 @@ def read_art(folder: str | Path, *splits: str) -> Art:
             keys.append(key)
             # Keywords may differ from style to style by chance of the captions; the first style's stand for all.
             concepts.setdefault(key, Concept(key, row["caption"], _words(row), row["group"]))
+    if not pixels:
+        raise CascadeError(f"--data {folder}: no pictures in {', '.join(path.name for path in files)}; make them again")
     return Art(torch.stack(pixels), tuple(concepts[key] for key in keys), tuple(styles), digest.hexdigest())
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.checkpoint import check_format, read_json, save_tensors, write_json
+from cascade.checkpoint import check_format, read_json, save_tensors, write_json, writing
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.locks import lock_file
@@ -160,7 +160,7 @@ class EmbeddingCache:
 
     def _change_index(self, add: str | None = None, settings: dict[str, Any] | None = None) -> None:
         """Add a shard or note settings in the index as it is now, which other processes change, too."""
-        with lock_file(self.folder / ".lock"):
+        with writing(self.folder), lock_file(self.folder / ".lock"):
             now = self._index_now()
             shards = now.shards if add is None else (*now.shards, add)
             self._index = replace(now, shards=shards, settings=settings or now.settings)

@@ -81,7 +81,9 @@ class TextEncoder:
                 model, tokenizer = load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
         encoder = cls(model, tokenizer, max_length, padded, captions)
         encoder.eight_bit = eight_bit
-        encoder._streamed_to = torch.device(device or "cpu") if streamed and local else None
+        if streamed and local:
+            encoder._streamed_to = torch.device(device or "cpu")
+            return encoder
         return encoder.to(device, dtype)
 
     @property
@@ -148,11 +150,8 @@ class TextEncoder:
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the weights to `device`, cast them to `dtype`, and return this encoder.
-
-        One in 8 bits, or whose weights are read layer by layer, stays as it was loaded.
-        """
-        if self.eight_bit or self._streamed_to is not None:
+        """Move the weights to `device`, cast them to `dtype`, and return this encoder; one in 8 bits stays."""
+        if self.eight_bit:
             return self
         if dtype is not None and dtype != self.dtype:
             _check_dtype(dtype)

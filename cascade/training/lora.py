@@ -6,6 +6,7 @@ programs read our adapters and we theirs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,7 @@ def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:
 
 
 def _peft() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it tells of kernels it has not
     try:
         import peft  # late: it brings transformers
     except ImportError:
