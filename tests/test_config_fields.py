@@ -28,7 +28,7 @@ from torch import Tensor
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
-from cascade.data.loader import batches
+from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
@@ -134,12 +134,18 @@ def embeddings(config: TrainConfig) -> object:
         )
 
 
+def contents_of(batch: Batch) -> tuple[str, str, tuple[str, ...]]:
+    """Pictures, smaller pictures that come with them, captions."""
+    lows = {str(place): low for place, low in batch.lows.items()}
+    return digest({"images": batch.images}), digest(lows), tuple(batch.captions)
+
+
 def views(config: TrainConfig) -> object:
     """Pictures and captions of the first batches, or that there is an error."""
     seen = []
     try:
         for batch in islice(batches(config.data, config.stage, 0, batch_size=4, workers=0), 12):
-            seen.append((digest({"images": batch.images}), tuple(batch.captions)))
+            seen.append(contents_of(batch))
     except CascadeError:
         return "error"
     return seen
@@ -151,7 +157,7 @@ def held_out_views(config: TrainConfig) -> object:
     assert settings is not None
     try:
         batches_seen = islice(Validation(config, settings)._views(), 12)
-        return [(digest({"images": batch.images}), tuple(batch.captions)) for batch in batches_seen]
+        return [contents_of(batch) for batch in batches_seen]
     except CascadeError:
         return "error"
 
@@ -360,6 +366,7 @@ ROWS: dict[str, Row] = {
     "data.sources[parquet].files": Row('["WORLD/hub/two.parquet"]', views, (PARQUET,)),
     "data.sources[parquet].image_column": Row("photo", views, (PARQUET,)),
     "data.sources[parquet].caption_column": Row("other", views, (PARQUET,)),
+    "data.sources[parquet].low_column": Row("small", views, (*SUPER_RESOLUTION, PARQUET)),
     "data.sources[parquet].weight": Row("9.0", views, mixed(PARQUET)),
     "data.sources[webdataset].kind": Row("", views, (SCENES,), TARS),
     "data.sources[webdataset].files": Row('["WORLD/tars/two.tar"]', views, (TARS,)),
@@ -579,12 +586,13 @@ def write_hub(folder: Path, shade: int) -> None:
     import datasets
 
     folder.mkdir()
-    features = {"image": datasets.Image(), "photo": datasets.Image()}
+    features = {"image": datasets.Image(), "photo": datasets.Image(), "small": datasets.Image()}
     features |= {"caption": datasets.Value("string"), "other": datasets.Value("string")}
     for start, name in ((shade, "one"), (shade + 50, "two")):
         rows = {
             "image": [picture(start + index, (8, 8)) for index in range(6)],
             "photo": [picture(start + 100 + index, (8, 8)) for index in range(6)],
+            "small": [picture(start + 50 + index, (4, 4)) for index in range(6)],
             "caption": [f"picture {start + index}" for index in range(6)],
             "other": [f"number {start + index}" for index in range(6)],
         }

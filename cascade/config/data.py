@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -49,6 +50,9 @@ class ParquetSource(Settings):
     """Column of encoded pictures (bytes, or a struct with `bytes`)."""
     caption_column: str = "caption"
     """Column of captions, or of lists of variants of which one is drawn per view."""
+    low_column: str | None = None
+    """Super-resolution: column of the smaller pictures, such as those that the stage before drew. None, or an empty
+    cell: the area mean."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
 
@@ -106,6 +110,11 @@ SourceConfig = Annotated[
 ]
 
 
+def own_lows(sources: Sequence[SourceConfig]) -> bool:
+    """Whether a source has smaller pictures of its own."""
+    return any(isinstance(source, ParquetSource) and source.low_column is not None for source in sources)
+
+
 class DataConfig(Settings):
     """Where pictures and captions come from and how a view is made of them."""
 
@@ -136,4 +145,6 @@ class DataConfig(Settings):
             raise ValueError("tiles: true needs crop, the size to cut from each tile")
         if self.tiles and self.jitter:
             raise ValueError("jitter resamples whole pictures; leave it 0 with tiles: true")
+        if self.jitter and own_lows(self.sources):
+            raise ValueError("jitter would move a picture away from its low_column; leave it 0")
         return self

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cascade.config.common import Kind, PositiveInt
-from cascade.config.data import DataConfig, SourceConfig, TextConfig
+from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.settings import Settings
 
@@ -170,6 +170,8 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         crop = self.data.crop
+        if self.stage.low_resolution is None and own_lows(self.data.sources):
+            raise ValueError("low_column is for super-resolution stages; this stage has no low_resolution")
         if crop is not None:
             if self.stage.low_resolution is None:
                 raise ValueError("data.crop is for super-resolution stages; this stage has no low_resolution")

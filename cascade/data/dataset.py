@@ -16,11 +16,15 @@ EncodedPicture = bytes | Path | Image.Image | None
 
 @dataclass(frozen=True)
 class Record:
-    """A picture as it is stored (None: there is none), its caption variants, and a name for messages."""
+    """A picture as it is stored (None: there is none), its caption variants, and a name for messages.
+
+    low: its smaller picture for super-resolution, where that is not the area mean.
+    """
 
     image: EncodedPicture
     captions: tuple[str, ...]
     origin: str
+    low: EncodedPicture = None
 
 
 class BadRecordError(Exception):

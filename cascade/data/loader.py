@@ -10,9 +10,9 @@ import math
 import random
 import signal
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from cascade.config import DataConfig, HubSource, ScenesSource, StageConfig
 from cascade.data.dataset import BadRecordError
 from cascade.data.sources import open_records, open_source
-from cascade.data.transforms import choose_caption, training_picture
+from cascade.data.transforms import choose_caption, training_pair
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
 
@@ -42,22 +42,27 @@ class View:
     """One picture with one caption.
 
     image: uint8 (3, S, S).  sample: its number in the run.  bad: what was wrong with each record that was
-    read before it in its place.
+    read before it in its place.  low: uint8 (3, s, s), its smaller picture where that is not the area mean.
     """
 
     image: Tensor
     caption: str
     sample: int
     bad: tuple[str, ...] = ()
+    low: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run."""
+    """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run.
+
+    lows: uint8 (3, s, s), by places in the batch: smaller pictures that are not the area mean.
+    """
 
     images: Tensor
     captions: list[str]
     samples: list[int]
+    lows: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,11 +127,11 @@ class Views(Dataset[View]):
             try:
                 record = self._sources[source].record(use, attempt)
                 caption = choose_caption(record, self._data.caption_dropout, caption_rng)
-                picture = training_picture(record, self._data, self._stage, picture_rng)
+                picture, low = training_pair(record, self._data, self._stage, picture_rng)
             except BadRecordError as error:
                 bad.append(str(error))
             else:
-                return View(picture, caption, sample, tuple(bad))
+                return View(picture, caption, sample, tuple(bad), low)
         raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
 
 
@@ -204,6 +209,7 @@ def _checked(shares: Generator[list[View], None, None], bad_records: BadRecords)
                 images=torch.stack([view.image for view in views]),
                 captions=[view.caption for view in views],
                 samples=[view.sample for view in views],
+                lows={place: view.low for place, view in enumerate(views) if view.low is not None},
             )
 
 

@@ -17,8 +17,11 @@ _ROWS_AT_ONCE = 16
 class TableRecords:
     """Rows of a map-style `datasets.Dataset`, memory-mapped, pictures left encoded."""
 
-    def __init__(self, table: Any, columns: tuple[str, str], name_row: Callable[[int], str]) -> None:
+    def __init__(
+        self, table: Any, columns: tuple[str, str], name_row: Callable[[int], str], low_column: str | None = None
+    ) -> None:
         self._image_column, self._caption_column = columns
+        self._low_column = low_column
         self._table = table
         self._name_row = name_row
 
@@ -31,6 +34,7 @@ class TableRecords:
             encoded_picture(row[self._image_column]),
             caption_variants(row[self._caption_column]),
             self._name_row(index),
+            None if self._low_column is None else encoded_picture(row[self._low_column]),
         )
 
     def captions(self) -> Iterator[tuple[str, ...]]:
@@ -44,6 +48,8 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
     import pyarrow.parquet as pq
 
     columns = (config.image_column, config.caption_column)
+    pictures = [config.image_column] if config.low_column is None else [config.image_column, config.low_column]
+    wanted = [*pictures, config.caption_column]
     starts, total = [], 0
     for path in files:
         try:
@@ -51,17 +57,19 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
         except (OSError, ValueError) as error:
             raise CascadeError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
         with parquet:
-            _require_columns(path, parquet.schema_arrow.names, columns)
+            _require_columns(path, parquet.schema_arrow.names, wanted)
             starts.append(total)
             total += parquet.metadata.num_rows
 
     if total == 0:
         raise CascadeError(f"data source {' '.join(config.files)}: there are no rows")
     table = _quietly(
-        lambda: datasets.load_dataset("parquet", data_files=files, split="train", columns=list(columns)),
+        lambda: datasets.load_dataset("parquet", data_files=files, split="train", columns=wanted),
         " ".join(config.files),
     )
-    return TableRecords(_undecoded(table, config.image_column), columns, partial(_file_row, files, starts))
+    for column in pictures:
+        table = _undecoded(table, column)
+    return TableRecords(table, columns, partial(_file_row, files, starts), config.low_column)
 
 
 def _file_row(files: list[str], starts: list[int], index: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,10 +21,13 @@ MAX_ASPECT = 20
 """Longer strips are bad records: padded to a square they are hardly more than white, and may not fit into memory."""
 
 
-def training_picture(record: Record, data: DataConfig, stage: StageConfig, rng: random.Random) -> Tensor:
+def training_pair(
+    record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+) -> tuple[Tensor, Tensor | None]:
     """The picture of one view: (3, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
 
-    For super-resolution this is the large picture; the smaller one is its area mean and needs no file.
+    For super-resolution this is the large picture; the smaller one is its area mean and needs no file. Where the record
+    brings another, such as one that the stage before drew, the same part of that is second: (3, S / scale, S / scale).
     """
     picture = decode(record)
     height, width = picture.shape[-2:]
@@ -31,19 +35,32 @@ def training_picture(record: Record, data: DataConfig, stage: StageConfig, rng: 
         raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
     if not data.tiles:
         picture = square(picture, data.aspect)
-    if rng.random() < data.flip:
-        picture = picture.flip(-1)
+    flipped = rng.random() < data.flip
+    picture = picture.flip(-1) if flipped else picture
     if data.jitter:
         picture = jitter(picture, data.jitter, rng)
     if not data.tiles:
         picture = resize(picture, stage.resolution)
+    scale = stage.resolution // (stage.low_resolution or stage.resolution)
+    low = None if record.low is None else _own_low(record, picture, scale, flipped)
     if data.crop is not None:
         if min(picture.shape[-2:]) < data.crop:
             size = f"{picture.shape[-1]}x{picture.shape[-2]}"
             raise BadRecordError(record.origin, f"the tile of {size} is smaller than data.crop {data.crop}")
-        scale = stage.resolution // (stage.low_resolution or stage.resolution)
-        picture = random_crop(picture, data.crop, scale, rng)
-    return picture.contiguous()
+        top, left = crop_corner(picture, data.crop, scale, rng)
+        picture = window(picture, top, left, data.crop)
+        low = None if low is None else window(low, top // scale, left // scale, data.crop // scale)
+    return picture.contiguous(), None if low is None else low.contiguous()
+
+
+def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tensor:
+    """The smaller picture that the record brings. Raises BadRecordError unless it is `scale` times smaller."""
+    low = decode(replace(record, image=record.low))
+    (height, width), (large_height, large_width) = low.shape[-2:], picture.shape[-2:]
+    if (scale * height, scale * width) != (large_height, large_width):
+        sizes = f"{width}x{height}, the picture {large_width}x{large_height}"
+        raise BadRecordError(record.origin, f"its smaller picture has {sizes}; expected {scale} times as much")
+    return low.flip(-1) if flipped else low
 
 
 def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
@@ -85,14 +102,19 @@ def resize(picture: Tensor, size: int) -> Tensor:
     return to_uint8(change(to_float(picture)[None], size))[0]
 
 
-def random_crop(picture: Tensor, size: int, align: int, rng: random.Random) -> Tensor:
-    """A square of `size` whose corner lies on multiples of `align`.
+def crop_corner(picture: Tensor, size: int, align: int, rng: random.Random) -> tuple[int, int]:
+    """(top, left) of a square of `size` inside (..., H, W), multiples of `align`.
 
     With `align` the scale of the stage, the area mean of the crop is the same crop of the area mean.
     """
     height, width = picture.shape[-2:]
     top = align * rng.randrange((height - size) // align + 1)
     left = align * rng.randrange((width - size) // align + 1)
+    return top, left
+
+
+def window(picture: Tensor, top: int, left: int, size: int) -> Tensor:
+    """A square of `size`: (..., H, W) -> (..., size, size)."""
     return picture[..., top : top + size, left : left + size]
 
 

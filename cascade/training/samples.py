@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
-from cascade.data.loader import batches
+from cascade.data.loader import Batch, batches
 from cascade.diffusion.noise import noise_like
 from cascade.images import contact_sheet, to_float, to_pil
 from cascade.seeds import generator
@@ -31,7 +31,7 @@ def sample_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) ->
 
 @torch.inference_mode()
 def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    prompts: Sequence[str] = config.training.sample_prompts or _first_views(config)[1]
+    prompts: Sequence[str] = config.training.sample_prompts or _first_views(config).captions
     cond = _text_only(text, prompts, stage.device)
     null = _text_only(text, [""] * len(prompts), stage.device)
     size = (stage.config.resolution, stage.config.resolution)
@@ -41,12 +41,14 @@ def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> 
 
 @torch.inference_mode()
 def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    images, captions = _first_views(config)
+    first = _first_views(config)
+    images, captions = first.images, first.captions
     truth = to_float(images).to(stage.device)
     height, width = truth.shape[-2:]
     samples = list(range(len(captions)))
     cond = _text_only(text, captions, stage.device)
-    batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples))
+    lows = {place: to_float(low.to(stage.device)) for place, low in first.lows.items()}
+    batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples), lows)
     enlarged = stage.config.model.enlarges_first
     draw = draw_noise(samples, (height, width), stage.scale, config.training.seed, 1.0, enlarged).to(stage.device)
     level = torch.full_like(draw.aug_level, stage.config.sampling.aug_level)
@@ -72,11 +74,10 @@ def _drawn(stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int
         stage.network.train(was_training)
 
 
-def _first_views(config: TrainConfig) -> tuple[Tensor, list[str]]:
-    """Pictures of the first views, with captions: none is dropped."""
+def _first_views(config: TrainConfig) -> Batch:
+    """The first views; no caption is dropped."""
     data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
-    batch = next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
-    return batch.images, batch.captions
+    return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 
 def _text_only(text: TextEncoderProtocol, prompts: Sequence[str], device: torch.device) -> Conditioning:

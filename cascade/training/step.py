@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class TrainingBatch:
 
     x: (B, 3, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
     run, from which their noise follows. positions: (B,) places in the batch of all processes, of `batch_size`.
+    lows: (3, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
     """
 
     x: Tensor
@@ -33,6 +34,7 @@ class TrainingBatch:
     samples: Sequence[int]
     positions: Tensor
     batch_size: int
+    lows: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def training_batch(
         samples=batch.samples,
         positions=torch.tensor([sample - first for sample in batch.samples], device=device),
         batch_size=batch_size,
+        lows={place: to_float(low.to(device)) for place, low in batch.lows.items()},
     )
 
 
@@ -101,11 +104,14 @@ def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
 
 
 def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
-    """What the network may see: the text and, for super-resolution, the area-averaged and noised smaller picture."""
+    """What the network may see: the text and, for super-resolution, the smaller picture (area mean or own), noised."""
     if draw.aug_eps is None:
         return Conditioning(batch.text, batch.text_mask)
     height, width = batch.x.shape[-2:]
-    low = stage.unnoised(downsample(batch.x, (height // stage.scale, width // stage.scale)))
+    low = downsample(batch.x, (height // stage.scale, width // stage.scale))
+    for place, own in batch.lows.items():
+        low[place] = own
+    low = stage.unnoised(low)
     level = log_snr_from_std(draw.aug_level)[:, None, None, None]
     noised = diffuse(low, draw.aug_eps, level)
     return Conditioning(batch.text, batch.text_mask, noised, level)

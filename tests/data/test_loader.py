@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import plain_picture, write_folder, write_parquet
+from tiny_data import encoded, plain_picture, write_folder, write_parquet
 
-from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig
+from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
 from cascade.data.loader import Batch, Mixture, Views, batches, unique_captions
 from cascade.errors import CascadeError
 from cascade.images import from_pil
@@ -193,6 +193,27 @@ def test_tiles_need_a_crop_and_take_no_jitter() -> None:
         DataConfig(sources=(ScenesSource(),), tiles=True)
     with pytest.raises(ValueError, match="jitter resamples whole pictures"):
         DataConfig(sources=(ScenesSource(),), tiles=True, crop=64, jitter=0.1)
+
+
+def test_smaller_pictures_of_their_own_travel_with_their_views_and_an_empty_cell_is_the_area_mean(
+    tmp_path: Path,
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = [encoded(plain_picture(number)) for number in range(2)]
+    lows = [encoded(plain_picture(100, size=4)), None]
+    pq.write_table(pa.table({"image": pictures, "caption": ["with", "without"], "low": lows}), tmp_path / "a.parquet")
+    source = ParquetSource(files=(str(tmp_path / "a.parquet"),), low_column="low")
+    upscaler = StageConfig(name="upscaler", resolution=8, low_resolution=4)
+    (batch,) = take(DataConfig(sources=(source,), caption_dropout=0.0), upscaler, 1, batch_size=6)
+    assert {place for place, caption in enumerate(batch.captions) if caption == "with"} == batch.lows.keys()
+    assert all(torch.equal(low, from_pil(plain_picture(100, size=4))) for low in batch.lows.values())
+    with pytest.raises(ValueError, match="jitter would move a picture away from its low_column"):
+        DataConfig(sources=(source,), jitter=0.1)
+    base = {"name": "base", "resolution": 8}
+    with pytest.raises(ValueError, match="low_column is for super-resolution stages"):
+        TrainConfig.model_validate({"output": "run", "stage": base, "data": {"sources": [source]}})
 
 
 def test_each_source_draws_its_own_pictures(tmp_path: Path, stage: StageConfig) -> None:

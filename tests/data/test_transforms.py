@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from cascade.config import DataConfig, ScenesSource, StageConfig, UNetConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.transforms import (
     choose_caption,
+    crop_corner,
     decode,
     jitter,
-    random_crop,
     resize,
     square,
-    training_picture,
+    training_pair,
 )
-from cascade.images import downsample, from_pil, to_float
+from cascade.images import downsample, from_pil, to_float, to_uint8
 
 MODEL = UNetConfig(channels=(32,), blocks=(1,), strides=(1,), attention=(False,))
 SUPER_RESOLUTION = StageConfig(name="upscaler", resolution=64, low_resolution=16, model=MODEL)
@@ -28,6 +29,11 @@ SUPER_RESOLUTION = StageConfig(name="upscaler", resolution=64, low_resolution=16
 
 def data(**settings: object) -> DataConfig:
     return DataConfig.model_validate({"sources": (ScenesSource(),), **settings})
+
+
+def training_picture(record: Record, data: DataConfig, stage: StageConfig, rng: random.Random) -> torch.Tensor:
+    """The large picture alone."""
+    return training_pair(record, data, stage, rng)[0]
 
 
 def random_picture(height: int, width: int) -> torch.Tensor:
@@ -81,8 +87,8 @@ def test_resize_is_the_area_mean_downwards_and_bicubic_upwards() -> None:
 
 def test_crops_are_aligned_and_reach_every_place() -> None:
     picture = torch.arange(12 * 20, dtype=torch.uint8).view(1, 12, 20)
-    corners = {int(random_crop(picture, 8, 4, random.Random(seed))[0, 0, 0]) for seed in range(100)}
-    assert corners == {top * 20 + left for top in (0, 4) for left in (0, 4, 8, 12)}
+    corners = {crop_corner(picture, 8, 4, random.Random(seed)) for seed in range(100)}
+    assert corners == {(top, left) for top in (0, 4) for left in (0, 4, 8, 12)}
 
 
 def test_the_smaller_picture_of_a_crop_is_the_crop_of_the_smaller_picture() -> None:
@@ -92,6 +98,27 @@ def test_the_smaller_picture_of_a_crop_is_the_crop_of_the_smaller_picture() -> N
     small = downsample(to_float(picture)[None], 16)
     windows = [small[..., top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
     assert sum(torch.allclose(small_crop, window, atol=1e-6) for window in windows) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"crop": 32}, {"crop": 32, "tiles": True}, {"crop": 32, "flip": 1.0}])
+def test_a_records_own_smaller_picture_is_cut_and_mirrored_as_the_large_one(settings: dict[str, object]) -> None:
+    picture = random_picture(64, 64)
+    low = downsample(to_float(picture)[None], 16)  # told apart from the area mean by its colours
+    own = Image.fromarray((255 - to_uint8(low)[0]).permute(1, 2, 0).numpy())
+    record = replace(as_record(picture), low=own)
+    for seed in range(5):
+        large, small = training_pair(record, data(**settings), SUPER_RESOLUTION, random.Random(seed))
+        alone = training_picture(as_record(picture), data(**settings), SUPER_RESOLUTION, random.Random(seed))
+        assert small is not None
+        expected = downsample(to_float(large)[None], large.shape[-1] // 4)[0]
+        assert (to_float(255 - small) - expected).abs().max() < 0.51 / 127.5  # rounded to 8 bits
+        assert torch.equal(large, alone)
+
+
+def test_a_smaller_picture_of_another_size_is_a_bad_record() -> None:
+    record = replace(as_record(random_picture(64, 64)), low=Image.new("RGB", (8, 16)))
+    with pytest.raises(BadRecordError, match="its smaller picture has 8x16, the picture 64x64; expected 4 times"):
+        training_pair(record, data(), SUPER_RESOLUTION, random.Random(0))
 
 
 def test_tiles_are_cropped_and_never_resized() -> None:

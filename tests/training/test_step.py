@@ -88,6 +88,17 @@ def test_a_super_resolution_stage_sees_the_noised_area_mean() -> None:
     torch.testing.assert_close(cond.low_res_log_snr, torch.log((1 - level**2) / level**2))
 
 
+def test_a_view_with_a_smaller_picture_of_its_own_is_trained_on_that_one() -> None:
+    stage = stage_of(micro_config("unused", *SUPER_RESOLUTION))
+    draw = draw_noise([0, 1, 2], (8, 8), 2, 0, 0.3)
+    plain = batch_of([0, 1, 2], 3)
+    own = torch.full((3, 4, 4), 0.5)
+    seen, without = (conditions(stage, batch, draw) for batch in (replace(plain, lows={1: own}), plain))
+    level = draw.aug_level[1]
+    torch.testing.assert_close(seen.low_res[1], (1 - level**2).sqrt() * own + level * draw.aug_eps[1])
+    assert torch.equal(seen.low_res[::2], without.low_res[::2])
+
+
 def test_a_base_stage_sees_only_the_text() -> None:
     batch = batch_of([0, 1], 2)
     cond = conditions(stage_of(micro_config("unused")), batch, draw_noise([0, 1], (8, 8), 1, 0, 0.3))
