@@ -18,7 +18,7 @@ from cascade.checkpoint import check_format, load_tensors, load_weights, read_js
 from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
-from cascade.models.winograd import Convolution
+from cascade.models.convolution import Convolution
 from cascade.pipeline import CascadePipeline
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml

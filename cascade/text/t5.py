@@ -21,7 +21,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder
 from cascade.conditioning import NULL_TEXT, pad_text
 from cascade.errors import CascadeError
-from cascade.streaming import stream
+from cascade.streaming import move_streamed, stream
 from cascade.text.captions import Captions, prepare_caption
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -168,7 +168,8 @@ class TextEncoder:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
         with torch.device("meta"):
             model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
-        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
+        aliases = {"encoder.embed_tokens.weight": "shared.weight"}
+        stream(model, text_weights(folder), device, aliases, whole=False)  # some files hold a decoder, too
         encoder = cls(model, tokenizer, *how)
         encoder._streamed_to = torch.device(device)
         return encoder
@@ -243,7 +244,11 @@ class TextEncoder:
         if dtype is not None and dtype != self.dtype:
             _check_dtype(dtype)
             self._fingerprint = None
-        self._loaded().to(device=device, dtype=dtype)
+        if self._streamed_to is None:
+            self._loaded().to(device=device, dtype=dtype)
+        else:
+            move_streamed(self._loaded(), device, dtype)
+            self._streamed_to = torch.device(device or self._streamed_to)
         return self
 
     def release(self) -> None:
