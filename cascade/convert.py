@@ -10,6 +10,7 @@ from cascade import deepfloyd
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
 from cascade.config import FORMAT_VERSION, StageConfig
 from cascade.errors import CascadeError
+from cascade.hub import download, may_be_on_hub
 from cascade.load import ModelIndex, find_stage, read_config, read_index, read_weights
 
 TOKENIZER_FILES = (
@@ -31,16 +32,15 @@ def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CascadeError(f"{out}: exists already; name a new or empty folder")
-    folder = Path(source)
-    alone = (folder / "stage.json").is_file()
-    if not alone and _is_second_stage(folder):
+    if (Path(source) / "stage.json").is_file():
+        config = read_config(source)
+        with atomic_folder(out) as temporary:
+            deepfloyd.write_stage(temporary, config, read_weights(source)[0])
+        return [config.name]
+    folder = download(str(source), text=False) if may_be_on_hub(source) else Path(source)  # a second stage needs no T5
+    if _is_second_stage(folder):
         config = deepfloyd.read_stage(folder)
         save_stage(out, config, deepfloyd.read_weights(folder))
-        return [config.name]
-    if alone:
-        config = read_config(folder)
-        with atomic_folder(out) as temporary:
-            deepfloyd.write_stage(temporary, config, read_weights(folder)[0])
         return [config.name]
     index = read_index(source)
     stages = [*index.stages, *(find_stage(stage) for stage in super_resolution)]

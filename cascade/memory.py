@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,11 @@ from torch.utils._pytree import tree_leaves
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TrainConfig
-from cascade.models.winograd import Convolution
+from cascade.models.convolution import Convolution
 from cascade.stage import Stage
+from cascade.streaming import stored_shapes
+
+NumberFormat = Literal["float32", "bfloat16"]
 
 OVERHEAD_BYTES = 600_000_000
 """What Python, torch and its libraries take themselves, and workspaces of convolutions."""
@@ -85,12 +89,13 @@ class _KeptByAttention(torch.autograd.Function):
 class StageMemory:
     """Bytes of a stage: its weights, and what one network call makes besides them at most.
 
-    transformed: what convolutions hold beside their weights in float32 on a CPU, unless memory is to be spared.
+    transformed: what convolutions hold beside their weights on a CPU, unless memory is to be spared; by number format,
+    each counted in its own.
     """
 
     weights: int
     activations: int
-    transformed: int = 0
+    transformed: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -112,7 +117,10 @@ def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) 
         with LiveBytes() as live:
             stage.network(picture, level, stage.network.prepare(cond))
     convolutions = [module for module in stage.network.modules() if isinstance(module, Convolution)]
-    transformed = sum(convolution.transformed_bytes() for convolution in convolutions)
+    transformed = {
+        dtype: sum(convolution.transformed_bytes(getattr(torch, dtype)) for convolution in convolutions)
+        for dtype in get_args(NumberFormat)
+    }
     return StageMemory(weight_bytes(stage.network), live.peak, transformed)
 
 
@@ -175,37 +183,140 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to load a model: the arguments of `from_pretrained`, and the bytes that drawing then takes at most."""
+class TextMemory:
+    """A text encoder in numbers.
 
-    dtype: Literal["float32", "bfloat16"]
+    parameters: all. linear, rows: those that 8 bits hold in one byte each, and the rows of their matrices, each with a
+    scale. largest: those of its largest tensor. halved: it follows the stages' number format; else it is float32.
+    """
+
+    parameters: int
+    linear: int = 0
+    rows: int = 0
+    largest: int = 0
+    halved: bool = False
+
+    def bytes(self, dtype: torch.dtype, eight_bit: bool = False) -> int:
+        """Of the weights beside stages in `dtype`."""
+        number = self.number_bytes(dtype)
+        if not eight_bit:
+            return number * self.parameters
+        return number * (self.parameters - self.linear) + self.linear + torch.float32.itemsize * self.rows
+
+    def number_bytes(self, dtype: torch.dtype) -> int:
+        """Of a number that is not in 8 bits."""
+        return dtype.itemsize if self.halved else torch.float32.itemsize
+
+
+_EIGHT_BIT = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.wi(_\d)?)\.weight$")
+"""Weights of a T5 that 8 bits hold; transformers leaves `wo` as it is, whose inputs are too large for it."""
+
+
+def text_memory(folder: Path, halved: bool) -> TextMemory:
+    """Of the safetensors files of a text encoder; of a whole T5, its encoder."""
+    files = list(folder.glob("*.safetensors"))
+    shapes: dict[str, list[int]] = {}
+    for path in [file for file in files if ".fp16" not in file.name] or files:
+        shapes |= stored_shapes(path)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.startswith(("shared.", "encoder."))}
+    linear = [name for name in sizes if _EIGHT_BIT.search(name)]
+    return TextMemory(
+        parameters=sum(sizes.values()),
+        linear=sum(sizes[name] for name in linear),
+        rows=sum(shapes[name][0] for name in linear),
+        largest=max(sizes.values(), default=0),
+        halved=halved,
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to load a model: the arguments of `from_pretrained`, and the bytes that drawing then takes at most.
+
+    streamed: what `low_memory` does where a stage or the text encoder does not fit: layers are read from disk.
+    """
+
+    dtype: NumberFormat
     low_memory: bool
     bytes: int
+    text_8bit: bool = False
+    streamed: bool = False
 
     @property
     def arguments(self) -> str:
         """What to give to `from_pretrained`."""
-        return f"dtype={self.dtype!r}" + (", low_memory=True" if self.low_memory else "")
+        flags = {"low_memory": self.low_memory, "text_8bit": self.text_8bit}
+        return ", ".join([f"dtype={self.dtype!r}", *(f"{name}=True" for name, on in flags.items() if on)])
+
+    @property
+    def description(self) -> str:
+        """The arguments, and what they lead to."""
+        return self.arguments + (" (layers read from disk: slow)" if self.streamed else "")
 
 
-def ways(stages: Sequence[StageConfig], text_parameters: int, text_tokens: int, halved_text: bool) -> list[Way]:
-    """Each way to load a model, largest first. halved_text: the text encoder follows the stages' number format.
+WORTH_SAVING = 0.95
+"""A way to spare memory is one if it leaves at most this share of what the plainer way takes."""
 
-    In bfloat16 all tensors have half the bytes, so one count serves both.
+
+def ways(stages: Sequence[StageConfig], text: TextMemory, text_tokens: int) -> list[Way]:
+    """Each way to load a model that spares memory, largest first.
+
+    In bfloat16 tensors have half the bytes, so one count of weights and activations serves both.
     """
-    each = [stage_memory(config, text_tokens=text_tokens) for config in stages]
-    found = []
-    for dtype, share in (("float32", 1.0), ("bfloat16", 0.5)):
-        text = 4 * text_parameters * (share if halved_text else 1.0)
-        together = text + share * (sum(memory.weights for memory in each) + max(memory.activations for memory in each))
-        if dtype == "float32" and not torch.cuda.is_available():
-            together += sum(memory.transformed for memory in each)
-        apart = max(text, *(share * memory.total for memory in each))
-        for low_memory, total in ((False, together), (True, apart)):
-            found.append(
-                Way("float32" if dtype == "float32" else "bfloat16", low_memory, round(total) + OVERHEAD_BYTES)
-            )
+    each = [_counted(config, text_tokens) for config in stages]
+    found: list[Way] = []
+    for dtype in get_args(NumberFormat):
+        for low_memory in (False, True):
+            plain = _way(dtype, low_memory, False, each, text)
+            eight = _way(dtype, low_memory, True, each, text)
+            found += [plain, eight] if eight.bytes < WORTH_SAVING * plain.bytes else [plain]
+        streamed = _streamed_way(dtype, each, text)
+        found += [streamed] if streamed.bytes < WORTH_SAVING * found[-1].bytes else []
     return sorted(found, key=lambda way: -way.bytes)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A stage's memory, and the bytes of its largest weight, in float32."""
+
+    memory: StageMemory
+    largest: int
+
+
+def _counted(config: StageConfig, text_tokens: int) -> _Counted:
+    weights = build_stage(config, device="meta").network.parameters()
+    largest = max(parameter.numel() * parameter.element_size() for parameter in weights)
+    return _Counted(stage_memory(config, text_tokens=text_tokens), largest)
+
+
+def _way(
+    dtype: NumberFormat,
+    low_memory: bool,
+    text_8bit: bool,
+    each: Sequence[_Counted],
+    text: TextMemory,
+) -> Way:
+    """Stages and text encoder together, or with `low_memory` the largest of them."""
+    number_format = getattr(torch, dtype)
+    share = number_format.itemsize / torch.float32.itemsize
+    stages, words = [counted.memory for counted in each], text.bytes(number_format, text_8bit)
+    if low_memory:
+        total = max(words, *(share * memory.total for memory in stages))
+    else:
+        weights = sum(memory.weights for memory in stages)
+        total = words + share * (weights + max(memory.activations for memory in stages))
+        if not torch.cuda.is_available():
+            total += sum(memory.transformed[dtype] for memory in stages)
+    return Way(dtype, low_memory, round(total) + OVERHEAD_BYTES, text_8bit)
+
+
+def _streamed_way(dtype: NumberFormat, each: Sequence[_Counted], text: TextMemory) -> Way:
+    """One layer at a time, of the text encoder, then of each stage."""
+    number_format = getattr(torch, dtype)
+    share = number_format.itemsize / torch.float32.itemsize
+    stages = (share * (counted.largest + counted.memory.activations) for counted in each)
+    total = max(text.number_bytes(number_format) * text.largest, *stages)
+    return Way(dtype, True, round(total) + OVERHEAD_BYTES, streamed=True)
 
 
 def free_bytes() -> int:

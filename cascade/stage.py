@@ -28,6 +28,7 @@ from cascade.errors import CascadeError
 from cascade.images import upsample, upsample_corners
 from cascade.models.if_unet import IFUNet
 from cascade.models.unet import UNet
+from cascade.streaming import is_streamed, move_streamed
 from cascade.tiles import Tile, in_tiles
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -173,7 +174,10 @@ class Stage:
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
-        """Move the network; convolutions run fastest channels-last."""
+        """Move the network, of one read from disk where it computes; convolutions run fastest channels-last."""
+        if is_streamed(self.network):
+            move_streamed(self.network, device, dtype)
+            return self
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,12 +14,17 @@ from cascade.errors import CascadeError
 
 
 def stream(
-    module: nn.Module, files: Sequence[Path], device: torch.device | str, aliases: Mapping[str, str] | None = None
+    module: nn.Module,
+    files: Sequence[Path],
+    device: torch.device | str,
+    aliases: Mapping[str, str] | None = None,
+    whole: bool = True,
 ) -> None:
     """Let a module on the meta device read its weights from safetensors files layer by layer, onto `device`.
 
     It computes in the number format that it has. aliases: names in the module of weights stored under another name.
-    Raises CascadeError naming a weight that is missing, misshapen, or in a damaged file.
+    whole: the files hold the module and nothing else. Raises CascadeError naming a weight that is missing, misshapen,
+    unknown, or in a damaged file.
     """
     from accelerate.hooks import attach_align_device_hook
     from accelerate.utils import OffloadedWeightsLoader
@@ -36,8 +42,33 @@ def stream(
                 " other settings"
             )
         index[name] = {"safetensors_file": str(path), "weight_name": source}
+    unknown = sorted(stored.keys() - {entry["weight_name"] for entry in index.values()})
+    if whole and unknown:
+        raise CascadeError(
+            f"{stored[unknown[0]][0]}: {unknown[0]} is not in this network; the weights belong to other settings"
+        )
     weights = OffloadedWeightsLoader(index=index)
     attach_align_device_hook(module, execution_device=torch.device(device), offload=True, weights_map=weights)
+
+
+def is_streamed(module: nn.Module) -> bool:
+    """Whether the module's weights stay on disk."""
+    return bool(_hooks(module))
+
+
+def move_streamed(
+    module: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Let a streamed module compute on another device, or in another number format, from its next call on."""
+    if device is not None:
+        for hook in _hooks(module):
+            hook.execution_device = torch.device(device)
+    module.to(dtype=dtype)  # tensors without data: they only say in which format a weight is read
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate has put before each layer that has weights; it fetches them."""
+    return [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
 
 
 def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:

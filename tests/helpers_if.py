@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers_text import make_tiny_t5
+from torch import Tensor
+
+from cascade.conditioning import Conditioning
+from cascade.diffusion.noise import diffuse, log_snr_from_std
+from cascade.stage import Stage
+from cascade.text.t5 import TextEncoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what a peer's import deprecates is not ours
@@ -91,3 +97,42 @@ def make_if(folder: Path, super_resolution: bool = False, save: bool = True, **h
     if save:
         pipeline.save_pretrained(folder, **how)
     return pipeline
+
+
+PROMPT, NEGATIVE = "a red Apple", "two blue stars"
+
+
+def peer_picture(peer: Any, low: Tensor | None = None, **how: Any) -> Tensor:
+    """What a pipeline of diffusers draws for PROMPT and against NEGATIVE, in ten steps unless `how` says otherwise.
+
+    low: (1, 3, h, w), for the second stage. Returns (1, 3, H, W) in about [-1, 1].
+    """
+    steps = {} if "timesteps" in how else {"num_inference_steps": 10}
+    second = {} if low is None else {"image": low, "noise_level": 250}
+    return peer(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        guidance_scale=7.0 if low is None else 4.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+        clean_caption=False,
+        **steps,
+        **second,
+        **how,
+    ).images
+
+
+def own_picture(stage: Stage, text_encoder: Path, low: Tensor | None = None, **changes: Any) -> Tensor:
+    """What a stage of ours draws in its place: the noise comes from the generator in the same order."""
+    encoder = TextEncoder.from_pretrained(text_encoder, max_length=77, padded=True, captions="lower")
+    cond, null = (
+        Conditioning(text.tokens, text.mask) for text in (encoder.encode([PROMPT]), encoder.encode([NEGATIVE]))
+    )
+    rng, size = torch.Generator().manual_seed(5), stage.config.resolution
+    settings = stage.config.sampling.model_copy(update={"steps": 10} | changes)
+    z = torch.randn(1, 3, size, size, generator=rng)
+    if low is not None:
+        level = log_snr_from_std(torch.full((1, 1, 1, 1), settings.aug_level))
+        noised = diffuse(stage.unnoised(low), torch.randn(1, 3, size, size, generator=rng), level)
+        cond = Conditioning(cond.text, cond.text_mask, noised, level)
+    return stage.sample(cond, cond.with_text(null.text, null.text_mask), z, [rng], settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_if import TEXT_DIM, make_if, make_unet
+from helpers_if import TEXT_DIM, make_if, make_unet, own_picture, peer_picture
 from torch import Tensor
 
 from cascade import CascadePipeline
@@ -22,14 +22,13 @@ from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, StageConfig, UNetConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage, read_weights
-from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
 from cascade.errors import CascadeError
 from cascade.load import load_stage, read_index
 from cascade.memory import stage_memory
+from cascade.models.convolution import Convolution
 from cascade.prompts import given_prompts
 from cascade.stage import Stage, count_parameters
-from cascade.text.t5 import TextEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 
@@ -68,6 +67,29 @@ def test_the_network_equals_diffusers(peers: dict[bool, tuple[Path, Any]], enlar
         seen, labels = torch.cat([z, low], dim=1), torch.tensor([250, 250])
     theirs = peer.unet(seen, step, encoder_hidden_states=text, class_labels=labels).sample
     torch.testing.assert_close(network(z, level_of(step), cond), theirs, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_wide_network_whose_convolutions_are_transformed_equals_diffusers_as_well(tmp_path: Path) -> None:
+    """In float32 to its rounding; in bfloat16 it is hardly further from float32 than diffusers is."""
+    make_if(tmp_path / "if")
+    wide = {"block_out_channels": [256, 256], "layers_per_block": [1, 1], "attention_head_dim": 64}
+    peer = make_unet(False, **wide)
+    for parameter in peer.parameters():
+        parameter.copy_(parameter.bfloat16())  # so that its weights are the same in both formats
+    peer.save_pretrained(tmp_path / "if" / "unet")
+    z, text, mask = noise(2, 3, 16, 16), noise(2, 77, TEXT_DIM, seed=2), torch.ones(2, 77, dtype=torch.bool)
+    stage = load_stage(tmp_path / "if")
+    assert any(isinstance(part, Convolution) and part.transforms(z[:, :0]) for part in stage.network.modules())
+    exact = peer(z, 500, encoder_hidden_states=text).sample
+    torch.testing.assert_close(stage.network(z, level_of(500), Conditioning(text, mask)), exact, rtol=0, atol=1e-5)
+
+    def error(output: Tensor) -> float:
+        return (output.float() - exact).square().mean().sqrt().item()
+
+    low = stage.to(dtype=torch.bfloat16).network(z, level_of(500), Conditioning(text.bfloat16(), mask))
+    theirs = peer.to(torch.bfloat16)(z.bfloat16(), 500, encoder_hidden_states=text.bfloat16()).sample
+    assert error(low) < 1.5 * error(theirs)
 
 
 @pytest.mark.parametrize("only_text", [False, True])
@@ -159,62 +181,23 @@ def test_the_published_networks_have_their_published_sizes(
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
-def text_of(folder: Path, prompts: list[str]) -> Conditioning:
-    encoder = TextEncoder.from_pretrained(folder / "text_encoder", max_length=77, padded=True, captions="lower")
-    embeddings = encoder.encode(prompts)
-    return Conditioning(embeddings.tokens, embeddings.mask)
-
-
 @pytest.mark.parametrize("timesteps", [None, "smart27"])
 @torch.inference_mode()
 def test_a_guided_picture_of_the_first_stage_equals_diffusers(
     peers: dict[bool, tuple[Path, Any]], timesteps: str | None
 ) -> None:
     folder, peer = peers[False]
-    how: dict[str, Any] = {"num_inference_steps": 10}
-    changes: dict[str, Any] = {"steps": 10}
-    if timesteps:
-        how, changes = {"timesteps": list(named_steps(timesteps))}, {"timesteps": timesteps}
-    theirs = peer(
-        prompt="a red Apple",
-        negative_prompt="two blue stars",
-        guidance_scale=7.0,
-        generator=torch.Generator().manual_seed(5),
-        output_type="pt",
-        clean_caption=False,
-        **how,
-    ).images
-    stage, rng = load_stage(folder), torch.Generator().manual_seed(5)
-    settings = stage.config.sampling.model_copy(update=changes)
-    z = torch.randn(1, 3, 8, 8, generator=rng)
-    ours = stage.sample(text_of(folder, ["a red Apple"]), text_of(folder, ["two blue stars"]), z, [rng], settings)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    how = {"timesteps": list(named_steps(timesteps))} if timesteps else {}
+    ours = own_picture(load_stage(folder), folder / "text_encoder", timesteps=timesteps)
+    torch.testing.assert_close(ours, peer_picture(peer, **how), rtol=0, atol=1e-3)
 
 
 @torch.inference_mode()
 def test_a_guided_picture_of_the_second_stage_equals_diffusers(peers: dict[bool, tuple[Path, Any]]) -> None:
     folder, peer = peers[True]
     low = noise(1, 3, 8, 8).clamp(-1, 1)
-    theirs = peer(
-        image=low,
-        prompt="a red apple",
-        negative_prompt="two blue stars",
-        num_inference_steps=10,
-        noise_level=250,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(5),
-        output_type="pt",
-        clean_caption=False,
-    ).images
-    stage, rng = load_stage(folder), torch.Generator().manual_seed(5)
-    settings = stage.config.sampling.model_copy(update={"steps": 10})
-    z = torch.randn(1, 3, 32, 32, generator=rng)
-    level = log_snr_from_std(torch.full((1, 1, 1, 1), settings.aug_level))
-    noised = diffuse(stage.unnoised(low), torch.randn(1, 3, 32, 32, generator=rng), level)
-    cond, null = (text_of(folder, [prompt]) for prompt in ("a red apple", "two blue stars"))
-    cond = Conditioning(cond.text, cond.text_mask, noised, level)
-    ours = stage.sample(cond, cond.with_text(null.text, null.text_mask), z, [rng], settings)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    ours = own_picture(load_stage(folder), folder / "text_encoder", low)
+    torch.testing.assert_close(ours, peer_picture(peer, low), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -17,8 +17,10 @@ from helpers_if import make_if
 from huggingface_hub import constants
 
 from cascade import CascadePipeline
+from cascade.convert import convert
 from cascade.errors import CascadeError
 from cascade.hub import download
+from cascade.load import load_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 
@@ -148,6 +150,14 @@ def test_a_gated_repository_is_named_with_the_page_of_its_licence(hub: type[Hub]
         CascadePipeline.from_pretrained(REPO)
 
 
+def in_cache(folder: Path, cache: Path, repo: str) -> None:
+    """Lay a folder into the client's cache as if it had been downloaded."""
+    cached = cache / f"models--{repo.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
+
+
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "100KB"}, {"variant": "fp16"}], ids=["", "sharded", "fp16"])
 def test_hub_ids_in_the_cache_draw_what_their_folders_draw_without_a_network(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
@@ -158,13 +168,20 @@ def test_hub_ids_in_the_cache_draw_what_their_folders_draw_without_a_network(
     for enlarges, repo in ids.items():
         folders[enlarges] = tmp_path / f"if-{enlarges}"
         make_if(folders[enlarges], enlarges, **how)
-        cached = own_cache / f"models--{repo.replace('/', '--')}"
-        (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text(COMMIT)
-        shutil.copytree(folders[enlarges], cached / "snapshots" / COMMIT)
+        in_cache(folders[enlarges], own_cache, repo)
     pipelines = (
         CascadePipeline.from_pretrained(ids[False], super_resolution=[ids[True]]),
         CascadePipeline.from_pretrained(folders[False], super_resolution=[folders[True]]),
     )
     pictures = [pipeline("a red apple", seed=1, steps=1, output_type="pt").images for pipeline in pipelines]
     assert torch.equal(*pictures)
+
+
+def test_a_second_stage_of_the_hub_converts_to_a_stage_folder(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    make_if(tmp_path / "if", True)
+    in_cache(tmp_path / "if", own_cache, "DeepFloyd/IF-II-M-v1.0")
+    assert convert("DeepFloyd/IF-II-M-v1.0", tmp_path / "sr") == ["sr32"]
+    assert load_stage(tmp_path / "sr").config.low_resolution == 8

@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "slots",
     },
     "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
-    "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd"},
+    "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
     "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
     "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
 }

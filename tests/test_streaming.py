@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cascade import CascadePipeline
 from cascade.errors import CascadeError
-from cascade.streaming import stored_bytes, stream
+from cascade.streaming import is_streamed, move_streamed, stored_bytes, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 
@@ -43,11 +43,13 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert stored_bytes([tmp_path / "model.safetensors"], torch.bfloat16) == 5 * 64 * 2
 
 
-def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
+def test_a_missing_unknown_or_misshapen_weight_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(layers(2).state_dict(), path)
     with pytest.raises(CascadeError, match=r"2\.weight is missing"):
         stream(layers(3).to("meta"), [path], "cpu")
+    with pytest.raises(CascadeError, match=r"1\.weight is not in this network"):
+        stream(layers(1).to("meta"), [path], "cpu")
     with pytest.raises(CascadeError, match=r"0\.weight has shape \[8, 8\], this network has \[4, 8\]"):
         stream(nn.Sequential(nn.Linear(8, 4, bias=False)).to("meta"), [path], "cpu")
 
@@ -58,6 +60,19 @@ def test_a_damaged_text_encoder_that_does_not_fit_is_one_line(tmp_path: Path, mo
     monkeypatch.setattr("cascade.memory.free_bytes", lambda: 1000)
     with pytest.raises(CascadeError, match=r"text_encoder: not loadable as a T5 .*; copy the folder again"):
         CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
+
+
+def test_what_is_streamed_can_still_change_its_device_and_number_format(tmp_path: Path) -> None:
+    save_file(layers(2).state_dict(), tmp_path / "model.safetensors")
+    module = layers(2).to("meta")
+    assert not is_streamed(module)
+    stream(module, [tmp_path / "model.safetensors"], "cpu")
+    assert is_streamed(module)
+    x = torch.randn(3, 8)
+    move_streamed(module, dtype=torch.bfloat16)
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    move_streamed(module, "meta", torch.float32)
+    assert module(x).device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["ours", "deepfloyd", "sharded"])
@@ -77,3 +92,18 @@ def test_a_cascade_that_does_not_fit_draws_the_same_from_disk(
     assert pipeline.text_encoder._loaded().device.type == "meta"
     assert torch.equal(pipeline(**call).images, expected)
     assert torch.equal(pipeline(**call).images, expected)  # the encoder loads again
+
+
+@pytest.mark.parametrize("kind", ["ours", "deepfloyd"])
+def test_a_streamed_cascade_moves_to_another_number_format_and_draws_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    make = make_tiny_cascade if kind == "ours" else make_if
+    make(tmp_path / "model")
+    call: dict[str, Any] = {"prompt": "a red apple", "seed": 1, "steps": 1, "output_type": "pt"}
+    whole = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu")
+    expected = whole.to("cpu", torch.bfloat16)(**call).images
+    monkeypatch.setattr("cascade.memory.free_bytes", lambda: 1000)
+    streamed = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
+    assert torch.equal(streamed.to("cpu", torch.bfloat16)(**call).images, expected)
+    assert torch.equal(streamed(**call).images, expected)  # loaded again, and moved again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,20 +40,24 @@ class Part:
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def info(model: str | None, as_json: bool) -> int:
-    """Show the parts of a cascade: sizes, parameters, arithmetic, licence.
+def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) -> int:
+    """Show the parts of a cascade: sizes, parameters, arithmetic, licence, and which ways to load it fit here.
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
     from cascade.config import FORMAT_VERSION
-    from cascade.load import read_config, read_index
-    from cascade.memory import free_bytes, ways
+    from cascade.load import find_stage, read_config, read_index
+    from cascade.memory import free_bytes, text_memory, ways
 
     index = read_index(model)
-    parts = _parts(index)
+    if super_resolution:
+        index = replace(index, stages=(index.stages[0], *map(find_stage, super_resolution)))
+    text = text_memory(index.text_encoder, index.halves_text)
+    parts = _parts(index, text.parameters)
     configs = [read_config(folder) for folder in index.stages]
-    possible = ways(configs, parts[0].parameters, index.max_text_length, index.halves_text)
+    possible = ways(configs, text, index.max_text_length)
     free = free_bytes()
     if as_json:
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
@@ -69,17 +72,17 @@ def info(model: str | None, as_json: bool) -> int:
 
 def _memory(possible: Sequence[Way], free: int) -> str:
     """A line for each way to load the model, and the first that fits."""
-    lines = [f"{way.bytes / 1e9:6.1f} GB at most with {way.arguments}" for way in possible]
-    fitting = next((way.arguments for way in possible if way.bytes <= free), None)
+    lines = [f"{way.bytes / 1e9:6.1f} GB at most with {way.description}" for way in possible]
+    fitting = next((way.description for way in possible if way.bytes <= free), None)
     advice = f"fits with {fitting}" if fitting else "no setting fits"
     return "\n".join([*lines, f"{free / 1e9:6.1f} GB are free on this device: {advice}"])
 
 
-def _parts(index: ModelIndex) -> list[Part]:
+def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
     from cascade.load import read_config
 
     stages = [_stage_part(folder, read_config(folder), index.max_text_length) for folder in index.stages]
-    text = Part("text encoder", None, _stored_parameters(index.text_encoder), _size(index.text_encoder))
+    text = Part("text encoder", None, text_parameters, _size(index.text_encoder))
     return [text, *stages]
 
 
@@ -131,15 +134,6 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
         with FlopCounterMode(display=False) as counter:
             network(picture, level, prepared)
     return counter.get_total_flops() / 1e9
-
-
-def _stored_parameters(folder: Path) -> int:
-    """Parameters in the safetensors files of a text encoder; of a whole T5, those of the encoder."""
-    from cascade.streaming import stored_shapes
-    from cascade.text.t5_files import text_weights
-
-    shapes = [item for path in text_weights(folder) for item in stored_shapes(path).items()]
-    return sum(math.prod(shape) for name, shape in shapes if name.startswith(("shared.", "encoder.")))
 
 
 def _size(folder: Path) -> int:

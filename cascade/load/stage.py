@@ -12,7 +12,7 @@ from cascade import deepfloyd, memory
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
 from cascade.config import StageConfig
-from cascade.models.winograd import Convolution
+from cascade.models.convolution import Convolution
 from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.streaming import stored_bytes, stream

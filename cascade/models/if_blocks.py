@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.config import IFUNetConfig
-from cascade.models.winograd import Convolution
+from cascade.models.convolution import Convolution
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
 
 TEXT_GROUPS = 32
+
+LEAST_SCORES, MOST_SCORES = 50_000, 8_000_000
+"""Of one head, between which plain products are faster than the fused kernel in bfloat16 on a CPU."""
 
 
 class TwoLayers(nn.Module):
@@ -63,13 +66,20 @@ class IFResidualBlock(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """h: (B, C_in, H, W); embedding: (B, E), after its GELU -> (B, C, H', W')."""
-        inner = self._resized(F.gelu(self.norm1(h)))
+        inner = self._first(F.gelu(self.norm1(h)))  # (B, C, H', W')
         h = self._resized(h)
         scale, shift = self.time_emb_proj(embedding)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
-        inner = torch.addcmul(shift, self.norm2(self.conv1(inner)), 1 + scale)
+        inner = torch.addcmul(shift, self.norm2(inner), 1 + scale)
         inner = self.conv2(F.gelu(inner))
         h = h if self.conv_shortcut is None else self.conv_shortcut(h)
         return h + inner if self.block_scale == 1 else (h + inner) / self.block_scale
+
+    def _first(self, inner: Tensor) -> Tensor:
+        """The change of size and the first convolution: both at once where that saves multiplications."""
+        convolution: nn.Module = self.conv1  # under low-rank adaptation of another class
+        if self.resize == "up" and isinstance(convolution, Convolution) and convolution.transforms(inner):
+            return convolution.enlarging(inner)
+        return cast(Tensor, convolution(self._resized(inner)))
 
     def _resized(self, h: Tensor) -> Tensor:
         match self.resize:
@@ -109,13 +119,29 @@ class IFAttention(nn.Module):
         if self.to_k is not None and self.to_v is not None:
             key = torch.cat([key, self._split(self.to_k(tokens))], dim=2)
             value = torch.cat([value, self._split(self.to_v(tokens))], dim=2)
-        answer = F.scaled_dot_product_attention(self._split(self.to_q(tokens)), key, value)  # (B, heads, HW, d)
+        answer = attend(self._split(self.to_q(tokens)), key, value)  # (B, heads, HW, d)
         update = self.to_out[0](answer.transpose(1, 2).flatten(2))  # (B, HW, C)
         return h + update.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, d)."""
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d), (B, heads, M, d) twice -> (B, heads, N, d).
+
+    torch's fused kernel multiplies bfloat16 on a CPU as slowly as float32. There, heads of moderate size are taken one
+    by one through plain products, whose scores stay in the cache.
+    """
+    moderate = LEAST_SCORES <= query.shape[2] * key.shape[2] <= MOST_SCORES
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not (slow and moderate) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, key, value)
+    query = query * query.shape[-1] ** -0.5
+    heads = zip(*(part.flatten(0, 1) for part in (query, key, value)), strict=True)
+    answers = [(one_query @ one_key.T).softmax(dim=-1) @ one_value for one_query, one_key, one_value in heads]
+    return torch.stack(answers).view_as(query)
 
 
 class TextEmbedding(nn.Module):

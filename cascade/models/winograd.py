@@ -8,104 +8,91 @@ Source: Lavin & Gray (2016), F(2x2, 3x3).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import threading
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-LEAST_CHANNELS = 256
-"""With fewer, the transforms cost more than the multiplications they save (measured: 192 channels lose, 384 win)."""
-
-BAND_NUMBERS = 8_000_000
-"""Numbers of a band's transformed rows at most, so that they stay in the processor's cache."""
-
-
-class Convolution(nn.Conv2d):
-    """A convolution. One of 3x3, padded by 1, frozen, in float32 and on a CPU holds its transformed kernel beside it.
-
-    bfloat16 stays with the plain one: rounding the transformed numbers would triple its error. Made with the arguments
-    of its parent, since low-rank adaptation makes two smaller ones of the same class.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.spare_memory = False
-        self._kernel: tuple[object, Tensor] | None = None
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        self._fits = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and self.bias is not None
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C, H, W)."""
-        if not self._pays(h):
-            return super().forward(h)
-        assert self.bias is not None
-        return convolve(h, self._transformed(), self.bias)
-
-    def transformed_bytes(self) -> int:
-        """Bytes of the transformed kernel that drawing on a CPU in float32 holds beside the weight."""
-        held = self._fits and not self.spare_memory and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
-        return 4 * 16 * self.in_channels * self.out_channels if held else 0
-
-    def _pays(self, h: Tensor) -> bool:
-        frozen = not (self.weight.requires_grad or h.requires_grad)
-        plain = h.device.type == "cpu" and h.dtype == self.weight.dtype == torch.float32
-        even = h.shape[-1] % 2 == h.shape[-2] % 2 == 0
-        return frozen and plain and even and self.transformed_bytes() > 0 and not torch.is_autocast_enabled("cpu")
-
-    def _transformed(self) -> Tensor:
-        """Anew whenever the weight is another tensor, or was written to."""
-        weight = self.weight
-        state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
-        if self._kernel is None or self._kernel[0] != state:
-            self._kernel = (state, transform_kernel(weight))
-        return self._kernel[1]
+BAND_BYTES = 16_000_000
+"""Of a band's transformed rows at most. Smaller ones stay in the cache, but the kernel is then packed more often."""
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
     """(C, C_in, 3, 3) -> (16, C_in, C): G weight G^T, place by place."""
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=weight.dtype)
-    return torch.einsum("ai,ocij,bj->abco", g, weight, g).flatten(0, 1).contiguous()
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=exact)
+    kernel = torch.einsum("ai,ocij,bj->abco", g, weight.to(exact), g)
+    return kernel.flatten(0, 1).to(weight.dtype).contiguous()
 
 
 def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """h: (B, C_in, H, W), H and W even; kernel: (16, C_in, C) -> (B, C, H, W), channels last."""
     batch, channels_in, height, width = h.shape
     channels = kernel.shape[2]
-    padded = F.pad(h, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, H + 2, W + 2, C_in)
+    pixels = _split(h)
     result = h.new_empty(batch, height, width, channels)
-    row = 16 * batch * (width // 2) * (channels_in + channels)  # numbers for two rows of pixels
-    band = 2 * max(1, BAND_NUMBERS // row)
-    for top in range(0, height, band):
-        patches = _transform_patches(padded[:, top : top + band + 2])
-        products = torch.bmm(patches.flatten(0, 1).flatten(1, 3), kernel)
-        _transform_back(
-            products.unflatten(1, patches.shape[2:5]).unflatten(0, (4, 4)), bias, result[:, top : top + band]
-        )
+    tall, wide = height // 2, width // 2
+    row = 16 * batch * wide * (channels_in + channels) * h.element_size()
+    bands = math.ceil(tall / max(1, BAND_BYTES // row))
+    band = math.ceil(tall / bands)  # of nearly equal height
+    for top in range(0, tall, band):
+        count = min(band, tall - top)
+        patches = _workspace("patches", h, (4, 4, batch, count, wide, channels_in))
+        products = _workspace("products", h, (4, 4, batch, count, wide, channels))
+        _transform_patches(pixels[:, :, :, top : top + count + 1], patches)
+        torch.bmm(patches.flatten(2, 4).flatten(0, 1), kernel, out=products.view(16, -1, channels))
+        products[1, 1] += bias  # this place counts once, with plus, in each of the four pixels
+        _transform_back(products, result[:, 2 * top : 2 * (top + count)])
     return result.permute(0, 3, 1, 2)
 
 
-def _transform_patches(rows: Tensor) -> Tensor:
-    """(B, 2 K + 2, 2 T + 2, C) -> (4, 4, B, K, T, C): B^T patch B of each 4x4 patch, which overlap by two."""
-    batch, height, width, channels = rows.shape
-    tall, wide = height // 2 - 1, width // 2 - 1
-    a, b, c, d = (rows[:, start : start + 2 * tall - 1 : 2] for start in range(4))
-    patches = rows.new_empty(4, 4, batch, tall, wide, channels)
-    for place, line in enumerate((a - c, b + c, c - b, b - d)):
-        a, b, c, d = (line[:, :, start : start + 2 * wide - 1 : 2] for start in range(4))
-        torch.sub(a, c, out=patches[place, 0])
-        torch.add(b, c, out=patches[place, 1])
-        torch.sub(c, b, out=patches[place, 2])
-        torch.sub(b, d, out=patches[place, 3])
-    return patches
+def _split(h: Tensor) -> Tensor:
+    """(B, C, H, W) -> (2, 2, B, H / 2 + 1, W / 2 + 1, C): padded by 1; even and odd rows, even and odd columns apart.
+
+    So that each step of the transformation runs over whole rows that lie together in memory.
+    """
+    batch, channels, height, width = h.shape
+    pixels = h.new_zeros(2, 2, batch, height // 2 + 1, width // 2 + 1, channels)
+    h = h.permute(0, 2, 3, 1)
+    pixels[1, 1, :, :-1, :-1] = h[:, 0::2, 0::2]  # the first row is the second of the padded picture
+    pixels[1, 0, :, :-1, 1:] = h[:, 0::2, 1::2]
+    pixels[0, 1, :, 1:, :-1] = h[:, 1::2, 0::2]
+    pixels[0, 0, :, 1:, 1:] = h[:, 1::2, 1::2]
+    return pixels
 
 
-def _transform_back(products: Tensor, bias: Tensor, result: Tensor) -> None:
+def _transform_patches(pixels: Tensor, patches: Tensor) -> None:
+    """(2, 2, B, K + 1, T + 1, C) -> `patches` (4, 4, B, K, T, C): B^T patch B of the 4x4 patches; they overlap by 2."""
+    even, odd = pixels
+    a, b, c, d = even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:]
+    for place, (even, odd) in enumerate((a - c, b + c, c - b, b - d)):
+        first, second, third, fourth = even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:]
+        torch.sub(first, third, out=patches[place, 0])
+        torch.add(second, third, out=patches[place, 1])
+        torch.sub(third, second, out=patches[place, 2])
+        torch.sub(second, fourth, out=patches[place, 3])
+
+
+def _transform_back(products: Tensor, result: Tensor) -> None:
     """(4, 4, B, K, T, C) -> `result` (B, 2 K, 2 T, C): A^T products A of each patch."""
-    even = products[0] + products[1] + products[2]
-    odd = products[1] - products[2] - products[3]
-    for row, (a, b, c, d) in enumerate((even, odd)):
-        lines = result[:, row::2]
-        b = b + bias
-        lines[:, :, 0::2] = (a + b).add_(c)
-        lines[:, :, 1::2] = b.sub_(c).sub_(d)
+    first, second, third, fourth = products
+    even = (second + third).add_(first)
+    odd = (second - third).sub_(fourth)
+    for row, (first, second, third, fourth) in enumerate((even, odd)):
+        torch.add(second + third, first, out=result[:, row::2, 0::2])
+        torch.sub(second - third, fourth, out=result[:, row::2, 1::2])
+
+
+_kept = threading.local()
+
+
+def _workspace(name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor that this thread uses again: the system takes longer to give new memory than we to fill it."""
+    size = torch.Size(shape).numel()
+    kept: Tensor | None = getattr(_kept, name, None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < size:
+        with torch.inference_mode(False):  # else it could not be written outside of inference
+            kept = torch.empty(size, dtype=like.dtype)
+        setattr(_kept, name, kept)
+    return kept[:size].view(shape)

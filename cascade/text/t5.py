@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
 from cascade.errors import CascadeError
+from cascade.streaming import move_streamed
 from cascade.text.captions import Captions, prepare_caption, well_formed
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5_files import check_folder, eight_bit_options, is_local, load_t5, quiet, streamed_t5
@@ -156,7 +157,11 @@ class TextEncoder:
         if dtype is not None and dtype != self.dtype:
             _check_dtype(dtype)
             self._fingerprint = None
-        self._loaded().to(device=device, dtype=dtype)
+        if self._streamed_to is None:
+            self._loaded().to(device=device, dtype=dtype)
+        else:
+            move_streamed(self._loaded(), device, dtype)
+            self._streamed_to = torch.device(device or self._streamed_to)
         return self
 
     def release(self) -> None:

@@ -87,7 +87,8 @@ def streamed_t5(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
         config, tokenizer = _config_and_tokenizer(str(folder), local=True)
         with torch.device("meta"):
             model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
-        stream(model, text_weights(folder), device, {"encoder.embed_tokens.weight": "shared.weight"})
+        aliases = {"encoder.embed_tokens.weight": "shared.weight"}
+        stream(model, text_weights(folder), device, aliases, whole=False)  # some files hold a decoder, too
     return model, tokenizer
 
 

@@ -1,6 +1,8 @@
-"""Convolutions with fewer multiplications: the same sums, and never those of old weights."""
+"""F(2x2, 3x3): the same sums with fewer multiplications."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.models import winograd
-from cascade.models.winograd import Convolution, convolve, transform_kernel
+from cascade.models.winograd import convolve, transform_kernel
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -16,44 +18,27 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(2, 2), (8, 6), (10, 4)])
-@pytest.mark.parametrize("band", [1, 200, 10**9], ids=["two rows", "some", "whole"])
+@pytest.mark.parametrize("band", [1, 20_000, 10**9], ids=["two rows", "some", "whole"])
 def test_it_is_the_convolution(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], band: int) -> None:
-    monkeypatch.setattr(winograd, "BAND_NUMBERS", band)
+    monkeypatch.setattr(winograd, "BAND_BYTES", band)
     h, weight, bias = numbers(2, 3, *size), numbers(5, 3, 3, 3, seed=1), numbers(5, seed=2)
     ours = convolve(h, transform_kernel(weight), bias)
     torch.testing.assert_close(ours, F.conv2d(h, weight, bias, padding=1), rtol=0, atol=1e-12)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def frozen(channels: int = winograd.LEAST_CHANNELS) -> Convolution:
-    return Convolution(channels, channels, 3, padding=1).requires_grad_(False)
-
-
-def is_transformed(convolution: Convolution, h: Tensor) -> bool:
-    """Whether its sums are those of `convolve`, bit for bit."""
-    assert convolution.bias is not None
-    return torch.equal(convolution(h), convolve(h, transform_kernel(convolution.weight), convolution.bias))
-
-
-def test_only_frozen_wide_ones_in_float32_at_even_sizes_are_transformed() -> None:
-    torch.manual_seed(0)
-    h = torch.randn(1, winograd.LEAST_CHANNELS, 8, 8)
-    assert is_transformed(frozen(), h)
-    assert frozen().transformed_bytes() == 4 * 16 * winograd.LEAST_CHANNELS**2
-    assert not is_transformed(frozen().requires_grad_(True), h)
-    assert frozen(32).transformed_bytes() == 0
-    sparing = frozen()
-    sparing.spare_memory = True
-    assert not is_transformed(sparing, h)
-    assert frozen()(h[..., :7]).shape == (1, winograd.LEAST_CHANNELS, 8, 7)
-    assert frozen().bfloat16()(h.bfloat16()).dtype == torch.bfloat16
-
-
-def test_changed_weights_are_transformed_anew() -> None:
-    torch.manual_seed(0)
-    convolution, h = frozen(), torch.randn(1, winograd.LEAST_CHANNELS, 4, 4)
-    convolution(h)
-    convolution.weight.mul_(2)
-    assert is_transformed(convolution, h)
-    convolution.load_state_dict(frozen().state_dict())
-    assert is_transformed(convolution, h)
-    assert set(convolution.state_dict()) == {"weight", "bias"}
+def test_what_is_kept_between_calls_reaches_no_result() -> None:
+    """Within inference and outside of it, in another number format, and in another thread."""
+    weight, bias = numbers(5, 3, 3, 3, seed=1), numbers(5, seed=2)
+    kernel, pictures = transform_kernel(weight), [numbers(2, 3, 8, 8, seed=seed) for seed in range(3)]
+    expected = [F.conv2d(h, weight, bias, padding=1) for h in pictures]
+    found: list[Tensor] = []
+    with torch.inference_mode():
+        found.append(convolve(pictures[0], kernel, bias))
+        convolve(pictures[0].float(), kernel.float(), bias.float())
+    thread = threading.Thread(target=lambda: found.append(convolve(pictures[1], kernel, bias)))
+    thread.start()
+    thread.join()
+    found.append(convolve(pictures[2], kernel, bias))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -1,0 +1,34 @@
+"""A 3x3 convolution behind an enlargement by nearest neighbours, as four of 2x2 on the small picture: 16 taps for 36.
+
+Each pixel of the small picture becomes 2x2 equal ones. A kernel laid over them meets the same pixel with several of
+its taps, whose sum is one tap; which taps, depends on the phase: whether the kernel's centre is in an even or an odd
+row and column. The result is the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEETING = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
+"""Which of three taps meet the first, which the second small pixel, in even and in odd rows or columns."""
+
+
+def transform_kernel(weight: Tensor) -> Tensor:
+    """(C, C_in, 3, 3) -> (2, 2, C, 2, 2, C_in): for even and odd rows, even and odd columns, a kernel channels last."""
+    meeting = torch.tensor(MEETING, dtype=torch.promote_types(weight.dtype, torch.float32))
+    kernels = torch.einsum("rai,ocij,sbj->rsoabc", meeting, weight.to(meeting.dtype), meeting)
+    return kernels.to(weight.dtype).contiguous()
+
+
+def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """h: (B, C_in, H, W); kernel: from `transform_kernel` -> (B, C, 2 H, 2 W), channels last."""
+    batch, _, height, width = h.shape
+    result = h.new_empty(batch, height, 2, width, 2, kernel.shape[2])
+    for row in range(2):
+        for column in range(2):
+            padded = F.pad(h, (1 - column, column, 1 - row, row))
+            pixels = F.conv2d(padded, kernel[row, column].permute(0, 3, 1, 2), bias)
+            result[:, :, row, :, column] = pixels.permute(0, 2, 3, 1)
+    return result.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
