@@ -264,21 +264,6 @@ class CascadePipeline:
             self._text_encoder_released = True
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def draw_batch(
-        self,
-        stage: Stage,
-        settings: SamplingConfig,
-        size: tuple[int, int],
-        batch: Sequence[Picture],
-        texts: Texts,
-        low: Tensor | None,
-        on_step: OnStep | None = None,
-        tile: int | None = None,
-    ) -> Tensor:
-        """`cascade.drawing.draw_batch`, after a look at the memory that it needs. Raises MemoryError."""
-        check_memory(stage.config, size, len(batch), self.device, self.dtype, tile)
-        return draw_batch(stage, settings, size, batch, texts, low, on_step, tile, self.device)
-
     def _draw(
         self,
         stage: Stage,
@@ -300,7 +285,7 @@ class CascadePipeline:
         for members, count in padded_batches(len(pictures), batch_size):
             batch = [pictures[index] for index in members]
             smaller = None if low is None else low[members]
-            x = self.draw_batch(stage, settings, size, batch, texts, smaller, on_step, tile)
+            x = draw_batch(stage, settings, size, batch, texts, smaller, on_step, tile, self.device)
             if not bool(torch.isfinite(x).all()):
                 raise CascadeError(not_finite(stage.name))
             parts.append(to_uint8(x[:count]).cpu())
