@@ -14,6 +14,7 @@ from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, to_float
 from cascade.seeds import generator
+from cascade.slots import check_memory
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 
@@ -50,8 +51,10 @@ def draw_batch(
 
     size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. tile: see
     `Stage.sample`. device: where to compute, default where the weights lie; those read layer by layer lie nowhere.
+    Raises MemoryError, before any noise is drawn, for pictures that certainly do not fit.
     """
     device = device or stage.device
+    check_memory(stage.config, size, len(batch), device, next(stage.network.parameters()).dtype, tile)
 
     def rng(purpose: str) -> list[torch.Generator]:
         return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cascade.arguments import PerStage, check_chain, positive, prompts_of, seeds_of, stage_sizes, texts_of
 from cascade.config import SamplingConfig
-from cascade.diffusion.samplers import OnStep
 from cascade.drawing import Picture, Texts, draw_batch, padded_batches
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
@@ -260,21 +259,6 @@ class CascadePipeline:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def draw_batch(
-        self,
-        stage: Stage,
-        settings: SamplingConfig,
-        size: tuple[int, int],
-        batch: Sequence[Picture],
-        texts: Texts,
-        low: Tensor | None,
-        on_step: OnStep | None = None,
-        tile: int | None = None,
-    ) -> Tensor:
-        """`cascade.drawing.draw_batch`, after a look at the memory that it needs. Raises MemoryError."""
-        check_memory(stage.config, size, len(batch), self.device, self.dtype, tile)
-        return draw_batch(stage, settings, size, batch, texts, low, on_step, tile, self.device)
-
     def _draw(
         self,
         slot: StageSlot,
@@ -299,7 +283,7 @@ class CascadePipeline:
                 for members, count in padded_batches(len(pictures), batch_size):
                     batch = [pictures[index] for index in members]
                     smaller = None if low is None else low[members]
-                    x = self.draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile)
+                    x = draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile, self.device)
                     if not bool(torch.isfinite(x).all()):
                         raise CascadeError(not_finite(stage.name))
                     parts.append(to_uint8(x[:count]).cpu())

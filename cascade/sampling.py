@@ -16,6 +16,8 @@ from cascade.settings import parse
 
 T = TypeVar("T")
 PRESETS = ("fast", "default", "best")
+SETTINGS = ("steps", "guidance", "sampler", "aug_level", "threshold")
+"""What a call may set: one value for all stages, or {stage: value}."""
 
 
 def resolve_sampling(

@@ -1,4 +1,4 @@
-"""Prompt files become records, records jobs, jobs pictures, and pictures a folder with a manifest."""
+"""Records become jobs, jobs pictures, and pictures a folder with a manifest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,159 +18,15 @@ from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
 from cascade.batch import DrawOptions, Engine, Output, Shelf, Summary, Task, Undrawn, plan, run_batch
-from cascade.prompts import Failure, PromptRecord, given_prompts, read_prompts
-from cascade.seeds import MAX_SEED, derive_seed
+from cascade.batch.report import write_grid
+from cascade.drawing import draw_batch
+from cascade.prompts import Failure, PromptRecord, given_prompts
+from cascade.seeds import MAX_SEED
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CascadePipeline:
     return CascadePipeline.from_pretrained(make_tiny_cascade(tmp_path_factory.mktemp("m") / "tiny"), device="cpu")
-
-
-def read(tmp_path: Path, name: str, content: str | bytes, run_seed: int = 0) -> list[PromptRecord | Failure]:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(read_prompts(str(path), run_seed))
-
-
-def good(records: Iterable[PromptRecord | Failure]) -> list[PromptRecord]:
-    return [record for record in records if isinstance(record, PromptRecord)]
-
-
-def bad(records: Iterable[PromptRecord | Failure]) -> list[str]:
-    """Failures as `line: reason`."""
-    return [str(record).rpartition("/")[2].partition(":")[2] for record in records if isinstance(record, Failure)]
-
-
-# --- reading -----------------------------------------------------------------------------------------------
-
-
-def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
-    records = read(tmp_path, "p.txt", "\ufeffa red apple\r\n\n  two stars  \nключ 🦊")
-    assert [(r.index, r.prompt) for r in good(records)] == [(0, "a red apple"), (1, "two stars"), (2, "ключ 🦊")]
-    assert [r.origin.rpartition(":")[2] for r in good(records)] == ["1", "3", "4"]
-
-
-def test_json_lines_are_strings_or_objects(tmp_path: Path) -> None:
-    lines = ['"a fox"', '{"prompt": "a star", "id": 7, "seed": 3, "num_images": 2, "steps": {"base": 4}}']
-    fox, star = good(read(tmp_path, "p.jsonl", "\n".join(lines)))
-    assert fox.prompt == "a fox"
-    assert star == replace(star, prompt="a star", id="7", seed=3, num_images=2, steps={"base": 4})
-
-
-def test_csv_cells_become_what_json_would_hold(tmp_path: Path) -> None:
-    table = 'prompt,seed,guidance,steps,negative_prompt\n"a fox, red",5,2.5,"base=3,sr16=1",\n"two\nlines",,,4,dull\n'
-    fox, lines = good(read(tmp_path, "p.csv", table))
-    assert fox == replace(
-        fox, prompt="a fox, red", seed=5, guidance=2.5, steps={"base": 3, "sr16": 1}, negative_prompt=None
-    )
-    assert lines == replace(lines, prompt="two\nlines", guidance=None, steps=4, negative_prompt="dull")
-    assert lines.origin.endswith(":3")
-
-
-BAD_JSON = {
-    '{"prompt": "a"': "not valid JSON",
-    "[1]": "expected a JSON string or object",
-    '{"seed": 3}': "prompt is missing",
-    '{"prompt": " "}': "prompt is missing",
-    '{"prompt": 3}': "prompt: expected text, found 3",
-    '{"prompt": "a", "sed": 3}': "'sed' is not a column; did you mean seed?",
-    '{"prompt": "a", "seed": "3"}': 'seed: expected a whole number in 0..9223372036854775807, found "3"',
-    '{"prompt": "a", "seed": true}': "seed: expected a whole number",
-    '{"prompt": "a", "seed": -1}': "seed: expected a whole number",
-    '{"prompt": "a", "num_images": 0}': "num_images: expected a whole number in 1..",
-    '{"prompt": "a", "guidance": NaN}': "guidance: expected a number of at least 0, found NaN",
-    '{"prompt": "a", "steps": {"base": "x"}}': 'steps.base: expected a whole number in 1..1000000, found "x"',
-    '{"prompt": "a", "id": ""}': "id: is empty",
-    '{"prompt": "a", "id": [1]}': "id: expected text, found [1]",
-    '{"prompt": "a", "guidance": 1' + "0" * 400 + "}": "a number of many digits",
-    '{"prompt": "a", "seed": 1' + "0" * 5000 + "}": "not valid JSON",
-    "[" * 100_000: "not valid JSON",
-}
-
-
-def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
-    lines = [*BAD_JSON, '{"prompt": "good", "id": "x"}', '{"prompt": "late", "id": "x"}']
-    records = read(tmp_path, "p.jsonl", "\n".join(lines).encode() + b'\n"not \xff utf-8"\n"last"')
-    assert [record.prompt for record in good(records)] == ["good", "last"]
-    reasons = [*BAD_JSON.values(), "id: 'x' stands on an earlier line", "not UTF-8"]
-    numbers = [*range(1, len(BAD_JSON) + 1), len(BAD_JSON) + 2, len(BAD_JSON) + 3]
-    failures = bad(records)
-    assert len(failures) == len(reasons)
-    for failure, number, reason in zip(failures, numbers, reasons, strict=True):
-        assert failure.startswith(f"{number}: ")
-        assert reason in failure
-        assert "\n" not in failure
-
-
-def test_bad_csv_rows_are_named_and_the_others_go_on(tmp_path: Path) -> None:
-    rows = ["prompt,seed,steps", "a fox,x,", "a", "good,1,", ",2,", "b,,base=x", '"' + "long" * 50_000, "last,,"]
-    records = read(tmp_path, "p.csv", "\n".join(rows).encode() + b"\n\xff,,\n")
-    assert [record.prompt for record in good(records)] == ["good", "last"]
-    assert [failure.partition(";")[0][:60] for failure in bad(records)] == [
-        "2: seed: 'x' is not a whole number",
-        "3: 1 cells, the header has 3",
-        "5: prompt is missing",
-        "6: steps: 'x' is not a whole number",
-        "7: not valid CSV: field larger than field limit (131072)",
-        "9: not UTF-8",
-    ]
-
-
-@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv"])
-def test_a_file_without_prompts_is_refused_at_once(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(CascadeError, match="no prompts in it"):
-        read_prompts(str(tmp_path / name), 0)
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ("prompt,sed", "p.csv:1: 'sed' is not a column; did you mean seed?"),
-        ("seed,id", "among them prompt"),
-        ("prompt,prompt", "each column once"),
-    ],
-)
-def test_a_wrong_csv_header_is_refused_at_once(tmp_path: Path, header: str, message: str) -> None:
-    (tmp_path / "p.csv").write_text(f"{header}\na,b\n")
-    with pytest.raises(CascadeError, match=message):
-        read_prompts(str(tmp_path / "p.csv"), 0)
-
-
-def test_a_file_is_read_no_further_than_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a line of text\n" * 100_000)
-    records = read_prompts(str(tmp_path / "p.txt"), 0)
-    assert next(records)
-    (tmp_path / "p.txt").write_bytes(b"")
-    assert len(list(records)) < 2_000
-    records.close()
-
-
-# --- seeds -------------------------------------------------------------------------------------------------
-
-
-def test_a_line_without_a_seed_gets_one_from_its_id_or_its_text_and_how_often_that_occurred(tmp_path: Path) -> None:
-    lines = ['"a"', '{"prompt": "b", "id": "x"}', '"a"', '{"prompt": "a", "seed": 5}', '"a"']
-    assert [record.seed for record in good(read(tmp_path, "p.jsonl", "\n".join(lines), run_seed=9))] == [
-        derive_seed(9, "text", "a", 0),
-        derive_seed(9, "id", "x"),
-        derive_seed(9, "text", "a", 1),
-        5,
-        derive_seed(9, "text", "a", 3),
-    ]
-
-
-def test_neither_the_order_of_other_lines_nor_bad_ones_change_a_seed(tmp_path: Path) -> None:
-    one = good(read(tmp_path, "1.jsonl", '"a"\n"b"\n"a"'))
-    other = good(read(tmp_path, "2.jsonl", '"a"\nbad\n"c"\n"a"\n"b"'))
-    seeds = [{(record.prompt, record.seed) for record in records} for records in (one, other)]
-    assert seeds[0] < seeds[1]
-
-
-def test_on_the_command_line_the_seed_holds_for_each_prompt() -> None:
-    assert [record.seed for record in given_prompts(["a", "b"], 7)] == [7, 7]
 
 
 # --- planning and drawing ----------------------------------------------------------------------------------
@@ -197,17 +54,13 @@ def tasks(pipeline: CascadePipeline, records: Iterable[PromptRecord], call: Draw
 def batches(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOptions) -> list[int]:
     """Pictures in each call of the network of the last stage; those that fill it up to its size count."""
     counts: list[int] = []
-    draw_batch = pipeline.draw_batch
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **more: Any) -> Any:
         counts.append(len(arguments[3]))
-        return draw_batch(*arguments)
+        return draw_batch(*arguments, **more)
 
-    pipeline.draw_batch = watched  # type: ignore[method-assign]
-    try:
+    with patch("cascade.batch.engine.draw_batch", watched):
         drawn = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
-    finally:
-        del pipeline.draw_batch
     assert len(drawn) == len(tasks(pipeline, records, call))
     return counts
 
@@ -233,6 +86,31 @@ def test_windows_and_the_disk_change_no_bytes(pipeline: CascadePipeline, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_restart_goes_on_from_the_smaller_pictures_that_it_finds(pipeline: CascadePipeline, tmp_path: Path) -> None:
+    call = options(until=None)
+    records = [PromptRecord(index, "a", index) for index in range(3)]
+    seen: list[str] = []
+
+    def dies_in_the_last_stage(stage: Any, *arguments: Any, **more: Any) -> Any:
+        if stage.name == "sr32":
+            raise KeyboardInterrupt
+        return draw_batch(stage, *arguments, **more)
+
+    def watched(stage: Any, *arguments: Any, **more: Any) -> Any:
+        seen.append(stage.name)
+        return draw_batch(stage, *arguments, **more)
+
+    with patch("cascade.batch.engine.draw_batch", dies_in_the_last_stage), pytest.raises(KeyboardInterrupt):
+        list(Engine(pipeline, call, shelf=Shelf(tmp_path)).draw(tasks(pipeline, records, call)))
+    assert len(list(tmp_path.iterdir())) == 6  # two smaller ones of each
+    with patch("cascade.batch.engine.draw_batch", watched):
+        results = list(Engine(pipeline, call, shelf=Shelf(tmp_path)).draw(tasks(pipeline, records, call)))
+    assert seen == ["sr32"] * 3
+    expected = pipeline(["a"] * 3, seed=[0, 1, 2]).images
+    assert [result.image.tobytes() for result in results] == [image.tobytes() for image in expected]
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_text_is_encoded_once(pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = pipeline.encode
@@ -244,18 +122,27 @@ def test_each_text_is_encoded_once(pipeline: CascadePipeline, monkeypatch: pytes
     assert seen == ["a", "", "b", "c"]
 
 
+def test_texts_in_use_stay_and_others_make_room(pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = pipeline.encode
+    monkeypatch.setattr(pipeline, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    monkeypatch.setattr("cascade.batch.engine._KEPT_TEXTS", 2)
+    engine = Engine(pipeline, options())
+    for index, prompt in enumerate(["a", "b", "c", "a"]):
+        list(engine.draw(tasks(pipeline, [PromptRecord(index, prompt, index)], options())))
+    assert seen == ["a", "", "b", "c", "a"]  # the empty text is what every picture is guided away from
+
+
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw_batch = pipeline.draw_batch
-
-    def limited(*arguments: Any) -> Any:
+    def limited(*arguments: Any, **more: Any) -> Any:
         if len(arguments[3]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw_batch(*arguments)
+        return draw_batch(*arguments, **more)
 
     records = [PromptRecord(index, "a", index) for index in range(5)]
-    monkeypatch.setattr(pipeline, "draw_batch", limited)
+    monkeypatch.setattr("cascade.batch.engine.draw_batch", limited)
     monkeypatch.setattr("cascade.batch.engine._AUTO_BATCH_ON_CPU", 16)
     call = options(batch_size="auto")
     results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
@@ -280,14 +167,12 @@ def test_the_pieces_of_work_do_not_depend_on_the_memory_that_a_process_finds_fre
 def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw_batch = pipeline.draw_batch
-
-    def spoiled(*arguments: Any) -> Any:
-        x = draw_batch(*arguments)
+    def spoiled(*arguments: Any, **more: Any) -> Any:
+        x = draw_batch(*arguments, **more)
         x[[picture.seed == 1 for picture in arguments[3]]] = float("nan")
         return x
 
-    monkeypatch.setattr(pipeline, "draw_batch", spoiled)
+    monkeypatch.setattr("cascade.batch.engine.draw_batch", spoiled)
     call = options(batch_size=2, until=16)
     records = [PromptRecord(index, "a", index) for index in range(4)]
     results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
@@ -320,7 +205,7 @@ def run(pipeline: CascadePipeline, out: Path, records: Iterable[PromptRecord | F
         output.begin({"seed": 0})
         summary = run_batch(pipeline, records, options(**{"until": None, "save_stages": True, **changes}), output)
         output.complete()
-        output.write_grid()
+        output.write_with("grid", ".png", lambda path: write_grid(output.manifest.entries(), output.read, path))
     return summary
 
 

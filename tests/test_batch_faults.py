@@ -12,26 +12,24 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from helpers_model import make_tiny_cascade
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
+from torch import Tensor
 
-from cascade import CascadeError, CascadePipeline
+from cascade import CascadeError
 from cascade.batch import Layout, Output
 from cascade.batch.locks import Claims
 from cascade.batch.plan import subfolder
 from cascade.batch.writer import BackgroundWriter
 from cascade.cli import main
-from cascade.prompts import Failure, PromptRecord, count_prompts, read_prompts
+from cascade.drawing import draw_batch
 
 PROMPTS = [f"a fox in picture {number}" for number in range(6)]
 
@@ -94,18 +92,23 @@ def test_a_full_disk_is_told_and_loses_nothing(
     assert_continues(capsys, model, out)
 
 
+def writing(before: Callable[[int], object]) -> Callable[..., Any]:
+    """`Output.write`, before which `before` hears the index."""
+    write = Output.write
+
+    def written(output: Output, drawn: Any, entry: Any) -> Any:
+        before(entry["index"])
+        return write(output, drawn, entry)
+
+    return written
+
+
 def test_an_output_folder_that_disappears_ends_the_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, write = tmp_path / "out", Output.write
-
-    def removed(output: Output, drawn: Any, entry: Any) -> Any:
-        if entry["index"] == 2:
-            shutil.rmtree(out)
-        return write(output, drawn, entry)
-
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "write", removed)
+        patch.setattr(Output, "write", writing(lambda index: index == 2 and shutil.rmtree(out)))
         status, _, stderr = generate(capsys, model, out)
     assert (status, stderr.count("\n")) == (2, 1)
     assert f"{out}: cannot be written: No such file or directory" in stderr
@@ -115,15 +118,14 @@ def test_an_output_folder_that_disappears_ends_the_run(
 def test_a_manifest_that_is_replaced_meanwhile_ends_the_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, write = tmp_path / "out", Output.write
+    out = tmp_path / "out"
 
-    def replaced(output: Output, drawn: Any, entry: Any) -> Any:
-        if entry["index"] == 2:
+    def replace(index: int) -> None:
+        if index == 2:
             (out / "manifest.jsonl").unlink()
             (out / "manifest.jsonl").touch()
-        return write(output, drawn, entry)
 
-    monkeypatch.setattr(Output, "write", replaced)
+    monkeypatch.setattr(Output, "write", writing(replace))
     assert "it was replaced while the run wrote to it" in generate(capsys, model, out)[2]
 
 
@@ -177,92 +179,6 @@ def test_prompts_of_every_kind_are_drawn(model: Path, tmp_path: Path, capsys: py
             assert picture.text["prompt"] == line["prompt"]  # type: ignore[attr-defined]
 
 
-def check_any_lines(folder: Path, name: str, lines: list[bytes]) -> None:
-    """Whatever stands in a file: it is refused at once, or each line is a record or a failure that names it."""
-    path = folder / name
-    path.write_bytes(b"\n".join(lines))
-    records: list[PromptRecord | Failure] = []
-    with suppress(CascadeError):
-        records = list(read_prompts(str(path), 0))
-    assert [record.index for record in records] == list(range(len(records)))
-    for record in records:
-        assert record.origin.startswith(f"{path}:")
-        if isinstance(record, PromptRecord):
-            record.prompt.encode()
-            assert record.prompt.strip()
-        else:
-            assert "\n" not in str(record)
-            str(record).encode()
-
-
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-_COLUMNS = st.sampled_from(["prompt", "seed", "id", "steps", "guidance", "num_images", "negative_prompt", "sed"])
-_LINE = (
-    st.binary(max_size=60)
-    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
-    | st.dictionaries(_COLUMNS, _VALUES, max_size=5).map(lambda value: json.dumps(value).encode())
-)
-_NAMES = st.sampled_from(["p.txt", "p.jsonl", "p.csv"])
-_FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-
-
-@settings(max_examples=100, **_FUZZ)  # type: ignore[arg-type]
-@given(name=_NAMES, lines=st.lists(_LINE, max_size=5), header=st.booleans())
-def test_any_lines_are_read_or_named(tmp_path: Path, name: str, lines: list[bytes], header: bool) -> None:
-    check_any_lines(tmp_path, name, [b"prompt,seed,id"] * header + lines)
-
-
-@pytest.mark.slow
-@settings(max_examples=2_000, **_FUZZ)  # type: ignore[arg-type]
-@given(name=_NAMES, lines=st.lists(_LINE, min_size=5, max_size=8), header=st.booleans())
-def test_ten_thousand_lines_of_anything_are_read_or_named(
-    tmp_path: Path, name: str, lines: list[bytes], header: bool
-) -> None:
-    check_any_lines(tmp_path, name, [b"prompt,seed,id"] * header + lines)
-
-
-def test_parquet_and_folders_of_captions_are_prompts_too(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "a fox", "seed": 5, "steps": {"base": 2, "sr16": None}, "id": None},
-        {"prompt": "a star", "seed": None, "steps": None, "id": "star"},
-        {"prompt": None, "seed": None, "steps": None, "id": None},
-    ]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
-    fox, star, missing = read_prompts(str(tmp_path / "p.parquet"), 0)
-    assert isinstance(fox, PromptRecord)
-    assert isinstance(star, PromptRecord)
-    assert (fox.prompt, fox.seed, fox.steps, fox.id) == ("a fox", 5, {"base": 2}, None)
-    assert (star.id, star.steps) == ("star", None)
-    assert str(missing) == f"{tmp_path / 'p.parquet'}:3: prompt is missing"
-    folder = tmp_path / "captions"
-    folder.mkdir()
-    for name, content in {"b.txt": b"two\nlines", "a.txt": b" a fox\n", "c.txt": b"\xff", "d.md": b"no"}.items():
-        (folder / name).write_bytes(content)
-    a, b, c = read_prompts(str(folder), 0)
-    assert isinstance(a, PromptRecord)
-    assert isinstance(b, PromptRecord)
-    assert [(a.id, a.prompt), (b.id, b.prompt)] == [("a", "a fox"), ("b", "two\nlines")]
-    assert str(c) == f"{folder}/c.txt: not UTF-8; save the file as UTF-8"
-    assert [count_prompts(str(tmp_path / name)) for name in ("p.parquet", "captions", "none.txt")] == [3, 3, None]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"no table", "damaged, or not Parquet"), (None, "'promt' is not a column")]
-)
-def test_a_wrong_parquet_file_is_refused_at_once(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "p.parquet"
-    if content is None:
-        parquet.write_table(pa.table({"promt": ["a"]}), path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(CascadeError, match=message):
-        read_prompts(str(path), 0)
-
-
 def test_strict_stops_at_the_first_bad_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.jsonl").write_text('"a"\nbad\n"b"\n')
     status, _, stderr = generate(capsys, model, tmp_path / "out", "--strict", "--prompts", tmp_path / "p.jsonl")
@@ -274,16 +190,22 @@ def test_strict_stops_at_the_first_bad_line(model: Path, tmp_path: Path, capsys:
 # --- while it runs -----------------------------------------------------------------------------------------
 
 
+def drawing(after: Callable[[int, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """`draw_batch`, whose results, counted from 0, `after` may change."""
+    count = iter(range(100))
+    return lambda *arguments, **more: after(next(count), draw_batch(*arguments, **more))
+
+
 def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, draw_batch, count = tmp_path / "out", CascadePipeline.draw_batch, iter(range(100))
+    out = tmp_path / "out"
 
-    def spoiled(*arguments: Any) -> Any:
-        return draw_batch(*arguments) * (float("nan") if next(count) == 2 else 1)
+    def spoil(number: int, x: Tensor) -> Tensor:
+        return x * (float("nan") if number == 2 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CascadePipeline, "draw_batch", spoiled)
+        patch.setattr("cascade.batch.engine.draw_batch", drawing(after=spoil))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout) == (1, f"5 pictures in {out}, 1 failed\n")
     assert "numbers that are not finite" in stderr
@@ -296,15 +218,15 @@ def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
 def test_sigterm_finishes_the_picture_at_hand_and_the_same_command_continues(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, draw_batch, count = tmp_path / "out", CascadePipeline.draw_batch, iter(range(100))
+    out = tmp_path / "out"
 
-    def terminated(*arguments: Any) -> Any:
-        if next(count) == 2:
+    def terminate(number: int, x: Tensor) -> Tensor:
+        if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw_batch(*arguments)
+        return x
 
     with monkeypatch.context() as patch:
-        patch.setattr(CascadePipeline, "draw_batch", terminated)
+        patch.setattr("cascade.batch.engine.draw_batch", drawing(after=terminate))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout, stderr) == (1, f"3 pictures in {out}\n", "cascade: stopped; the same command continues\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -323,6 +245,20 @@ def test_what_a_stopped_process_left_is_not_called_finished_by_the_first(
         status, _, stderr = generate(capsys, model, out)
     assert (status, stderr) == (1, "cascade: stopped; the same command continues\n")
     assert generate(capsys, model, out)[0] == 0
+
+
+def test_what_other_processes_found_of_an_earlier_run_counts_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two speaks for both: here the other one found all but picture 1 of what was there."""
+    out = tmp_path / "out"
+    assert generate(capsys, model, out)[0] == 0
+    sorted(out.glob("*.png"))[1].unlink()
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Output, "claim", lambda _, unit: unit == 1)
+    monkeypatch.setattr(Output, "is_everything_done", lambda _output, _last: True)
+    assert generate(capsys, model, out)[1] == f"6 pictures in {out}, 5 of them from before\n"
 
 
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
@@ -369,7 +305,7 @@ def test_what_one_process_finished_no_other_does_again_and_what_a_dead_one_left_
 def test_a_process_leaves_out_what_another_of_its_launch_has_done(tmp_path: Path) -> None:
     with Output(tmp_path / "out") as output:
         output.begin({"seed": 3})
-        output.process_count = 2
+        output.team.count = 2
         assert output.claim(0)
         output.finish(0)
         assert not output.claim(0)
@@ -434,22 +370,6 @@ def test_the_manifest_comes_as_a_table_too(model: Path, tmp_path: Path, capsys: 
         assert row == line | {"stages": None}
 
 
-def test_the_page_has_every_picture_and_needs_nothing_else(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert generate(capsys, model, tmp_path / "out", "--html", "--", "</script>", "a fox")[0] == 0
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert '"000001", "3", 8, 8]' in page  # the seed as text: JavaScript would round a large one
-    listed = json.loads("[" + page.partition("const pictures = [")[2].partition("\n];")[0] + "]")
-    shown = [(entry[0], entry[1]) for entry in listed]
-    assert shown == [
-        ("000000-script.png", "</script>"),
-        ("000001-a-fox.png", "a fox"),
-    ]
-    assert page.count("</script>") == 1
-    assert "://" not in page
-
-
 def test_pictures_past_ten_thousand_go_into_subfolders_by_index(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,16 +415,3 @@ def test_shards_need_a_seed_and_pictures_their_metadata(
         f"error: {tmp_path / 'p.jpg'}: not a readable picture: cannot identify image file {str(tmp_path / 'p.jpg')!r}",
         f"error: {tmp_path / 'none.png'}: no such file",
     ]
-
-
-def test_memory_does_not_grow_with_the_prompts(tmp_path: Path) -> None:
-    import tracemalloc
-
-    peaks = []
-    for count in (1_000, 20_000):
-        (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "fox {n}", "id": "{n}"}}\n' for n in range(count)))
-        tracemalloc.start()
-        assert not any(isinstance(record, Failure) for record in read_prompts(str(tmp_path / "p.jsonl"), 0))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 100_000

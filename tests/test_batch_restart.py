@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -297,24 +297,39 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(out: Path, process: subprocess.Popen[bytes], lines: int) -> None:
-    """Until the manifest has that many lines, or the process is done."""
-    manifest = out / "manifest.jsonl"
-    while process.poll() is None and not (manifest.exists() and manifest.read_bytes().count(b"\n") >= lines):
+def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Until something is reached, or the process is done."""
+    while process.poll() is None and not reached():
         time.sleep(0.001)
 
 
-def finish_after_kills(command: list[str], out: Path, kills: int, seed: int) -> int:
-    """Kill the command at `kills` moments, spread over its pictures, then let it finish. Kills that came in time."""
+def finish_after_kills(
+    command: list[str], moments: Sequence[Callable[[], bool]], seed: int, killed: Callable[[], object] = lambda: None
+) -> int:
+    """Kill the command soon after each of `moments`, then let it finish. Kills that came in time.
+
+    killed: called after each kill.
+    """
     rng, hits = random.Random(seed), 0
-    for number in range(kills):
+    for moment in moments:
         process = start(command)
-        wait_for(out, process, (number + 1) * PROMPTS // (kills + 1))
+        wait_for(process, moment)
         time.sleep(rng.uniform(0, 0.05))
         hits += process.poll() is None
         kill(process)
+        killed()
     assert start(command).wait(timeout=300) in (0, 1)
     return hits
+
+
+def spread(out: Path, kills: int) -> list[Callable[[], bool]]:
+    """Moments spread over the pictures: when the manifest has so many lines."""
+    manifest = out / "manifest.jsonl"
+    counts = [(number + 1) * PROMPTS // (kills + 1) for number in range(kills)]
+    return [
+        lambda count=count: manifest.exists() and manifest.read_bytes().count(b"\n") >= count  # type: ignore[misc]
+        for count in counts
+    ]
 
 
 CASCADE = [sys.executable, "-m", "cascade"]
@@ -323,7 +338,7 @@ CASCADE = [sys.executable, "-m", "cascade"]
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(model: Path, prompts: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hits = finish_after_kills([*CASCADE, *call(model, prompts, out)], out, kills=20, seed=0)
+    hits = finish_after_kills([*CASCADE, *call(model, prompts, out)], spread(out, 20), seed=0)
     assert hits >= 15
     assert_same(out, whole)
 
@@ -331,9 +346,29 @@ def test_twenty_kills_change_nothing(model: Path, prompts: Path, whole: Path, tm
 @pytest.mark.slow
 def test_kills_within_tar_shards_change_nothing(model: Path, prompts: Path, whole_tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hits = finish_after_kills([*CASCADE, *call(model, prompts, out, *TARS)], out, kills=3, seed=1)
+    hits = finish_after_kills([*CASCADE, *call(model, prompts, out, *TARS)], spread(out, 3), seed=1)
     assert hits == 3
     assert_same(out, whole_tars)
+
+
+@pytest.mark.slow
+def test_kills_while_smaller_pictures_wait_on_the_disk_change_nothing(
+    model: Path, prompts: Path, whole: Path, tmp_path: Path
+) -> None:
+    """With `--low-memory`, while the base stage draws, while the next one does, and while the last one does."""
+    out = tmp_path / "out"
+    command = [*CASCADE, *call(model, prompts, out, "--low-memory", "--window", PROMPTS)]
+    left: list[int] = []
+
+    def waiting() -> int:
+        return len(list((out / ".cascade" / "shelf").glob("*.npy")))
+
+    moments = [lambda: waiting() >= 3, lambda: waiting() >= PROMPTS + 6, lambda: len(contents(out)) >= 3]
+    hits = finish_after_kills(command, moments, seed=3, killed=lambda: left.append(waiting()))
+    assert hits == 3
+    assert 0 < left[0] < left[1] <= left[2]
+    assert_same(out, whole)
+    assert waiting() == 0
 
 
 @pytest.mark.slow
@@ -357,6 +392,6 @@ def test_two_processes_and_three_kills_change_nothing(
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [*LAUNCH, str(script), *call(model, prompts, out, *options)]
-    assert finish_after_kills(command, out, kills=3, seed=2) == 3
+    assert finish_after_kills(command, spread(out, 3), seed=2) == 3
     assert {path.name for path in log.iterdir()} == {"0-of-2", "1-of-2"}
     assert_same(out, whole_tars if options else whole)

@@ -25,6 +25,7 @@ LEAVES = {
     "errors",
     "seeds",
     "locks",
+    "scratch",
     "streaming",
     "_version",
 }
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "settings"},
     "images": {"errors"},
     "seeds": {"errors"},
+    "scratch": {"errors"},
     "streaming": {"errors"},
     "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
     "sampling": {"errors", "settings", "config"},
@@ -52,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": LEAVES | {"text"},
     "output": LEAVES,
     "slots": STAGE | {"text"},
-    "drawing": STAGE | {"text"},
+    "drawing": STAGE | {"text", "slots"},
     "save": STAGE | {"text", "slots"},
     "upscaling": STAGE | {"arguments"},
     "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
@@ -79,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
-    "integrations": STAGE | {"text", "data", "sampling", "pipeline"},
+    "integrations": STAGE | {"sampling", "prompts", "pipeline", "batch"},
     "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
 }
 # What stands at the top may import everything.

@@ -4,8 +4,9 @@ Reading (`cascade.prompts`), planning, drawing and writing know nothing of each 
 """
 
 from cascade.batch.engine import Drawn, Engine, Shelf, Undrawn
+from cascade.batch.layout import Layout
 from cascade.batch.metadata import describe, read_metadata
-from cascade.batch.output import Layout, Output
+from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Job, Task, plan
 from cascade.batch.progress import Bar, JsonLog, Progress
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch

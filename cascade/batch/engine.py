@@ -21,7 +21,7 @@ from cascade.batch.plan import DrawOptions, Task
 from cascade.checkpoint import atomic_file
 from cascade.config import SamplingConfig
 from cascade.diffusion.samplers import OnStep
-from cascade.drawing import Picture, Texts
+from cascade.drawing import Picture, Texts, draw_batch
 from cascade.images import to_uint8
 from cascade.pipeline import CascadePipeline
 from cascade.slots import StageSlot, is_out_of_memory, not_finite, running
@@ -206,7 +206,7 @@ class Engine:
         low = None
         if position:
             low = torch.stack([self._shelf.get(self._key(task, position - 1)) for task in full])
-        x = self.pipeline.draw_batch(
+        x = draw_batch(
             stage,
             settings,
             self.sizes[position],
@@ -217,6 +217,7 @@ class Engine:
             ),
             low,
             self._steps(stage.name, stage.count_steps(settings)),
+            device=self.pipeline.device,
         )[: len(batch)]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()
@@ -287,6 +288,7 @@ class _Texts:
             embeddings = self._pipeline.encode(missing)
             self._known |= {text: embeddings.select([row]) for row, text in enumerate(missing)}
         table = {text: row for row, text in enumerate(unique)}
+        self._known |= {text: self._known.pop(text) for text in unique}  # those of late stand last
         joined = join([self._known[text] for text in unique])
         for text in list(self._known)[: max(0, len(self._known) - _KEPT_TEXTS)]:
             del self._known[text]

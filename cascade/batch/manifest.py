@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 from cascade.errors import CascadeError
 from cascade.locks import held
+from cascade.scratch import ScratchTable
 
 _CHUNK = 1 << 20
 
 
 class Manifest:
-    """An open manifest, and a table of what it says. The table is SQLite's, on disk: memory stays flat."""
+    """An open manifest, and a table on the disk of what it says: memory stays flat."""
 
     def __init__(self, path: Path) -> None:
         """Opens or begins the file. Raises CascadeError when it cannot be written."""
@@ -31,13 +31,10 @@ class Manifest:
         self._read = 0
         self._tidy = True  # sorted, and a line a picture
         self._last = (-1, -1)
-        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._table.execute("PRAGMA synchronous = OFF")
-        self._table.execute(
+        self._table = ScratchTable(
             "CREATE TABLE finished (line INTEGER, number INTEGER, start INTEGER, length INTEGER,"
             " PRIMARY KEY (line, number)) WITHOUT ROWID"
         )
-        self._table.execute("BEGIN")
 
     def close(self) -> None:
         os.close(self._handle)
@@ -56,9 +53,17 @@ class Manifest:
             ).fetchone()
             return None if row is None else json.loads(os.pread(self._handle, *row))
 
-    def count(self) -> int:
-        """Finished pictures that were read."""
-        return int(self._table.execute("SELECT COUNT(*) FROM finished").fetchone()[0])
+    @property
+    def size(self) -> int:
+        """Bytes of the whole lines that were read."""
+        return self._read
+
+    def count(self, before: int | None = None) -> int:
+        """Finished pictures that were read. before: only those whose lines begin before that byte."""
+        end = self._read if before is None else before
+        with self._mutex:
+            row = self._table.execute("SELECT COUNT(*) FROM finished WHERE start < ?", (end,)).fetchone()
+        return int(row[0])
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line, in one piece. Raises CascadeError when it cannot be written or the file is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[b
     buffer = io.BytesIO()
     text = json.dumps({name: entry[name] for name in (*_IN_PICTURE, "settings")})
     if format == "png":
-        image.save(buffer, format="PNG", pnginfo=_text_chunks(entry))
+        # Runs only: drawn pictures have hardly a string that returns, and looking for them takes most of the time.
+        image.save(buffer, format="PNG", pnginfo=_text_chunks(entry), compress_type=zlib.Z_RLE)
         return buffer.getvalue(), None
     exif = Image.Exif()
     fits = len(text) <= _LONGEST_EXIF

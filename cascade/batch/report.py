@@ -1,16 +1,26 @@
-"""What is made of a manifest: manifest.parquet, and a page that shows pictures beside their prompts."""
+"""What is made of a manifest: a table, a page that shows pictures beside their prompts, a contact sheet."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from PIL import Image
+
+from cascade.images import contact_sheet
+
 T = TypeVar("T")
-_ROWS = 1000  # in memory at a time
+GRID_CELL = 256
+"""Largest width of a picture on the contact sheet."""
+GRID_PICTURES = 100
+"""Pictures on the contact sheet, which shows the first ones."""
+_ROWS = 1000  # of a table, in memory at a time
+_PAGE = Path(__file__).with_name("page.html")
 
 
 def write_parquet(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -43,7 +53,8 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def write_page(entries: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     """One HTML file without anything from elsewhere: pictures beside prompts, searchable, loaded as they are seen."""
-    head, tail = _PAGE.replace("TITLE", _escaped(title)).split("PICTURES")
+    parts = _PAGE.read_text(encoding="utf-8").split("PICTURES")
+    head, tail = (part.replace("TITLE", _escaped(title)) for part in parts)
     with path.open("w", encoding="utf-8") as file:
         file.write(head)
         for number, entry in enumerate(entries):
@@ -58,65 +69,18 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>TITLE</title>
-<style>
-  body { font: 14px/1.4 system-ui, sans-serif; margin: 0; background: #fff; color: #222 }
-  header { position: sticky; top: 0; z-index: 1; background: #fff; padding: 12px 16px; border-bottom: 1px solid #ddd;
-           display: flex; gap: 16px; align-items: baseline }
-  h1 { font-size: 16px; margin: 0 }
-  input { flex: 1; max-width: 40em; font: inherit; padding: 6px 10px; border: 1px solid #999; border-radius: 6px }
-  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px; padding: 16px }
-  figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 300px }
-  figure[hidden] { display: none }
-  img { width: 100%; height: auto; background: #eee; border-radius: 4px; display: block }
-  figcaption { margin-top: 4px; overflow-wrap: anywhere; max-height: 8.4em; overflow-y: auto; unicode-bidi: plaintext }
-  small { color: #777; display: block; unicode-bidi: isolate }
-  @media (prefers-color-scheme: dark) {
-    body, header { background: #181818; color: #ddd } header { border-color: #444 }
-    input { background: #222; color: #ddd } img { background: #333 }
-  }
-</style>
-<header><h1>TITLE</h1><input type="search" placeholder="Search prompts, ids, seeds" autofocus><span></span></header>
-<main></main>
-<script>
-const pictures = [
-PICTURES
-];
-const main = document.querySelector("main"), count = document.querySelector("span");
-const figures = pictures.map(([file, prompt, id, seed, width, height]) => {
-  const figure = document.createElement("figure"), link = document.createElement("a");
-  const image = document.createElement("img"), caption = document.createElement("figcaption");
-  const more = document.createElement("small");
-  Object.assign(image, { loading: "lazy", decoding: "async", width, height, alt: prompt, src: file });
-  link.href = file;
-  link.append(image);
-  caption.textContent = prompt;
-  more.textContent = `${id} · seed ${seed}`;
-  figure.append(link, caption, more);
-  return figure;
-});
-main.append(...figures);
-const texts = pictures.map(([, prompt, id, seed]) => `${prompt} ${id} ${seed}`.toLowerCase());
-function search(words) {
-  let shown = 0;
-  texts.forEach((text, index) => {
-    const found = words.every(word => text.includes(word));
-    figures[index].hidden = !found;
-    shown += found;
-  });
-  count.textContent = `${shown} of ${texts.length}`;
-}
-const input = document.querySelector("input");
-input.addEventListener("input", () => {
-  search(input.value.toLowerCase().split(/\\s+/).filter(Boolean));
-  history.replaceState(null, "", input.value ? "#" + encodeURIComponent(input.value) : location.pathname);
-});
-input.value = decodeURIComponent(location.hash.slice(1));
-search(input.value.toLowerCase().split(/\\s+/).filter(Boolean));
-</script>
-</html>
-"""
+def write_grid(
+    entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
+) -> None:
+    """A contact sheet of the first pictures, PNG. read: the content of a file of the manifest, or None."""
+    labels, images = [], []
+    for entry in islice(entries, GRID_PICTURES):
+        content = read(entry["file"])
+        if content is not None:
+            thumbnail = Image.open(io.BytesIO(content)).convert("RGB")
+            thumbnail.thumbnail((GRID_CELL, GRID_CELL))
+            images.append(thumbnail)
+            labels.append(" ".join(entry["prompt"].split())[:60])
+    if images:
+        sheet = contact_sheet(images, columns or max(1, round(len(images) ** 0.5)), labels)
+        sheet.save(path, format="PNG")

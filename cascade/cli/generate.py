@@ -15,15 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, number, per_stage, threshold_value, whole_number
+from cascade.sampling import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from cascade.batch import DrawOptions, Layout, Output, Progress, Summary
     from cascade.pipeline import CascadePipeline
-
-SAMPLING = ("steps", "guidance", "sampler", "aug_level", "threshold")
-"""Options with one value for all stages or one for each."""
 
 
 def for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable[[Any], Any]:
@@ -186,7 +183,7 @@ class Request:
 
     def _check_split(self, output: Output) -> None:
         """Several processes read the same prompts and must know the same seed."""
-        if output.process_count > 1 and self.file == "-":
+        if output.team.count > 1 and self.file == "-":
             raise CascadeError("--prompts -: several processes cannot share standard input; name a file")
         if self.shard[1] > 1 and self.seed is None:
             raise CascadeError("--shard: shards need the same seed; give one with --seed")
@@ -197,7 +194,7 @@ class Request:
         from cascade.load import choose_device, choose_dtype, read_index
 
         device = choose_device(self.device)
-        own = ("seed", "num_images_per_prompt", "negative_prompt", *SAMPLING, "preset", "until", "height", "width")
+        own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
         stored = ("batch_size", "format", "save_stages")
         return {
             "versions": versions(),
@@ -225,7 +222,7 @@ class Request:
             until=self.until,
             height=self.height,
             width=self.width,
-            sampling={name: getattr(self, name) for name in SAMPLING},
+            sampling={name: getattr(self, name) for name in SETTINGS},
             preset=self.preset,
             batch_size=self.batch_size,
             window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
@@ -246,43 +243,45 @@ class Request:
         prompts = count_prompts(self.file) if self.file else len(self.prompts)
         if prompts is None:
             return None
-        return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.process_count))
+        return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.team.count))
 
     def _finish(self, output: Output, summary: Summary, run_seed: int) -> int:
         """What comes once all is drawn; with several processes, the first does it for all."""
-        output.wait_for_the_others()
+        output.team.wait_for_the_others()
         summary.stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
-        if output.rank > 0:
+        if output.team.rank > 0:
             return 0
         output.manifest.refresh()
-        pictures, failures = output.manifest.count(), output.failures()
+        pictures, kept, failures = output.manifest.count(), output.kept(), output.failures()
         if not summary.stopped:
             output.complete()
         self._write_extras(output)
         if self.seed is None:
             self._say(f"seed: {run_seed}")
-        kept = f", {summary.kept} of them from before" if summary.kept else ""
+        before = f", {kept} of them from before" if kept else ""
         failed = f", {failures} failed" if failures else ""
         page = f"; see {output.path('index', '.html')}" if self.html else ""
-        self._say(f"{pictures} picture{'s' * (pictures != 1)} in {self.out}{kept}{failed}{page}")
+        self._say(f"{pictures} picture{'s' * (pictures != 1)} in {self.out}{before}{failed}{page}")
         if summary.stopped:
             click.echo("cascade: stopped; the same command continues", err=True)
         if self.log_json:
-            click.echo(_event("end", pictures=pictures, kept=summary.kept, failures=failures, out=self.out))
+            click.echo(_event("end", pictures=pictures, kept=kept, failures=failures, out=self.out))
         return 1 if failures or summary.stopped else 0
 
     def _write_extras(self, output: Output) -> None:
-        from cascade.batch.report import write_page, write_parquet
+        from cascade.batch.report import write_grid, write_page, write_parquet
 
+        entries = output.manifest.entries
         if output.manifest.count() == 0:
             return
         if self.grid:
-            output.write_grid(columns=self.num_images_per_prompt if self.num_images_per_prompt > 1 else None)
+            columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
+            output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
         if self.manifest == "parquet":
-            output.write_with("manifest", ".parquet", lambda path: write_parquet(output.manifest.entries(), path))
+            output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
         if self.html:
             title = Path(self.out).resolve().name
-            output.write_with("index", ".html", lambda path: write_page(output.manifest.entries(), path, title))
+            output.write_with("index", ".html", lambda path: write_page(entries(), path, title))
 
     def _say(self, line: str) -> None:
         if not self.quiet and not self.log_json:

@@ -1,57 +1,73 @@
 """Ray Data: a dataset of prompts becomes a dataset of pictures, drawn by a pool of actors.
 
-Needs the extra `cascade-diffusion[ray]`. Seeds follow from (run seed, id) or (run seed, text), so that pictures depend
-neither on the number of actors nor on how Ray cuts the dataset.
+Needs the extra `cascade-diffusion[ray]`. A picture follows from its row and the run seed alone: neither the number of
+actors nor how Ray cuts the dataset changes it.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from cascade.batch import Drawn, DrawOptions, Engine, Job, Undrawn, describe, plan
+from cascade.batch.metadata import encode
 from cascade.errors import CascadeError
-from cascade.seeds import derive_seed
+from cascade.pipeline import CascadePipeline
+from cascade.prompts import COLUMNS, BadLineError, checked, record_of, without_nulls
+from cascade.sampling import SETTINGS, resolve_sampling
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import ray.data
+
+ADDED = ("number", "seed", "image", "error")
+"""Columns of the result; those of the prompts with these names are replaced."""
+_OPTIONS = {
+    "num_images_per_prompt": "num_images",
+    **{name: name for name in ("negative_prompt", "until", "height", "width", "preset", "batch_size")},
+}
+"""Arguments of a call and what `DrawOptions` calls them."""
 
 
 class Drawer:
-    """What an actor holds: a pipeline, loaded once. Rows that cannot be drawn come back with their error."""
+    """What an actor holds: a pipeline, loaded once."""
 
-    def __init__(self, model: str | None, options: Mapping[str, Any], run_seed: int, load: Mapping[str, Any]) -> None:
-        """options: of `CascadePipeline.__call__`, the same for every prompt. load: of `from_pretrained`."""
-        from cascade.pipeline import CascadePipeline
+    def __init__(self, model: str | None, load: Mapping[str, Any], options: DrawOptions) -> None:
+        """model, load: of `CascadePipeline.from_pretrained`. Raises CascadeError for what no row can mend."""
+        self._pipeline, self._options = CascadePipeline.from_pretrained(model, **load), options
+        resolve_sampling([slot.config for slot in self._pipeline.slots], options.preset, options.sampling)
+        self._engine = Engine(self._pipeline, options)
 
-        self._pipeline = CascadePipeline.from_pretrained(model, **load)
-        self._options, self._run_seed = dict(options), run_seed
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A row for each picture, in the order of the prompts; and one for each prompt that cannot be drawn."""
+        prompts = table.select([name for name in table.column_names if name in COLUMNS])
+        jobs = [self._planned(row) for row in prompts.to_pylist()]
+        tasks = [task for job in jobs if isinstance(job, Job) for task in job.tasks()]
+        drawn = {result.task: result for result in self._engine.draw(tasks)} if tasks else {}
+        rows: list[int] = []
+        added: list[dict[str, Any]] = []
+        for row, job in enumerate(jobs):
+            pictures = [self._picture(drawn[task]) for task in job.tasks()] if isinstance(job, Job) else [_failed(job)]
+            rows += [row] * len(pictures)
+            added += pictures
+        return _joined(table, rows, added)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of columns with the columns `seed`, `image` (PNG bytes) and `error` (None or text) added."""
-        count = len(batch["prompt"])
-        rows = [{name: column[row] for name, column in batch.items()} for row in range(count)]
-        drawn = [self._drawn(row) for row in rows]
-        added = {name: [result[name] for result in drawn] for name in ("seed", "image", "error")}
-        return {
-            **{name: column for name, column in batch.items() if name != "seed"},
-            "seed": np.array(added["seed"], dtype=np.int64),
-            "image": _objects(added["image"]),
-            "error": _objects(added["error"]),
-        }
-
-    def _drawn(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One picture, alone: then it is the same however the dataset was cut."""
-        seed = _seed(row, self._run_seed)
+    def _planned(self, row: Mapping[str, Any]) -> Job | str:
+        """What is to be drawn for a row, or why it cannot be."""
         try:
-            image = self._pipeline(str(row["prompt"]), seed=seed, **self._options).images[0]
-        except CascadeError as error:
-            return {"seed": seed, "image": b"", "error": str(error)}
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return {"seed": seed, "image": buffer.getvalue(), "error": ""}
+            record = record_of(checked(without_nulls(row)), self._options.run_seed, origin="row")
+            return plan(self._pipeline, record, self._options)
+        except (BadLineError, CascadeError) as error:
+            return str(error)
+
+    def _picture(self, result: Drawn | Undrawn) -> dict[str, Any]:
+        task = result.task
+        said = {"number": task.number, "seed": task.job.record.seed}
+        if isinstance(result, Undrawn):
+            return _failed(result.reason) | said
+        content, _ = encode(result.image, describe(self._pipeline, result, self._options), "png")
+        return {**said, "image": content, "error": None}
 
 
 def generate(
@@ -60,46 +76,73 @@ def generate(
     model: str | None = None,
     seed: int = 0,
     concurrency: int | tuple[int, int] = 1,
-    batch_size: int = 16,
+    rows: int = 16,
     num_gpus: float = 0,
     num_cpus: float = 1,
     device: str | None = None,
     dtype: str | None = None,
     **options: Any,
 ) -> ray.data.Dataset:
-    """A dataset with a column `prompt`, and perhaps `id` and `seed`, gets the columns `seed`, `image` and `error`.
+    """A dataset of prompts -> a dataset of pictures, a row a picture.
 
-    image: PNG bytes, empty where `error` says why. concurrency: actors, or (fewest, most). batch_size: rows that an
-    actor takes at a time. num_gpus, num_cpus: of each actor. options: as in `CascadePipeline.__call__`.
-    Raises CascadeError when ray is not installed.
+    Each row needs a `prompt`, and may have what a line of a prompt file may: `id`, `seed`, `negative_prompt`,
+    `num_images`, `guidance`, `steps` (the last two a value, or {stage: value}); what is null is as the call says. All
+    columns are kept, and these added: `number` of the picture among those of its prompt, `seed`, `image` (PNG, which
+    says what drew it) or null, and `error`, null or why there is no picture.
+
+    A row without a seed gets one from (seed, id), or without an id from (seed, text), as the first line with that text
+    in a prompt file would. A dataset has no order, so nothing says how often a text occurred before: rows that repeat
+    a text and have neither id nor seed get equal pictures. For different ones ask for `num_images`, or give ids.
+
+    model, device, dtype: of `CascadePipeline.from_pretrained`. concurrency: actors, or (fewest, most). rows: that an
+    actor takes at a time. num_gpus, num_cpus: of each actor; Ray gives it as many threads as CPUs. options: of
+    `CascadePipeline.__call__`, where a row says nothing else; batch_size: pictures per network call, or "auto".
+    Raises CascadeError when ray is not installed, for an unknown option, and when the dataset has no `prompt`.
     """
     try:
-        import ray.data  # noqa: F401 - only whether it is there
+        from ray.data import ActorPoolStrategy
     except ImportError:
         raise CascadeError("ray is not installed; pip install 'cascade-diffusion[ray]'") from None
+    columns = dataset.columns(fetch_if_missing=False)  # None: only known once it runs; then each row says what it lacks
+    if columns is not None and "prompt" not in columns:
+        raise CascadeError(f"the dataset has no column prompt; it has {', '.join(columns)}")
+    fewest, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     return dataset.map_batches(
         Drawer,
-        fn_constructor_args=(model, options, seed, {"device": device, "dtype": dtype}),
-        batch_size=batch_size,
-        concurrency=concurrency,
+        fn_constructor_args=(model, {"device": device, "dtype": dtype}, draw_options(seed, options)),
+        batch_size=rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=fewest, max_size=most),
         num_gpus=num_gpus,
         num_cpus=num_cpus,
     )
 
 
-def _seed(row: Mapping[str, Any], run_seed: int) -> int:
-    """The row's own, or one from its id or its text."""
-    own = row.get("seed")
-    if own is not None and own == own:  # NaN is what a null of a column of numbers becomes
-        return int(own)
-    identifier = row.get("id")
-    return (
-        derive_seed(run_seed, "id", str(identifier)) if identifier else derive_seed(run_seed, "text", row["prompt"], 0)
-    )
+def draw_options(run_seed: int, options: Mapping[str, Any]) -> DrawOptions:
+    """Arguments of `CascadePipeline.__call__` as a run has them. Raises CascadeError for an unknown one."""
+    names = (*_OPTIONS, *SETTINGS)
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(names)}"
+            raise CascadeError(f"{name!r} is not an option; {hint}")
+    plain = {own: options[name] for name, own in _OPTIONS.items() if name in options}
+    return DrawOptions(run_seed=run_seed, sampling={name: options.get(name) for name in SETTINGS}, **plain)
 
 
-def _objects(values: list[Any]) -> np.ndarray:
-    """A column of bytes or text that NumPy does not pad or cut."""
-    column = np.empty(len(values), dtype=object)
-    column[:] = values
-    return column
+def _failed(reason: str) -> dict[str, Any]:
+    return {"number": None, "seed": None, "image": None, "error": reason}
+
+
+def _joined(table: pa.Table, rows: Sequence[int], added: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Row `rows[n]` of the table beside the n-th of `added`."""
+    import pyarrow as pa
+
+    types = dict(zip(ADDED, (pa.int64(), pa.int64(), pa.binary(), pa.string()), strict=True))
+    if list(rows) != list(range(len(table))):  # a copy, only where a prompt has several pictures
+        table = table.take(pa.array(rows, pa.int64()))
+    kept = table.select([name for name in table.column_names if name not in ADDED])
+    columns = pa.Table.from_pylist(list(added), pa.schema(list(types.items())))
+    for name in ADDED:
+        kept = kept.append_column(name, columns[name])
+    return kept

@@ -1,0 +1,79 @@
+"""Finished pictures: files in a store, each with its line in the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.batch.engine import Drawn
+from cascade.batch.layout import Layout
+from cascade.batch.manifest import Manifest, what_made
+from cascade.batch.metadata import FORMATS, encode, sidecar
+from cascade.batch.stores import Store, sha256
+from cascade.errors import CascadeError
+
+_OF_THE_FILE = ("file", "stages", "sha256", "seconds")
+
+
+class Pictures:
+    """What a folder holds. A picture is there when its file is whole and its line says so."""
+
+    def __init__(self, folder: Path, layout: Layout, store: Store, manifest: Manifest) -> None:
+        """folder: for messages."""
+        self._folder, self._layout, self._store, self._manifest = folder, layout, store, manifest
+
+    def has(self, index: int, number: int, made_by: Mapping[str, Any]) -> bool:
+        """Whether a picture is finished and whole.
+
+        made_by: prompt, seed and settings, as a line of the manifest would say. Raises CascadeError when another
+        picture stands there.
+        """
+        known = self._manifest.find(index, number)
+        if known is None:
+            return False
+        if what_made(known) != what_made(made_by):
+            raise CascadeError(
+                f"{self._folder}: {known['file']} was drawn from another prompt, seed or settings than prompt {index}"
+                " of this run; name another folder with --out, or --overwrite"
+            )
+        content = self._store.read(known["file"])
+        whole = content is not None and sha256(content) == known["sha256"]
+        there = all(self._store.read(name) is not None for name in known.get("stages", {}).values())
+        return whole and there and all(self._store.read(name) == text for name, text in self._companions(known).items())
+
+    def write(self, drawn: Drawn, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a picture whole, then its line of the manifest, which is returned. Raises OSError, CascadeError."""
+        task, ending = drawn.task, FORMATS[self._layout.picture_format]
+        index, count = task.job.record.index, task.job.num_images
+        files: dict[str, bytes] = {}
+        kept: dict[str, str] = {}
+        *smaller, largest = sorted(drawn.stages)
+        for resolution in smaller:
+            kept[str(resolution)] = self._stage_name(index, task.stem, resolution, ending, count)
+            files[kept[str(resolution)]] = encode(drawn.stages[resolution], entry, self._layout.picture_format)[0]
+        file = self._store.name(index, task.stem, ending, count)
+        content, beside = encode(drawn.stages[largest], entry, self._layout.picture_format)
+        if beside is not None:
+            files[sidecar(file)] = beside
+        files |= self._companions({**entry, "file": file})
+        files[file] = content  # last: if it is there, the others are
+        self._store.write(files)
+        stages = {"stages": kept} if kept else {}
+        line = {**entry, "file": file, **stages, "sha256": sha256(content), "seconds": round(drawn.seconds, 3)}
+        self._manifest.append(line)
+        return line
+
+    def _companions(self, line: Mapping[str, Any]) -> dict[str, bytes]:
+        """What stands beside a picture in a tar: its line of the manifest without times and names, and its prompt."""
+        if not self._layout.in_tars:
+            return {}
+        stem = str(line["file"]).rpartition(".")[0]
+        entry = {name: value for name, value in line.items() if name not in _OF_THE_FILE}
+        return {f"{stem}.json": json.dumps(entry).encode(), f"{stem}.txt": line["prompt"].encode()}
+
+    def _stage_name(self, index: int, stem: str, resolution: int, ending: str, count: int) -> str:
+        if self._layout.in_tars:
+            return self._store.name(index, stem, f"{resolution}.{ending}", count)
+        return "stages/" + self._store.name(index, f"{stem}-{resolution}", ending, count)

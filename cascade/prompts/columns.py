@@ -1,0 +1,152 @@
+"""What a line may say: the columns, the types and ranges of their values."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cascade.errors import CascadeError
+from cascade.prompts.record import BadLineError
+from cascade.sampling import number, per_stage, whole_number
+from cascade.seeds import MAX_SEED
+from cascade.text.captions import well_formed
+
+_MOST = 1_000_000  # steps, or pictures of one prompt
+_LARGEST_EXACT = 2**53  # beyond it a float64 no longer holds every whole number
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the error handler `surrogateescape` makes of other bytes
+
+
+def checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a line, of the right types; those not given are left out. Raises BadLineError."""
+    values = {}
+    for column, value in row.items():
+        if column not in _COLUMNS:
+            raise BadLineError(_unknown(column))
+        if value is not None:
+            values[column] = _COLUMNS[column](column, value)
+    if not values.get("prompt"):
+        raise BadLineError("prompt is missing")
+    return values
+
+
+def check_header(header: Sequence[str], origin: str) -> None:
+    """A wrong header spoils every line below it. Raises CascadeError."""
+    for column in header:
+        if column not in _COLUMNS:
+            raise CascadeError(f"{origin}: {_unknown(column)}")
+    if "prompt" not in header or len(set(header)) != len(header):
+        raise CascadeError(f"{origin}: expected a header with each column once, among them prompt")
+
+
+def from_text(column: str, cell: str) -> Any:
+    """The value that the text of a cell stands for. Raises BadLineError."""
+    try:
+        match column:
+            case "seed" | "num_images":
+                return whole_number(cell)
+            case "guidance":
+                return per_stage(cell, number)
+            case "steps":
+                return per_stage(cell, whole_number)
+    except ValueError as error:
+        raise BadLineError(f"{column}: {error}") from None
+    return cell.strip()
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table without what is not given: null, and NaN, which pandas writes for it.
+
+    In {stage: value} too: there a table has every stage of any row.
+    """
+    values = {}
+    for column, value in row.items():
+        kept = {name: own for name, own in value.items() if not _is_null(own)} if isinstance(value, dict) else value
+        if not _is_null(kept) and kept != {}:
+            values[column] = kept
+    return values
+
+
+def utf8(text: str) -> str:
+    """`text`, if its bytes were UTF-8. Raises BadLineError."""
+    if _NOT_UTF8.search(text):
+        raise BadLineError("not UTF-8; save the file as UTF-8")
+    return text
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _unknown(column: str) -> str:
+    close = difflib.get_close_matches(column, _COLUMNS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(_COLUMNS)}"
+    return f"{well_formed(column)!r} is not a column; {hint}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "a number of many digits"
+    text = json.dumps(value, default=str)  # a table may hold what JSON does not: dates, bytes
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _text(column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadLineError(f"{column}: expected text, found {_shown(value)}")
+    return well_formed(utf8(value)).strip()
+
+
+def _identifier(column: str, value: Any) -> str:
+    """An id may be a number in JSON."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(column, value)
+    if not text:
+        raise BadLineError(f"{column}: is empty")
+    return text
+
+
+def _whole(column: str, value: Any, minimum: int, maximum: int) -> int:
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT:
+        value = int(value)  # a column of numbers, some of them missing, is one of floats for pandas
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise BadLineError(f"{column}: expected a whole number in {minimum}..{maximum}, found {_shown(value)}")
+    return value
+
+
+def _weight(column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+        raise BadLineError(f"{column}: expected a number of at least 0, found {_shown(value)}")
+    return float(value)
+
+
+def _each_stage(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """`check` for one value, or for each of {stage: value}."""
+
+    def checked(column: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {stage: check(f"{column}.{stage}", own) for stage, own in value.items()}
+        return check(column, value)
+
+    return checked
+
+
+def _at_least_one(column: str, value: Any) -> int:
+    return _whole(column, value, 1, _MOST)
+
+
+_COLUMNS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": _text,
+    "seed": lambda column, value: _whole(column, value, 0, MAX_SEED),
+    "negative_prompt": _text,
+    "id": _identifier,
+    "num_images": _at_least_one,
+    "guidance": _each_stage(_weight),
+    "steps": _each_stage(_at_least_one),
+}
+
+COLUMNS = tuple(_COLUMNS)
+"""Names of the columns."""

@@ -1,0 +1,116 @@
+"""Formats of prompt files: numbered lines, or a table, become rows of values by column."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TypeAlias
+
+from cascade.errors import CascadeError
+from cascade.prompts.columns import check_header, from_text, utf8, without_nulls
+from cascade.prompts.record import BadLineError
+
+Lines: TypeAlias = Iterable[tuple[int, str]]
+"""Numbered lines, without their ends."""
+
+Values: TypeAlias = "Mapping[str, Any] | BadLineError"
+"""The values of a row by column, or what is wrong with it."""
+
+Row: TypeAlias = tuple[int, Values]
+"""(line number, values or fault)."""
+
+
+def numbered_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates."""
+    for line, raw in enumerate(file, start=1):
+        text = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
+        yield line, text.removeprefix("\ufeff") if line == 1 else text
+
+
+def text_rows(lines: Lines) -> Iterator[Row]:
+    """A prompt a line."""
+    for line, text in lines:
+        if text.strip():
+            yield line, {"prompt": text.strip()}
+
+
+def json_rows(lines: Lines) -> Iterator[Row]:
+    """A JSON string or object a line."""
+    for line, text in lines:
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(utf8(text))
+        except BadLineError as error:
+            yield line, error
+        except json.JSONDecodeError as error:
+            yield line, BadLineError(f"not valid JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            yield line, BadLineError(f"not valid JSON: {error}")
+        else:
+            if isinstance(value, (str, dict)):
+                yield line, {"prompt": value} if isinstance(value, str) else value
+            else:
+                yield line, BadLineError("expected a JSON string or object")
+
+
+def csv_rows(lines: Lines, name: str) -> Iterator[Row]:
+    """Rows below a header that names the columns. An empty cell counts as not given.
+
+    Raises CascadeError, which begins with `name`, when the header is wrong.
+    """
+    current = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal current
+        for line, text in lines:
+            current = line
+            yield text + "\n"
+
+    reader = csv.reader(texts())
+    header = _header(reader)
+    if header:
+        check_header(header, f"{name}:{current}")
+    while header:
+        first = current + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield first, BadLineError(f"not valid CSV: {error}")
+            continue
+        if any(cell.strip() for cell in cells):
+            yield first, _csv_row(header, cells)
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    """The first row that is not blank; empty when there is none, or it is no row."""
+    try:
+        rows = ([cell.strip() for cell in cells] for cells in reader)
+        return next((cells for cells in rows if any(cells)), [])
+    except csv.Error:
+        return ["not valid CSV"]
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
+    if len(cells) != len(header):
+        return BadLineError(f"{len(cells)} cells, the header has {len(header)}")
+    try:
+        return {column: from_text(column, cell) for column, cell in zip(header, cells, strict=True) if cell.strip()}
+    except BadLineError as error:
+        return error
+
+
+def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
+    """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        check_header(table.schema_arrow.names, name)
+        rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        yield from enumerate(map(without_nulls, rows), start=1)
+    except ArrowException as error:
+        raise CascadeError(f"{name}: damaged, or not Parquet: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,57 @@
+"""A prompt to draw with what its line says of it, or what is wrong with the line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cascade.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt to draw, and what its line says of it; None: as the call says.
+
+    index: its place among the prompts of the file, bad lines counted, so that mending one moves no other.
+    origin: `file:line`, for messages.
+    """
+
+    index: int
+    prompt: str
+    seed: int
+    origin: str = "command line"
+    id: str | None = None
+    negative_prompt: str | None = None
+    num_images: int | None = None
+    guidance: float | dict[str, float] | None = None
+    steps: int | dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A line of a prompt file, or a picture of one, that cannot be drawn, and why. index: the line's place."""
+
+    origin: str
+    reason: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
+
+class BadLineError(ValueError):
+    """What is wrong with one line."""
+
+
+def record_of(
+    values: Mapping[str, Any], run_seed: int, *, earlier: int = 0, index: int = 0, origin: str
+) -> PromptRecord:
+    """A record of checked values. Its seed: their own; or from (run seed, id); or from (run seed, text, earlier).
+
+    earlier: how often that text occurred before.
+    """
+    identifier = values.get("id")
+    named = ("id", identifier) if identifier else ("text", values["prompt"], earlier)
+    seed = derive_seed(run_seed, *named)
+    return PromptRecord(index, origin=origin, **{"seed": seed, **values})
