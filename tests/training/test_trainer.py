@@ -334,7 +334,7 @@ def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
         loads.append(settings)
         return encoder
 
-    monkeypatch.setattr(load, "load_plain_text_encoder", counted)
+    monkeypatch.setattr("cascade.load.training.load_plain_text_encoder", counted)
     text = load.load_text_encoder(config)
     text.encode(["a red fox", ""])
     assert not loads
