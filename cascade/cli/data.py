@@ -11,8 +11,9 @@ import click
 from cascade.cli.train import find_config
 
 if TYPE_CHECKING:
-    from cascade.config import StageConfig, TextConfig
+    from cascade.config import StageConfig
     from cascade.data.survey import Survey
+    from cascade.text.tokens import TokenCounter
 
 _NAMED = 5  # problems and copies that are written out
 
@@ -31,13 +32,16 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     """
     from cascade.checkpoint import atomic_file
     from cascade.data.survey import survey, view_sheet
-    from cascade.load import load_train_config
+    from cascade.load import load_train_config, text_encoder_source
+    from cascade.text.tokens import TokenCounter
 
     settings = load_train_config(find_config(config), assignments)
+    # First, because a wrong encoder should be told before a million pictures are decoded.
+    counter = TokenCounter(text_encoder_source(settings.text), settings.text.captions)
     surveys = [survey(source, settings.stage, limit, settings.data.workers) for source in settings.data.sources]
     for found in surveys:
         click.echo("\n".join(describe(found, settings.stage)))
-    click.echo(caption_lengths(surveys, settings.text))
+    click.echo(caption_lengths(surveys, counter, settings.text.max_length))
     picture = view_sheet(settings.data, settings.stage, settings.training.seed, views)
     with atomic_file(Path(sheet)) as temporary:
         picture.save(temporary, format="PNG")
@@ -62,19 +66,16 @@ def describe(found: Survey, stage: StageConfig) -> list[str]:
     return lines
 
 
-def caption_lengths(surveys: Iterable[Survey], text: TextConfig) -> str:
-    """How many tokens the captions have, and how many of them the encoder would cut."""
-    from cascade.load import text_encoder_source
-    from cascade.text.tokens import TokenCounter
-
+def caption_lengths(surveys: Iterable[Survey], counter: TokenCounter, longest: int) -> str:
+    """How many tokens the captions have, and how many of them an encoder that keeps `longest` would cut."""
     captions = list({caption for found in surveys for caption in found.captions})
-    lengths = sorted(TokenCounter(text_encoder_source(text), text.captions).count(captions))
+    lengths = sorted(counter.count(captions))
     if not lengths:
         return "captions: none"
-    cut = sum(length > text.max_length for length in lengths)
+    cut = sum(length > longest for length in lengths)
     return (
         f"captions: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]};"
-        f" {cut:,} of {len(lengths):,} are longer than text.max_length {text.max_length} and would be cut"
+        f" {cut:,} of {len(lengths):,} are longer than text.max_length {longest} and would be cut"
     )
 
 
