@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade.cli.generate import SAMPLING, for_stages
+from cascade.cli.generate import for_stages
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, number, resolve_sampling, threshold_value, whole_number
+from cascade.sampling import PRESETS, SETTINGS, number, resolve_sampling, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def upscale(
 
     targets = _targets(images, Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
-    sampling = {name: options[name] for name in SAMPLING}
+    sampling = {name: options[name] for name in SETTINGS}
     resolve_sampling([slot.config for slot in pipeline.slots], options["preset"], sampling)  # told once, not each time
     failed = 0
     for image, target in targets.items():
