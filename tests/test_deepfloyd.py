@@ -71,7 +71,7 @@ def test_the_network_equals_diffusers(peers: dict[bool, tuple[Path, Any]], enlar
 
 @torch.inference_mode()
 def test_a_wide_network_whose_convolutions_are_transformed_equals_diffusers_as_well(tmp_path: Path) -> None:
-    """In float32 to its rounding; in bfloat16 it is hardly further from float32 than diffusers is."""
+    """In float32 to its rounding; in bfloat16 it is not much further from float32 than diffusers is."""
     make_if(tmp_path / "if")
     wide = {"block_out_channels": [256, 256], "layers_per_block": [1, 1], "attention_head_dim": 64}
     peer = make_unet(False, **wide)
