@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cascade.models.winograd import AT_ONCE
+
 MEETING = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
 """Which of three taps meet the first, which the second small pixel, in even and in odd rows or columns."""
 
@@ -18,8 +20,11 @@ MEETING = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
 def transform_kernel(weight: Tensor) -> Tensor:
     """(C, C_in, 3, 3) -> (2, 2, C, 2, 2, C_in): for even and odd rows, even and odd columns, a kernel channels last."""
     meeting = torch.tensor(MEETING, dtype=torch.promote_types(weight.dtype, torch.float32))
-    kernels = torch.einsum("rai,ocij,sbj->rsoabc", meeting, weight.to(meeting.dtype), meeting)
-    return kernels.to(weight.dtype).contiguous()
+    channels, channels_in = weight.shape[:2]
+    kernel = weight.new_empty(2, 2, channels, 2, 2, channels_in)
+    for part, place in zip(weight.split(AT_ONCE), kernel.split(AT_ONCE, dim=2), strict=True):
+        place.copy_(torch.einsum("rai,ocij,sbj->rsoabc", meeting, part.to(meeting.dtype), meeting))
+    return kernel
 
 
 def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:

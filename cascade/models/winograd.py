@@ -17,13 +17,18 @@ from torch import Tensor
 BAND_BYTES = 16_000_000
 """Of a band's transformed rows at most. Smaller ones stay in the cache, but the kernel is then packed more often."""
 
+AT_ONCE = 64
+"""Channels whose kernels are transformed together: what bfloat16 needs in float32 meanwhile stays small."""
+
 
 def transform_kernel(weight: Tensor) -> Tensor:
     """(C, C_in, 3, 3) -> (16, C_in, C): G weight G^T, place by place."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=exact)
-    kernel = torch.einsum("ai,ocij,bj->abco", g, weight.to(exact), g)
-    return kernel.flatten(0, 1).to(weight.dtype).contiguous()
+    kernel = weight.new_empty(16, weight.shape[1], weight.shape[0])
+    for part, place in zip(weight.split(AT_ONCE), kernel.split(AT_ONCE, dim=2), strict=True):
+        place.copy_(torch.einsum("ai,ocij,bj->abco", g, part.to(exact), g).flatten(0, 1))
+    return kernel
 
 
 def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
