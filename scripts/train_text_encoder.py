@@ -1,8 +1,9 @@
 """Train a small T5 encoder and its vocabulary on a file of captions, one caption a line.
 
-    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --minutes 9
-    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --steps 1250 \\
+    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --steps 3652 \\
         --teacher --wordnet /usr/share/wordnet
+    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --minutes 9 \\
+        --batch-size 128 --learning-rate 2e-3 --embedding-rate 3
 
 A SentencePiece unigram vocabulary with byte fallback is learned first, then a T5 v1.1 encoder with a
 throw-away decoder by span corruption. With `--teacher` it also learns what words mean from a sentence encoder that
@@ -100,9 +101,9 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
 @click.option("--wordnet", type=click.Path(exists=True, file_okay=False, path_type=Path), help="WordNet's dict folder.")
 @click.option("--taught-captions", default=18_000, help="Captions among the texts that the teacher explains.")
 @click.option("--seed", default=0)
-@click.option("--batch-size", default=128, help="Captions per step.")
-@click.option("--learning-rate", default=2e-3, help="Peak, after warm-up.")
-@click.option("--embedding-rate", default=3.0, help="Factor on the learning rate for the embedding.")
+@click.option("--batch-size", default=24, help="Captions per step; without a teacher 128 is better.")
+@click.option("--learning-rate", default=1e-3, help="Peak, after warm-up.")
+@click.option("--embedding-rate", default=1.0, help="Of the embedding's learning rate; without a teacher 3.")
 @click.option("--warmup-steps", default=100)
 @click.option("--corruption", default=0.15, help="Share of the tokens that is hidden.")
 @click.option("--mean-span", default=2, help="Mean tokens in a hidden span; T5's 3 is long for captions.")

@@ -29,7 +29,7 @@ class Recorder:
     """In place of subprocess: makes what a part would make, and fails where it is told to."""
 
     def __init__(self, script: ModuleType, data: Path, out: Path) -> None:
-        self.results = {tuple(part.command()): part for part in script.parts(data, out, [])}
+        self.results = {tuple(part.command()): part for part in script.parts(data, out, list(script.TEXT_OPTIONS))}
         self.done: list[str] = []
         self.commands: list[list[str]] = []
         self.failing = ""
@@ -59,11 +59,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     stopped = CliRunner().invoke(script.main, arguments)
     assert stopped.exit_code == 1
     assert "sr256 ended with exit status 1" in stopped.output
-    assert recorder.done == ["data", "text", "cache", "base32", "base"]
+    assert recorder.done == ["data", "text", "cache", "base"]
     (out / "runs/bundled/sr256/checkpoints/step-00000500").mkdir(parents=True)
     recorder.failing = ""
     assert CliRunner().invoke(script.main, arguments).exit_code == 0
-    assert recorder.done == ["data", "text", "cache", "base32", "base", "sr256", "sr1024", "model"]
+    assert recorder.done == ["data", "text", "cache", "base", "sr256", "sr1024", "model"]
     resumed = [command for command in recorder.commands if "--resume" in command]
     assert [Path(command[4]).stem for command in resumed] == ["sr256"]
 
@@ -71,14 +71,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 def test_until_stops_after_a_part(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(script, tmp_path, tmp_path / "out")
     monkeypatch.setattr(script.subprocess, "run", recorder)
-    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--until", "base32"]
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--until", "base"]
     assert CliRunner().invoke(script.main, arguments).exit_code == 0
-    assert recorder.done == ["data", "text", "cache", "base32"]
+    assert recorder.done == ["data", "text", "cache", "base"]
 
 
 def test_each_run_writes_and_reads_where_the_parts_say(script: ModuleType, tmp_path: Path) -> None:
     results = {part.name: part.result for part in script.parts(tmp_path / "data", tmp_path, [])}
-    for name in script.RUNS:
+    for name in script.STAGES:
         config = load_train_config(script.CONFIGS / f"{name}.yaml")
         assert results[name] == tmp_path / config.output / "stage" / "stage.json"
         assert results["text"].parent == tmp_path / config.text.encoder
@@ -86,7 +86,7 @@ def test_each_run_writes_and_reads_where_the_parts_say(script: ModuleType, tmp_p
         assert results["cache"].parent == tmp_path / config.text.cache
         starts_from = config.training.init_from
         if starts_from is not None:
-            assert results["base32"] == tmp_path / starts_from / "stage" / "stage.json"
+            assert results[Path(starts_from).name] == tmp_path / starts_from / "stage" / "stage.json"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -64,7 +66,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
     """Draw subjects of both kinds with the base stage and measure them. Raises CascadeError without `--data`."""
     if request.data is None:
         raise CascadeError("--suite art: needs true pictures; make them with scripts/prepare_data.py and give --data")
-    training, held_out = read_art(request.data, "train"), read_art(request.data, "validation", "test")
+    training, held_out, known = _true_pictures(request.data)
     tower, published = load_tower(), Published.load(request)
     unseen, seen = choose(training, held_out, request.seed, request.limit)
     sets = {
@@ -72,7 +74,6 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         for name, items, art in (("unseen", unseen, held_out), ("training", seen, training))
         if items
     }
-    known = tower.features(to_float(training.pixels))
     figures: list[Figure] = []
     for name, drawn in sets.items():
         figures += retrieval(name, drawn, tower, _candidates(name, training, held_out, request.seed))
@@ -93,6 +94,13 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         settings={"prompts": len(unseen) + len(seen), "data_sha256": [training.digest, held_out.digest]},
         notes=["Unseen: subjects of the validation and test splits, flags left out. True pictures: the same prompts'."],
     )
+
+
+@lru_cache(maxsize=1)
+def _true_pictures(data: Path) -> tuple[Art, Art, Tensor]:
+    """The training pictures, the held-out ones, and the tower's features of the former: read once for many settings."""
+    training = read_art(data, "train")
+    return training, read_art(data, "validation", "test"), load_tower().features(to_float(training.pixels))
 
 
 # --- what is asked ---------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""Quality against network calls: the base stage drawn with each sampler, number of calls and guidance, one table.
+
+    python scripts/sweep_sampling.py [MODEL] --data prepared [--samplers dpm++,heun,ddim,ddpm] [--calls 4,8,16,32,64]
+
+First each sampler at each number of calls with the model's own guidance, then its own sampler and steps at each
+guidance. The figures are those of `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of
+each. A guided step evaluates the network for the prompt and for the negative prompt in one batch, which counts as one
+call; Heun's method calls it twice a step, but once in the last. "Of best" is the mean of every figure's share of the
+best in its column: the default should stand at 95 % or more with the fewest calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cascade import CascadePipeline
+from cascade.evaluation import art, scenes
+from cascade.evaluation.report import Report, Request
+
+HIGHER = {
+    "art": ("retrieval at 10 of 100, training subjects", "style obeyed"),
+    "scenes": ("attribute: shape", "attribute: colour", "all correct"),
+}
+DISTANCE = "sliced Wasserstein distance"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    sampler: str
+    calls: int
+    guidance: float
+
+    @property
+    def steps(self) -> int:
+        """How many steps make so many calls."""
+        return (self.calls + 1) // 2 if self.sampler == "heun" else self.calls
+
+    def sampling(self) -> Mapping[str, Any]:
+        """As arguments of the pipeline."""
+        return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
+
+
+def settings(own: Setting, samplers: list[str], calls: list[int], guidances: list[float]) -> Iterator[Setting]:
+    """All lines, the model's own among them, none twice."""
+    lines = [Setting(sampler, count, own.guidance) for sampler in samplers for count in calls]
+    lines += [Setting(own.sampler, own.calls, guidance) for guidance in guidances]
+    yield from dict.fromkeys([*lines, own])
+
+
+def figures(reports: Mapping[str, Report]) -> dict[str, float]:
+    """The columns by name."""
+    measured = {name: {figure.name: figure.value for figure in report.figures} for name, report in reports.items()}
+    columns = {name: measured[suite][name] for suite, names in HIGHER.items() if suite in measured for name in names}
+    if "art" in measured and DISTANCE in measured["art"]:
+        columns[DISTANCE] = measured["art"][DISTANCE]
+    return columns
+
+
+def of_best(rows: list[dict[str, float]]) -> list[float]:
+    """Each row's mean share of the best of every column; a column in which nothing scores says nothing."""
+    shares: list[list[float]] = [[] for _ in rows]
+    for name in rows[0]:
+        column = [row[name] for row in rows]
+        best = min(column) if name == DISTANCE else max(column)
+        if best > 0:
+            for own, value in zip(shares, column, strict=True):
+                own.append(best / value if name == DISTANCE else value / best)
+    return [statistics.mean(own) for own in shares]
+
+
+def split(text: str, kind: type) -> list[Any]:
+    """The values of a list with commas."""
+    return [kind(value) for value in text.split(",") if value]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", required=False)
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Without it: scenes alone.")
+@click.option("--samplers", default="dpm++,heun,ddim,ddpm")
+@click.option("--calls", default="4,8,16,32,64")
+@click.option("--guidances", default="1,2,3,4,6")
+@click.option("--limit", default=60, help="Prompts of each suite.")
+@click.option("--seed", default=0)
+def main(
+    model: str | None, data: Path | None, samplers: str, calls: str, guidances: str, limit: int, seed: int
+) -> None:
+    """Print the table."""
+    pipeline = CascadePipeline.from_pretrained(model)
+    base = pipeline.slots[0].config
+    default = base.sampling
+    own = Setting(
+        default.sampler, default.steps * 2 - 1 if default.sampler == "heun" else default.steps, default.guidance
+    )
+    lines = list(settings(own, split(samplers, str), split(calls, int), split(guidances, float)))
+    rows = []
+    for line in lines:
+        request = Request(seed=seed, limit=limit, data=data, sampling=line.sampling())
+        reports = {"scenes": scenes.run(pipeline, request)}
+        if data:
+            reports["art"] = art.run(pipeline, request)
+        rows.append(figures(reports))
+        click.echo(f"{line.sampler} {line.calls} {line.guidance}: {rows[-1]}", err=True)
+    click.echo(f"{pipeline.name}, seed {seed}, {limit} prompts a suite; * marks the default\n")
+    click.echo(f"| sampler | calls | guidance | {' | '.join(rows[0])} | of best |")
+    click.echo("|" + " --- |" * (len(rows[0]) + 4))
+    for line, row, score in zip(lines, rows, of_best(rows), strict=True):
+        mark = " *" if line == own else ""
+        cells = " | ".join(f"{value:.3f}" for value in row.values())
+        click.echo(f"| {line.sampler}{mark} | {line.calls} | {line.guidance:g} | {cells} | {score:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
