@@ -214,6 +214,16 @@ def test_tar_shards_hold_whole_samples_by_index(whole: Path, whole_tars: Path) -
     assert pictures == contents(whole)
 
 
+def test_a_picture_out_of_a_tar_is_drawn_again_to_the_same_bytes(
+    model: Path, whole_tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(whole_tars / "000001.tar") as file:
+        name = next(member.name for member in file.getmembers() if member.name.endswith(".png"))
+        (tmp_path / name).write_bytes(file.extractfile(name).read())  # type: ignore[union-attr]
+    call_again = ["--from-image", str(tmp_path / name), "--model", str(model), "--out", str(tmp_path / "again")]
+    assert run(capsys, "generate", *call_again)[:2] == (0, f"{tmp_path / 'again' / name}: the same bytes\n")
+
+
 def test_a_damaged_tar_is_mended_and_a_missing_one_drawn_again(
     model: Path, prompts: Path, whole_tars: Path, tmp_path: Path
 ) -> None:
