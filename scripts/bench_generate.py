@@ -1,19 +1,28 @@
 """Seconds, FLOPs, achieved GFLOP/s against this machine's convolution peak, and memory: per stage and whole.
 
     python scripts/bench_generate.py [--model MODEL] [--dtype float32] [--repeats 5]
+    python scripts/bench_generate.py --enlarge 256 --enlarge 1024 --enlarge 1024/512
 
-The peak is measured in the same run, with 3x3 convolutions at the widths that U-Nets use, before and after. The
-load is printed: a second busy process costs several times, so measure on a quiet machine.
+The peak is measured in the same run, with 3x3 convolutions at the widths that U-Nets use, before and after. The load is
+printed: a second busy process costs several times, so measure on a quiet machine.
+
+A second table has `pipeline.upscale` of pictures of --enlarge px to four times that, in tiles of the number after the
+stroke; each in a process of its own, because memory is the largest that a process ever had.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import click
+import psutil
 import torch
-from measure import convolution_peak, load_average, peak_memory
+from measure import convolution_peak, load_average, once, peak_memory
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +58,46 @@ def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> t
     }, steps
 
 
+class Enlarging(NamedTuple):
+    """What `pipeline.upscale` cost: median seconds, and peak memory above the loaded model in GB."""
+
+    seconds: float
+    memory: float
+
+
+def enlarge(model: str | None, dtype: str | None, device: str | None, size: int, tile: int | None) -> Enlarging:
+    """Enlarge a picture of size x size four times; once to warm up and thrice for the time."""
+    target = choose_device(device)
+    pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=choose_dtype(dtype, target))
+    pipeline.upscale(Image.new("RGB", (8, 8)), to=16, seed=0)  # what is loaded at the first use belongs to the model
+    loaded = psutil.Process().memory_info().rss / 1e9
+    picture = Image.effect_noise((size, size), 50).convert("RGB")
+
+    def act() -> None:
+        pipeline.upscale(picture, "a red apple, noto style", to=4 * size, tile=tile, seed=0)
+
+    act()
+    return Enlarging(statistics.median(once(act) for _ in range(3)), peak_memory() - loaded)
+
+
+def enlarging_table(
+    model: str | None, dtype: str | None, device: str | None, sizes: tuple[tuple[int, int | None], ...]
+) -> None:
+    """Print a line for each size and tile."""
+    print("\n| picture | becomes | tile | seconds | GB above the loaded model |\n| --- | --- | --- | --- | --- |")
+    for size, tile in sizes:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            cost = pool.submit(enlarge, model, dtype, device, size, tile).result()
+        line = f"| {size} px | {4 * size} px | {tile or ''} | {cost.seconds:.2f} | {cost.memory:.2f} |"
+        print(line, flush=True)
+
+
+def sizes_of(texts: tuple[str, ...]) -> tuple[tuple[int, int | None], ...]:
+    """`1024/512` as (1024, 512), `256` as (256, None)."""
+    parts = [text.partition("/") for text in texts]
+    return tuple((int(size), int(tile) if tile else None) for size, _, tile in parts)
+
+
 @click.command()
 @click.option("--model", default=None, help="Folder or hub id; default the bundled cascade.")
 @click.option("--prompt", default="a red apple, noto style")
@@ -56,10 +105,26 @@ def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> t
 @click.option("--device", default=None)
 @click.option("--preset", default=None)
 @click.option("--repeats", default=7, show_default=True)
+@click.option("--enlarge", "enlarged", multiple=True, default=("256", "1024"), show_default=True, metavar="PX[/TILE]")
 def main(
+    model: str | None,
+    prompt: str,
+    dtype: str | None,
+    device: str | None,
+    preset: str | None,
+    repeats: int,
+    enlarged: tuple[str, ...],
+) -> None:
+    """Print the tables."""
+    sizes = sizes_of(enlarged)
+    generation_table(model, prompt, dtype, device, preset, repeats)
+    enlarging_table(model, dtype, device, sizes)
+
+
+def generation_table(
     model: str | None, prompt: str, dtype: str | None, device: str | None, preset: str | None, repeats: int
 ) -> None:
-    """Print the table."""
+    """Print what a picture from a prompt costs, stage by stage."""
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     start = time.perf_counter()

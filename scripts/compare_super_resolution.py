@@ -3,8 +3,9 @@
     python scripts/compare_super_resolution.py runs/residual/stage runs/paper/stage --data data/test-256.parquet \\
         --text-encoder text_encoder --steps 1,2,4,8,16 --aug-levels 0.05
 
-A line for every stage, number of steps and noise level on the smaller picture; figures as docs/super-resolution.md
-defines them, means over the pictures. The smaller pictures are the truth's area means, rounded to 8 bits.
+A line for every stage, number of steps, noise level on the smaller picture and number of rounds of back-projection;
+figures as docs/super-resolution.md defines them, means over the pictures. The smaller pictures are the truth's area
+means, rounded to 8 bits, or those of --low-column (scripts/draw_low_pictures.py).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def numbers(text: str) -> list[float]:
 @click.option("--steps", default="1,2,4", show_default=True, callback=lambda _c, _p, text: numbers(text))
 @click.option("--aug-levels", default="0.05", show_default=True, callback=lambda _c, _p, text: numbers(text))
 @click.option("--consistency", default="0", show_default=True, callback=lambda _c, _p, text: numbers(text))
+@click.option("--low-column", default=None, help="Column of smaller pictures of their own (draw_low_pictures.py).")
 @click.option("--count", default=24, show_default=True, help="Pictures.")
 def main(
     stages: tuple[str, ...],
@@ -55,13 +57,14 @@ def main(
     steps: list[float],
     aug_levels: list[float],
     consistency: list[float],
+    low_column: str | None,
     count: int,
 ) -> None:
     """Print the table."""
     loaded = {path: load_stage(path) for path in stages}
     first = next(iter(loaded.values())).config
     assert first.low_resolution is not None, "a base stage enlarges nothing"
-    pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, seed=0)
+    pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, 0, low_column)
     encoder, tower = TextEncoder.from_pretrained(text_encoder), load_tower()
     texts = [Texts(encoder.encode([pair.caption]), encoder.encode([""])) for pair in pairs]
 

@@ -1,6 +1,7 @@
 """Smaller pictures as the stage before draws them, beside the true large ones: to train a stage on, or to judge it by.
 
-    python scripts/draw_low_pictures.py prepared/train-256-noto.parquet --stage sr256 --out prepared/drawn-256.parquet
+    python scripts/draw_low_pictures.py "prepared/train-256-*.parquet" --stage runs/bundled/base/stage \\
+        --text-encoder prepared/text_encoder --out prepared/drawn-256.parquet
 
 A picture that a base stage draws from words alone has no true large one. So the base stage redraws true pictures: the
 area mean is noised to a log SNR of --levels, and the stage goes on from there under the picture's caption, as it would
@@ -23,19 +24,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from prepare_data import encode, image_struct
+from prepare_data import FULL_SIZE, encode, image_struct
 from torch import Tensor
 
-from cascade import CascadePipeline, Stage
+from cascade import Stage, TextEncoder
 from cascade.conditioning import Conditioning
+from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
 from cascade.diffusion.noise import diffuse, noise_like
 from cascade.drawing import Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.load import load_stage
 from cascade.seeds import generator
 from cascade.stage import limit, run_sampler
 
 BATCH = 8
+Row = dict[str, Any]
 
 
 def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int, rng: list[torch.Generator]) -> Tensor:
@@ -49,25 +53,24 @@ def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int,
 
 
 @torch.inference_mode()
-def smaller(
-    pipeline: CascadePipeline, before: Stage, truth: Tensor, captions: list[str], level: float, steps: int, first: int
-) -> Tensor:
-    """What the stage before has for these true pictures (B, 3, H, W): uint8 (B, 3, h, w) of its own size."""
-    texts, config = pipeline.texts(captions), before.config
+def smaller(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: int, first: int) -> Tensor:
+    """What a stage draws in the place of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
+    config, numbers = stage.config, range(first, first + len(truth))
     if config.low_resolution is None:
-        rng = [generator(0, first + place, "redraw") for place in range(len(truth))]
-        return to_uint8(redrawn(before, downsample(truth, config.resolution), texts, level, steps, rng))
+        rng = [generator(0, number, "redraw") for number in numbers]
+        return to_uint8(redrawn(stage, downsample(truth, config.resolution), texts, log_snr, steps, rng))
     low = to_uint8(downsample(truth, config.low_resolution))
-    batch = [Picture(place, 0, first + place) for place in range(len(truth))]
-    return to_uint8(draw_batch(before, config.sampling, (config.resolution,) * 2, batch, texts, low))
+    batch = [Picture(place, 0, number) for place, number in enumerate(numbers)]
+    return to_uint8(draw_batch(stage, config.sampling, (config.resolution, config.resolution), batch, texts, low))
 
 
-def picture_of(row: dict[str, Any]) -> Tensor:
+def picture_of(row: Row) -> Tensor:
     """Float (1, 3, H, W) in [-1, 1]."""
-    return to_float(from_pil(Image.open(io.BytesIO(row["image"]["bytes"]))))[None]
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+        return to_float(from_pil(image))[None]
 
 
-def whole_of(row: dict[str, Any], sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def whole_of(row: Row, sources: dict[str, Row]) -> Row:
     """The row of the whole picture that a tile was cut from; a row that is no tile itself."""
     name, _, tile = row["id"].partition("@")
     if tile and name not in sources:
@@ -75,26 +78,29 @@ def whole_of(row: dict[str, Any], sources: dict[str, dict[str, Any]]) -> dict[st
     return sources[name] if tile else row
 
 
-def part_of(low: Tensor, tile: str, large: int, resolution: int) -> Tensor:
-    """The part of a smaller picture (1, 3, s, s) that shows a tile of `large` px, cut at `left,top` of `resolution`."""
-    scale = resolution // low.shape[-1]
+def part_of(low: Tensor, row: Row) -> Tensor:
+    """The part of a smaller picture (1, 3, s, s) that the row shows: all of it, but for tiles."""
+    tile = row["id"].partition("@")[2]
+    if not tile:
+        return low
+    scale, side = FULL_SIZE // low.shape[-1], picture_of(row).shape[-1]
     left, top = (int(number) // scale for number in tile.split(","))
-    return low[..., top : top + large // scale, left : left + large // scale]
+    return low[..., top : top + side // scale, left : left + side // scale]
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--model", default=None, help="Folder or hub id; default the bundled cascade.")
-@click.option("--stage", "name", required=True, help="The stage that the pictures are for; the one before it draws.")
+@click.option("--stage", "path", required=True, help="Folder of the stage that draws the smaller pictures.")
+@click.option("--text-encoder", required=True, help="Folder of the encoder that it was trained with.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
-@click.option("--whole", default=(), multiple=True, help="For tiles: files with the whole pictures, of any size.")
-@click.option("--count", default=400, show_default=True, help="Pictures, drawn by lot from all files.")
-@click.option("--levels", nargs=2, default=(1.0, 3.0), show_default=True, help="Range of log SNR of the noise.")
-@click.option("--steps", default=4, show_default=True, help="Steps from there.")
+@click.option("--whole", default=(), multiple=True, help="For tiles: files (or a pattern) with the whole pictures.")
+@click.option("--count", default=600, show_default=True, help="Pictures, drawn by lot from all files.")
+@click.option("--levels", nargs=2, default=(1.0, 3.0), show_default=True, help="Base stages: log SNR of the noise.")
+@click.option("--steps", default=4, show_default=True, help="Base stages: steps from there.")
 def main(
     files: tuple[str, ...],
-    model: str | None,
-    name: str,
+    path: str,
+    text_encoder: str,
     out: Path,
     whole: tuple[str, ...],
     count: int,
@@ -102,27 +108,23 @@ def main(
     steps: int,
 ) -> None:
     """Write the rows."""
-    pipeline = CascadePipeline.from_pretrained(model)
-    place = pipeline.stage_names.index(name)
-    before, resolution = pipeline.slots[place - 1].load(), pipeline.slots[place].config.resolution
-    tables = [pq.read_table(path) for path in files]
-    table = pa.concat_tables([each.replace_schema_metadata(None) for each in tables])
+    stage, encoder = load_stage(path), TextEncoder.from_pretrained(text_encoder)
+    # Without the note that `datasets` leaves in a file, which would not name the new column.
+    table = pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in matching_files(files)])
     rng = np.random.default_rng(0)
     chosen = table.take(rng.permutation(len(table))[:count])
-    sources = {row["id"]: row for path in whole for row in pq.read_table(path).to_pylist()}
+    sources = {row["id"]: row for file in matching_files(whole) for row in pq.read_table(file).to_pylist()}
     rows, lows = chosen.to_pylist(), []
-    with click.progressbar(range(0, len(rows), BATCH)) as starts:
-        for start in starts:
-            batch = rows[start : start + BATCH]
-            truth = torch.cat([picture_of(whole_of(row, sources)) for row in batch])
-            captions = [row["caption_styled"] for row in batch]
-            pictures = smaller(pipeline, before, truth, captions, float(rng.uniform(*levels)), steps, start)
-            for row, picture in zip(batch, pictures.split(1), strict=True):
-                tile = row["id"].partition("@")[2]
-                low = part_of(picture, tile, picture_of(row).shape[-1], resolution) if tile else picture
-                lows.append(image_struct(encode(to_float(low))))
-    kind = table.schema.field("image").type
-    pq.write_table(chosen.append_column("low", pa.array(lows, type=kind)), out, compression="none")
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        truth = torch.cat([picture_of(whole_of(row, sources)) for row in batch])
+        captions = [row["caption_styled"] for row in batch]
+        texts = Texts(encoder.encode(captions), encoder.encode([""] * len(batch)))
+        pictures = smaller(stage, truth, texts, float(rng.uniform(*levels)), steps, start)
+        parts = [part_of(picture, row) for row, picture in zip(batch, pictures.split(1), strict=True)]
+        lows += [image_struct(encode(to_float(part))) for part in parts]
+    column = pa.array(lows, type=table.schema.field("image").type)
+    pq.write_table(chosen.append_column("low", column), out, compression="none")
     click.echo(f"{len(rows)} pictures: {out}")
 
 

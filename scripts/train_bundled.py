@@ -1,4 +1,5 @@
-"""Makes the bundled cascade from the pictures: training copies, a text encoder, three training runs, one model folder.
+"""Makes the bundled cascade from the pictures: training copies, a text encoder, three training runs, one model folder;
+and for each super-resolution stage some of its smaller pictures as the stage before draws them.
 
     python scripts/train_bundled.py --data pictures --out build
 
@@ -21,6 +22,7 @@ import click
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"
 STAGES = ("base", "sr256", "sr1024")
+PARTS = ("data", "text", "cache", "base", "drawn256", "sr256", "drawn1024", "sr1024", "model")
 TEXT_OPTIONS = ("--teacher", "--wordnet", "/usr/share/wordnet", "--steps", "3652")
 """How the bundled text encoder was trained."""
 
@@ -47,6 +49,15 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         started = any((out / "runs/bundled" / name / "checkpoints").glob("step-*"))
         return [*cascade, "train", str(CONFIGS / f"{name}.yaml"), *(["--resume"] if started else [])]
 
+    def trained(name: str) -> Part:
+        return Part(name, lambda: training(name), out / "runs/bundled" / name / "stage" / "stage.json")
+
+    def drawn(size: int, before: str, pictures: str, *more: str | Path) -> Part:
+        """Some of a stage's training pictures, with the smaller ones that the stage before makes of them."""
+        result, stage = prepared / f"drawn-{size}.parquet", out / "runs/bundled" / before / "stage"
+        options = ("--stage", stage, "--text-encoder", encoder, "--out", result, *more)
+        return Part(f"drawn{size}", lambda: script("draw_low_pictures", prepared / pictures, *options), result)
+
     folders = [argument for stage in STAGES for argument in ("--stage", str(out / "runs/bundled" / stage / "stage"))]
     model = ["--out", str(out / "model"), "--name", "cascade-bundled", "--license", "CC-BY-4.0", "--dtype", "bfloat16"]
     return [
@@ -66,10 +77,11 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
             lambda: [*cascade, "encode", str(CONFIGS / "base.yaml"), "--batch-size", "64"],
             prepared / "text_cache" / "index.json",
         ),
-        *(
-            Part(name, lambda name=name: training(name), out / "runs/bundled" / name / "stage" / "stage.json")  # type: ignore[misc]
-            for name in STAGES
-        ),
+        trained("base"),
+        drawn(256, "base", "train-256-*.parquet"),
+        trained("sr256"),
+        drawn(1024, "sr256", "tiles-1024-train-*.parquet", "--whole", prepared / "train-256-*.parquet"),
+        trained("sr1024"),
         Part(
             "model",
             lambda: [*cascade, "assemble", "--text-encoder", str(encoder), *folders, *model],
@@ -86,9 +98,7 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
     help="Folder with emoji/ and captions.txt, perhaps photos/ (docs/data.md).",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for all of it.")
-@click.option(
-    "--until", type=click.Choice(["data", "text", "cache", *STAGES, "model"]), default="model", show_default=True
-)
+@click.option("--until", type=click.Choice(PARTS), default="model", show_default=True)
 @click.option(
     "--text-option",
     "text_options",

@@ -59,11 +59,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     stopped = CliRunner().invoke(script.main, arguments)
     assert stopped.exit_code == 1
     assert "sr256 ended with exit status 1" in stopped.output
-    assert recorder.done == ["data", "text", "cache", "base"]
+    assert recorder.done == ["data", "text", "cache", "base", "drawn256"]
     (out / "runs/bundled/sr256/checkpoints/step-00000500").mkdir(parents=True)
     recorder.failing = ""
     assert CliRunner().invoke(script.main, arguments).exit_code == 0
-    assert recorder.done == ["data", "text", "cache", "base", "sr256", "sr1024", "model"]
+    assert tuple(recorder.done) == script.PARTS
     resumed = [command for command in recorder.commands if "--resume" in command]
     assert [Path(command[4]).stem for command in resumed] == ["sr256"]
 
@@ -87,6 +87,8 @@ def test_each_run_writes_and_reads_where_the_parts_say(script: ModuleType, tmp_p
         starts_from = config.training.init_from
         if starts_from is not None:
             assert results[Path(starts_from).name] == tmp_path / starts_from / "stage" / "stage.json"
+        lows = [file for source in config.data.sources if getattr(source, "low_column", None) for file in source.files]
+        assert [tmp_path / file for file in lows] == [results[f"drawn{config.stage.resolution}"] for _ in lows]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,17 @@ import torch
 from helpers_model import make_tiny_cascade, tiny_configs
 from PIL import Image
 
+import cascade
 from cascade import CascadeError, CascadePipeline
 from cascade.config import StageConfig
-from cascade.images import back_project, downsample
+from cascade.drawing import Picture, Texts, draw_batch
+from cascade.evaluation.fidelity import consistency
+from cascade.images import back_project, downsample, to_float
+from cascade.load import load_stage
+from cascade.text.t5 import TextEmbeddings
 from cascade.upscaling import padded, read_picture, route, target_size
 
+BUNDLED_MODEL = Path(cascade.__file__).parent / "pretrained"
 BUNDLED = [
     StageConfig(name="base", resolution=64),
     StageConfig(name="sr256", resolution=256, low_resolution=64),
@@ -188,3 +194,28 @@ def test_sixteen_bit_and_palette_pictures_are_read(tmp_path: Path) -> None:
     Image.new("P", (4, 4)).save(tmp_path / "palette.gif")
     assert bool((read_picture(tmp_path / "deep.png") == 255).all())
     assert read_picture(tmp_path / "palette.gif").shape == (1, 3, 4, 4)
+
+
+# --- the bundled stages --------------------------------------------------------------------------------------
+
+
+def bars(side: int, across: bool) -> torch.Tensor:
+    """Wide bars of two colours, as uint8 (1, 3, side, side)."""
+    colours = torch.tensor([[230, 40, 60], [250, 240, 90]], dtype=torch.uint8)
+    lines = colours[torch.arange(side) // 8 % 2].T[None, :, :, None].expand(1, 3, side, side)
+    return lines if across else lines.mT
+
+
+@pytest.mark.parametrize("name", ["sr256", "sr1024"])
+def test_a_bundled_stage_draws_the_picture_that_it_is_given(name: str) -> None:
+    stage = load_stage(BUNDLED_MODEL / name)
+    empty = TextEmbeddings.from_rows([torch.zeros(1, stage.config.model.text_dim)])
+    lows = [bars(32, across) for across in (False, True)]
+    with torch.inference_mode():
+        drawn = [
+            draw_batch(stage, stage.config.sampling, (128, 128), [Picture(0, 0, 0)], Texts(empty, empty), low)
+            for low in lows
+        ]
+    for picture, own, other in zip(drawn, lows, reversed(lows), strict=True):
+        assert consistency(picture, to_float(own)) > 30
+        assert consistency(picture, to_float(other)) < 15

@@ -16,8 +16,9 @@ from cascade.evaluation.tower import Tower
 from cascade.images import downsample, upsample
 
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
-_STRONGEST = 0.05
-"""Share of the truth's pixels that count as edges."""
+_STRONGEST, _STRONGEST_SIDE = 0.05, 256
+"""Share of the truth's pixels that count as edges in a square of this side. Outlines grow as the side and not as the
+area: with a twentieth of 1024x1024, flat ground would count, where there is no edge to be sharp."""
 _FLAT = 2 * 6 / 255
 """Where the smaller picture varies by no more than this among a pixel and its neighbours, the truth is nearly flat."""
 _DEVIATION = 2 * 24 / 255
@@ -70,13 +71,17 @@ def feature_distance(picture: Tensor, truth: Tensor, tower: Tower) -> float:
 
 
 def edge_strength(picture: Tensor, truth: Tensor) -> float:
-    """Gradient where the truth's is strongest (a twentieth of its pixels), relative to the truth's: 1 is as sharp."""
-    ours, true = _gradient(picture), _gradient(truth)
-    edges = true >= true.flatten().kthvalue(round((1 - _STRONGEST) * true.numel())).values
+    """Gradient where the truth's is strongest, relative to the truth's: 1 is as sharp.
+
+    That is a twentieth of the pixels up to 256x256, and in larger pictures a share that falls as the side grows.
+    """
+    ours, true = gradient(picture).flatten(), gradient(truth).flatten()
+    share = _STRONGEST * min(1.0, _STRONGEST_SIDE / true.numel() ** 0.5)
+    edges = true.topk(max(1, round(share * true.numel()))).indices
     return float(ours[edges].mean() / true[edges].mean().clamp(min=1e-9))
 
 
-def _gradient(picture: Tensor) -> Tensor:
+def gradient(picture: Tensor) -> Tensor:
     """Length of the gradient of the mean colour at every pixel but the last: (H - 1, W - 1)."""
     gray = picture.mean(dim=1)[0]
     return ((gray[1:, :-1] - gray[:-1, :-1]).square() + (gray[:-1, 1:] - gray[:-1, :-1]).square()).sqrt()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from cascade.evaluation.fidelity import (
     consistency,
     edge_strength,
     feature_distance,
+    gradient,
     psnr,
     ssim,
 )
@@ -38,7 +40,7 @@ PICTURES = 48
 """Held-out pictures for each stage unless the caller says otherwise."""
 _SHOWN = 8
 _CROP = 192
-"""Side of the crops on the sheet, in pixels of the large picture: shown at 100 %."""
+"""Side of the crops on the sheet, in pixels of the large picture: shown at 100 %, where the truth changes most."""
 
 _UNITS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "PSNR": ("dB", "higher"),
@@ -78,54 +80,61 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         config = slot.config
         if config.low_resolution is None or before is None:
             continue
-        path = _file(request.data, config.resolution)
+        path = held_out_file(request.data, config.resolution)
         if path is None:
             notes.append(f"{config.name} was not measured: no pictures of {config.resolution} px in the data.")
             continue
         pairs = read_pairs(path, config.resolution, config.low_resolution, count, request.seed)
-        drawn = [_enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
+        drawn = [enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         figures += _against_truth(config.name, pairs, drawn, tower)
         lows = lows or _base_pictures(pipeline, pairs, request)
         captions = [pair.caption for pair in pairs]
-        larger = [
-            _enlarged(pipeline, slot, settings, *item) for item in zip(lows, captions, range(count), strict=False)
-        ]
+        larger = [enlarged(pipeline, slot, settings, *item) for item in zip(lows, captions, range(count), strict=False)]
         figures += _against_low(config.name, lows, larger)
         lows = larger
-        sheet += _crops(config.name, pairs, drawn)
+        sheet += crops(config.name, pairs[:_SHOWN], drawn[:_SHOWN])
     if not figures:
         raise CascadeError(f"--data {request.data}: no test-256.parquet and no test.parquet with large pictures")
     return Report("sr", figures, sheet, columns=4, settings={"pictures": count}, notes=notes)
 
 
-def _file(folder: Path, resolution: int) -> Path | None:
+def held_out_file(folder: Path, resolution: int) -> Path | None:
+    """The file of a folder that has held-out pictures of this size or larger, if there is one."""
     return next(
         (path for path in (folder / f"test-{resolution}.parquet", folder / "test.parquet") if path.exists()), None
     )
 
 
-def read_pairs(path: Path, resolution: int, low_resolution: int, count: int, seed: int) -> list[Pair]:
+def read_pairs(
+    path: Path, resolution: int, low_resolution: int, count: int, seed: int, low_column: str | None = None
+) -> list[Pair]:
     """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order of the seed.
 
-    Raises CascadeError for a file without any.
+    low_column: of smaller pictures of their own, in place of area means. Raises CascadeError for a file without any.
     """
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["image", "caption_styled"])
+    columns = ["image", "caption_styled", *([low_column] if low_column else [])]
+    table = pq.read_table(path, columns=columns)
     pairs: list[Pair] = []
     for row in torch.randperm(len(table), generator=generator(seed, "sr suite", resolution)).tolist():
         record: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
-        with Image.open(io.BytesIO(record["image"]["bytes"])) as image:
-            if min(image.size) < resolution:
-                continue
-            picture = to_float(from_pil(image))[None]
+        picture = _decoded(record["image"])
+        if min(picture.shape[-2:]) < resolution:
+            continue
         truth = _rounded(downsample(picture, resolution))
-        pairs.append(Pair(truth, _rounded(downsample(truth, low_resolution)), record["caption_styled"]))
+        low = _decoded(record[low_column]) if low_column else _rounded(downsample(truth, low_resolution))
+        pairs.append(Pair(truth, low, record["caption_styled"]))
         if len(pairs) == count:
             break
     if not pairs:
         raise CascadeError(f"{path}: no picture of {resolution} px or more")
     return pairs
+
+
+def _decoded(stored: dict[str, Any]) -> Tensor:
+    with Image.open(io.BytesIO(stored["bytes"])) as image:
+        return to_float(from_pil(image))[None]
 
 
 def _rounded(picture: Tensor) -> Tensor:
@@ -138,7 +147,7 @@ def resized(pair: Pair, kind: str) -> Tensor:
     return to_float(from_pil(to_pil(pair.low)[0].resize(size, Image.Resampling[kind.upper()])))[None]
 
 
-def _enlarged(
+def enlarged(
     pipeline: CascadePipeline, slot: StageSlot, settings: dict[str, Any], low: Tensor, caption: str, number: int
 ) -> Tensor:
     """What a stage makes of a smaller picture, on 8 bits."""
@@ -184,8 +193,8 @@ def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], t
         ", bicubic": lambda index: resized(pairs[index], "bicubic"),
         ", Lanczos": lambda index: resized(pairs[index], "lanczos"),
     }
-    for way, enlarged in ways.items():
-        found = [measure(enlarged(index), pair, tower) for index, pair in enumerate(pairs)]
+    for way, made in ways.items():
+        found = [measure(made(index), pair, tower) for index, pair in enumerate(pairs)]
         for name in AVERAGED:
             reference = _mean([each[name] for each in true]) if name in ("dots", "ringing") else None
             figures.append(_figure(f"{stage}: {name}{way}", name, [each[name] for each in found], reference))
@@ -207,15 +216,23 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tuple[Image.Image, str]]:
-    """The same central crop of the smaller picture (pixels repeated), bicubic, ours and the truth."""
+def crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tuple[Image.Image, str]]:
+    """The same crop of the smaller picture (pixels repeated), bicubic, ours and the truth: four for each picture."""
     shown: list[tuple[Image.Image, str]] = []
-    for pair, picture in list(zip(pairs, drawn, strict=True))[:_SHOWN]:
-        side = pair.truth.shape[-1]
-        start = max(0, (side - _CROP) // 2)
-        box = (start, start, min(side, start + _CROP), min(side, start + _CROP))
+    for pair, picture in zip(pairs, drawn, strict=True):
+        side, box = pair.truth.shape[-1], busiest(pair.truth, _CROP)
         low = to_pil(pair.low)[0].resize((side, side), Image.Resampling.NEAREST)
         images = (low, to_pil(resized(pair, "bicubic"))[0], to_pil(picture)[0], to_pil(pair.truth)[0])
         labels = (pair.caption, "bicubic", stage, "truth")
         shown += [(image.crop(box), label) for image, label in zip(images, labels, strict=True)]
     return shown
+
+
+def busiest(picture: Tensor, side: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the square, among those on a grid of a quarter, that changes most: (1, 3, H, W)."""
+    height, width = picture.shape[-2:]
+    side = min(side, height, width)
+    step = max(1, side // 4)
+    sums = F.avg_pool2d(gradient(picture)[None, None], side - 1, stride=step)
+    row, column = divmod(int(sums.argmax()), sums.shape[-1])
+    return column * step, row * step, column * step + side, row * step + side

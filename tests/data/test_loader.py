@@ -213,7 +213,7 @@ def test_smaller_pictures_of_their_own_travel_with_their_views_and_an_empty_cell
         DataConfig(sources=(source,), jitter=0.1)
     base = {"name": "base", "resolution": 8}
     with pytest.raises(ValueError, match="low_column is for super-resolution stages"):
-        TrainConfig.model_validate({"output": "run", "stage": base, "data": {"sources": [source]}})
+        TrainConfig.model_validate({"output": "run", "stage": base, "data": {"sources": (source,)}})
 
 
 def test_each_source_draws_its_own_pictures(tmp_path: Path, stage: StageConfig) -> None:

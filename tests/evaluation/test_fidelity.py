@@ -57,6 +57,18 @@ def test_blur_weakens_edges_and_sharpening_beyond_the_truth_shows() -> None:
     assert edge_strength(1.5 * truth, truth) == pytest.approx(1.5, abs=1e-5)
 
 
+def test_edge_strength_does_not_depend_on_how_much_flat_ground_there_is() -> None:
+    small, large = (torch.ones(1, 3, side, side) for side in (256, 1024))
+    for picture in (small, large):
+        picture[..., 100:110, 100:110] = -1  # far fewer edges than a twentieth of either
+    weakened = [edge_strength(0.5 * picture + 0.5, picture) for picture in (small, large)]
+    assert weakened == pytest.approx([0.5, 0.5], abs=1e-5)
+    lines = torch.ones(1, 3, 1024, 1024)
+    lines[..., ::32, :] = -1  # a gradient in a sixteenth of the rows, and a drift of the ground that is no edge
+    ground = torch.linspace(0, 0.2, 1024)[None, None, None, :]
+    assert edge_strength(0.5 * lines + ground, lines + ground) == pytest.approx(0.5, abs=0.01)
+
+
 def test_consistency_and_colour_shift_look_at_the_area_mean() -> None:
     truth = disc() * 0.5
     low = downsample(truth, SIDE // 4)

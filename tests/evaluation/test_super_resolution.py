@@ -16,7 +16,7 @@ from PIL import Image
 
 from cascade.cli import main
 from cascade.errors import CascadeError
-from cascade.evaluation.super_resolution import AVERAGED, read_pairs, resized
+from cascade.evaluation.super_resolution import AVERAGED, busiest, read_pairs, resized
 from cascade.images import downsample, to_float, to_uint8
 
 
@@ -76,3 +76,24 @@ def test_pairs_are_of_pictures_large_enough_and_the_smaller_is_the_area_mean_in_
         assert resized(pair, "bicubic").shape == pair.truth.shape
     with pytest.raises(CascadeError, match="no picture of 128 px or more"):
         read_pairs(tmp_path / "test.parquet", 128, 32, count=5, seed=0)
+
+
+def test_smaller_pictures_of_their_own_take_the_place_of_area_means(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "test.parquet", [32, 32])
+    table = pq.read_table(tmp_path / "test.parquet")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    lows = pa.array([{"bytes": buffer.getvalue(), "path": None}] * 2, type=table.schema.field("image").type)
+    pq.write_table(table.append_column("low", lows), tmp_path / "drawn.parquet")
+    for pair in read_pairs(tmp_path / "drawn.parquet", 32, 8, 2, seed=0, low_column="low"):
+        assert torch.equal(pair.low[0, :, 3, 3], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_the_crop_that_is_shown_is_where_the_picture_changes_most() -> None:
+    picture = torch.zeros(1, 3, 100, 120)
+    picture[..., 61:79, 41:59] = torch.rand(18, 18, generator=torch.Generator().manual_seed(0))
+    left, top, right, bottom = busiest(picture, 40)
+    assert (right - left, bottom - top) == (40, 40)
+    assert left <= 41 < 59 <= right
+    assert top <= 61 < 79 <= bottom
+    assert busiest(picture, 500) == (0, 0, 100, 100)  # no larger than the picture
