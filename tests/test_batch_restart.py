@@ -395,7 +395,7 @@ def test_two_processes_and_three_kills_change_nothing(
         "from cascade.cli import main\n"
         "write = Output.write\n"
         "def written(self, *arguments):\n"
-        f"    pathlib.Path({str(log)!r}, f'{{self.rank}}-of-{{self.process_count}}').touch()\n"
+        f"    pathlib.Path({str(log)!r}, f'{{self.team.rank}}-of-{{self.team.count}}').touch()\n"
         "    time.sleep(0.1)\n"  # so that a kill finds it at work
         "    return write(self, *arguments)\n"
         "Output.write = written\n"
