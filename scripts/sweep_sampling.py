@@ -3,7 +3,7 @@
     python scripts/sweep_sampling.py [MODEL] --data prepared [--samplers dpm++,heun,ddim,ddpm] [--calls 4,8,16,32,64]
 
 First each sampler at each number of calls with the model's own guidance, then its own sampler and steps at each
-guidance. The figures are those of `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of
+guidance and within each interval of log SNR (Kynkaanniemi et al. 2024). The figures are those of `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of
 each. A guided step evaluates the network for the prompt and for the negative prompt in one batch, which counts as one
 call; Heun's method calls it twice a step, but once in the last. "Of best" is the mean of every figure's share of the
 best in its column: the default should stand at 95 % or more with the fewest calls.
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cascade import CascadePipeline
+from cascade import CascadePipeline, Stage
 from cascade.evaluation import art, scenes
 from cascade.evaluation.report import Report, Request
+from cascade.slots import StageSlot
 
 HIGHER = {
     "art": ("retrieval at 10 of 100, training subjects", "style obeyed"),
@@ -37,6 +38,7 @@ class Setting:
     sampler: str
     calls: int
     guidance: float
+    interval: tuple[float, float] | None
 
     @property
     def steps(self) -> int:
@@ -48,11 +50,20 @@ class Setting:
         return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
 
 
-def settings(own: Setting, samplers: list[str], calls: list[int], guidances: list[float]) -> Iterator[Setting]:
+def settings(
+    own: Setting, samplers: list[str], calls: list[int], guidances: list[float], intervals: list[tuple[float, float]]
+) -> Iterator[Setting]:
     """All lines, the model's own among them, none twice."""
-    lines = [Setting(sampler, count, own.guidance) for sampler in samplers for count in calls]
-    lines += [Setting(own.sampler, own.calls, guidance) for guidance in guidances]
+    lines = [replace(own, sampler=sampler, calls=count) for sampler in samplers for count in calls]
+    lines += [replace(own, guidance=guidance) for guidance in guidances]
+    lines += [replace(own, interval=interval) for interval in intervals]
     yield from dict.fromkeys([*lines, own])
+
+
+def with_interval(stage: Stage, interval: tuple[float, float] | None) -> StageSlot:
+    """The stage, guided in this interval alone; None: at all noise levels. The network is shared."""
+    sampling = stage.config.sampling.model_copy(update={"guidance_interval": interval})
+    return StageSlot.holding(replace(stage, config=stage.config.model_copy(update={"sampling": sampling})))
 
 
 def figures(reports: Mapping[str, Report]) -> dict[str, float]:
@@ -87,34 +98,43 @@ def split(text: str, kind: type) -> list[Any]:
 @click.option("--samplers", default="dpm++,heun,ddim,ddpm")
 @click.option("--calls", default="4,8,16,32,64")
 @click.option("--guidances", default="1,2,3,4,6")
+@click.option("--interval", "intervals", type=(float, float), multiple=True, default=[(-4.0, 4.0), (-12.0, 2.0)])
 @click.option("--limit", default=60, help="Prompts of each suite.")
 @click.option("--seed", default=0)
 def main(
-    model: str | None, data: Path | None, samplers: str, calls: str, guidances: str, limit: int, seed: int
+    model: str | None,
+    data: Path | None,
+    samplers: str,
+    calls: str,
+    guidances: str,
+    intervals: tuple[tuple[float, float], ...],
+    limit: int,
+    seed: int,
 ) -> None:
     """Print the table."""
     pipeline = CascadePipeline.from_pretrained(model)
-    base = pipeline.slots[0].config
-    default = base.sampling
-    own = Setting(
-        default.sampler, default.steps * 2 - 1 if default.sampler == "heun" else default.steps, default.guidance
-    )
-    lines = list(settings(own, split(samplers, str), split(calls, int), split(guidances, float)))
+    stage = pipeline.slots[0].load()
+    default = stage.config.sampling
+    most = 2 * default.steps - 1 if default.sampler == "heun" else default.steps
+    own = Setting(default.sampler, most, default.guidance, default.guidance_interval)
+    lines = list(settings(own, split(samplers, str), split(calls, int), split(guidances, float), list(intervals)))
     rows = []
     for line in lines:
+        pipeline.slots[0] = with_interval(stage, line.interval)
         request = Request(seed=seed, limit=limit, data=data, sampling=line.sampling())
         reports = {"scenes": scenes.run(pipeline, request)}
         if data:
             reports["art"] = art.run(pipeline, request)
         rows.append(figures(reports))
-        click.echo(f"{line.sampler} {line.calls} {line.guidance}: {rows[-1]}", err=True)
+        click.echo(f"{line}: {rows[-1]}", err=True)
     click.echo(f"{pipeline.name}, seed {seed}, {limit} prompts a suite; * marks the default\n")
-    click.echo(f"| sampler | calls | guidance | {' | '.join(rows[0])} | of best |")
-    click.echo("|" + " --- |" * (len(rows[0]) + 4))
+    click.echo(f"| sampler | calls | guidance | within log SNR | {' | '.join(rows[0])} | of best |")
+    click.echo("|" + " --- |" * (len(rows[0]) + 5))
     for line, row, score in zip(lines, rows, of_best(rows), strict=True):
         mark = " *" if line == own else ""
+        within = f"{line.interval[0]:g} to {line.interval[1]:g}" if line.interval else "all"
         cells = " | ".join(f"{value:.3f}" for value in row.values())
-        click.echo(f"| {line.sampler}{mark} | {line.calls} | {line.guidance:g} | {cells} | {score:.0%} |")
+        click.echo(f"| {line.sampler}{mark} | {line.calls} | {line.guidance:g} | {within} | {cells} | {score:.0%} |")
 
 
 if __name__ == "__main__":
