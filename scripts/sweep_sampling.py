@@ -3,10 +3,11 @@
     python scripts/sweep_sampling.py [MODEL] --data prepared [--samplers dpm++,heun,ddim,ddpm] [--calls 4,8,16,32,64]
 
 First each sampler at each number of calls with the model's own guidance, then its own sampler and steps at each
-guidance and within each interval of log SNR (Kynkaanniemi et al. 2024). The figures are those of `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of
-each. A guided step evaluates the network for the prompt and for the negative prompt in one batch, which counts as one
-call; Heun's method calls it twice a step, but once in the last. "Of best" is the mean of every figure's share of the
-best in its column: the default should stand at 95 % or more with the fewest calls.
+guidance and within each interval of log SNR (Kynkaanniemi et al. 2024). The figures are those of
+`cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of each. A guided step evaluates the
+network for the prompt and for the negative prompt in one batch, which counts as one call; Heun's method calls it twice
+a step, but once in the last. "Of best" is the mean of every figure's share of the best in its column: the default
+should stand at 95 % or more with the fewest calls.
 """
 
 from __future__ import annotations
