@@ -74,7 +74,7 @@ def enlarge(model: str | None, dtype: str | None, device: str | None, size: int,
     picture = Image.effect_noise((size, size), 50).convert("RGB")
 
     def act() -> None:
-        pipeline.upscale(picture, "a red apple, noto style", to=4 * size, tile=tile, seed=0)
+        pipeline.upscale(picture, prompt="a red apple, noto style", to=4 * size, tile=tile, seed=0)
 
     act()
     return Enlarging(statistics.median(once(act) for _ in range(3)), peak_memory() - loaded)
