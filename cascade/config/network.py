@@ -42,9 +42,6 @@ class UNetConfig(Settings):
     """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
     text_dim: PositiveInt = 256
     """Width of the text encoder's embeddings."""
-    text_blocks: Annotated[int, Field(ge=0)] = 0
-    """Transformer blocks of the network's own over the tokens, before anything reads them: for a small text encoder,
-    whose states do not say which noun an adjective belongs to."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside residual blocks at levels with attention (the coarse ones)."""
 
@@ -58,8 +55,6 @@ class UNetConfig(Settings):
                     f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
                     " give one per level"
                 )
-        if self.text_blocks and self.text == "none":
-            raise ValueError(f"text_blocks is {self.text_blocks}, but text: none reads no text; set text_blocks: 0")
         if self.embedding_dim % 2:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be even: half sines, half cosines")
         for width, attends in zip(self.channels, self.attention, strict=True):

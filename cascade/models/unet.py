@@ -30,7 +30,6 @@ from cascade.models.blocks import (
 )
 from cascade.models.checks import check_conditions, check_size
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
-from cascade.models.text_refiner import TextRefiner
 
 PICTURE_CHANNELS = 3
 
@@ -102,7 +101,6 @@ class UNet(nn.Module):
         self.noise_level = NoiseLevelEmbedding(width)
         self.aug_level = NoiseLevelEmbedding(width) if low_res_channels else None
         self.text_norm = nn.LayerNorm(config.text_dim) if config.text != "none" else None
-        self.text_refiner = TextRefiner(config.text_dim, config.text_blocks) if config.text_blocks else None
         self.text_pooling = TextPooling(config.text_dim, width) if config.text != "none" else None
         self.stem = nn.Conv2d((PICTURE_CHANNELS + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
         self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.channels)))
@@ -124,8 +122,6 @@ class UNet(nn.Module):
         visible = None
         if self.text_norm is not None and self.text_pooling is not None:
             normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
-            if self.text_refiner is not None:
-                normalized = self.text_refiner(normalized, cond.text_mask)
             embedding = embedding + self.text_pooling(normalized, cond.text_mask)
             text = [attention.read_text(normalized) for attention in self._attentions()]
             # A meta tensor, with which arithmetic is counted, has no values to look at.

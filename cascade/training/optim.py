@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
 
 
-_REPEATED = re.compile(r"^(levels|middle|text_refiner\.blocks|down_blocks|mid_block|up_blocks)\.")
+_REPEATED = re.compile(r"^(levels|middle|down_blocks|mid_block|up_blocks)\.")
 """Between the first and the last layer, in the U-Net and in IF's."""
 
 
