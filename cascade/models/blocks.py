@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.models.group_norm import group_norm
+
 ModuleT = TypeVar("ModuleT", nn.Linear, nn.Conv2d)
 
 
@@ -41,7 +43,7 @@ class Normalize(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.groups is not None:
-            return F.group_norm(h, self.groups, self.weight, self.bias)
+            return group_norm(h, self.groups, self.weight, self.bias)
         # A view when h is channels-last, as it is here; torch has a fused kernel for LayerNorm only.
         pixels = h.permute(0, 2, 3, 1)
         return F.layer_norm(pixels, (self.channels,), self.weight, self.bias).permute(0, 3, 1, 2)

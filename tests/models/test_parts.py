@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade.models.attention import Attention
 from cascade.models.blocks import Normalize, ResidualBlock, depth_to_space, space_to_depth
 from cascade.models.embeddings import LONGEST_PERIOD, SHORTEST_PERIOD, TextPooling, sinusoidal
+from cascade.models.group_norm import group_norm
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -84,3 +85,25 @@ def test_depth_to_space_inverts_space_to_depth(factor: int) -> None:
     x = normal(2, 3, 8, 12)
     assert space_to_depth(x, factor).shape == (2, 3 * factor**2, 8 // factor, 12 // factor)
     assert torch.equal(depth_to_space(space_to_depth(x, factor), factor), x)
+
+
+def test_gradient_of_group_norm_is_that_of_finite_differences() -> None:
+    h, weight, bias = normal(2, 6, 3, 5).double(), normal(6, seed=1).double(), normal(6, seed=2).double()
+    h = h.contiguous(memory_format=torch.channels_last)
+    inputs = [tensor.requires_grad_() for tensor in (h, weight, bias)]
+    assert type(group_norm(inputs[0], 3, *inputs[1:]).grad_fn).__name__ == "_GroupNormBackward"
+    assert torch.autograd.gradcheck(lambda *given: group_norm(given[0], 3, *given[1:]), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_has_torchs_gradient_in_either_layout(dtype: torch.dtype) -> None:
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        h = (normal(4, 64, 8, 8) + 3).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        weight, bias = normal(64, seed=1).requires_grad_(), normal(64, seed=2).requires_grad_()
+        (group_norm(h, 32, weight, bias) * normal(4, 64, 8, 8, seed=3).to(dtype)).sum().backward()
+        gradients.append([h.grad, weight.grad, bias.grad])
+    for torchs, ours in zip(*gradients, strict=True):
+        # bfloat16 has 8 bits, float32 24, and sums run over 64 to 512 numbers
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+        assert (ours - torchs).norm() < tolerance * torchs.norm()

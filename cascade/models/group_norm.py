@@ -1,0 +1,66 @@
+"""GroupNorm whose gradient is fast on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-5
+
+
+def group_norm(h: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W), normalized over each group's channels and all pixels (Wu & He 2018).
+
+    On a CPU torch's gradient takes 4 to 30 times as long as its forward pass when the picture is channels-last, up to
+    a seventh of a training step; there it is ours.
+    """
+    trains = torch.is_grad_enabled() and h.requires_grad and h.device.type == "cpu"
+    if trains and h.is_contiguous(memory_format=torch.channels_last):
+        out: Tensor = _GroupNorm.apply(h, groups, weight, bias)
+        return out
+    return F.group_norm(h, groups, weight, bias, EPSILON)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """torch's forward pass; a gradient of three sweeps over memory.
+
+    With n numbers in a group, g the gradient times the weight, and x_hat the normalized h:
+    dh = rstd (g - mean(g) - x_hat mean(g x_hat)), which is linear in the gradient and h, with coefficients by channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+        batch, channels, height, width = h.shape
+        out, mean, rstd = torch.native_group_norm(h, weight, bias, batch, channels, height * width, groups, EPSILON)
+        ctx.save_for_backward(h, weight, mean, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        h, weight, mean, rstd = ctx.saved_tensors
+        batch, channels, height, width = h.shape
+        exact = mean.dtype if mean.dtype == torch.float64 else torch.float32
+        pixels = h.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, HW, C), a view
+        gradient = gradients[0].permute(0, 2, 3, 1).reshape(batch, -1, channels)
+        mean, rstd = mean.to(exact)[:, :, None], rstd.to(exact)[:, :, None]  # (B, G, 1)
+        by_group = (batch, mean.shape[1], -1)
+        total = gradient.sum(1, dtype=exact).view(by_group)  # (B, G, C / G)
+        along = (gradient * pixels).sum(1, dtype=exact).view(by_group)
+        along = (along - mean * total) * rstd  # of the gradient times x_hat
+        scale = weight.to(exact).view(1, mean.shape[1], -1)
+        count = height * width * scale.shape[2]
+        mean_g = (scale * total).sum(2, keepdim=True) / count
+        mean_gx = (scale * along).sum(2, keepdim=True) / count
+        of_h = -(rstd**2) * mean_gx
+        constant = -rstd * mean_g - of_h * mean
+
+        def by_channel(value: Tensor) -> Tensor:
+            """(B, G, 1 or C / G) -> (B, 1, C)."""
+            return value.expand(batch, *scale.shape[1:]).reshape(batch, 1, channels).to(h.dtype)
+
+        dh = torch.addcmul(by_channel(constant), pixels, by_channel(of_h)).addcmul_(gradient, by_channel(rstd * scale))
+        dh = dh.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return dh, None, along.sum(0).flatten().to(weight.dtype), total.sum(0).flatten().to(weight.dtype)
