@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.models.attend import attend
 from cascade.models.blocks import Normalize, zero_init
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
-
-MOST_QUERIES_AS_PRODUCTS = 256
-"""Up to here two matrix products are faster on a CPU than the gradient of torch's fused attention in bfloat16."""
 
 
 class Attention(nn.Module):
@@ -50,18 +48,3 @@ class Attention(nn.Module):
         answer = attend(query, key, value, mask)  # (B, heads, HW, d)
         update = self.out(answer.transpose(1, 2).flatten(2))  # (B, HW, C)
         return h + update.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention. query: (B, heads, M, d); key, value: (B, heads, N, d); mask: (B, 1, 1, N) bool or None.
-
-    Fused, but for training in bfloat16 on a CPU: there, with 64 queries, the fused gradient takes four times as long as
-    the forward pass (a sixth of a step of the bundled base stage), two plain products a third of both.
-    """
-    few = query.shape[2] <= MOST_QUERIES_AS_PRODUCTS
-    if not (few and query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (B, heads, M, N)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(value.dtype) @ value

@@ -19,7 +19,7 @@ def group_norm(h: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     """
     trains = torch.is_grad_enabled() and h.requires_grad and h.device.type == "cpu"
     if trains and h.is_contiguous(memory_format=torch.channels_last):
-        out: Tensor = _GroupNorm.apply(h, groups, weight, bias)
+        out: Tensor = _GroupNorm.apply(h, groups, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return F.group_norm(h, groups, weight, bias, EPSILON)
 

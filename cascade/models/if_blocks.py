@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.config import IFUNetConfig
+from cascade.models.attend import attend
 from cascade.models.convolution import Convolution
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
 
 TEXT_GROUPS = 32
-
-LEAST_SCORES, MOST_SCORES = 50_000, 8_000_000
-"""Of one head, between which plain products are faster than the fused kernel in bfloat16 on a CPU."""
 
 
 class TwoLayers(nn.Module):
@@ -126,22 +124,6 @@ class IFAttention(nn.Module):
     def _split(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, d)."""
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d), (B, heads, M, d) twice -> (B, heads, N, d).
-
-    torch's fused kernel multiplies bfloat16 on a CPU as slowly as float32. There, heads of moderate size are taken one
-    by one through plain products, whose scores stay in the cache.
-    """
-    moderate = LEAST_SCORES <= query.shape[2] * key.shape[2] <= MOST_SCORES
-    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if not (slow and moderate) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(query, key, value)
-    query = query * query.shape[-1] ** -0.5
-    heads = zip(*(part.flatten(0, 1) for part in (query, key, value)), strict=True)
-    answers = [(one_query @ one_key.T).softmax(dim=-1) @ one_value for one_query, one_key, one_value in heads]
-    return torch.stack(answers).view_as(query)
 
 
 class TextEmbedding(nn.Module):
