@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"
 STAGES = ("base", "sr256", "sr1024")
 PARTS = ("data", "text", "cache", "base", "drawn256", "sr256", "drawn1024", "sr1024", "model")
-TEXT_OPTIONS = ("--teacher", "--wordnet", "/usr/share/wordnet", "--steps", "3652")
+TEXT_OPTIONS = ("--teacher", "--wordnet", "/usr/share/wordnet", "--steps", "6750")
 """How the bundled text encoder was trained."""
 
 

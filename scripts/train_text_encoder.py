@@ -1,6 +1,6 @@
 """Train a small T5 encoder and its vocabulary on a file of captions, one caption a line.
 
-    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --steps 3652 \\
+    python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --steps 6750 \\
         --teacher --wordnet /usr/share/wordnet
     python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --minutes 9 \\
         --batch-size 128 --learning-rate 2e-3 --embedding-rate 3
