@@ -174,7 +174,7 @@ def training_cost(cache: EmbeddingCache, captions: Sequence[str], config: str, b
 @click.option("--width", default=4096, show_default=True, help="T5-XXL's.")
 @click.option("--pickled", default=1000, show_default=True, help="Captions written as pickles, 4.2 MB each.")
 @click.option("--batch-size", default=16, show_default=True)
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Where there is room.")
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where there is room.")
 @click.option("--drop-cache", is_flag=True, help="Read from the disk, not from what memory holds of it.")
 @click.option("--config", default="preset:bundled/base", show_default=True, help="Whose network takes the steps.")
 @click.option("--steps", default=20, show_default=True)
