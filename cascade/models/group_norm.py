@@ -34,6 +34,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
         batch, channels, height, width = h.shape
+        # The step over a dimension of one is free, and torch takes the layout for none it knows when it is an odd one.
+        h = h.as_strided(h.shape, (channels * height * width, 1, channels * width, channels), h.storage_offset())
         out, mean, rstd = torch.native_group_norm(h, weight, bias, batch, channels, height * width, groups, EPSILON)
         ctx.save_for_backward(h, weight, mean, rstd)
         return out

@@ -95,6 +95,19 @@ def test_gradient_of_group_norm_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda *given: group_norm(given[0], 3, *given[1:]), inputs)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((1, 64, 8, 8), (1, 1, 512, 64)), ((4, 64, 1, 1), (64, 1, 1, 1)), ((1, 64, 1, 1), (7, 1, 5, 3))],
+)
+def test_group_norm_takes_any_step_over_a_dimension_of_one(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    plain = normal(*shape).requires_grad_()
+    odd = torch.empty_strided(shape, strides).copy_(plain.detach()).requires_grad_()
+    assert odd.is_contiguous(memory_format=torch.channels_last), "then it is ours, whatever the steps"
+    for h in (plain, odd):
+        (group_norm(h, 32, torch.ones(64), torch.zeros(64)) * normal(*shape, seed=1)).sum().backward()
+    torch.testing.assert_close(odd.grad, plain.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norm_has_torchs_gradient_in_either_layout(dtype: torch.dtype) -> None:
     gradients = []
