@@ -28,6 +28,7 @@ from prepare_data import FULL_SIZE, encode, image_struct
 from torch import Tensor
 
 from cascade import Stage, TextEncoder
+from cascade.checkpoint import atomic_file
 from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
@@ -46,7 +47,8 @@ def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int,
     """Pictures (B, 3, H, W) in [-1, 1] noised to `log_snr`, and drawn from there by a base stage in `steps`."""
     settings, own, null = stage.config.sampling, texts.own, texts.null
     cond = Conditioning(own.tokens, own.mask)
-    guided = denoisers.guide(stage, cond, cond.with_text(null.tokens, null.mask), settings.guidance)
+    unprompted = cond.with_text(null.tokens, null.mask)
+    guided = denoisers.guide(stage, cond, unprompted, settings.guidance, settings.guidance_interval)
     z = diffuse(low, noise_like(low, rng), torch.full((len(low), 1, 1, 1), log_snr))
     levels = torch.linspace(log_snr, float(stage.noise_levels()[-1]), steps + 1)
     return run_sampler(settings, limit(guided, settings), z, levels, rng, lambda _step, _x: None)
@@ -124,7 +126,8 @@ def main(
         parts = [part_of(picture, row) for row, picture in zip(batch, pictures.split(1), strict=True)]
         lows += [image_struct(encode(to_float(part))) for part in parts]
     column = pa.array(lows, type=table.schema.field("image").type)
-    pq.write_table(chosen.append_column("low", column), out, compression="none")
+    with atomic_file(out) as temporary:
+        pq.write_table(chosen.append_column("low", column), temporary, compression="none")
     click.echo(f"{len(rows)} pictures: {out}")
 
 

@@ -3,7 +3,7 @@
     python scripts/draw_model_card.py [--model MODEL] [--out docs/bundled.png]
 
 The prompts were fixed before the first picture was drawn. The unseen subjects are in no training picture of any
-style (the splits are by subject), and the last unseen pair of shape and colour is never drawn in training.
+style (the splits are by subject), and the last unseen pair of shape and colour is in none either.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ UNSEEN = (
     "lemon, noto style",
     "light blue heart, twemoji style",
     "bear, fluent color style",
-    "orange circle, fluent flat style",
+    "light bulb, fluent flat style",
     "loudly crying face, fluent 3d style",
     "rocket, twemoji style",
     "eye, fluent mono style",
     "flag of Denmark, noto style",
-    "a green circle, drawn shapes",
+    "a blue star, drawn shapes",
 )
 
 

@@ -186,7 +186,7 @@ def main(emoji_test: Path, out: Path, workers: int, **sources: Path) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for name, jobs in sorted(files.items()):
             if (folder / name).exists():
-                click.echo(f"emoji/{name}: already there")
+                click.echo(f"emoji/{name}: already there; delete it to make it again, with what was missing")
                 continue
             failed = write_file(folder / name, jobs, pool)
             failures += failed

@@ -6,8 +6,8 @@ First each sampler at each number of calls with the model's own guidance, then i
 guidance and within each interval of log SNR (Kynkaanniemi et al. 2024). The figures are those of
 `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of each. A guided step evaluates the
 network for the prompt and for the negative prompt in one batch, which counts as one call; Heun's method calls it twice
-a step, but once in the last. "Of best" is the mean of every figure's share of the best in its column: the default
-should stand at 95 % or more with the fewest calls.
+a step, but once in the last. A row's score is the mean of every figure's share of the best in its column; "of best" is
+the row's score as a share of the best row's: the default should stand at 95 % or more with the fewest calls.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Setting:
         """How many steps make so many calls."""
         return (self.calls + 1) // 2 if self.sampler == "heun" else self.calls
 
+    @property
+    def calls_made(self) -> int:
+        """Heun's method calls the network twice a step, but once in the last: always an odd number."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.calls
+
     def sampling(self) -> Mapping[str, Any]:
         """As arguments of the pipeline."""
         return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
@@ -77,7 +82,10 @@ def figures(reports: Mapping[str, Report]) -> dict[str, float]:
 
 
 def of_best(rows: list[dict[str, float]]) -> list[float]:
-    """Each row's mean share of the best of every column; a column in which nothing scores says nothing."""
+    """Each row's score as a share of the best row's; a column in which nothing scores says nothing.
+
+    The score is the mean share of the best of every column.
+    """
     shares: list[list[float]] = [[] for _ in rows]
     for name in rows[0]:
         column = [row[name] for row in rows]
@@ -85,7 +93,8 @@ def of_best(rows: list[dict[str, float]]) -> list[float]:
         if best > 0:
             for own, value in zip(shares, column, strict=True):
                 own.append(best / value if name == DISTANCE else value / best)
-    return [statistics.mean(own) for own in shares]
+    scores = [statistics.mean(own) for own in shares]
+    return [score / max(scores) for score in scores]
 
 
 def split(text: str, kind: type) -> list[Any]:
@@ -135,7 +144,9 @@ def main(
         mark = " *" if line == own else ""
         within = f"{line.interval[0]:g} to {line.interval[1]:g}" if line.interval else "all"
         cells = " | ".join(f"{value:.3f}" for value in row.values())
-        click.echo(f"| {line.sampler}{mark} | {line.calls} | {line.guidance:g} | {within} | {cells} | {score:.0%} |")
+        click.echo(
+            f"| {line.sampler}{mark} | {line.calls_made} | {line.guidance:g} | {within} | {cells} | {score:.0%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import click
 
+from cascade.load import load_train_config
+
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"
 STAGES = ("base", "sr256", "sr1024")
@@ -50,7 +52,10 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         return [*cascade, "train", str(CONFIGS / f"{name}.yaml"), *(["--resume"] if started else [])]
 
     def trained(name: str) -> Part:
-        return Part(name, lambda: training(name), out / "runs/bundled" / name / "stage" / "stage.json")
+        # A stage folder is there from the first checkpoint on; the last checkpoint says that the run was finished.
+        steps = load_train_config(CONFIGS / f"{name}.yaml").training.steps
+        last = out / "runs/bundled" / name / "checkpoints" / f"step-{steps:08d}"
+        return Part(name, lambda: training(name), last / "state.json")
 
     def drawn(size: int, before: str, pictures: str, *more: str | Path) -> Part:
         """Some of a stage's training pictures, with the smaller ones that the stage before makes of them."""

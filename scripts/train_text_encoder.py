@@ -38,6 +38,7 @@ from text_encoder.vocabulary import build_tokenizer, pieces_of_one_word
 from text_encoder.wordnet import WordNet, read_wordnet
 
 from cascade.data.scenes import describe, random_scene
+from cascade.text.t5_files import name_tokenizer_portably
 
 
 def read_captions(path: Path) -> list[str]:
@@ -97,6 +98,14 @@ def load_encoder(model: Any, folder: Path) -> None:
     model.encoder.set_input_embeddings(model.shared)
 
 
+def history(folder: Path | None) -> Any:
+    """What training.json says of the run before; the folder's name where it says nothing."""
+    if folder is None:
+        return None
+    record = folder / "training.json"
+    return json.loads(record.read_text()) if record.exists() else folder.name
+
+
 def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
     """The encoder alone, in bf16, beside its tokenizer and the record of the run."""
     from transformers import T5EncoderModel
@@ -107,10 +116,7 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
     encoder.to(torch.bfloat16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors writes what only its owner may read
     tokenizer.save_pretrained(out)
-    # The name that every release of transformers reads; 5.x itself would write its new internal one.
-    settings = json.loads((out / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    name_tokenizer_portably(out)
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -171,6 +177,7 @@ def main(
     shape = {name: options.pop(name) for name in Sizes.__dataclass_fields__ if name in options}
     recipe = Recipe(steps=steps, minutes=minutes, **options)
     torch.manual_seed(recipe.seed)
+    origin = {"init_from": history(init_from), "corpus_sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
     excluded = words_unseen_in_training()
     lines = list(dict.fromkeys([*read_captions(captions), *scene_captions(recipe.scenes, recipe.seed)]))
     lexicon = read_wordnet(wordnet) if wordnet else WordNet({}, Counter())
@@ -194,9 +201,7 @@ def main(
     click.echo(f"{len(usable)} captions, {np.mean([len(ids) for ids in usable]):.1f} tokens each; {len(texts)} texts")
     scenes = readings(tokenizer, recipe.reading_size, recipe.seed) if recipe.reading_size else None
     result = train(model, usable[kept_back:], usable[:kept_back], lessons, scenes, recipe)
-    origin = {
-        "init_from": json.loads((init_from / "training.json").read_text()) if init_from else None,
-        "corpus_sha256": hashlib.sha256(captions.read_bytes()).hexdigest(),
+    origin |= {
         "wordnet": wordnet is not None,
         "teacher": TEACHER if teacher else None,
         "texts": len(texts),
