@@ -143,6 +143,8 @@ def _fit(pixels: Tensor, ground: Tensor, ground_label: int, part: Tensor, parts:
     """The shape and colour that explain a region best."""
     others = torch.stack([torch.zeros_like(part), *(other for other in parts if other is not part)]).any(dim=0)
     own = _grown(part, 2) & ~_grown(others, 1)
+    if not own.any():
+        own = part  # so thin, and so near to others on all sides, that nothing else would be left of it
     rows, columns = _window(own)
     own, core = own[rows, columns], _core(part[rows, columns])
     difference = (pixels - ground[:, None, None])[:, rows, columns]

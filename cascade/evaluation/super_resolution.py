@@ -28,7 +28,7 @@ from cascade.evaluation.fidelity import (
     psnr,
     ssim,
 )
-from cascade.evaluation.report import Figure, Report, Request
+from cascade.evaluation.report import Figure, Report, Request, judge_sha256
 from cascade.evaluation.tower import Tower, load_tower
 from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
 from cascade.pipeline import CascadePipeline
@@ -75,7 +75,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
     figures: list[Figure] = []
     sheet: list[tuple[Image.Image, str]] = []
     notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
-    lows: list[Tensor] | None = None
+    lows: list[tuple[Tensor, str]] | None = None  # what the stage before drew, and of which caption
     for before, slot in zip([None, *pipeline.slots], pipeline.slots, strict=False):
         config = slot.config
         if config.low_resolution is None or before is None:
@@ -88,14 +88,20 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         drawn = [enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         figures += _against_truth(config.name, pairs, drawn, tower)
         lows = lows or _base_pictures(pipeline, pairs, request)
-        captions = [pair.caption for pair in pairs]
-        larger = [enlarged(pipeline, slot, settings, *item) for item in zip(lows, captions, range(count), strict=False)]
-        figures += _against_low(config.name, lows, larger)
-        lows = larger
+        larger = [enlarged(pipeline, slot, settings, *low, index) for index, low in enumerate(lows)]
+        figures += _against_low(config.name, [low for low, _ in lows], larger)
+        lows = [(picture, caption) for picture, (_, caption) in zip(larger, lows, strict=True)]
         sheet += crops(config.name, pairs[:_SHOWN], drawn[:_SHOWN])
     if not figures:
         raise CascadeError(f"--data {request.data}: no test-256.parquet and no test.parquet with large pictures")
-    return Report("sr", figures, sheet, columns=4, settings={"pictures": count}, notes=notes)
+    return Report(
+        "sr",
+        figures,
+        sheet,
+        columns=4,
+        settings={"pictures": count, "judges_sha256": {"tower": judge_sha256(tower)}},
+        notes=notes,
+    )
 
 
 def held_out_file(folder: Path, resolution: int) -> Path | None:
@@ -159,11 +165,12 @@ def enlarged(
     return _rounded(x.cpu())
 
 
-def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[Tensor]:
-    """What the base stage draws for the captions."""
+def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[tuple[Tensor, str]]:
+    """What the base stage draws for the captions, each beside its own."""
     base = pipeline.slots[0].config.resolution
-    drawn = pipeline([pair.caption for pair in pairs], seed=request.seed, until=base, output_type="pt")
-    return [picture[None] for picture in drawn.images]
+    captions = [pair.caption for pair in pairs]
+    drawn = pipeline(captions, seed=request.seed, until=base, output_type="pt", **request.sampling)
+    return [(picture[None], caption) for picture, caption in zip(drawn.images, captions, strict=True)]
 
 
 def measure(picture: Tensor, pair: Pair, tower: Tower) -> dict[str, float]:
