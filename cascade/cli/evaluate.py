@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception"), "
 """Options that a suite would not look at, and that are refused with it."""
 
 SAMPLING = ("steps", "guidance", "sampler")
+
+VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
+"""Packages whose release may move a figure."""
 
 
 @click.command()
@@ -125,13 +129,14 @@ def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict
 
     return {
         "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},
-        "versions": {"cascade": __version__, "torch": torch.__version__},
+        "versions": {"cascade": __version__, **{name: version(name) for name in VERSIONS}},
         "seed": request.seed,
         "settings": {
             "limit": request.limit,
             "batch_size": request.batch_size,
             "device": pipeline.device.type,
             "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
             "sampling": used_sampling(pipeline, request),
         },
     }

@@ -40,6 +40,8 @@ WHITE = (255, 255, 255)
 HELD_OUT_PAIRS = frozenset((colour, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, colour in enumerate(COLOURS))
 """(colour, shape) pairs that training never draws: every colour and every shape exactly once, so that each
 of them is known from other pairs, and a right picture of such a pair means that the two were put together."""
+EMOJI_PAIRS = frozenset({("red", "square"), ("green", "circle"), ("orange", "diamond")})
+"""Those of HELD_OUT_PAIRS that are emoji themselves: whoever trains on emoji has seen them, in other hands."""
 
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SIZES: dict[Size, float] = {"small": 0.13, "medium": 0.22, "large": 0.34}

@@ -25,7 +25,7 @@ from cascade.evaluation.distances import (
     sliced_wasserstein,
 )
 from cascade.evaluation.published import Published
-from cascade.evaluation.report import Figure, Report, Request, share
+from cascade.evaluation.report import Figure, Report, Request, judge_sha256, share
 from cascade.evaluation.tower import STYLES, Tower, at_resolution, load_tower
 from cascade.images import from_pil, to_float, to_pil
 from cascade.pipeline import CascadePipeline
@@ -91,7 +91,11 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         "art",
         figures,
         _sheet(list(sets.values())),
-        settings={"prompts": len(unseen) + len(seen), "data_sha256": [training.digest, held_out.digest]},
+        settings={
+            "prompts": len(unseen) + len(seen),
+            "data_sha256": [training.digest, held_out.digest],
+            "judges_sha256": {"tower": judge_sha256(tower), **published.sha256()},
+        },
         notes=["Unseen: subjects of the validation and test splits, flags left out. True pictures: the same prompts'."],
     )
 
@@ -132,7 +136,7 @@ def _items(art: Art, concepts: Sequence[Concept]) -> list[Item]:
     for turn in range(STYLES_EACH):
         for index, concept in enumerate(concepts):
             drawn_in = [style for style in STYLES if (concept.key, style) in pictures]
-            style = drawn_in[(index + turn * len(STYLES) // STYLES_EACH) % len(drawn_in)]
+            style = drawn_in[(index + turn * max(1, len(drawn_in) // STYLES_EACH)) % len(drawn_in)]
             prompt = f"{concept.name}, {style.replace('_', ' ')} style"
             result.append(Item(prompt, concept, style, pictures[concept.key, style]))
     return result

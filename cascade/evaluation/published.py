@@ -18,7 +18,7 @@ from torch import Tensor
 from cascade.checkpoint import load_tensors, load_weights
 from cascade.errors import CascadeError
 from cascade.evaluation.inception import Inception
-from cascade.evaluation.report import Figure, Request
+from cascade.evaluation.report import Figure, Request, judge_sha256
 
 _BATCH = 16
 _UNUSED = ("fc.", "AuxLogits.")
@@ -79,6 +79,11 @@ class Published:
             ClipScorer.from_pretrained(request.clip) if request.clip else None,
             load_inception(request.inception) if request.inception else None,
         )
+
+    def sha256(self) -> dict[str, str]:
+        """Of the weights that were brought."""
+        brought = {"clip": self.clip.model if self.clip else None, "inception": self.inception}
+        return {name: judge_sha256(network) for name, network in brought.items() if network is not None}
 
     def figures(
         self, name: str, pictures: Sequence[Image.Image], true: Sequence[Image.Image], prompts: Sequence[str]

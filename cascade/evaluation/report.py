@@ -6,13 +6,16 @@ is the same for all suites, the model and the versions, is added where the repor
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from PIL import Image
+from torch import nn
 
 from cascade.checkpoint import atomic_file, write_json, write_text
 from cascade.images import contact_sheet
@@ -97,6 +100,15 @@ def share(name: str, outcomes: Sequence[bool], reference: float | None = None) -
     if not outcomes:
         return []
     return [Figure(name, sum(outcomes) / len(outcomes), "share", "higher", len(outcomes), reference)]
+
+
+def judge_sha256(network: nn.Module) -> str:
+    """SHA-256 over the weights of a network that judges, in hexadecimal: figures of two judges do not compare."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_report(report: Report, run: Mapping[str, Any], folder: str | Path) -> None:

@@ -15,8 +15,8 @@ from cascade.data.scenes import draw, random_scene
 from cascade.errors import CascadeError
 from cascade.evaluation.art import choose, run
 from cascade.evaluation.art_data import read_art
-from cascade.evaluation.report import Report, Request
-from cascade.evaluation.tower import STYLES
+from cascade.evaluation.report import Report, Request, judge_sha256, write_report
+from cascade.evaluation.tower import STYLES, load_tower
 from cascade.images import to_pil
 from cascade.output import CascadeOutput
 
@@ -87,6 +87,28 @@ def test_pictures_of_the_training_split_are_near_copies(data: Path):
         assert figure.value == 1
         assert figure.reference is not None
         assert figure.reference < 1
+
+
+def test_the_same_pictures_give_the_same_report_to_the_byte(data: Path, tmp_path: Path):
+    run_of = {"model": {"name": "shown", "sha256": "0" * 64}, "versions": {}, "seed": 0}
+    for name in ("once", "twice"):
+        write_report(measured(data, copying=False), run_of, tmp_path / name)
+    for name in ("report.json", "report.md", "contact.png"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_the_report_names_its_judge_by_its_weights(data: Path, monkeypatch: pytest.MonkeyPatch):
+    (bundled,) = measured(data, copying=False).settings["judges_sha256"].values()
+    other = load_tower()
+    next(other.parameters()).data += 1
+    monkeypatch.setattr("cascade.evaluation.art.load_tower", lambda: other)
+    assert measured(data, copying=False).settings["judges_sha256"] == {"tower": judge_sha256(other)}
+    assert bundled != judge_sha256(other)
+
+
+def test_a_subject_of_three_styles_is_asked_for_in_two_of_them(data: Path):
+    unseen, _ = choose(read_art(data, "train"), read_art(data, "validation", "test"), 0, None)
+    assert len({item.prompt for item in unseen}) == len(unseen) == 2 * (UNSEEN - 1)
 
 
 def test_flags_are_left_out_and_every_other_unseen_subject_is_asked_for(data: Path):

@@ -37,7 +37,7 @@ def test_a_run_leaves_a_report_that_says_how_it_was_made_and_is_the_same_twice(
     assert report["seed"] == 5
     assert report["model"]["name"] == "tiny"
     assert len(report["model"]["sha256"]) == 64
-    assert set(report["versions"]) == {"cascade", "torch"}
+    assert set(report["versions"]) == {"cascade", "torch", "transformers", "tokenizers", "pillow", "numpy"}
     assert report["settings"]["limit"] == report["settings"]["prompts"] == 8
     assert report["settings"]["sampling"]["base"]["steps"] == 1
     assert report["settings"]["sampling"]["base"]["guidance"] == 2  # the model's own default, written out

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFilter
 
-from cascade.data.scenes import COLOURS, HELD_OUT_PAIRS, PLACES, SHAPES, Scene, SceneObject, draw
+from cascade.data.scenes import COLOURS, EMOJI_PAIRS, HELD_OUT_PAIRS, PLACES, SHAPES, Scene, SceneObject, draw
 from cascade.evaluation.report import Request
 from cascade.evaluation.scene_reader import read_scene, relation
-from cascade.evaluation.scenes import HELD_OUT_EVERY, KINDS, Item, figures, items, judge, run, shuffled
+from cascade.evaluation.scenes import HELD_OUT_EVERY, KINDS, UNSEEN_PAIRS, Item, figures, items, judge, run, shuffled
 from cascade.output import CascadeOutput
 
 
@@ -61,6 +62,27 @@ def test_every_shape_and_colour_is_read():
         assert (found.shape, found.colour) == (shape, colour)
         assert (found.x, found.y, found.radius) == pytest.approx((0.4, 0.55, 0.22), abs=0.01)
         assert found.size(1) == "medium"
+
+
+def test_a_thin_part_between_others_is_read_and_not_lost():
+    """Stripes two pixels wide: what is near to a short one is nearer to its neighbours."""
+    picture = Image.new("RGB", (64, 64), "white")
+    for row in range(64):
+        for column in range(64):
+            across, along = column - row, column + row
+            if across % 3 != 0 and abs(across) < 12 and abs(along - 64) < (8 if across in (1, 2) else 50):
+                picture.putpixel((column, row), COLOURS["blue"])
+    assert all(found.colour in COLOURS for found in read_scene(picture).objects)
+
+
+def test_held_out_prompts_ask_for_pairs_that_no_emoji_shows():
+    """Read against the names of all emoji in the training data."""
+    names = Path("scripts/text_encoder/concept_names.txt")
+    emoji = [set(name.split()) for name in (Path(__file__).parents[2] / names).read_text().splitlines()]
+    asked = {(one.colour, one.shape) for item in items(seed=0) if item.held_out for one in item.scene.objects}
+    assert asked == UNSEEN_PAIRS
+    assert not [pair for pair in asked if any(set(pair) <= words for words in emoji)]
+    assert all(any(set(pair) <= words for words in emoji) for pair in EMOJI_PAIRS), "the others are emoji"
 
 
 def test_an_empty_picture_has_no_objects():
