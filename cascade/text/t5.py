@@ -18,7 +18,15 @@ from cascade.errors import CascadeError
 from cascade.streaming import move_streamed
 from cascade.text.captions import Captions, prepare_caption, well_formed
 from cascade.text.embeddings import TextEmbeddings
-from cascade.text.t5_files import check_folder, eight_bit_options, is_local, load_t5, quiet, streamed_t5
+from cascade.text.t5_files import (
+    check_folder,
+    eight_bit_options,
+    is_local,
+    load_t5,
+    name_tokenizer_portably,
+    quiet,
+    streamed_t5,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -183,6 +191,7 @@ class TextEncoder:
         with atomic_folder(folder) as temporary, quiet(progress=False):
             model.save_pretrained(temporary)
             self._tokenizer.save_pretrained(temporary)
+            name_tokenizer_portably(temporary)
             for file in temporary.iterdir():
                 file.chmod(0o644)  # safetensors writes what only its owner may read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging as python_logging
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,15 @@ def tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
     beside = folder.parent / "tokenizer"
     return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
+
+
+def name_tokenizer_portably(folder: Path) -> None:
+    """Name a saved tokenizer's class as every release of transformers reads it; 5.x writes an internal name."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def text_weights(folder: Path) -> list[Path]:
