@@ -21,7 +21,7 @@ from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
-_TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|step-\d+(\.png)?)(\.old)?\.\w{8}$")
+_TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
 """Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
 
 

@@ -92,6 +92,7 @@ def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config
     (output / "checkpoints" / ".step-00000004.abcdefgh" / "network.safetensors").write_bytes(b"half")
     (output / ".log.jsonl.abcdefgh").write_text("half")
     (output / ".stage.old.abc_e7gh").mkdir()
+    (output / ".adapter.abc_e7gh").mkdir()
     (output / ".gitignore").write_text("*")
     (output / "log.jsonl").write_text("whole")
     remove_unfinished(output)
