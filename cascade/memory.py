@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TrainConfig
+from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage
 from cascade.streaming import stored_shapes
@@ -130,15 +130,17 @@ class TrainingMemory:
     """Bytes that a training step needs at least, on each device.
 
     weights: beside their gradients, the optimizer's memory and the average. activations: what the backward pass needs.
+    text: the text encoder's weights, where they are known.
     """
 
     weights: int
     activations: int
+    text: int = 0
 
     @property
     def total(self) -> int:
-        """Both together."""
-        return self.weights + self.activations
+        """All together."""
+        return self.weights + self.activations + self.text
 
 
 OPTIMIZER_COPIES = {"adamw": 2, "muon": 1, "adafactor": 0}
@@ -159,7 +161,20 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
     # Two sizes tell what grows with the pictures from the gradients, which do not.
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
-    return TrainingMemory(round(weights * copies / (processes if sharded else 1)), round(activations))
+    weights = round(weights * copies / (processes if sharded else 1))
+    return TrainingMemory(weights, round(activations), _text_bytes(config.text))
+
+
+def _text_bytes(config: TextConfig) -> int:
+    """Of the text encoder's weights, as far as a look at a local folder tells; 0 where they may not be loaded at all.
+
+    Not counted: the bundled one, which is small, and one on the hub, which may not be here yet.
+    """
+    folder = Path(config.encoder).expanduser()
+    filled = config.cache is not None and (Path(config.cache) / "index.json").exists()
+    if config.encoder == "bundled" or filled or not folder.is_dir():
+        return 0
+    return text_memory(folder, halved=True).bytes(getattr(torch, config.dtype))
 
 
 def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:

@@ -6,8 +6,11 @@ that does not divide among the processes by the trainer.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+
+import torch
 
 from cascade.build import build_stage
 from cascade.config import TrainConfig
@@ -20,9 +23,14 @@ def check_run(config: TrainConfig, processes: int = 1, sharded: bool = False) ->
 
     processes: that share the batch; sharded: and the weights.
     """
+    free = free_bytes() // _sharing_memory()  # first of all: a process that is ahead of us soon takes its part
     check_disk(config)
-    memory = training_memory(config, processes, sharded)
-    check_memory(config, memory, free_bytes(), processes)
+    check_memory(config, training_memory(config, processes, sharded), free, processes)
+
+
+def _sharing_memory() -> int:
+    """How many processes the free memory is for: a GPU's for one, a machine's for all that were launched on it."""
+    return 1 if torch.cuda.is_available() else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_disk(config: TrainConfig) -> None:
@@ -52,15 +60,20 @@ def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisib
     """Raises CascadeError when a step needs more than `free` bytes, and says what would make it fit."""
     if memory.total <= free:
         return
+    parts = [(memory.weights, "weights and optimizer"), (memory.activations, "activations")]
+    parts += [(memory.text, "the text encoder")] if memory.text else []
     raise CascadeError(
-        f"training.batch_size: a step needs at least {_gigabytes(memory.total)} of memory ({_gigabytes(memory.weights)}"
-        f" for weights and optimizer, {_gigabytes(memory.activations)} for activations), there are {_gigabytes(free)};"
-        f" {_way_out(config, memory, free, divisible)}"
+        f"training.batch_size: a step needs at least {_gigabytes(memory.total)} of memory"
+        f" ({', '.join(f'{_gigabytes(size)} for {what}' for size, what in parts)}), each process has"
+        f" {_gigabytes(free)}; {_way_out(config, memory, free, divisible)}"
     )
 
 
 def _way_out(config: TrainConfig, memory: TrainingMemory, free: int, processes: int) -> str:
     training = config.training
+    if memory.text and memory.total - memory.text <= free:
+        return "set text.cache=FOLDER and fill it with `cascade encode`, so that the encoder need not be loaded"
+    free -= memory.text
     if memory.weights >= free:
         return "use a smaller stage.model, or FSDP over several GPUs (docs/training-at-scale.md)"
     for accumulation in range(training.accumulation + 1, training.batch_size // processes + 1):

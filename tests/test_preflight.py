@@ -15,9 +15,11 @@ from PIL import Image
 
 from cascade.checkpoint import write_text
 from cascade.cli import main
+from cascade.errors import CascadeError
 from cascade.memory import LiveBytes, TrainingMemory, training_memory, weight_bytes
-from cascade.preflight import check_memory, run_bytes
+from cascade.preflight import check_memory, check_run, run_bytes
 from cascade.settings import override, parse, to_yaml
+from cascade.text.t5 import TextEncoder
 
 Patch = pytest.MonkeyPatch
 
@@ -60,6 +62,10 @@ def free_memory(size: float) -> Callable[[Path, Patch], object]:
 def memory_for_half_a_batch(folder: Path, patch: Patch) -> None:
     memory = training_memory(micro_config(folder))
     free_memory(memory.weights + 0.6 * memory.activations)(folder, patch)
+
+
+def memory_without_text(folder: Path, patch: Patch) -> None:
+    free_memory(training_memory(micro_config(folder)).total)(folder, patch)
 
 
 def three_processes(_folder: Path, patch: Patch) -> None:
@@ -135,9 +141,15 @@ CASES = [
     ),
     Case(
         "too little memory, smaller passes fit",
-        (),
+        ("text.encoder=bundled",),
         "set training.accumulation=2, which gives the same steps in smaller passes",
         memory_for_half_a_batch,
+    ),
+    Case(
+        "too little memory for the text encoder as well",
+        (),
+        "so that the encoder need not be loaded",
+        memory_without_text,
     ),
     Case("too little memory, hopeless", (), "use a smaller stage.model, or FSDP over several GPUs", free_memory(1000)),
     Case(
@@ -204,6 +216,32 @@ def test_weights_and_all_that_belongs_to_them_are_shared_out_under_fsdp(tmp_path
     assert training_memory(config).weights == 5 * weights  # gradient, average, and AdamW's two
     assert training_memory(config, processes=2, sharded=True).weights == 5 * weights // 2
     assert training_memory(config, processes=2).activations == training_memory(config).activations // 2
+
+
+def test_processes_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Each takes 60 % of it: one alone fits, two do not; on GPUs each has its own."""
+    config = micro_config(tmp_path / "run", "training.batch_size=8")
+    free_memory(training_memory(config, processes=2).total / 0.6)(tmp_path, monkeypatch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_run(config, processes=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(CascadeError, match="a step needs at least"):
+        check_run(config, processes=2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_run(config, processes=2)
+
+
+def test_the_text_encoder_is_counted_where_it_will_be_loaded(tmp_path: Path, t5: Path) -> None:
+    def text_bytes(*changes: str) -> int:
+        return training_memory(micro_config(tmp_path / "run", *changes)).text
+
+    whole = text_bytes(f"text.encoder={t5}")
+    assert whole == weight_bytes(TextEncoder.from_pretrained(t5)._loaded())
+    assert text_bytes(f"text.encoder={t5}", "text.dtype=bfloat16") == whole // 2
+    cached = (f"text.encoder={t5}", f"text.cache={tmp_path}")
+    assert text_bytes(*cached) == whole, "there is no cache yet"
+    write_text(tmp_path / "index.json", "{}")
+    assert text_bytes(*cached) == 0
 
 
 def test_what_just_fits_is_let_through(tmp_path: Path) -> None:
