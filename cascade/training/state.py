@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
+_META = "state"
+"""Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
 """Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
 
@@ -45,18 +49,15 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
     with atomic_folder(_folder(output, state.step)) as folder:
         for name in _FILES:
             save_tensors(folder / f"{name}.safetensors", getattr(state, name))
+        meta = {
+            "format": FORMAT_VERSION,
+            "step": state.step,
+            "torch": torch.__version__,
+            "meter": state.meter,
+            "config": config.model_dump(mode="json"),
+        }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
-        write_json(
-            folder / "state.json",
-            {
-                "format": FORMAT_VERSION,
-                "step": state.step,
-                "torch": torch.__version__,
-                "sha256": sums,
-                "meter": state.meter,
-                "config": config.model_dump(mode="json"),
-            },
-        )
+        write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
     folders = checkpoints(output)
     kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
     for folder in folders:
@@ -117,7 +118,11 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def _folder(output: Path, step: int) -> Path:
-    return output / "checkpoints" / f"step-{step:08d}"
+    return output / "checkpoints" / _name(step)
+
+
+def _name(step: int) -> str:
+    return f"step-{str(step).zfill(8)}"  # `:08d` would raise for what a damaged file calls a step
 
 
 def _check(folder: Path) -> dict[str, Any]:
@@ -132,7 +137,17 @@ def _check(folder: Path) -> dict[str, Any]:
         path = folder / f"{name}.safetensors"
         if not path.exists() or _checksum(path) != meta["sha256"].get(name):
             raise CascadeError(f"{path} is missing or does not match its checksum")
+    if _META in meta["sha256"] and _meta_checksum(meta) != meta["sha256"][_META]:
+        raise CascadeError(f"{folder / 'state.json'} does not match its checksum")
+    if folder.name != _name(meta["step"]):
+        raise CascadeError(f"{folder / 'state.json'} is of step {meta['step']}; the folder was renamed")
     return meta
+
+
+def _meta_checksum(meta: Mapping[str, Any]) -> str:
+    """Of all that state.json says but checksums, however its lines are broken."""
+    said = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:

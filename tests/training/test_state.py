@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_training import WordEncoder, micro_config, trainer
 
+from cascade.checkpoint import read_json, write_json
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
 from cascade.training.state import RunState, checkpoints, load_newest, remove_unfinished, save_state
@@ -40,6 +41,10 @@ def damage(config: TrainConfig, step: int) -> None:
     path.write_bytes(data)
 
 
+def description(config: TrainConfig, step: int) -> Path:
+    return Path(config.output) / "checkpoints" / f"step-{step:08d}" / "state.json"
+
+
 def test_the_newest_checkpoints_are_kept(config: TrainConfig) -> None:
     assert names(Path(config.output)) == ["step-00000002", "step-00000003"]
 
@@ -65,6 +70,29 @@ def test_a_checkpoint_whose_description_lacks_a_part_is_passed_over(config: Trai
     output = Path(config.output)
     (output / "checkpoints" / "step-00000003" / "state.json").write_text('{"format": 1, "step": 3}')
     assert load_newest(output, config).step == 2
+
+
+@pytest.mark.parametrize("change", [{"meter": {"loss": [9.0, 1]}}, {"step": 9}], ids=["meter", "step"])
+def test_a_checkpoint_whose_description_was_changed_is_passed_over(
+    config: TrainConfig, change: dict[str, object]
+) -> None:
+    path = description(config, step=3)
+    write_json(path, read_json(path) | change)
+    assert load_newest(Path(config.output), config).step == 2
+
+
+def test_a_checkpoint_in_the_place_of_another_step_is_passed_over(config: TrainConfig) -> None:
+    output = Path(config.output)
+    (output / "checkpoints" / "step-00000003").rename(output / "checkpoints" / "step-00000009")
+    assert load_newest(output, config).step == 2
+
+
+def test_a_checkpoint_of_before_descriptions_had_a_checksum_is_loaded(config: TrainConfig) -> None:
+    path = description(config, step=3)
+    meta = read_json(path)
+    del meta["sha256"]["state"]
+    write_json(path, meta)
+    assert load_newest(Path(config.output), config).step == 3
 
 
 def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -> None:
