@@ -75,14 +75,19 @@ def newest(output: Path, config: TrainConfig) -> Path | None:
         try:
             meta = _check(folder)
         except CascadeError as error:
-            logger.warning("%s: skipped, the checkpoint before it is used instead: %s", folder, error)
+            logger.warning("%s: skipped: %s", folder, error)
             continue
         for line in check_changes(meta["config"], config, folder):
             logger.warning("%s", line)
         return folder
-    if not checkpoints(output) and (output / "config.yaml").exists():
-        return None
-    raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
+    if checkpoints(output):
+        raise CascadeError(
+            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} or set"
+            " another output"
+        )
+    if not (output / "config.yaml").exists():
+        raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
+    return None
 
 
 def read_state(folder: Path) -> RunState:

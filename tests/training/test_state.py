@@ -1,6 +1,7 @@
 """Checkpoints: the newest are kept, damaged ones are passed over, and nothing is overwritten by accident."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from helpers_training import WordEncoder, micro_config, trainer
 from cascade.checkpoint import read_json, write_json
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
-from cascade.training.state import RunState, checkpoints, load_newest, remove_unfinished, save_state
+from cascade.training.state import RunState, checkpoints, load_newest, newest, remove_unfinished, save_state
 
 
 def tiny_state(step: int) -> RunState:
@@ -105,13 +106,22 @@ def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -
     assert load_newest(output, config).step == 4
 
 
-def test_without_a_usable_checkpoint_there_is_nothing_to_resume(config: TrainConfig, tmp_path: Path) -> None:
-    damage(config, step=2)
-    (Path(config.output) / "checkpoints" / "step-00000003" / "state.json").unlink()
-    with pytest.raises(CascadeError, match="no usable checkpoint"):
-        load_newest(Path(config.output), config)
-    with pytest.raises(CascadeError, match="no usable checkpoint"):
+def test_without_a_run_there_is_nothing_to_resume(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match="no usable checkpoint to resume from; start the run without --resume"):
         load_newest(tmp_path / "elsewhere", config)
+
+
+def test_when_all_checkpoints_are_damaged_the_way_out_leads_out(config: TrainConfig) -> None:
+    """A start without --resume is refused while they stand; with the named folder deleted the run begins anew."""
+    damage(config, step=2)
+    description(config, step=3).unlink()
+    (Path(config.output) / "config.yaml").write_text("as it was begun")
+    with pytest.raises(
+        CascadeError, match=r"run: every checkpoint is damaged; .* delete .*run/checkpoints or set another"
+    ):
+        load_newest(Path(config.output), config)
+    shutil.rmtree(Path(config.output) / "checkpoints")
+    assert newest(Path(config.output), config) is None
 
 
 def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config: TrainConfig) -> None:
