@@ -31,6 +31,7 @@ from cascade.config import SamplingConfig
 from cascade.load import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
+from cascade.text.cache import EmbeddingCache
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +362,27 @@ def test_encode_fills_the_cache_with_the_captions_of_the_files(
     assert status == 0
     assert stdout.startswith(f"3 captions encoded, 3 in {tmp_path / 'cache'}, ")  # the null text is the third
     assert run(capsys, *call, source)[1].startswith("0 captions encoded, 3 in ")
+
+
+def test_encode_knows_all_that_a_run_asks_its_encoder_for(
+    tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out captions and sample prompts as well: else the encoder would be loaded in the middle of the run."""
+    for name in ("pictures", "held-out"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "0.txt").write_text(f"of {name}")
+    cache = tmp_path / "cache"
+    changes = (
+        f"data.sources=[{{kind: folder, path: {tmp_path}/pictures}}]",
+        f"training.validation={{sources: [{{kind: folder, path: {tmp_path}/held-out}}]}}",
+        "training.sample_prompts=[a star]",
+        f"text.cache={cache}",
+    )
+    assert run(capsys, "encode", training(tmp_path, t5), *changes, "--device", "cpu")[0] == 0
+    found = EmbeddingCache.open(cache)
+    assert not found.missing(["", "of pictures", "of held-out", "a star"])
+    assert len(found) == 4
 
 
 def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]) -> None:

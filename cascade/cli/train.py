@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cascade.errors import CascadeError
+
+if TYPE_CHECKING:
+    from cascade.config import TrainConfig
 
 PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
@@ -54,13 +60,13 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
 def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: str | None) -> int:
     """Fill the cache of text embeddings of a training run.
 
-    Encodes every caption of its finite sources; those of drawn scenes and of streams are encoded when met. Started
-    again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
+    Encodes its sample prompts and every caption of its sources, held-out ones too, for which a stream is read once from
+    end to end; those of drawn scenes are encoded when met. Started again, it goes on. Under `accelerate launch` or
+    `torchrun` the processes share the captions.
     """
     import torch
 
     from cascade.batch.locks import processes
-    from cascade.data.loader import unique_captions
     from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
     from cascade.text.cached import fill
 
@@ -74,9 +80,8 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     encoder = load_plain_text_encoder(settings.text).to(choose_device(device))
     cache = open_cache(settings.text.cache, encoder)
     cache.note_settings(encoder_settings(settings.text))
-    captions = unique_captions(settings.data)
     bar = sys.stderr.isatty() and number == 0
-    added = fill(cache, encoder, captions, batch_size, progress=bar, process=number, processes=count)
+    added = fill(cache, encoder, _captions(settings), batch_size, progress=bar, process=number, processes=count)
     cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
     who = f"process {number}: " if count > 1 else ""
     click.echo(
@@ -84,6 +89,15 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
     return 0
+
+
+def _captions(config: TrainConfig) -> Iterator[str]:
+    """All that the run will give to its text encoder, so that it need not be loaded at its first validation or grid."""
+    from cascade.data.loader import captions_of
+
+    validation = config.training.validation
+    sources = (*config.data.sources, *(validation.sources if validation else ()))
+    return chain(config.training.sample_prompts, captions_of(sources))
 
 
 def find_config(name: str) -> Path:

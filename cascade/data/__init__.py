@@ -1,6 +1,6 @@
 """Captioned pictures: records, drawn scenes, training views, batches."""
 
 from cascade.data.dataset import BadRecordError, Record
-from cascade.data.loader import Batch, View, Views, batches, unique_captions
+from cascade.data.loader import Batch, View, Views, batches, captions_of
 
-__all__ = ["BadRecordError", "Batch", "Record", "View", "Views", "batches", "unique_captions"]
+__all__ = ["BadRecordError", "Batch", "Record", "View", "Views", "batches", "captions_of"]

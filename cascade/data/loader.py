@@ -5,6 +5,7 @@ Neither workers nor processes change what view n is: they only share out the num
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
@@ -19,9 +20,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cascade.config import DataConfig, HubSource, ScenesSource, StageConfig
+from cascade.config import (
+    DataConfig,
+    FolderSource,
+    HubSource,
+    ParquetSource,
+    ScenesSource,
+    SourceConfig,
+    StageConfig,
+    WebDatasetSource,
+)
 from cascade.data.dataset import BadRecordError
 from cascade.data.sources import open_records, open_source
+from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, training_pair
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
@@ -267,17 +278,18 @@ def _leave_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def unique_captions(data: DataConfig) -> Iterator[str]:
-    """Every caption variant of the finite sources, once each, in order of appearance; pictures stay unread.
+def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
+    """Every caption variant of sources that end, in order of appearance, as often as it appears; no picture is decoded.
 
-    Scenes and streams have no end or are read once only; their captions are encoded when met.
+    Drawn scenes have no end: their captions are encoded when met.
     """
-    seen: set[str] = set()
-    for source in data.sources:
-        if isinstance(source, ScenesSource) or (isinstance(source, HubSource) and source.streaming):
-            continue
-        for variants in open_records(source).captions():
-            for caption in variants:
-                if caption not in seen:
-                    seen.add(caption)
-                    yield caption
+    for source in sources:
+        if not isinstance(source, ScenesSource):
+            yield from itertools.chain.from_iterable(_variants_of(source))
+
+
+def _variants_of(source: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Iterator[tuple[str, ...]]:
+    if not (isinstance(source, HubSource) and source.streaming):
+        return open_records(source).captions()
+    logger.info("data source %s: the whole stream is read once, for its captions", source.name)
+    return (record.captions for record in open_stream(source)(0))

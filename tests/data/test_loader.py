@@ -11,7 +11,7 @@ import torch
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
 
 from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
-from cascade.data.loader import Batch, Mixture, Views, batches, unique_captions
+from cascade.data.loader import Batch, Mixture, Views, batches, captions_of
 from cascade.errors import CascadeError
 from cascade.images import from_pil
 
@@ -181,11 +181,19 @@ def test_a_few_bad_records_within_the_limit_do_not_stop_the_run(tmp_path: Path, 
     assert len(take(data, stage, 50)) == 50
 
 
-def test_unique_captions_are_those_of_the_finite_sources_once_each(mixed: DataConfig) -> None:
-    captions = list(unique_captions(mixed))
-    assert captions[:7] == [f"picture {number}" for number in range(7)]
-    assert set(captions[7:]) == {f"{word} {number}" for word in ("picture", "number") for number in range(100, 109)}
-    assert len(captions) == len(set(captions))
+def test_captions_are_those_of_all_sources_that_end_without_their_pictures(
+    mixed: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in (tmp_path / "folder").glob("*.png"):
+        path.write_bytes(b"no picture")
+    with caplog.at_level(logging.INFO, logger="cascade.data"):
+        captions = list(captions_of(mixed.sources))
+    variants = [f"{word} {number}" for number in range(100, 109) for word in ("picture", "number")]
+    streamed = [f"picture {number}" for number in range(100, 109)]
+    assert captions == [*(f"picture {number}" for number in range(7)), *variants, *streamed]
+    assert [record.message for record in caplog.records] == [
+        f"data source {tmp_path}/hub: the whole stream is read once, for its captions"
+    ]
 
 
 def test_tiles_need_a_crop_and_take_no_jitter() -> None:
