@@ -87,6 +87,17 @@ def check_changes(saved: dict[str, Any], config: TrainConfig, origin: Path) -> l
     return [f"{origin}: {text}: {'; '.join(changed[effect])}" for effect, text in said.items() if changed[effect]]
 
 
+def check_surroundings(saved: dict[str, Any], now: dict[str, Any], origin: Path) -> list[str]:
+    """A line when the torch version or the number of processes is another: bits depend on both, the result hardly.
+
+    saved, now: `torch` and `processes`; what an earlier version did not keep is not compared.
+    """
+    changed = [f"{name}: {saved[name]} -> {value}" for name, value in now.items() if saved.get(name, value) != value]
+    if not changed:
+        return []
+    return [f"{origin}: {'; '.join(changed)}: the run goes on, but not bit for bit as it would have"]
+
+
 def effect_of(name: str) -> Effect:
     """What a change of the setting `name`, such as `training.seed`, does."""
     parts = name.split(".")

@@ -18,7 +18,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION, TrainConfig
 from cascade.errors import CascadeError
-from cascade.training.changes import check_changes
+from cascade.training.changes import check_changes, check_surroundings
 from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
@@ -39,6 +39,8 @@ class RunState:
     optimizer: dict[str, Tensor]
     meter: Sums = field(default_factory=dict)
     """What the log's next entry already holds, where a checkpoint falls between two entries."""
+    processes: int = 1
+    """That made the last step."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
@@ -52,7 +54,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         meta = {
             "format": FORMAT_VERSION,
             "step": state.step,
-            "torch": torch.__version__,
+            **_surroundings(state.processes),
             "meter": state.meter,
             "config": config.model_dump(mode="json"),
         }
@@ -65,9 +67,10 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
             shutil.rmtree(folder)
 
 
-def newest(output: Path, config: TrainConfig) -> Path | None:
+def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
+    processes: that shall go on; another number than before is worth a warning, as is another torch version.
     None for a run that was begun and ended before its first checkpoint. Raises CascadeError when there is no run or
     only damaged checkpoints, and when a changed setting makes the checkpoint another run's.
     """
@@ -77,7 +80,8 @@ def newest(output: Path, config: TrainConfig) -> Path | None:
         except CascadeError as error:
             logger.warning("%s: skipped: %s", folder, error)
             continue
-        for line in check_changes(meta["config"], config, folder):
+        now = _surroundings(processes or meta.get("processes", 1))
+        for line in (*check_changes(meta["config"], config, folder), *check_surroundings(meta, now, folder)):
             logger.warning("%s", line)
         return folder
     if checkpoints(output):
@@ -94,7 +98,7 @@ def read_state(folder: Path) -> RunState:
     """A checkpoint that `newest` found sound."""
     meta = read_json(folder / "state.json")
     tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
-    return RunState(meta["step"], **tensors, meter=meta.get("meter", {}))
+    return RunState(meta["step"], **tensors, meter=meta.get("meter", {}), processes=meta.get("processes", 1))
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:
@@ -147,6 +151,11 @@ def _check(folder: Path) -> dict[str, Any]:
     if folder.name != _name(meta["step"]):
         raise CascadeError(f"{folder / 'state.json'} is of step {meta['step']}; the folder was renamed")
     return meta
+
+
+def _surroundings(processes: int) -> dict[str, Any]:
+    """What the bits of a run depend on beside its settings, as far as it can be told."""
+    return {"torch": torch.__version__, "processes": processes}
 
 
 def _meta_checksum(meta: Mapping[str, Any]) -> str:

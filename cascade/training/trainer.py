@@ -230,6 +230,7 @@ class Trainer:
             ema=gather(self.ema.weights, keep, device),
             optimizer=gather(optimizer_state(self.optimizer.optimizer, self.stage.network), keep, device),
             meter=self.meter.sums,
+            processes=self.accelerator.num_processes,
         )
 
         def write() -> None:
@@ -284,7 +285,7 @@ class Trainer:
         return state.step
 
     def _newest(self) -> str | None:
-        folder = newest(self.output, self.config)
+        folder = newest(self.output, self.config, self.accelerator.num_processes)
         return None if folder is None else str(folder)
 
     def _open_folder(self, first: int) -> None:

@@ -147,6 +147,29 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path
     assert load_newest(tmp_path / "run", config).step == 2
 
 
+def test_another_torch_or_number_of_processes_is_one_line_and_the_run_goes_on(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Path(config.output)
+    assert newest(output, config, processes=1) is not None
+    assert not caplog.records
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert newest(output, config, processes=2) is not None
+    (line,) = [record.message for record in caplog.records]
+    assert "-> 99.0; processes: 1 -> 2: the run goes on, but not bit for bit" in line
+
+
+def test_a_checkpoint_that_does_not_know_its_processes_is_loaded_without_a_word(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = description(config, step=3)
+    meta = read_json(path)
+    del meta["processes"], meta["sha256"]["state"]
+    write_json(path, meta)
+    assert newest(Path(config.output), config, processes=2) == path.parent
+    assert not caplog.records
+
+
 def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     assert trainer(config_with(tmp_path / "run")).run()
     with pytest.raises(CascadeError, match="--resume"):
