@@ -85,21 +85,32 @@ def check_shardable(settings: TrainingConfig) -> None:
 def from_main(accelerator: Accelerator, action: Callable[[], ResultT]) -> ResultT:
     """Run `action` on the main process alone; its result in every process, which wait for it.
 
-    Its CascadeError is raised in every process: were it raised in one, the others would wait until their time-out.
-    The action must not talk to other processes, and its result must be small and plain.
+    What it raises ends every process, the others with a CascadeError: were they not told, they would wait until their
+    time-out. The action must not talk to other processes, and its result must be small and plain.
     """
     if accelerator.num_processes == 1:
         return action()
     answer: list[object] = [None, None]
+    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             answer[0] = action()
-        except CascadeError as error:
-            answer[1] = str(error)
+        except Exception as error:
+            failure, answer[1] = error, _told(error)
     torch.distributed.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
     if answer[1] is not None:
         raise CascadeError(str(answer[1]))
     return answer[0]  # type: ignore[return-value]
+
+
+def _told(error: Exception) -> str:
+    """What the other processes say of an error in the main one."""
+    if isinstance(error, CascadeError):
+        return str(error)
+    reason = (str(error).strip().splitlines() or ["without a message"])[0]
+    return f"the main process failed with {type(error).__name__}: {reason}; what it wrote says where"
 
 
 def expected_processes() -> tuple[int, bool]:

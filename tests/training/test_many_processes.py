@@ -96,7 +96,29 @@ def poisoned(rank: int, output: str) -> None:
         Path(f"{output}.{rank}.txt").write_text(str(error))
 
 
-@pytest.mark.parametrize(("target", "message"), [(full_disk, "No space left"), (poisoned, "not finite at step 2")])
+def broken(rank: int, output: str) -> None:
+    """The first process meets an error of another kind than ours in its first grid; the second must not wait for it."""
+    run = trainer(micro_config(Path(output), "training.sample_every=1", "training.sample_prompts=[red]"))
+    expected: type[Exception] = ZeroDivisionError if rank == 0 else CascadeError
+
+    def divide(*_arguments: object, **_options: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    with patch("cascade.training.trainer.sample_grid", divide):
+        try:
+            run.run()
+        except expected as error:
+            Path(f"{output}.{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (full_disk, "No space left"),
+        (poisoned, "not finite at step 2"),
+        (broken, "ZeroDivisionError: division by zero"),
+    ],
+)
 def test_what_goes_wrong_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
     output = tmp_path / "run"
     assert finish(start(target, str(output), processes=2), timeout_seconds=120) == [0, 0]  # type: ignore[arg-type]
