@@ -385,6 +385,28 @@ def test_encode_knows_all_that_a_run_asks_its_encoder_for(
     assert len(found) == 4
 
 
+def test_an_encode_that_is_told_to_stop_keeps_what_it_has_and_goes_on(
+    tmp_path: Path, t5: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cascade.text.t5 import TextEncoder
+
+    def encode_and_stop(encoder: TextEncoder, *arguments: Any, original: Any = TextEncoder.encode) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(encoder, *arguments)
+
+    prompts = ", ".join(f"fox {number}" for number in range(20))
+    changes = (f"training.sample_prompts=[{prompts}]", f"text.cache={tmp_path / 'cache'}")
+    call = ("encode", training(tmp_path, t5), *changes, "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "encode", encode_and_stop)
+        status, stdout, stderr = run(capsys, *call)
+    assert (status, stderr.splitlines()[-1]) == (1, "cascade: stopped; the same command continues")
+    assert stdout.startswith("16 captions encoded, 16 in ")
+    status, stdout, _ = run(capsys, *call)
+    assert status == 0
+    assert stdout.startswith("5 captions encoded, 21 in ")
+
+
 def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

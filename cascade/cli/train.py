@@ -61,14 +61,15 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     """Fill the cache of text embeddings of a training run.
 
     Encodes its sample prompts and every caption of its sources, held-out ones too, for which a stream is read once from
-    end to end; those of drawn scenes are encoded when met. Started again, it goes on. Under `accelerate launch` or
-    `torchrun` the processes share the captions.
+    end to end; those of drawn scenes are encoded when met. Stopped by Ctrl-C or SIGTERM and started
+    again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
     import torch
 
     from cascade.batch.locks import processes
     from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
     from cascade.text.cached import fill
+    from cascade.training.interrupt import stop_signals
 
     path = find_config(config)
     settings = load_train_config(path, assignments)
@@ -81,14 +82,20 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     cache = open_cache(settings.text.cache, encoder)
     cache.note_settings(encoder_settings(settings.text))
     bar = sys.stderr.isatty() and number == 0
-    added = fill(cache, encoder, _captions(settings), batch_size, progress=bar, process=number, processes=count)
+    with stop_signals() as stopped:
+        captions = _captions(settings)
+        added = fill(
+            cache, encoder, captions, batch_size, progress=bar, process=number, processes=count, stopped=stopped
+        )
     cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
     who = f"process {number}: " if count > 1 else ""
     click.echo(
         f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
-    return 0
+    if stopped():
+        click.echo("cascade: stopped; the same command continues", err=True)
+    return 1 if stopped() else 0
 
 
 def _captions(config: TrainConfig) -> Iterator[str]:

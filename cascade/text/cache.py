@@ -2,8 +2,9 @@
 
 A cache is a folder: `index.json` says whose embeddings it holds and lists the shards; each shard is one
 safetensors file with the embeddings of some thousand captions, back to back, and the captions' hashes. Since
-a shard says itself what it holds, one more caption rewrites nothing, and whatever interrupts a fill loses at
-most the shard at hand. Several processes may write, each its own shards; the index changes under a lock.
+a shard says itself what it holds, one more caption rewrites nothing, and whatever kills a fill loses at most the
+shard at hand. Several processes may write, each its own shards; the index changes under a lock. A process whose share
+of the captions is all there leaves the file `complete-0-of-1`: its number, and of how many.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.checkpoint import check_format, read_json, save_tensors, write_json, writing
+from cascade.checkpoint import check_format, read_json, save_tensors, write_json, write_text, writing
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.locks import lock_file
@@ -101,6 +102,17 @@ class EmbeddingCache:
     def note_settings(self, settings: dict[str, Any]) -> None:
         """Write down the settings by which the encoder was loaded."""
         self._change_index(settings=settings)
+
+    def note_incomplete(self, process: int, processes: int) -> None:
+        """Process number `process` of `processes` begins to fill: what was said of its share before holds no longer."""
+        others = {f"complete-{number}-of-{processes}" for number in range(processes) if number != process}
+        for path in self.folder.glob("complete-*"):
+            if path.name not in others:
+                path.unlink(missing_ok=True)
+
+    def note_complete(self, process: int, processes: int) -> None:
+        """The share of process number `process` of `processes` is all there."""
+        write_text(self.folder / f"complete-{process}-of-{processes}", "")
 
     @property
     def bytes_per_caption(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Self
 
 import torch
@@ -93,30 +93,43 @@ def fill(
     progress: bool = False,
     process: int = 0,
     processes: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> int:
     """Encode the captions that the cache lacks, and the null text; returns how many there were.
 
     captions: may be a stream; no more than one shard's embeddings are in memory. batch_size: captions encoded
-    at once. shard_size: captions in a shard, which is what an interruption can lose. progress: show a bar.
+    at once. shard_size: captions in a shard, which is what a kill can lose. progress: show a bar.
     process, processes: which of several we are; each reads all captions and encodes its share of them.
+    stopped: whether to end early, after the batches at hand; what is encoded by then is written.
     """
     _check_same(cache, encoder)
     bar = tqdm(captions, desc="captions", unit="caption", disable=not progress)
-    # By hash: whoever meets a caption, in whichever order, knows whose it is.
-    ours = (
-        caption for caption in chain([NULL_TEXT], bar) if int.from_bytes(hash_of(caption)[:8]) % processes == process
-    )
+    going = takewhile(lambda _: not stopped(), bar)
+    ours = (caption for caption in chain([NULL_TEXT], going) if _owner(caption, processes) == process)
     added = 0
     with cache.alone(process):
+        cache.note_incomplete(process, processes)
         for shard in _shards_of_missing(cache, ours, shard_size):
-            rows: list[Tensor] = []
-            for start in range(0, len(shard), _SLICE * batch_size):
-                # In slices: `encode` pads to the longest, and a whole shard padded is many times its bf16 rows.
-                embeddings = encoder.encode(shard[start : start + _SLICE * batch_size], batch_size)
-                rows += embeddings.to("cpu", torch.bfloat16).rows()
-            cache.add(shard, rows, process)
-            added += len(shard)
+            rows = list(_rows(encoder, shard, batch_size, stopped))
+            cache.add(shard[: len(rows)], rows, process)
+            added += len(rows)
+        if not stopped():
+            cache.note_complete(process, processes)
     return added
+
+
+def _rows(
+    encoder: TextEncoderProtocol, captions: Sequence[str], batch_size: int, stopped: Callable[[], bool]
+) -> Iterator[Tensor]:
+    """Embeddings of the captions, in bf16, until `stopped`.
+
+    In slices: `encode` pads to the longest, and a whole shard padded is many times its bf16 rows.
+    """
+    for start in range(0, len(captions), _SLICE * batch_size):
+        if stopped():
+            return
+        embeddings = encoder.encode(captions[start : start + _SLICE * batch_size], batch_size)
+        yield from embeddings.to("cpu", torch.bfloat16).rows()
 
 
 def _owner(caption: str, processes: int) -> int:

@@ -106,6 +106,39 @@ def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder:
     )
 
 
+def test_a_fill_that_is_told_to_stop_keeps_what_is_encoded_and_reads_no_further(tmp_path: Path) -> None:
+    """Told so in the second slice of 16 captions, in the middle of a shard."""
+    captions = [f"caption {number}" for number in range(100)]
+    encoder, read = CountingEncoder(), []
+    stream = (read.append(caption) or caption for caption in captions)
+
+    def stopped() -> bool:
+        return len(encoder.encoded) > 16
+
+    added = fill(EmbeddingCache(tmp_path, "counting", 4), encoder, stream, shard_size=50, stopped=stopped)
+    assert (added, len(EmbeddingCache.open(tmp_path)), len(read)) == (32, 32, 50)
+    assert not list(tmp_path.glob("complete-*"))
+    assert fill(EmbeddingCache.open(tmp_path), CountingEncoder(), captions) == 101 - 32
+    assert (tmp_path / "complete-0-of-1").exists()
+
+
+def test_a_cache_says_which_shares_of_it_are_complete(tmp_path: Path) -> None:
+    def fill_share(process: int, processes: int, captions: list[str] = CAPTIONS) -> set[str]:
+        fill(EmbeddingCache(tmp_path, "counting", 4), CountingEncoder(), captions, process=process, processes=processes)
+        return {path.name for path in tmp_path.glob("complete-*")}
+
+    def broken() -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield
+
+    assert fill_share(0, 2) == {"complete-0-of-2"}
+    assert fill_share(1, 2) == {"complete-0-of-2", "complete-1-of-2"}
+    with pytest.raises(KeyboardInterrupt):
+        fill_share(1, 2, broken())
+    assert fill_share(0, 2) == {"complete-0-of-2"}
+    assert fill_share(0, 1) == {"complete-0-of-1"}
+
+
 def test_a_shard_that_a_crash_left_outside_the_index_is_replaced(tmp_path: Path, encoder: CountingEncoder) -> None:
     cache = EmbeddingCache(tmp_path, "counting", 4)
     fill(cache, encoder, CAPTIONS[:2])
