@@ -15,22 +15,24 @@ from cascade.training.accelerator import any_process
 
 def check_batch(pass_size: int, accelerator: Accelerator) -> None:
     """Raises CascadeError unless the pictures of a pass divide among the processes."""
-    if pass_size % accelerator.num_processes:
+    processes = accelerator.num_processes
+    if pass_size % processes:
         raise CascadeError(
-            f"training.batch_size / training.accumulation = {pass_size} does not divide among"
-            f" {accelerator.num_processes} processes"
+            f"training.batch_size / training.accumulation = {pass_size} does not divide among {processes} processes;"
+            f" make it a multiple of {processes}, or start another number of processes"
         )
 
 
 def check_finite(loss: Tensor, step: int, batch: Batch, accelerator: Accelerator) -> None:
-    """Raises CascadeError in every process when a loss (B,) is not finite in any; this process' views are named."""
+    """Raises CascadeError in every process when a loss (B,) is not finite in any; each names its own views."""
     finite = torch.isfinite(loss).flatten()
     # Every process must stop, not only the one that saw it, or the others wait forever.
     if any_process(accelerator, not bool(finite.all())):
         bad = [sample for sample, ok in zip(batch.samples, finite.tolist(), strict=True) if not ok]
         captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
+        where = f"views {bad} ({captions[:3]})" if bad else "in another process, which names the views"
         raise CascadeError(
-            f"the loss is not finite at step {step}, views {bad} ({captions[:3]}); the last checkpoint is intact."
+            f"the loss is not finite at step {step}, {where}; the last checkpoint is intact."
             " Lower training.optimizer.learning_rate, or use training.precision=fp32"
         )
 

@@ -115,7 +115,7 @@ def broken(rank: int, output: str) -> None:
     ("target", "message"),
     [
         (full_disk, "No space left"),
-        (poisoned, "not finite at step 2"),
+        (poisoned, "the loss is not finite at step 2, "),
         (broken, "ZeroDivisionError: division by zero"),
     ],
 )
@@ -123,3 +123,11 @@ def test_what_goes_wrong_in_one_process_ends_all(tmp_path: Path, target: object,
     output = tmp_path / "run"
     assert finish(start(target, str(output), processes=2), timeout_seconds=120) == [0, 0]  # type: ignore[arg-type]
     assert all(message in Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))
+
+
+def test_a_process_whose_own_views_are_sound_says_that_another_names_the_bad_ones(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert finish(start(poisoned, str(output), processes=2), timeout_seconds=120) == [0, 0]
+    healthy, sick = (Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))
+    assert "step 2, in another process, which names the views;" in healthy
+    assert "step 2, views [6, 7] ([" in sick

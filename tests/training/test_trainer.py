@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _self: 3))
-    with pytest.raises(CascadeError, match=r"= 4 does not divide among 3 processes"):
+    with pytest.raises(CascadeError, match=r"= 4 does not divide among 3 processes; make it a multiple of 3, or"):
         trainer(micro_config(tmp_path / "run"))
 
 
