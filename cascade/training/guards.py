@@ -1,8 +1,10 @@
-"""What must hold in every step, or the run stops before a checkpoint is spoiled."""
+"""What must hold in every step, or the run stops before a checkpoint is spoiled; and what it stops for is one line."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -47,3 +49,30 @@ def check_gradient(norm: float, step: int, precision: str) -> None:
             f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
             " Lower training.optimizer.learning_rate, or use training.precision=fp32"
         )
+
+
+@contextmanager
+def shortage_told() -> Iterator[None]:
+    """Running out of memory inside, also that of a reading process, becomes a CascadeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            raise CascadeError(
+                "a process that reads pictures was killed, as a rule for want of memory; lower data.workers, or give"
+                f" more memory, in a container also shared memory ({_first_line(error)}); the last checkpoint is intact"
+            ) from error
+        if _is_out_of_memory(error):
+            raise CascadeError(
+                f"out of memory in training ({_first_line(error)}); raise training.accumulation, which gives the same"
+                " steps in smaller passes, or set training.activation_checkpointing=true; the last checkpoint is intact"
+            ) from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.accelerator import any_process, build_accelerator, check_shardable, from_main, shards
 from cascade.training.ema import EMA
 from cascade.training.frozen import freeze
-from cascade.training.guards import check_batch, check_finite, check_gradient
+from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
 from cascade.training.interrupt import stop_signals
 from cascade.training.log import Meter, RunLog, flatten
 from cascade.training.lora import add_low_rank, merged, save_adapter
@@ -76,11 +76,16 @@ class Trainer:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
 
         resume: continue from the newest checkpoint. Raises CascadeError for a run that exists and is not resumed,
-        for none to resume, and for a loss that is not finite.
+        for none to resume, for a loss that is not finite, and for too little memory.
         """
         first = self._restore() if resume else self._start()
         stop = False
-        with closing(self._batches(first)) as data, stop_signals() as stopped, self._progress(first) as progress:
+        with (
+            shortage_told(),
+            closing(self._batches(first)) as data,
+            stop_signals() as stopped,
+            self._progress(first) as progress,
+        ):
             from_main(self.accelerator, lambda: self._open_folder(first))
             for step in range(first + 1, self.config.training.steps + 1):
                 self._step(step, data)

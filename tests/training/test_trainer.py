@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import multiprocessing
 import shutil
 import signal
 import time
@@ -87,6 +88,49 @@ def test_the_arithmetic_inside_the_network_has_the_precision_asked_for(
     assert seen == {dtype}
     assert {parameter.dtype for parameter in run.stage.network.parameters()} == {torch.float32}
     assert {value.dtype for value in run.ema.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore"), r"out of memory in training .*accumulation"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), r"not enough memory: .*accumulation"),
+        (MemoryError(), r"out of memory in training \(MemoryError\); raise training\.accumulation"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), r"data\.workers.*shared memory"),
+    ],
+    ids=["gpu", "cpu", "python", "reading process"],
+)
+def test_too_little_memory_is_one_line_with_the_way_out(tmp_path: Path, error: Exception, message: str) -> None:
+    def fail(call: int) -> None:
+        if call == 3:
+            raise error
+
+    config = micro_config(tmp_path / "run", "training.save_every=1")
+    with pytest.raises(CascadeError, match=message) as told:
+        trainer(config, WordEncoder(fail)).run()
+    assert "\n" not in str(told.value)
+    assert load_newest(tmp_path / "run", config).step == 2
+
+
+def test_an_error_that_is_no_shortage_keeps_its_name(tmp_path: Path) -> None:
+    def fail(_call: int) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        trainer(micro_config(tmp_path / "run"), WordEncoder(fail)).run()
+
+
+@pytest.mark.slow
+def test_a_killed_reading_process_is_one_line(tmp_path: Path) -> None:
+    def kill_readers(call: int) -> None:
+        if call == 2:
+            for process in multiprocessing.active_children():
+                process.kill()
+            time.sleep(0.5)
+
+    config = micro_config(tmp_path / "run", "training.steps=20", "data.workers=1")
+    with pytest.raises(CascadeError, match=r"was killed.*lower data\.workers"):
+        trainer(config, WordEncoder(kill_readers)).run()
 
 
 def test_activation_checkpointing_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
