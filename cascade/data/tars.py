@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -28,6 +28,7 @@ logger = logging.getLogger("cascade.data")
 
 INDEX_FOLDER = ".cascade-index"
 _NOWHERE = (-1, 0)
+_LOOKED_AT = 100  # members, of which what is missing is told
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class TarRecords:
     def __init__(self, files: Sequence[str], caption: str, caption_column: str) -> None:
         """caption: ending of the members that hold captions: lines of text, or JSON with `caption_column`.
 
-        Raises CascadeError for a file that is no plain tar, or that ends too early.
+        Raises CascadeError for a file that is no plain tar or ends too early, and where no record has such a caption.
         """
         self._shards = [open_shard(Path(file), caption) for file in files]
         self._caption_column = caption_column if caption.endswith("json") else None
         self.starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
         if not len(self):
             raise CascadeError(f"data source {' '.join(files)}: the shards hold no records")
+        _require_captions(self._shards, caption, self._caption_column)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -134,6 +136,35 @@ def _walk(path: Path, caption: str) -> Shard:
         torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
         torch.tensor(list(accumulate(len(key) for key in keys)), dtype=torch.int64),
     )
+
+
+def _require_captions(shards: Sequence[Shard], ending: str, column: str | None) -> None:
+    """A wrong ending or key is one mistake in the settings, not one of each record: it is told with what there is."""
+    captioned = next((shard for shard in shards if bool((shard.places[:, 2] >= 0).any())), None)
+    if captioned is None:
+        path = next(shard.path for shard in shards if len(shard))
+        there = ", ".join(_first_endings(path))
+        raise CascadeError(f"{path}: no member ends in .{ending}; there are {there}; set the source's caption to one")
+    objects = [] if column is None else _first_objects(captioned)
+    if objects and not any(column in value for value in objects):
+        keys = ", ".join(sorted({key for value in objects for key in value}))
+        raise CascadeError(f"{captioned.path}: no key {column!r} in its .{ending} members; there are {keys}")
+
+
+def _first_endings(path: Path) -> list[str]:
+    """The endings of a shard's first members."""
+    with tarfile.open(path, "r:") as tar:
+        return sorted({_split(member.name)[1] for member in islice(tar, _LOOKED_AT) if member.isfile()})
+
+
+def _first_objects(shard: Shard) -> list[dict[str, object]]:
+    """What a shard's first JSON members with captions say, as far as they can be read."""
+    values = []
+    with shard.path.open("rb") as file:
+        for _, _, start, size in shard.places[shard.places[:, 2] >= 0][:_LOOKED_AT].tolist():
+            with suppress(ValueError):
+                values.append(json.loads(_bytes_at(file, start, size) or b""))
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _require_end(path: Path) -> None:

@@ -49,8 +49,17 @@ def test_records_are_read_where_they_lie(shards: Path) -> None:
 def test_captions_in_json_members_have_a_key(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", 3, 1, json_captions=True)
     assert open_records(source_of(tmp_path, caption="json", caption_column="text"))[0].captions[1] == "number 3"
-    assert open_records(source_of(tmp_path, caption="json"))[0].captions == ()
-    assert open_records(source_of(tmp_path))[0].captions == (), "there are no txt members"
+
+
+def test_an_ending_or_key_that_no_caption_has_is_answered_with_those_there_are(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"0\.tar: no member ends in \.caption; there are cls, png, txt; set"):
+        open_records(source_of(shards, caption="caption"))
+    write_tar(tmp_path / "json" / "0.tar", 0, 0)
+    write_tar(tmp_path / "json" / "1.tar", 3, 2, json_captions=True)
+    with pytest.raises(CascadeError, match=r"1\.tar: no member ends in \.txt; there are cls, json, png; set"):
+        open_records(source_of(tmp_path / "json"))
+    with pytest.raises(CascadeError, match=r"1\.tar: no key 'caption' in its \.json members; there are text"):
+        open_records(source_of(tmp_path / "json", caption="json"))
 
 
 def test_a_record_without_picture_or_with_unreadable_caption_is_a_bad_record(tmp_path: Path) -> None:
