@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,10 +97,14 @@ class RunLog:
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one entry."""
-        self.entries.append({"step": step, **values})
+        """Append one entry; a number that is not finite, which JSON has not, as null."""
+        self.entries.append({"step": step, **{name: _finite(value) for name, value in values.items()}})
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.entries[-1]) + "\n")
+            file.write(json.dumps(self.entries[-1], allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> list[str]:

@@ -41,6 +41,8 @@ class RunState:
     """What the log's next entry already holds, where a checkpoint falls between two entries."""
     processes: int = 1
     """That made the last step."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """fp16's scale of the loss, and since when it holds."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
@@ -56,6 +58,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
             "step": state.step,
             **_surroundings(state.processes),
             "meter": state.meter,
+            "scaler": state.scaler,
             "config": config.model_dump(mode="json"),
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
@@ -98,7 +101,10 @@ def read_state(folder: Path) -> RunState:
     """A checkpoint that `newest` found sound."""
     meta = read_json(folder / "state.json")
     tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
-    return RunState(meta["step"], **tensors, meter=meta.get("meter", {}), processes=meta.get("processes", 1))
+    later = {
+        name: meta[name] for name in ("meter", "processes", "scaler") if name in meta
+    }  # what format 1 did not have from its beginning
+    return RunState(meta["step"], **tensors, **later)
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
@@ -133,9 +134,11 @@ class Trainer:
         check_gradient(norm, step, settings.precision)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
         self.meter.add_losses(*self._from_all(torch.cat(losses), torch.cat(levels)))
-        self.meter.add("gradient_norm", norm)
+        # fp16's scaling skips the step of such a gradient. accelerate does not see it: fused AdamW skips by itself.
+        if math.isfinite(norm):
+            self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
+            self.meter.add("gradient_norm", norm)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ready = self.ready(batch)
@@ -236,6 +239,7 @@ class Trainer:
             optimizer=gather(optimizer_state(self.optimizer.optimizer, self.stage.network), keep, device),
             meter=self.meter.sums,
             processes=self.accelerator.num_processes,
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         )
 
         def write() -> None:
@@ -285,6 +289,8 @@ class Trainer:
         load_weights(self.stage.network, parts, self.output)
         self.ema.load(state.ema)
         load_optimizer_state(self.optimizer.optimizer, self.stage.network, state.optimizer)
+        if self.accelerator.scaler and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
         self.meter = Meter(state.meter)
         logger.info("%s: continuing after step %d", self.output, state.step)
         return state.step

@@ -331,6 +331,13 @@ def test_a_resumed_log_drops_later_entries_and_half_a_line(tmp_path: Path) -> No
     assert log_entries(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5}]
 
 
+def test_the_log_says_null_for_what_is_no_number(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl", 0)
+    log.write(1, {"loss": 1.0, "validation_loss": float("nan"), "gradient_norm": float("inf")})
+    assert log_entries(tmp_path) == [{"step": 1, "loss": 1.0, "validation_loss": None, "gradient_norm": None}]
+    assert RunLog(tmp_path / "log.jsonl", 1).entries == log.entries
+
+
 # --- through the loading code ---------------------------------------------------------------------------------
 
 
