@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers_model import STAGES, make_tiny_cascade, tiny_configs, tiny_stage
 from helpers_text import make_tiny_t5
-from helpers_training import micro_settings
+from helpers_training import SUPER_RESOLUTION, micro_settings
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,14 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade import CascadePipeline, __version__
 from cascade.build import build_stage
 from cascade.cli import main
+from cascade.cli.data import Reading
 from cascade.cli.model import gflop_per_call, network_calls
 from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig
+from cascade.config import SamplingConfig, TextConfig
 from cascade.load import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
+from cascade.text.tokens import TokenCounter
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +427,7 @@ def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pyt
         "  copies: 0",
         "  captions: 3 distinct, 1 of them used more than once",
         "captions: 3 to 82 tokens, median 3; 1 of 3 are longer than text.max_length 64 and would be cut",
+        f"    cut after {('a' + 62 * ' red')[-60:]!r}",
         f"the first 3 views: {tmp_path / 'sheet.png'}",
     ):
         assert line in stdout.splitlines(), stdout
@@ -434,6 +437,43 @@ def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pyt
     status, stdout, _ = run(capsys, *call)
     assert status == 1
     assert f"    {pictures / '2.png'}: broken picture" in stdout
+
+
+def test_check_data_looks_at_held_out_data_and_compares_tiles_with_the_crop(
+    tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, size in (("tiles", (4, 4)), ("held-out", (2, 4))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size).save(tmp_path / name / "0.png")
+        (tmp_path / name / "0.txt").write_text(name)
+    changes = (
+        *SUPER_RESOLUTION,
+        f"data={{tiles: true, crop: 4, sources: [{{kind: folder, path: {tmp_path}/tiles}}]}}",
+        f"training.validation={{sources: [{{kind: folder, path: {tmp_path}/held-out}}]}}",
+    )
+    status, stdout, _ = run(capsys, "check-data", training(tmp_path, t5), *changes, "--sheet", tmp_path / "sheet.png")
+    assert status == 1
+    assert "  pictures: 4x4 to 4x4, median 4x4\n  bad: 0\n" in stdout, "8 px are those of the whole picture"
+    assert f"held-out folder {tmp_path}/held-out: 1 records" in stdout
+    assert "0.png: the tile of 2x4 is smaller than data.crop 4" in stdout
+
+
+def test_check_data_tells_of_a_sheet_that_cannot_be_written_before_it_looks(
+    tmp_path: Path, t5: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cascade.data.survey.survey", lambda *_: pytest.fail("it looked"))
+    (tmp_path / "file").write_text("")
+    status, _, stderr = run(capsys, "check-data", training(tmp_path, t5), "--sheet", tmp_path / "file" / "sheet.png")
+    assert status == 2
+    assert "file/sheet.png: cannot be written: " in stderr
+
+
+def test_captions_are_shown_as_the_encoder_reads_them(t5: Path) -> None:
+    reading = Reading(TokenCounter(t5), TextConfig(captions="lower", max_length=5))
+    assert reading.label(" A Red FOX ") == "a red fox"
+    assert reading.label("A red fox of the sea") == "[cut to 5 tokens] a red fox of"
+    assert reading.label("") == ""
+    assert reading.describe(["A red fox of the sea", "a red fox of THE sea"])[1:] == ["    cut after 'a red fox of'"]
 
 
 def test_presets_are_the_files_that_come_along() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.cli.train import find_config
+from cascade.text.captions import prepare_caption
 
 if TYPE_CHECKING:
-    from cascade.config import StageConfig
+    from cascade.config import DataConfig, StageConfig, TextConfig, TrainConfig
     from cascade.data.survey import Survey
     from cascade.text.tokens import TokenCounter
 
-_NAMED = 5  # problems and copies that are written out
+_NAMED = 5  # problems, copies and captions that are written out
+_SHOWN = 60  # characters of a caption before its cut
 
 
 @click.command("check-data")
@@ -25,39 +28,56 @@ _NAMED = 5  # problems and copies that are written out
 @click.option("--sheet", type=click.Path(dir_okay=False), default="check-data.png", show_default=True)
 @click.option("--views", type=click.IntRange(min=1), default=24, show_default=True, help="Pictures on the sheet.")
 def check_data(config: str, assignments: tuple[str, ...], limit: int | None, sheet: str, views: int) -> int:
-    """Look at the data of a training run: counts, sizes, broken files, caption lengths, copies.
+    """Look at the data of a training run, held-out data too: counts, sizes, bad records, caption lengths, copies.
 
-    Draws a sheet of the first views as the network will see them, for super-resolution beside the smaller pictures.
-    Of scenes and streams the first 1000 records are looked at. Exit status 1: there are bad records, named.
+    A record is bad if training would pass over it. Draws a sheet of the first views as the network will see them, for
+    super-resolution beside the smaller pictures. Of scenes and streams the first 1000 records are looked at. Exit
+    status 1: there are bad records, named.
     """
-    from cascade.checkpoint import atomic_file
-    from cascade.data.survey import survey, view_sheet
+    from cascade.checkpoint import atomic_file, writing
+    from cascade.data.survey import view_sheet
     from cascade.load import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 
     settings = load_train_config(find_config(config), assignments)
-    # First, because a wrong encoder should be told before a million pictures are decoded.
-    counter = TokenCounter(text_encoder_source(settings.text), settings.text.captions)
-    surveys = [survey(source, settings.stage, limit, settings.data.workers) for source in settings.data.sources]
+    # First, because a wrong encoder or place for the sheet should be told before a million pictures are decoded.
+    reading = Reading(TokenCounter(text_encoder_source(settings.text)), settings.text)
+    with writing(Path(sheet)):
+        Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(sheet).parent).close()
+    surveys = surveys_of(settings, limit)
     for found in surveys:
-        click.echo("\n".join(describe(found, settings.stage)))
-    click.echo(caption_lengths(surveys, counter, settings.text.max_length))
-    picture = view_sheet(settings.data, settings.stage, settings.training.seed, views)
+        click.echo("\n".join(describe(found, settings.data, settings.stage)))
+    click.echo("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
+    picture = view_sheet(settings.data, settings.stage, settings.training.seed, views, reading.label)
     with atomic_file(Path(sheet)) as temporary:
         picture.save(temporary, format="PNG")
     click.echo(f"the first {views} views: {sheet}")
     return 1 if any(found.problems for found in surveys) else 0
 
 
-def describe(found: Survey, stage: StageConfig) -> list[str]:
+def surveys_of(config: TrainConfig, limit: int | None) -> list[Survey]:
+    """Of each source of a run, then of each of its held-out ones."""
+    from cascade.data.survey import survey
+
+    validation = config.training.validation
+    surveys = [survey(source, config.data, config.stage, limit) for source in config.data.sources]
+    for source in validation.sources if validation else ():
+        surveys.append(survey(source, config.data, config.stage, limit))
+        surveys[-1].name = f"held-out {surveys[-1].name}"
+    return surveys
+
+
+def describe(found: Survey, data: DataConfig, stage: StageConfig) -> list[str]:
     """What was found, in lines."""
     total = f"{found.total:,} records" if found.total is not None else "no known end"
     lines = [f"{found.name}: {total}, {found.looked_at:,} looked at"]
     if found.sizes:
         by_area = sorted(found.sizes, key=lambda size: size[0] * size[1])
         least, median, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-        small = sum(min(size) < stage.resolution for size in found.sizes)
-        enlarged = f"; {small:,} with a side below {stage.resolution} px" if small else ""
+        side = min if data.aspect == "crop" else max  # of the square that is made of a picture; tiles stay as they are
+        small = 0 if data.tiles else sum(side(size) < stage.resolution for size in found.sizes)
+        enlarged = f"; {small:,} will be enlarged to {stage.resolution} px" if small else ""
         lines.append(f"  pictures: {least} to {most}, median {median}{enlarged}")
     lines += _some("bad", found.problems)
     lines += _some("copies", [f"{copy} = {first}" for copy, first in found.copies])
@@ -66,17 +86,40 @@ def describe(found: Survey, stage: StageConfig) -> list[str]:
     return lines
 
 
-def caption_lengths(surveys: Iterable[Survey], counter: TokenCounter, longest: int) -> str:
-    """How many tokens the captions have, and how many of them an encoder that keeps `longest` would cut."""
-    captions = list({caption for found in surveys for caption in found.captions})
-    lengths = sorted(counter.count(captions))
-    if not lengths:
-        return "captions: none"
-    cut = sum(length > longest for length in lengths)
-    return (
-        f"captions: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]};"
-        f" {cut:,} of {len(lengths):,} are longer than text.max_length {longest} and would be cut"
-    )
+class Reading:
+    """How captions reach the text encoder: cleaned, and cut after `text.max_length` tokens."""
+
+    def __init__(self, counter: TokenCounter, text: TextConfig) -> None:
+        """counter: of texts that are cleaned already."""
+        self._counter, self._text = counter, text
+
+    def describe(self, captions: Iterable[str]) -> list[str]:
+        """How many tokens the captions have, and which of them are cut, where."""
+        read = list(dict.fromkeys(map(self._cleaned, captions)))
+        lengths = self._counter.count(read)
+        if not lengths:
+            return ["captions: none"]
+        longest, ordered = self._text.max_length, sorted(lengths)
+        cut = [text for text, length in zip(read, lengths, strict=True) if length > longest]
+        return [
+            f"captions: {ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]};"
+            f" {len(cut):,} of {len(read):,} are longer than text.max_length {longest} and would be cut",
+            *(f"    cut after {self._kept(text)[-_SHOWN:]!r}" for text in sorted(cut)[:_NAMED]),
+        ]
+
+    def label(self, caption: str) -> str:
+        """A caption as the encoder reads it."""
+        text, longest = self._cleaned(caption), self._text.max_length
+        return text if self._counter.count([text])[0] <= longest else f"[cut to {longest} tokens] {self._kept(text)}"
+
+    def _cleaned(self, caption: str) -> str:
+        return prepare_caption(caption, self._text.captions)
+
+    def _kept(self, text: str) -> str:
+        """The whole words of a cleaned text that are kept."""
+        words = text.split()
+        lengths = self._counter.count([" ".join(words[: count + 1]) for count in range(len(words))])
+        return " ".join(words[: sum(length <= self._text.max_length for length in lengths)])
 
 
 def _some(what: str, lines: Sequence[str]) -> list[str]:

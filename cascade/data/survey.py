@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -16,7 +18,7 @@ from cascade.data.loader import Views, read_by_workers
 from cascade.data.order import SceneSource
 from cascade.data.sources import open_records
 from cascade.data.tables import open_stream
-from cascade.data.transforms import decode
+from cascade.data.transforms import decode, prepared_pair
 from cascade.images import contact_sheet, downsample, to_float, to_pil
 
 ENDLESS_LIMIT = 1000
@@ -43,7 +45,7 @@ class Survey:
     total: int | None
     looked_at: int = 0
     problems: list[str] = field(default_factory=list)
-    """Broken pictures and records without caption, each in a line."""
+    """Records that training passes over, each in a line that says why."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)
     """Records with the pixels of an earlier one, and that one."""
@@ -66,38 +68,49 @@ class Survey:
                 self.copies.append((finding.origin, earlier))
 
 
-def survey(source: SourceConfig, stage: StageConfig, limit: int | None, workers: int = 0) -> Survey:
+def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: int | None) -> Survey:
     """Look at the records of a source: all, or `limit` of them, spread evenly; of what is endless the first ones.
 
-    workers: processes that decode. Every distinct caption and a fingerprint of every picture are held in memory.
+    data: how views are made of them, and by how many processes. Every distinct caption and a fingerprint of every
+    picture are held in memory.
     """
+    look = partial(examine, data=data.model_copy(update={"jitter": 0.0}), stage=stage)  # slow, and never refuses any
     if isinstance(source, ScenesSource):
         drawn = SceneSource(source.held_out, stage.resolution, (0,))
         records: Iterable[Record] = (drawn.record(use) for use in itertools.count())
-        return _sum(Survey("drawn scenes", None), _first(records, limit))
+        return _sum(Survey("drawn scenes", None), _first(records, look, limit))
     if isinstance(source, HubSource) and source.streaming:
-        return _sum(Survey(f"stream {source.name}", None), _first(open_stream(source)(0), limit))
+        return _sum(Survey(f"stream {source.name}", None), _first(open_stream(source)(0), look, limit))
     finite = open_records(source)
     chosen = range(len(finite)) if limit is None else _spread(len(finite), limit)
-    return _sum(Survey(_name(source), len(finite)), _examined(finite, chosen, workers))
+    examined = _Examined(finite, look)
+    findings = read_by_workers(examined, chosen, data.workers) if data.workers else map(examined.__getitem__, chosen)
+    return _sum(Survey(_name(source), len(finite)), findings)
 
 
-def examine(record: Record) -> Finding:
-    """Decode one record."""
+def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:
+    """Make a view of one record, as training does."""
     try:
         pixels = decode(record)
     except BadRecordError as error:
         return Finding(record.origin, record.captions, str(error))
     problem = None if record.captions else f"{record.origin}: no caption"
+    try:
+        prepared_pair(pixels, record, data, stage, random.Random(0))
+    except BadRecordError as error:
+        problem = str(error)
     height, width = pixels.shape[-2:]
     digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes() + bytes(f"{width}", "ascii"), digest_size=16)
     return Finding(record.origin, record.captions, problem, (width, height), digest.digest())
 
 
-def view_sheet(data: DataConfig, stage: StageConfig, seed: int, count: int) -> Image.Image:
+def view_sheet(
+    data: DataConfig, stage: StageConfig, seed: int, count: int, as_read: Callable[[str], str] = str
+) -> Image.Image:
     """The first `count` views of a run as the network will see them: cropped, resized, with the caption drawn.
 
-    For super-resolution each beside its smaller picture (before noise), which is enlarged by repeating pixels.
+    For super-resolution each beside its smaller picture (before noise), which is enlarged by repeating pixels: the one
+    that the record brings, else the area mean. as_read: from a caption to what the text encoder reads of it.
     """
     views = Views(data, stage, seed)
     cells: list[Image.Image] = []
@@ -105,13 +118,12 @@ def view_sheet(data: DataConfig, stage: StageConfig, seed: int, count: int) -> I
     for number in range(count):
         view = views[number]
         large = view.image[None]
-        label = view.caption or "(null text)"
         if stage.low_resolution is not None:
             size = large.shape[-1] * stage.low_resolution // stage.resolution
-            cells += to_pil(downsample(to_float(large), size))
-            labels.append(f"{size} px")
+            cells += to_pil(downsample(to_float(large), size) if view.low is None else to_float(view.low[None]))
+            labels.append(f"{size} px" if view.low is None else f"{size} px, its own")
         cells += to_pil(to_float(large))
-        labels.append(label)
+        labels.append(as_read(view.caption) or "(null text)")
     columns = min(6, len(cells))
     return contact_sheet([_enlarged(cell) for cell in cells], columns, labels, max(_CELL, stage.resolution))
 
@@ -122,8 +134,8 @@ def _sum(survey: Survey, findings: Iterable[Finding]) -> Survey:
     return survey
 
 
-def _first(records: Iterable[Record], limit: int | None) -> Iterator[Finding]:
-    return (examine(record) for record in itertools.islice(records, limit or ENDLESS_LIMIT))
+def _first(records: Iterable[Record], look: Callable[[Record], Finding], limit: int | None) -> Iterator[Finding]:
+    return map(look, itertools.islice(records, limit or ENDLESS_LIMIT))
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -132,19 +144,14 @@ def _spread(count: int, limit: int) -> list[int]:
 
 
 class _Examined(Dataset[Finding]):
-    def __init__(self, records: Records) -> None:
-        self._records = records
+    def __init__(self, records: Records, look: Callable[[Record], Finding]) -> None:
+        self._records, self._look = records, look
 
     def __getitem__(self, index: int) -> Finding:
         try:
-            return examine(self._records[index])
+            return self._look(self._records[index])
         except BadRecordError as error:  # its caption cannot be read
             return Finding(f"record {index}", problem=str(error))
-
-
-def _examined(records: Records, chosen: Iterable[int], workers: int) -> Iterator[Finding]:
-    examined = _Examined(records)
-    return read_by_workers(examined, chosen, workers) if workers else (examined[index] for index in chosen)
 
 
 def _name(source: SourceConfig) -> str:

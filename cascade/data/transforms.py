@@ -29,7 +29,13 @@ def training_pair(
     For super-resolution this is the large picture; the smaller one is its area mean and needs no file. Where the record
     brings another, such as one that the stage before drew, the same part of that is second: (3, S / scale, S / scale).
     """
-    picture = decode(record)
+    return prepared_pair(decode(record), record, data, stage, rng)
+
+
+def prepared_pair(
+    picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+) -> tuple[Tensor, Tensor | None]:
+    """`training_pair` of a record whose picture is decoded already."""
     height, width = picture.shape[-2:]
     if data.aspect == "pad" and max(height, width) > MAX_ASPECT * min(height, width):
         raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")

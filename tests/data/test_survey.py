@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
@@ -18,7 +20,11 @@ from cascade.config import (
     WebDatasetSource,
 )
 from cascade.data.loader import Views
-from cascade.data.survey import survey, view_sheet
+from cascade.data.survey import Survey, survey, view_sheet
+
+
+def looked_at(source: SourceConfig, stage: StageConfig, limit: int | None, **options: object) -> Survey:
+    return survey(source, DataConfig(sources=(source,), **options), stage, limit)
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def flawed(tmp_path: Path) -> FolderSource:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_everything_that_is_wrong_is_found_and_named(flawed: FolderSource, stage: StageConfig, workers: int) -> None:
-    found = survey(flawed, stage, None, workers)
+    found = looked_at(flawed, stage, None, workers=workers)
     assert (found.total, found.looked_at) == (12, 12)
     broken, silent = found.problems
     assert "003.png: broken picture" in broken
@@ -47,7 +53,7 @@ def test_everything_that_is_wrong_is_found_and_named(flawed: FolderSource, stage
 
 def test_a_limit_spreads_over_all_records(tmp_path: Path, stage: StageConfig) -> None:
     write_parquet(tmp_path / "rows.parquet", 0, 30)
-    found = survey(ParquetSource(files=(str(tmp_path / "rows.parquet"),)), stage, 3)
+    found = looked_at(ParquetSource(files=(str(tmp_path / "rows.parquet"),)), stage, 3)
     assert (found.total, found.looked_at) == (30, 3)
     assert list(found.captions) == ["picture 0", "picture 10", "picture 20"]
 
@@ -62,7 +68,7 @@ def test_every_kind_of_source_can_be_looked_at(tmp_path: Path, stage: StageConfi
         (ScenesSource(), None),
     ]
     for source, total in sources:
-        found = survey(source, stage, 4)
+        found = looked_at(source, stage, 4)
         assert (found.total, found.looked_at, found.problems) == (total, 4, [])
 
 
@@ -70,7 +76,32 @@ def test_equal_bytes_of_another_shape_are_no_copy(tmp_path: Path, stage: StageCo
     for name, size in (("a", (8, 2)), ("b", (2, 8)), ("c", (4, 4))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    assert survey(FolderSource(path=str(tmp_path)), stage, None).copies == []
+    assert looked_at(FolderSource(path=str(tmp_path)), stage, None).copies == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_training_passes_over_is_bad(tmp_path: Path, workers: int) -> None:
+    """A strip, a tile below the crop, a smaller picture that is broken or has another size."""
+    upscaler = StageConfig(name="upscaler", resolution=8, low_resolution=4)
+    sizes = {"strip": (21, 1), "square": (8, 8), "tile": (4, 8)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    folder = FolderSource(path=str(tmp_path))
+    (strip,) = looked_at(folder, upscaler, None, workers=workers).problems
+    assert "strip.png: a strip of 21x1" in strip
+    assert looked_at(folder, upscaler, None, workers=workers, aspect="crop").problems == []
+    small, narrow = looked_at(folder, upscaler, None, workers=workers, crop=6, tiles=True, aspect="crop").problems
+    assert "strip.png: the tile of 21x1 is smaller than data.crop 6" in small
+    assert "tile.png: the tile of 4x8" in narrow
+
+    lows = [encoded(plain_picture(0, size)) for size in (4, 5)] + [b"broken", None]
+    table = {"image": [encoded(plain_picture(number)) for number in range(4)], "caption": list("abcd"), "low": lows}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    source = ParquetSource(files=(str(tmp_path / "a.parquet"),), low_column="low")
+    other_size, broken = looked_at(source, upscaler, None, workers=workers).problems
+    assert "row 1: its smaller picture has 5x5" in other_size
+    assert "row 2: broken picture" in broken
 
 
 def test_the_sheet_shows_the_views_of_the_run(flawed: FolderSource, stage: StageConfig) -> None:
@@ -93,3 +124,20 @@ def test_for_super_resolution_the_sheet_has_the_mean_of_the_crop_beside_it(tmp_p
     low, high = sheet[:192, :192][::96, ::96], sheet[:192, 196:388][::48, ::48]
     assert (low.shape, high.shape) == ((2, 2, 3), (4, 4, 3))
     assert np.abs(high.reshape(2, 2, 2, 2, 3).mean(axis=(1, 3)) - low).max() <= 1, "the area mean, rounded"
+
+
+def test_the_sheet_shows_the_smaller_picture_that_a_record_brings(tmp_path: Path) -> None:
+    table = {"image": [encoded(plain_picture(0))], "caption": ["a"], "low": [encoded(plain_picture(200, size=4))]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    source = ParquetSource(files=(str(tmp_path / "a.parquet"),), low_column="low")
+    upscaler = StageConfig(name="upscaler", resolution=8, low_resolution=4)
+    sheet = np.asarray(view_sheet(DataConfig(sources=(source,)), upscaler, 0, 1))
+    assert tuple(sheet[0, 0]) == plain_picture(200).getpixel((0, 0))
+    assert tuple(sheet[0, 196]) == plain_picture(0).getpixel((0, 0))
+
+
+def test_the_sheet_asks_how_captions_are_read(flawed: FolderSource, stage: StageConfig) -> None:
+    asked: list[str] = []
+    data = DataConfig(sources=(flawed,), max_bad_share=1.0, caption_dropout=0.0)
+    view_sheet(data, stage, 7, 3, lambda caption: asked.append(caption) or caption)
+    assert asked == [Views(data, stage, 7)[number].caption for number in range(3)]
