@@ -71,13 +71,12 @@ class Meter:
         return {name: self.sums[name][0] / self.sums[name][1] for name in names}
 
     def measured(self, device: torch.device) -> dict[str, float]:
-        """What the clock and the machine say: see `MEASURED`."""
+        """What the clock and the machine say: see `MEASURED`. No rates before the first step of a resumed run."""
+        memory = {"memory_gigabytes": memory_bytes(device) / 1e9}
+        if not self._images:
+            return memory
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        return {
-            "images_per_second": self._images / seconds,
-            "data_wait_share": self._waited / seconds,
-            "memory_gigabytes": memory_bytes(device) / 1e9,
-        }
+        return {"images_per_second": self._images / seconds, "data_wait_share": self._waited / seconds, **memory}
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -43,6 +43,8 @@ class RunState:
     """That made the last step."""
     scaler: dict[str, float] = field(default_factory=dict)
     """fp16's scale of the loss, and since when it holds."""
+    owes: bool = False
+    """Whether the log's entry, validation and grid that were due after the step are still to be made."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
@@ -59,6 +61,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
             **_surroundings(state.processes),
             "meter": state.meter,
             "scaler": state.scaler,
+            "owes": state.owes,
             "config": config.model_dump(mode="json"),
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
@@ -102,7 +105,7 @@ def read_state(folder: Path) -> RunState:
     meta = read_json(folder / "state.json")
     tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
     later = {
-        name: meta[name] for name in ("meter", "processes", "scaler") if name in meta
+        name: meta[name] for name in ("meter", "processes", "scaler", "owes") if name in meta
     }  # what format 1 did not have from its beginning
     return RunState(meta["step"], **tensors, **later)
 

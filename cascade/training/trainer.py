@@ -72,6 +72,7 @@ class Trainer:
         self.validation = Validation(config, settings.validation, *place) if settings.validation else None
         self.meter, self.watch = Meter(), Watch()
         self.log: RunLog | None = None
+        self._owes = False  # what was due after the step that the run goes on from
 
     def run(self, resume: bool = False) -> bool:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
@@ -88,6 +89,8 @@ class Trainer:
             self._progress(first) as progress,
         ):
             from_main(self.accelerator, lambda: self._open_folder(first))
+            if self._owes:
+                self._report(first, progress)
             for step in range(first + 1, self.config.training.steps + 1):
                 self._step(step, data)
                 progress.update()
@@ -167,26 +170,37 @@ class Trainer:
     # --- every n steps -----------------------------------------------------------------------------------------------
 
     def _every_so_often(self, step: int, stop: bool, progress: tqdm[Any]) -> None:
-        """What is due after a step. The checkpoint comes last: what stands before it is never missing after a kill."""
-        settings = self.config.training
-        last = step == settings.steps
+        """What is due after a step. The checkpoint comes last: what stands before it is never missing after a kill.
 
-        def due(every: int) -> bool:
-            return every > 0 and (step % every == 0 or last)
+        But whoever asks to stop may kill soon: a validation or a grid, which take long, are left to the resumed run.
+        """
+        owes = stop and (self._validates(step) or self._draws(step))
+        if not owes:
+            self._report(step, progress)
+        if stop or self._due(step, self.config.training.save_every):
+            self._save(step, owes)
 
-        validates = settings.validation is not None and due(settings.validation.every)
-        samples = due(settings.sample_every) and not stop
-        values = self._summary(step) if due(settings.log_every) else {}
-        if validates or samples:
+    def _report(self, step: int, progress: tqdm[Any]) -> None:
+        """The log's entry, validation and grid, as they are due."""
+        values = self._summary(step) if self._due(step, self.config.training.log_every) else {}
+        if self._validates(step) or self._draws(step):
             averaged = self.averaged_stage()
-            if validates:
+            if self._validates(step):
                 values |= self._validated(averaged)
-            if samples:
+            if self._draws(step):
                 from_main(self.accelerator, lambda: self._sample(step, averaged))
         if values:
             self._write_log(step, values, progress)
-        if due(settings.save_every) or stop:
-            self._save(step)
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.training.steps)
+
+    def _validates(self, step: int) -> bool:
+        settings = self.config.training.validation
+        return settings is not None and self._due(step, settings.every)
+
+    def _draws(self, step: int) -> bool:
+        return self._due(step, self.config.training.sample_every)
 
     def averaged_stage(self) -> Stage:
         """The stage with the averaged weights, whole on this process' device. All processes together."""
@@ -215,7 +229,7 @@ class Trainer:
 
     def _write_log(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
         if "loss" in values:
-            progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values['images_per_second']:.1f}")
+            progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values.get('images_per_second', 0):.1f}")
         self.accelerator.log(values, step=step)
         if self.log:
             self.log.write(step, values)
@@ -229,8 +243,11 @@ class Trainer:
         with atomic_file(path) as temporary:
             sheet.save(temporary, format="PNG")
 
-    def _save(self, step: int) -> None:
-        """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes."""
+    def _save(self, step: int, owes: bool) -> None:
+        """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes.
+
+        owes: whether the resumed run has to begin with what is due after this step.
+        """
         keep, device = self.accelerator.is_main_process, "cpu" if shards(self.accelerator) else None
         state = RunState(
             step,
@@ -240,6 +257,7 @@ class Trainer:
             meter=self.meter.sums,
             processes=self.accelerator.num_processes,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            owes=owes,
         )
 
         def write() -> None:
@@ -291,7 +309,7 @@ class Trainer:
         load_optimizer_state(self.optimizer.optimizer, self.stage.network, state.optimizer)
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.meter = Meter(state.meter)
+        self.meter, self._owes = Meter(state.meter), state.owes
         logger.info("%s: continuing after step %d", self.output, state.step)
         return state.step
 
@@ -302,7 +320,7 @@ class Trainer:
     def _open_folder(self, first: int) -> None:
         remove_unfinished(self.output)
         write_text(self.output / "config.yaml", to_yaml(self.config))
-        self.log = RunLog(self.output / "log.jsonl", first)
+        self.log = RunLog(self.output / "log.jsonl", first - 1 if self._owes else first)
 
     def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training

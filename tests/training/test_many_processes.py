@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -66,6 +67,31 @@ def test_a_run_resumes_in_another_number_of_processes(tmp_path: Path, first: int
     for name, weights in a.network.items():
         # Adam divides a small gradient by its own size, so rounding shows as a share of the learning rate.
         torch.testing.assert_close(b.network[name], weights, rtol=0, atol=0.1 * 1e-2, msg=name)
+
+
+def train_and_stop(rank: int, assignments: Sequence[str], output: str, step: int) -> None:
+    """The second process alone is asked to stop."""
+
+    def interrupt(call: int) -> None:
+        if rank == 1 and call == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = trainer(micro_config(Path(output), *assignments), WordEncoder(interrupt))
+    assert not run.run()
+
+
+def test_a_stop_at_a_step_with_a_validation_changes_nothing_of_two_processes(tmp_path: Path) -> None:
+    """What the stopped processes left undone is done after the resume, by both."""
+    changes = (*EVERYTHING_EACH_STEP, "training.sample_every=5", "training.steps=10")
+    two(tmp_path / "whole", *changes)
+    assert finish(start(train_and_stop, changes, str(tmp_path / "stopped"), 5, processes=2)) == [0, 0]
+    assert not (tmp_path / "stopped" / "samples").exists()
+    two(tmp_path / "stopped", *changes, resume=True)
+    assert log_entries(tmp_path / "whole") == log_entries(tmp_path / "stopped")
+    names = {
+        name: sorted(path.name for path in (tmp_path / name / "samples").iterdir()) for name in ("whole", "stopped")
+    }
+    assert names["whole"] == names["stopped"] == ["step-00000005.png", "step-00000010.png"]
 
 
 def full_disk(rank: int, output: str) -> None:

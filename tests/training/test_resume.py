@@ -124,6 +124,39 @@ def test_a_signal_between_checkpoints_saves_and_stops(tmp_path: Path, number: si
     assert_same_run(whole, stopped)
 
 
+WATCHED = (
+    "training.log_every=5",
+    "training.sample_every=5",
+    "training.sample_prompts=[red]",
+    "training.validation={sources: [{kind: scenes, held_out: true}], every: 5, batches: 1}",
+)
+
+
+def test_a_stop_leaves_validation_and_grid_to_the_resumed_run_which_ends_as_one_that_was_not_stopped(
+    tmp_path: Path,
+) -> None:
+    """Also when the resumed run ends before its first checkpoint, and has to make them once more."""
+    whole, stopped = (config_of(tmp_path / name, 10, *WATCHED) for name in ("whole", "stopped"))
+    assert train(whole)
+    encoder = stop_at(5)
+    assert not train(stopped, encoder)
+    assert encoder.calls == 5, "nothing is encoded after the step"
+    assert state_of(stopped).step == 5
+    assert not log_entries(Path(stopped.output))
+
+    def fail(call: int) -> None:
+        if call == 5:  # the validation, two for the grid, a step
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(stopped, WordEncoder(fail), resume=True)
+    assert [entry["step"] for entry in log_entries(Path(stopped.output))] == [5]
+    assert train(stopped, resume=True)
+    assert_same_run(whole, stopped)
+    for name in ("samples/step-00000005.png", "samples/step-00000010.png", "stage/model.safetensors"):
+        assert Path(stopped.output, name).read_bytes() == Path(whole.output, name).read_bytes()
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     def twice(calls: int) -> None:
         if calls == 2:

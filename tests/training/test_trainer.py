@@ -305,6 +305,8 @@ def test_means_go_on_from_the_sums_of_a_checkpoint() -> None:
 
 def test_waiting_for_data_is_a_share_of_the_time() -> None:
     meter = Meter()
+    assert "images_per_second" not in meter.measured(torch.device("cpu"))
+    meter.add_losses([1.0], [0.0])
     with meter.waiting():
         time.sleep(0.1)
     measured = meter.measured(torch.device("cpu"))
