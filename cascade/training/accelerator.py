@@ -43,9 +43,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         found = {str(tracker) for tracker in accelerator.log_with}
         missing = [tracker for tracker in trackers if tracker not in found]
         raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
-    if trackers:
-        accelerator.init_trackers(config.stage.name)
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, name: str, first_step: int) -> None:
+    """Begin to send a run's numbers; TensorBoard hides those that a killed run sent from `first_step` on."""
+    if accelerator.log_with:
+        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": first_step}})
 
 
 def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:

@@ -24,7 +24,14 @@ from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
-from cascade.training.accelerator import any_process, build_accelerator, check_shardable, from_main, shards
+from cascade.training.accelerator import (
+    any_process,
+    build_accelerator,
+    check_shardable,
+    from_main,
+    shards,
+    start_trackers,
+)
 from cascade.training.ema import EMA
 from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
@@ -320,7 +327,9 @@ class Trainer:
     def _open_folder(self, first: int) -> None:
         remove_unfinished(self.output)
         write_text(self.output / "config.yaml", to_yaml(self.config))
-        self.log = RunLog(self.output / "log.jsonl", first - 1 if self._owes else first)
+        logged = first - 1 if self._owes else first
+        self.log = RunLog(self.output / "log.jsonl", logged)
+        start_trackers(self.accelerator, self.config.stage.name, logged + 1)
 
     def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training

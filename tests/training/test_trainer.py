@@ -269,6 +269,27 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path: Path) -> None:
     assert [event.value for event in scalars.Scalars("loss")] == pytest.approx([entry["loss"] for entry in entries])
 
 
+def test_tensorboard_shows_each_step_once_after_a_kill_and_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = ("training.trackers=[tensorboard]", "training.steps=6", "training.save_every=2")
+
+    def fail(call: int) -> None:
+        if call == 4:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        trainer(micro_config(tmp_path / "run", *changes), WordEncoder(fail)).run()
+    assert trainer(micro_config(tmp_path / "run", *changes)).run(resume=True)
+    events = sorted((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert len(events) == 2
+    scalars = EventAccumulator(str(events[0].parent)).Reload().Scalars("loss")
+    assert [event.step for event in scalars] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in scalars] == pytest.approx(
+        [entry["loss"] for entry in log_entries(tmp_path / "run")]
+    )
+
+
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match=r"training\.trackers.*nonesuch"):
         trainer(micro_config(tmp_path / "run", "training.trackers=[nonesuch]"))
