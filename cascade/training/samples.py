@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,16 +22,27 @@ from cascade.training.step import TrainingBatch, conditions, draw_noise
 _CELL = 256
 
 
-def sample_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side."""
+def sample_grid(
+    config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Callable[[], Batch] | None = None
+) -> Image.Image:
+    """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side.
+
+    first: gives the first views where they are shown, by default by reading them.
+    """
+    first = first or (lambda: first_views(config))
     if stage.config.low_resolution is None:
-        return _base_grid(config, stage, text)
-    return _super_resolution_grid(config, stage, text)
+        return _base_grid(config, stage, text, config.training.sample_prompts or first().captions)
+    return _super_resolution_grid(config, stage, text, first())
+
+
+def first_views(config: TrainConfig) -> Batch:
+    """The first views of the run, as many as `training.sample_count`; no caption is dropped."""
+    data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
+    return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 
 @torch.inference_mode()
-def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    prompts: Sequence[str] = config.training.sample_prompts or _first_views(config).captions
+def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol, prompts: Sequence[str]) -> Image.Image:
     cond = _text_only(text, prompts, stage.device)
     null = _text_only(text, [""] * len(prompts), stage.device)
     size = (stage.config.resolution, stage.config.resolution)
@@ -40,8 +51,7 @@ def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> 
 
 
 @torch.inference_mode()
-def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> Image.Image:
-    first = _first_views(config)
+def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Batch) -> Image.Image:
     images, captions = first.images, first.captions
     truth = to_float(images).to(stage.device)
     height, width = truth.shape[-2:]
@@ -72,12 +82,6 @@ def _drawn(stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int
         return stage.sample(cond, null, z, rng)
     finally:
         stage.network.train(was_training)
-
-
-def _first_views(config: TrainConfig) -> Batch:
-    """The first views; no caption is dropped."""
-    data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
-    return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 
 def _text_only(text: TextEncoderProtocol, prompts: Sequence[str], device: torch.device) -> Conditioning:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from cascade.training.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from cascade.training.samples import sample_grid
+from cascade.training.samples import first_views, sample_grid
 from cascade.training.sharding import gather, spread_like
 from cascade.training.state import RunState, checkpoints, newest, read_state, remove_unfinished, save_state
 from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
@@ -77,6 +78,7 @@ class Trainer:
         self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
         place = (self.accelerator.process_index, self.accelerator.num_processes)
         self.validation = Validation(config, settings.validation, *place) if settings.validation else None
+        self._first_views = cache(lambda: first_views(config))  # once for all grids: a large folder takes long to list
         self.meter, self.watch = Meter(), Watch()
         self.log: RunLog | None = None
         self._owes = False  # what was due after the step that the run goes on from
@@ -245,7 +247,7 @@ class Trainer:
 
     def _sample(self, step: int, averaged: Stage) -> None:
         with self.accelerator.autocast():
-            sheet = sample_grid(self.config, averaged, self.text)
+            sheet = sample_grid(self.config, averaged, self.text, self._first_views)
         path = self.output / "samples" / f"step-{step:08d}.png"
         with atomic_file(path) as temporary:
             sheet.save(temporary, format="PNG")

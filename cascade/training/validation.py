@@ -24,9 +24,10 @@ class Validation:
     """The held-out views of one process, and their losses."""
 
     def __init__(self, config: TrainConfig, settings: ValidationConfig, process: int = 0, processes: int = 1) -> None:
-        """Opens the sources and reads the first views, so that a mistake shows before the first step.
+        """Reads the views, which are the same each time, and keeps them.
 
-        Raises CascadeError when they cannot be read.
+        So a mistake shows before the first step, and a large folder is listed once. A batch of uint8 pictures is small
+        beside the activations of its pass. Raises CascadeError when they cannot be read.
         """
         self._stage_config = config.stage
         # As the pictures are: nothing is dropped, mirrored or moved. Crops, if there are any, are the same each time.
@@ -34,11 +35,10 @@ class Validation:
         self._data = config.data.model_copy(update=unchanged)
         # Noise levels spread evenly over all views: the least variance that so many can have.
         self._loss = config.training.loss.model_copy(update={"stratified": True})
-        self._batches = settings.batches
         self._pass_size = config.training.batch_size // config.training.accumulation
         self._process, self._processes = process, processes
         with closing(self._views()) as views:
-            next(views)
+            self._batches = list(islice(views, settings.batches))
 
     @torch.inference_mode()
     def losses(
@@ -46,23 +46,22 @@ class Validation:
     ) -> tuple[Tensor, Tensor]:
         """Loss and log SNR of each view of this process, both (batches * share,), on `device`."""
         losses, levels = [], []
-        total = self._batches * self._pass_size
-        with closing(self._views()) as views:
-            for batch in islice(views, self._batches):
-                ready = training_batch(batch, text, device, first=0, batch_size=total)
-                height, width = ready.x.shape[-2:]
-                draw = draw_noise(
-                    batch.samples,
-                    (height, width),
-                    stage.scale,
-                    SEED,
-                    self._data.max_aug_level,
-                    stage.config.model.enlarges_first,
-                    "validation",
-                ).to(device)
-                loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
-                losses.append(loss.float())
-                levels.append(level.flatten())
+        total = len(self._batches) * self._pass_size
+        for batch in self._batches:
+            ready = training_batch(batch, text, device, first=0, batch_size=total)
+            height, width = ready.x.shape[-2:]
+            draw = draw_noise(
+                batch.samples,
+                (height, width),
+                stage.scale,
+                SEED,
+                self._data.max_aug_level,
+                stage.config.model.enlarges_first,
+                "validation",
+            ).to(device)
+            loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
+            losses.append(loss.float())
+            levels.append(level.flatten())
         return torch.cat(losses), torch.cat(levels)
 
     def _views(self) -> Generator[Batch, None, None]:

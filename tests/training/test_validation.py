@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_training import SUPER_RESOLUTION, log_entries, micro_config, trainer
 
+from cascade.data import loader
 from cascade.errors import CascadeError
 from cascade.training.validation import Validation
 
@@ -65,6 +66,24 @@ def test_it_is_the_loss_of_the_averaged_weights(tmp_path: Path) -> None:
     assert torch.equal(losses_of(run), before)
     run.ema.weights["head.bias"] += 1
     assert not torch.equal(losses_of(run), before)
+
+
+@pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
+def test_sources_are_opened_once_however_many_validations_and_grids_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
+) -> None:
+    """Once for the steps, once for the validations and once for the grids."""
+    opened: list[object] = []
+
+    def counted(*arguments: object) -> object:
+        opened.append(arguments[0])
+        return real(*arguments)  # type: ignore[arg-type]
+
+    real = loader.open_source
+    monkeypatch.setattr(loader, "open_source", counted)
+    assert trainer(micro_config(tmp_path / "run", VALIDATE, *changes, "training.sample_every=1")).run()
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 4
+    assert len(opened) == 3
 
 
 def test_held_out_pictures_that_are_not_there_stop_before_the_first_step(tmp_path: Path) -> None:
