@@ -41,9 +41,12 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
 def load_trainer(config: TrainConfig) -> Trainer:
     """Everything that a training run needs, with fresh weights or those of `training.init_from`.
 
+    A run with a checkpoint has its weights there: what it began from need no longer exist.
+
     Raises CascadeError for a run that cannot reach its end on this machine.
     """
     from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
+    from cascade.training.state import checkpoints
     from cascade.training.trainer import Trainer
 
     check_run(config, *expected_processes())
@@ -54,7 +57,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
             f" embeddings of width {text.dim}; set stage.model.text_dim={text.dim}"
         )
     stage = build_stage(config.stage, seed=config.training.seed)
-    if config.training.init_from is not None:
+    if config.training.init_from is not None and not checkpoints(Path(config.output)):
         load_weights(stage.network, *read_weights(find_stage(config.training.init_from)))
     return Trainer(config, stage, text)
 

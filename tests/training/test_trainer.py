@@ -391,6 +391,21 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, tiny_t5: tu
     assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
 
 
+def test_a_resume_needs_no_more_what_the_run_began_from(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
+    assert load_trainer(micro_config(tmp_path / "first", *tiny_t5)).run()
+    shutil.copytree(tmp_path / "first", tmp_path / "gone")
+    begun = (*tiny_t5, f"training.init_from={tmp_path / 'gone'}")
+    assert load_trainer(micro_config(tmp_path / "run", *begun, "training.steps=2")).run()
+    shutil.rmtree(tmp_path / "gone")
+    assert load_trainer(micro_config(tmp_path / "run", *begun)).run(resume=True)
+    whole = micro_config(tmp_path / "whole", *tiny_t5, f"training.init_from={tmp_path / 'first'}")
+    assert load_trainer(whole).run()
+    a, b = (load_newest(tmp_path / name, whole) for name in ("whole", "run"))
+    assert all(torch.equal(value, b.network[name]) for name, value in a.network.items())
+    with pytest.raises(CascadeError, match="gone"):
+        load_trainer(micro_config(tmp_path / "new", *begun))
+
+
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
     tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
