@@ -36,9 +36,11 @@ def loss_spike(entries: Entries) -> str | None:
     deviation = median(abs(loss - middle) for loss in before)
     if last <= max(middle + SPIKE_DEVIATIONS * deviation, SPIKE_FACTOR * middle):
         return None
+    sound = _having(entries, "loss")[-2]["step"]
     return (
-        f"the loss is {last:.4g}, after {middle:.4g} in the middle of the last {len(before)} entries;"
-        " if it stays there, lower training.optimizer.learning_rate and resume from a checkpoint before it"
+        f"the loss is {last:.4g}, after {middle:.4g} in the middle of the last {len(before)} entries; if it stays"
+        f" there, stop the run, delete its checkpoints of steps after {sound} (checkpoints/step-...), and --resume with a lower"
+        " training.optimizer.learning_rate"
     )
 
 
@@ -88,6 +90,10 @@ class Watch:
 
 
 def _series(entries: Entries, name: str) -> list[float]:
-    """The finite values of a quantity, in order; entries without it, such as those of a validation, are passed over."""
-    values = (entry.get(name) for entry in entries)
-    return [float(value) for value in values if value is not None and math.isfinite(value)]
+    """The finite values of a quantity, in order."""
+    return [float(entry[name]) for entry in _having(entries, name)]
+
+
+def _having(entries: Entries, name: str) -> list[Mapping[str, Any]]:
+    """The entries with a finite value of a quantity; others, such as those of a validation, are passed over."""
+    return [entry for entry in entries if entry.get(name) is not None and math.isfinite(entry[name])]

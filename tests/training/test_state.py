@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_training import WordEncoder, micro_config, trainer
+from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
 from cascade.checkpoint import read_json, write_json
 from cascade.config import TrainConfig
@@ -94,6 +94,22 @@ def test_a_checkpoint_of_before_descriptions_had_a_checksum_is_loaded(config: Tr
     del meta["sha256"]["state"]
     write_json(path, meta)
     assert load_newest(Path(config.output), config).step == 3
+
+
+def test_with_the_newest_checkpoint_deleted_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    """As the warning of a spike advises; the log forgets what came after it."""
+    config = micro_config(tmp_path / "run", "training.save_every=2")
+    assert trainer(config).run()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    slower = micro_config(tmp_path / "run", "training.save_every=2", "training.optimizer.learning_rate=1e-3")
+    assert trainer(slower).run(resume=True)
+    entries = log_entries(tmp_path / "run")
+    assert [(entry["step"], entry["learning_rate"]) for entry in entries] == [
+        (1, 1e-2),
+        (2, 1e-2),
+        (3, 1e-3),
+        (4, 1e-3),
+    ]
 
 
 def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -> None:

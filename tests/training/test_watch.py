@@ -35,7 +35,8 @@ def test_a_falling_and_a_constant_loss_are_no_spike() -> None:
 def test_a_spike_is_named_with_what_it_rose_from() -> None:
     line = loss_spike(entries("loss", [*noisy(30), 4.0]))
     assert line is not None
-    assert line.startswith("the loss is 4, after 0.9803 in the middle of the last 20 entries; if it stays there, lower")
+    assert line.startswith("the loss is 4, after 0.9803 in the middle of the last 20 entries; if it stays there, stop")
+    assert "delete its checkpoints of steps after 29 (" in line  # the last entry that was sound
 
 
 def test_the_start_of_a_run_is_not_judged() -> None:
