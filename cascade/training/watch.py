@@ -39,8 +39,8 @@ def loss_spike(entries: Entries) -> str | None:
     sound = _having(entries, "loss")[-2]["step"]
     return (
         f"the loss is {last:.4g}, after {middle:.4g} in the middle of the last {len(before)} entries; if it stays"
-        f" there, stop the run, delete its checkpoints of steps after {sound} (checkpoints/step-...), and --resume with a"
-        " lower training.optimizer.learning_rate"
+        f" there, stop the run, delete its checkpoints of steps after {sound} (checkpoints/step-...), and --resume with"
+        " a lower training.optimizer.learning_rate"
     )
 
 
