@@ -31,7 +31,10 @@ _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.pn
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run is after `step` steps; data order and noise follow from the step and the seed."""
+    """Everything that a run is after `step` steps; data order and noise follow from the step and the seed.
+
+    ema: of the weights that learn; frozen ones stand in `network` alone.
+    """
 
     step: int
     network: dict[str, Tensor]

@@ -213,7 +213,7 @@ class Trainer:
 
     def averaged_stage(self) -> Stage:
         """The stage with the averaged weights, whole on this process' device. All processes together."""
-        weights = merged(gather(self.ema.weights))
+        weights = merged(gather(self.ema.of_all(self.stage.network)))
         network = copy.deepcopy(self._plain)
         network.load_state_dict(weights, assign=True)
         return Stage(self.stage.config, network.eval(), self.stage.schedule).to(self.accelerator.device)
@@ -271,9 +271,10 @@ class Trainer:
 
         def write() -> None:
             # The stage first: once the last checkpoint is there, everything is.
-            save_stage(self.output / "stage", self.stage.config, merged(state.ema))
+            averaged = state.network | state.ema
+            save_stage(self.output / "stage", self.stage.config, merged(averaged))
             if self.config.training.lora_rank:
-                save_adapter(self.output / "adapter", state.ema)
+                save_adapter(self.output / "adapter", averaged)
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
 
         from_main(self.accelerator, write)
@@ -314,7 +315,7 @@ class Trainer:
         own = self.stage.network.state_dict()
         parts = {name: spread_like(own.get(name, value), value) for name, value in state.network.items()}
         load_weights(self.stage.network, parts, self.output)
-        self.ema.load(state.ema)
+        self.ema.load(state.network | state.ema)  # what was frozen until now has no average but itself
         load_optimizer_state(self.optimizer.optimizer, self.stage.network, state.optimizer)
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_training import micro_config, trainer
 
+from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
 
 # Decay moves even weights that get no gradient, if only the optimizer holds them.
@@ -17,8 +18,11 @@ def moved(tmp_path: Path, *frozen: str) -> dict[str, bool]:
     run = trainer(micro_config(tmp_path / "run", DECAY, f"training.frozen=[{', '.join(frozen)}]"))
     before = {name: value.detach().clone() for name, value in run.stage.network.named_parameters()}
     assert run.run()
-    assert all(torch.equal(run.ema.weights[name], value) for name, value in before.items() if _same(run, name, value))
-    return {name: not _same(run, name, value) for name, value in before.items()}
+    changes = {name: not _same(run, name, value) for name, value in before.items()}
+    assert run.ema.weights.keys() == {name for name, change in changes.items() if change}
+    finished = load_tensors(tmp_path / "run" / "stage" / "model.safetensors")
+    assert all(torch.equal(finished[name], value) for name, value in before.items() if not changes[name])
+    return changes
 
 
 def _same(run: object, name: str, value: torch.Tensor) -> bool:
@@ -51,3 +55,13 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(tmp_path: Path) -> No
 def test_a_run_that_could_learn_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match="leaves nothing to train"):
         trainer(micro_config(tmp_path / "run", "training.frozen=['*']"))
+
+
+def test_a_part_that_learns_only_after_a_resume_begins_its_average_with_itself(tmp_path: Path) -> None:
+    assert trainer(micro_config(tmp_path / "run", "training.steps=2", "training.frozen=[stem]")).run()
+    run = trainer(micro_config(tmp_path / "run"))
+    run._restore()
+    weights = dict(run.stage.network.named_parameters())
+    assert torch.equal(run.ema.weights["stem.weight"], weights["stem.weight"])
+    assert not torch.equal(run.ema.weights["head.weight"], weights["head.weight"])
+    assert run.run(resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cascade.conditioning import Conditioning
 from cascade.errors import CascadeError
 from cascade.load import assemble, load_stage
 from cascade.training.lora import add_low_rank, merge_adapter, merged, save_adapter
-from cascade.training.state import load_newest
+from cascade.training.state import load_newest, save_state
 
 IF = (
     "stage.schedule={kind: squared_cosine}",
@@ -136,6 +137,26 @@ def test_a_run_with_differences_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert log_entries(tmp_path / "whole") == log_entries(tmp_path / "halves")
+
+
+def test_a_checkpoint_averages_what_learns_and_one_that_averaged_everything_resumes(tmp_path: Path) -> None:
+    changes = ("training.lora_rank=2", "training.lora_layers=all", "training.save_every=2")
+    config = micro_config(tmp_path / "run", *changes)
+    assert trainer(config).run()
+    state = load_newest(tmp_path / "run", config)
+    assert state.ema
+    assert all(".lora_" in name for name in state.ema)
+    assert any(".lora_" not in name for name in state.network)
+
+    short = micro_config(tmp_path / "old", *changes, "training.steps=2")
+    assert trainer(short).run()
+    begun = load_newest(tmp_path / "old", short)
+    save_state(tmp_path / "old", replace(begun, ema=begun.network | begun.ema), short, keep=1)
+    assert trainer(micro_config(tmp_path / "old", *changes)).run(resume=True)
+    for folder in ("stage/model", "adapter/adapter_model"):
+        one, other = (load_tensors(tmp_path / name / f"{folder}.safetensors") for name in ("run", "old"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
