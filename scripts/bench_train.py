@@ -12,7 +12,9 @@ The second form takes our network, diffusers' UNet2DConditionModel in the shape 
 made by `pip install --no-deps --target FOLDER imagen-pytorch einops beartype`, imagen-pytorch's Unet: forward, square,
 backward, fused AdamW, alternating. Peers get the width whose FLOPs are next to ours, and the faster memory layout.
 
-The peak is measured in the same run, before and after. The load is printed: measure on a quiet machine.
+The peak is measured in the same run, before and after. With `--datasheet GFLOPS`, a GPU's dense peak in the run's
+number format as its maker states it, the share is model FLOPs utilization (MFU; Chowdhery et al. 2022) instead. The
+load is printed: measure on a quiet machine.
 """
 
 from __future__ import annotations
@@ -110,19 +112,22 @@ def settings(config: str, changes: Sequence[str], steps: int, folder: str) -> Tr
     return load_train_config(find_config(config), [*brief, *changes])
 
 
-def trainer_table(configs: Sequence[str], changes: Sequence[str], steps: int, optimizers: Sequence[str]) -> None:
+def trainer_table(
+    configs: Sequence[str], changes: Sequence[str], steps: int, optimizers: Sequence[str], datasheet: float | None
+) -> None:
     """A line for each config, optimizer, and with and without activation checkpointing."""
-    print("| stage | optimizer | checkpointing | images/s | GFLOP/image | GFLOP/s | of conv peak | data wait | GB |")
+    share = "of conv peak" if datasheet is None else "MFU"
+    print(f"| stage | optimizer | checkpointing | images/s | GFLOP/image | GFLOP/s | {share} | data wait | GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for config, optimizer, checkpointing in itertools.product(configs, optimizers, (False, True)):
         variant = [f"training.optimizer.kind={optimizer}", f"training.activation_checkpointing={checkpointing}"]
         with tempfile.TemporaryDirectory() as folder:
             run = settings(config, [*changes, *variant], steps, folder)
-            peak = machine_peak(run)
+            peak = datasheet or machine_peak(run)
             # A new process: what earlier variants left in memory would count for this one.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 measured = pool.submit(run_trainer, run).result()
-            peak = max(peak, machine_peak(run))
+            peak = datasheet or max(peak, machine_peak(run))
         gflop = pass_gflop(run.stage, run.data.crop)
         rate = gflop * measured.images_per_second
         print(
@@ -168,21 +173,31 @@ def machine_peak(config: TrainConfig) -> float:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting of every run.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Measured; as many warm up.")
 @click.option("--optimizers", default="adamw", show_default=True, help="Separated by commas.")
-@click.option("--peers", is_flag=True, help="Compare networks in place of running the trainer.")
+@click.option("--datasheet", type=float, metavar="GFLOPS", help="The device's stated peak, for MFU.")
+@click.option("--peers", is_flag=True, help="Compare networks of a base stage in place of running the trainer.")
 @click.option(
     "--imagen", type=click.Path(exists=True, file_okay=False, path_type=Path), help="imagen-pytorch's folder."
 )
 def main(
-    configs: tuple[str, ...], changes: tuple[str, ...], steps: int, optimizers: str, peers: bool, imagen: Path | None
+    configs: tuple[str, ...],
+    changes: tuple[str, ...],
+    steps: int,
+    optimizers: str,
+    datasheet: float | None,
+    peers: bool,
+    imagen: Path | None,
 ) -> None:
     """Print the table."""
     configs = configs or ("preset:bundled/base",)
     threads = torch.get_num_threads()
     print(f"{choose_device(None)}, {threads} threads, torch {torch.__version__}, load {load_average():.1f}\n")
     if peers:
-        peer_table(settings(configs[0], changes, steps, "unused"), imagen, steps)
+        run = settings(configs[0], changes, steps, "unused")
+        if run.stage.low_resolution is not None:
+            raise click.UsageError(f"--peers compares base stages; {configs[0]} is a super-resolution stage")
+        peer_table(run, imagen, steps)
     else:
-        trainer_table(configs, changes, steps, optimizers.split(","))
+        trainer_table(configs, changes, steps, optimizers.split(","), datasheet)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         Part(
             "cache",
             lambda: [*cascade, "encode", str(CONFIGS / "base.yaml"), "--batch-size", "64"],
-            prepared / "text_cache" / "index.json",
+            prepared / "text_cache" / "complete-0-of-1",  # the index is there from the first caption on
         ),
         trained("base"),
         drawn(256, "base", "train-256-*.parquet"),

@@ -169,7 +169,8 @@ def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Re
     """What the base stage draws for the captions, each beside its own."""
     base = pipeline.slots[0].config.resolution
     captions = [pair.caption for pair in pairs]
-    drawn = pipeline(captions, seed=request.seed, until=base, output_type="pt", **request.sampling)
+    arguments: dict[str, Any] = {**request.sampling, "progress": request.progress}
+    drawn = pipeline(captions, seed=request.seed, until=base, output_type="pt", **arguments)
     return [(picture[None], caption) for picture, caption in zip(drawn.images, captions, strict=True)]
 
 
