@@ -106,11 +106,10 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
 def read_state(folder: Path) -> RunState:
     """A checkpoint that `newest` found sound."""
     meta = read_json(folder / "state.json")
-    tensors = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
-    later = {
-        name: meta[name] for name in ("meter", "processes", "scaler", "owes") if name in meta
-    }  # what format 1 did not have from its beginning
-    return RunState(meta["step"], **tensors, **later)
+    parts: dict[str, Any] = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
+    # What format 1 did not have from its beginning keeps its default.
+    parts |= {name: meta[name] for name in ("meter", "processes", "scaler", "owes") if name in meta}
+    return RunState(meta["step"], **parts)
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:
