@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -333,56 +331,3 @@ def _streamed_way(dtype: NumberFormat, each: Sequence[_Counted], text: TextMemor
     stages = (share * (counted.largest + counted.memory.activations) for counted in each)
     total = max(text.number_bytes(number_format) * text.largest, *stages)
     return Way(dtype, True, round(total) + OVERHEAD_BYTES, streamed=True)
-
-
-def free_bytes() -> int:
-    """Memory that a default device has left: of the GPU if there is one, else of the machine or our part of it."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return min([_machine_free_bytes(), *control_group_free_bytes()])
-
-
-def _machine_free_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return 1024 * int(found[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-_LIMITS = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
-"""Names of a control group's limit and use, and what its sums begin with: of version 2, of version 1."""
-
-
-def control_group_free_bytes(root: Path = Path("/")) -> list[int]:
-    """What each limit leaves that a container or a batch system such as Slurm set for us; empty where there is none.
-
-    root: where /proc and /sys are. Source: cgroup-v2.rst and cgroup-v1/memory.rst of the kernel's admin guide.
-    """
-    found = []
-    for folder in _control_groups(root):
-        for limit, use, total in _LIMITS:
-            # "max", files that are not there or not ours to read: no limit that we know of.
-            with suppress(OSError, ValueError):
-                used = int((folder / use).read_text()) - _file_pages(folder / "memory.stat", total)
-                found.append(max(int((folder / limit).read_text()) - used, 0))
-    return found
-
-
-def _control_groups(root: Path) -> Iterator[Path]:
-    """Folders of our control group and of those around it, whose limits hold for us as well."""
-    mounted, listing = root / "sys/fs/cgroup", root / "proc/self/cgroup"
-    for line in listing.read_text().splitlines() if listing.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            top = mounted / controllers
-            # Inside a container the path may be the machine's, of which only the top is to be seen.
-            place = top / path.lstrip("/")
-            yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(top))
-
-
-def _file_pages(stat: Path, total: str) -> int:
-    """Bytes of read files that a control group's use counts, and that give way to whoever needs memory."""
-    numbers = dict(line.split() for line in stat.read_text().splitlines())
-    return sum(int(numbers.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))

@@ -15,7 +15,8 @@ import torch
 from cascade.build import build_stage
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
-from cascade.memory import OPTIMIZER_COPIES, TrainingMemory, free_bytes, training_memory, weight_bytes
+from cascade.machine import free_bytes
+from cascade.memory import OPTIMIZER_COPIES, TrainingMemory, training_memory, weight_bytes
 
 
 def check_run(config: TrainConfig, processes: int = 1, sharded: bool = False) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
+from cascade.machine import free_bytes
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
 
@@ -99,17 +99,9 @@ def check_memory(
         at_once = min(at_once, seen**2)
     picture = 3 * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
     needed = batch_size * (picture + at_once * stage.model.least_activations * dtype.itemsize)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if needed > free:
         raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory for tensors on a device: of a GPU also what torch has reserved there and does not use."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 def not_finite(stage: str) -> str:

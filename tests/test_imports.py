@@ -26,6 +26,7 @@ LEAVES = {
     "seeds",
     "locks",
     "scratch",
+    "machine",
     "streaming",
     "_version",
 }

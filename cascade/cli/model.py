@@ -49,7 +49,8 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
     """
     from cascade.config import FORMAT_VERSION
     from cascade.load import find_stage, read_config, read_index
-    from cascade.memory import free_bytes, text_memory, ways
+    from cascade.machine import free_bytes
+    from cascade.memory import text_memory, ways
 
     index = read_index(model)
     if super_resolution:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cascade import deepfloyd, memory
+from cascade import deepfloyd, machine
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
 from cascade.config import StageConfig
@@ -83,4 +83,4 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
 
 def fits(files: Sequence[Path], dtype: torch.dtype) -> bool:
     """Whether weights leave a fifth of the free memory for the rest."""
-    return stored_bytes(files, dtype) < 0.8 * memory.free_bytes()
+    return stored_bytes(files, dtype) < 0.8 * machine.free_bytes()
