@@ -79,9 +79,9 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
 def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
-    processes: that shall go on; another number than before is worth a warning, as is another torch version.
     None for a run that was begun and ended before its first checkpoint. Raises CascadeError when there is no run or
-    only damaged checkpoints, and when a changed setting makes the checkpoint another run's.
+    only damaged checkpoints, and when a changed setting makes the checkpoint another run's. processes: that shall go
+    on; another number than before is worth a warning, as is another torch version.
     """
     for folder in reversed(checkpoints(output)):
         try:
