@@ -18,13 +18,15 @@ EncodedPicture = bytes | Path | Image.Image | None
 class Record:
     """A picture as it is stored (None: there is none), its caption variants, and a name for messages.
 
-    low: its smaller picture for super-resolution, where that is not the area mean.
+    low: its smaller picture for super-resolution, where that is not the area mean. drawn: made for this one view, as
+    its caption says, to the edge: mirroring or moving it would make the caption wrong.
     """
 
     image: EncodedPicture
     captions: tuple[str, ...]
     origin: str
     low: EncodedPicture = None
+    drawn: bool = False
 
 
 class BadRecordError(Exception):

@@ -169,7 +169,7 @@ class SceneSource:
         rng = random.Random(derive_seed(*self._key, "scene", use, attempt))
         scene = scenes.random_scene(rng, self._held_out)
         caption = scenes.describe(scene, rng)
-        return Record(scenes.draw(scene, self._resolution), (caption,), f"scene {use}")
+        return Record(scenes.draw(scene, self._resolution), (caption,), f"scene {use}", drawn=True)
 
 
 def _any_index(count: int, key: Key) -> int:

@@ -41,9 +41,9 @@ def prepared_pair(
         raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
     if not data.tiles:
         picture = square(picture, data.aspect)
-    flipped = rng.random() < data.flip
+    flipped = rng.random() < data.flip and not record.drawn
     picture = picture.flip(-1) if flipped else picture
-    if data.jitter:
+    if data.jitter and not record.drawn:
         picture = jitter(picture, data.jitter, rng)
     if not data.tiles:
         picture = resize(picture, stage.resolution)

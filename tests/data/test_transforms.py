@@ -12,6 +12,7 @@ from tiny_data import encoded
 
 from cascade.config import DataConfig, ScenesSource, StageConfig, UNetConfig
 from cascade.data.dataset import BadRecordError, Record
+from cascade.data.sources import open_source
 from cascade.data.transforms import (
     choose_caption,
     crop_corner,
@@ -155,6 +156,16 @@ def test_jitter_moves_a_mark_within_its_bounds_over_white() -> None:
     # Shifted by up to 0.1 * 40 = 4 pixels, times the zoom.
     assert 15.5 < min(places) < 17.5
     assert 22.5 < max(places) < 24.5
+
+
+def test_drawn_scenes_are_neither_mirrored_nor_moved() -> None:
+    """A coloured ground would get a white edge, and left would be right."""
+    stage = StageConfig(name="base", resolution=32, model=MODEL)
+    record = open_source(ScenesSource(), 32, (0,)).record(3)
+    moving = data(flip=1.0, jitter=0.3)
+    assert torch.equal(training_pair(record, moving, stage, random.Random(0))[0], decode(record))
+    other = replace(record, drawn=False)
+    assert not torch.equal(training_pair(other, moving, stage, random.Random(0))[0], decode(record))
 
 
 def test_no_jitter_changes_nothing() -> None:
