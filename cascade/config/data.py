@@ -131,8 +131,8 @@ class DataConfig(Settings):
     flip: Fraction = 0.0
     """Probability of mirroring, drawn scenes excepted; leave 0 where captions speak of left and right."""
     jitter: Fraction = 0.0
-    """Largest random shift and zoom, as a share of the size, with white around; for pictures on white. Drawn scenes stay
-    as they are."""
+    """Largest random shift and zoom, as a share of the size, with white around; for pictures on white. Drawn scenes
+    stay as they are."""
     max_aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Super-resolution: noise on the smaller picture is uniform in [0, this]."""
     max_bad_share: Fraction = 0.05
