@@ -205,6 +205,12 @@ def test_a_wrong_parquet_file_is_refused_at_once(tmp_path: Path, content: bytes 
         read_prompts(str(path), 0)
 
 
+def test_a_stage_of_any_name_leaves_a_message_one_line(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(r'{"prompt": "a", "steps": {"\n": null}}')
+    (failure,) = read_prompts(str(tmp_path / "p.jsonl"), 0)
+    assert str(failure).endswith(r"p.jsonl:1: steps.\n: expected a whole number in 1..1000000, found null")
+
+
 def check_any_lines(folder: Path, name: str, lines: list[bytes]) -> None:
     """Whatever stands in a file: it is refused at once, or each line is a record or a failure that names it."""
     path = folder / name

@@ -128,7 +128,8 @@ def _each_stage(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
     def checked(column: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {stage: check(f"{column}.{stage}", own) for stage, own in value.items()}
+            # A stage may be called anything in a file; a message stays one line.
+            return {stage: check(f"{column}.{json.dumps(str(stage))[1:-1]}", own) for stage, own in value.items()}
         return check(column, value)
 
     return checked
