@@ -309,7 +309,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
     """Until something is reached, or the process is done."""
-    while process.poll() is None and not reached():
+    while process.poll() is None:
+        with suppress(FileNotFoundError):  # a folder went while it was looked into
+            if reached():
+                return
         time.sleep(0.001)
 
 
