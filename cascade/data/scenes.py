@@ -214,8 +214,8 @@ def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
     return rng.choice(
         (
             f"{one} {relation} {other}",
-            f"{one} {relation} {other}",
             f"{one} {long_form} {other}",
+            f"{one} and {other}",  # half of them: where objects stand is easier to learn when it is told
             f"{one} and {other}",
         )
     )

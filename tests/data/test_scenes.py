@@ -140,7 +140,8 @@ def test_a_said_relation_holds_between_the_colours_in_the_picture() -> None:
         # The relation that is said is also the plainer one.
         assert abs(first - second)[axis] > 2 * abs(first - second)[1 - axis]
         checked[match["relation"]] += 1
-    assert min(checked[relation] for relation in ("left of", "right of", "above", "below")) >= 10
+    # Half of the captions of two objects say no relation.
+    assert min(checked[relation] for relation in ("left of", "right of", "above", "below")) >= 5
 
 
 def components(mask: np.ndarray) -> int:
