@@ -23,7 +23,7 @@ from cascade.data.scenes import (
     random_scene,
 )
 
-SEEDS = range(400)
+SEEDS = range(1200)
 
 
 def scenes(held_out: bool = False) -> list[Scene]:
@@ -140,8 +140,7 @@ def test_a_said_relation_holds_between_the_colours_in_the_picture() -> None:
         # The relation that is said is also the plainer one.
         assert abs(first - second)[axis] > 2 * abs(first - second)[1 - axis]
         checked[match["relation"]] += 1
-    # Half of the captions of two objects say no relation.
-    assert min(checked[relation] for relation in ("left of", "right of", "above", "below")) >= 5
+    assert min(checked[relation] for relation in ("left of", "right of", "above", "below")) >= 10
 
 
 def components(mask: np.ndarray) -> int:
