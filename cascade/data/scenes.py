@@ -48,6 +48,14 @@ SIZES: dict[Size, float] = {"small": 0.13, "medium": 0.22, "large": 0.34}
 """Half the width of a shape's box when it is alone, as a share of the picture's width."""
 CROWDING = {1: 1.0, 2: 0.6, 3: 0.5, 4: 0.45}
 """Factor on the sizes, by the number of shapes."""
+ARRANGEMENTS: dict[int, tuple[Point, ...]] = {
+    1: ((0.5, 0.5),),
+    2: ((0.26, 0.5), (0.74, 0.5)),
+    3: ((0.5, 0.28), (0.26, 0.72), (0.74, 0.72)),
+    4: ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)),
+}
+"""Where equal shapes stand, by their number. Any places would do, but a caption tells nothing of them, and what is not
+told every part of the picture must guess alike: a small network then draws one shape too few or too many."""
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 OPPOSITE: dict[Relation, Relation] = {
     "left of": "right of",
@@ -66,7 +74,6 @@ PLACES: dict[str, Point] = {
     "in the bottom left corner": (0.25, 0.75),
     "in the bottom right corner": (0.75, 0.75),
 }
-_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Scene:
 def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
     """A single shape, two related shapes, or a count of equal shapes; `held_out`: only of HELD_OUT_PAIRS."""
     pairs = [pair for pair in ALL_PAIRS if (pair in HELD_OUT_PAIRS) == held_out]
-    kind = rng.choices(("single", "related", "counted"), weights=(4, 4, 2))[0]
+    kind = rng.choices(("single", "related", "counted"), weights=(3, 4, 3))[0]
     if kind == "single":
         return _single(rng, pairs)
     if kind == "related":
@@ -143,20 +150,11 @@ def _counted(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Scene:
     count = rng.randint(1, 4)
     size: Size = rng.choice(tuple(SIZES))
     radius = SIZES[size] * CROWDING[count]
-    objects = tuple(SceneObject(shape, colour, size, x, y, radius) for x, y in _scatter(rng, count, radius))
+    objects = tuple(
+        SceneObject(shape, colour, size, _near(x, 0.025, rng), _near(y, 0.025, rng), radius)
+        for x, y in ARRANGEMENTS[count]
+    )
     return Scene(objects, background=_background(rng, {colour}))
-
-
-def _scatter(rng: random.Random, count: int, radius: float) -> list[Point]:
-    """Centres of `count` boxes that do not meet, anywhere in the picture."""
-    points: list[Point] = []
-    while len(points) < count:
-        x, y = (rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN) for _ in range(2))
-        if all(max(abs(x - a), abs(y - b)) > 2 * radius + _MARGIN for a, b in points):
-            points.append((x, y))
-        elif rng.random() < 0.02:
-            points = []  # The first ones may leave no room for the rest: start again now and then.
-    return points
 
 
 def _background(rng: random.Random, worn: set[str]) -> str:
@@ -176,8 +174,8 @@ def _near(value: float, spread: float, rng: random.Random) -> float:
 def describe(scene: Scene, rng: random.Random) -> str:
     """One of many true captions of `scene`.
 
-    Shapes, colours, counts above one and a coloured background are always said; relations, sizes, places and
-    a white background sometimes.
+    Shapes, colours, counts above one and a coloured background are always said; sizes, places and a white background
+    sometimes. Two related shapes may be joined by `and` where they stand side by side, the left one first.
     """
     subject = _subject(scene, rng)
     if scene.background != "white" or rng.random() < 0.15:
@@ -202,23 +200,19 @@ def _subject(scene: Scene, rng: random.Random) -> str:
 
 def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
     first, second = scene.objects
-    # Either side may be named first.
-    if rng.random() < 0.5:
+    side_by_side = relation in ("left of", "right of")
+    listed = side_by_side and rng.random() < 0.5
+    # A list goes from left to right; of a relation either side may be named first.
+    if relation == "right of" if listed else rng.random() < 0.5:
         first, second, relation = second, first, OPPOSITE[relation]
     sizes_said = rng.random() < 0.4
     one, other = (
         article(f"{item.size} {item.colour} {item.shape}" if sizes_said else f"{item.colour} {item.shape}")
         for item in (first, second)
     )
-    long_form = relation if relation in ("above", "below") else f"to the {relation}"
-    return rng.choice(
-        (
-            f"{one} {relation} {other}",
-            f"{one} {long_form} {other}",
-            f"{one} and {other}",  # half of them: where objects stand is easier to learn when it is told
-            f"{one} and {other}",
-        )
-    )
+    if listed:
+        return f"{one} and {other}"
+    return f"{one} {rng.choice((relation, f'to the {relation}' if side_by_side else relation))} {other}"
 
 
 def article(words: str) -> str:

@@ -143,6 +143,23 @@ def test_a_said_relation_holds_between_the_colours_in_the_picture() -> None:
     assert min(checked[relation] for relation in ("left of", "right of", "above", "below")) >= 10
 
 
+LISTED = re.compile(rf"an? (?:\w+ )?(?P<one>\w+) \w+ and an? (?:\w+ )?(?P<other>\w+) (?:{'|'.join(SHAPES)})")
+
+
+def test_two_shapes_joined_by_and_stand_side_by_side_in_reading_order() -> None:
+    checked = 0
+    for seed, scene in zip(SEEDS, scenes(), strict=True):
+        match = LISTED.search(describe(scene, random.Random(seed)))
+        if match is None or match["one"] == match["other"]:
+            continue
+        (left, one_height), (right, other_height) = (
+            pixels_of(scene, match[name]).mean(axis=0) for name in ("one", "other")
+        )
+        assert right - left > 2 * abs(one_height - other_height)
+        checked += 1
+    assert checked >= 50
+
+
 def components(mask: np.ndarray) -> int:
     """Number of connected regions, by flooding."""
     left = {(int(row), int(column)) for row, column in zip(*np.nonzero(mask), strict=True)}
