@@ -10,7 +10,7 @@ checkpointing computes twice counts once.
 
 The second form takes our network, diffusers' UNet2DConditionModel in the shape of DeepFloyd IF and, from a FOLDER
 made by `pip install --no-deps --target FOLDER imagen-pytorch einops beartype`, imagen-pytorch's Unet: forward, square,
-backward, fused AdamW, alternating. Peers get the width whose FLOPs are next to ours, and the faster memory layout.
+backward, fused AdamW as the trainer has it, alternating. Peers get the width whose FLOPs are next to ours, and the faster memory layout.
 
 The peak is measured in the same run, before and after. With `--datasheet GFLOPS`, a GPU's dense peak in the run's
 number format as its maker states it, the share is model FLOPs utilization (MFU; Chowdhery et al. 2022) instead. The
@@ -35,6 +35,7 @@ import torch
 from measure import convolution_peak, count_gflop, load_average, once, peak_memory
 from peer_networks import NetworkStep, diffusers_step, imagen_step, our_step
 
+from cascade.allocator import keep_freed_memory
 from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
@@ -78,6 +79,7 @@ def run_trainer(config: TrainConfig) -> Measured:
     """Twice `log_every` steps; the first half warms up. In a process of its own."""
     from cascade.training.trainer import Trainer
 
+    keep_freed_memory()  # as the command line does
     torch.manual_seed(0)
     assert Trainer(config, build_stage(config.stage), RandomText(config.stage.model.text_dim)).run()
     entries = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
@@ -188,6 +190,7 @@ def main(
     imagen: Path | None,
 ) -> None:
     """Print the table."""
+    keep_freed_memory()  # for the peers, too
     configs = configs or ("preset:bundled/base",)
     threads = torch.get_num_threads()
     print(f"{choose_device(None)}, {threads} threads, torch {torch.__version__}, load {load_average():.1f}\n")

@@ -19,6 +19,7 @@ from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
 from cascade.deepfloyd import unet_settings
+from cascade.training.optim import AdamW
 
 Call = Callable[[nn.Module], Tensor]
 
@@ -36,7 +37,7 @@ class NetworkStep:
 def make_step(name: str, network: nn.Module, call: Call, gflop: float, dtype: torch.dtype) -> NetworkStep:
     """call: the network's forward pass on the batch."""
     network.train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    optimizer = AdamW(network.parameters(), lr=1e-4, fused=True)
     device = next(network.parameters()).device.type
 
     def run() -> None:

@@ -37,6 +37,7 @@ DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
+    "allocator": set(),  # for programs alone
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "images": {"errors"},

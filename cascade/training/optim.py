@@ -24,9 +24,38 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     ]
     match config.kind:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+            return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=config.learning_rate)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, handed every tensor in the order in which it lies in memory.
+
+    Its fused kernel for CPUs walks weights, gradients and moments by address, and first makes a contiguous copy of each
+    channels-last gradient that it never reads: a tenth of a step of a network with 30 million parameters. A gradient in
+    another layout than its weight's would be applied to the wrong elements; here it is laid out anew.
+    """
+
+    def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> bool:
+        """Collects weights, gradients, first and second moments, their maxima and step counts, in this order."""
+        is_complex: bool = super()._init_group(group, *collected)  # type: ignore[no-untyped-call]
+        weights, gradients, first, second = collected[:4]
+        orders = [_memory_order(weight) for weight in weights]
+        for tensors in (weights, gradients, first, second):
+            tensors[:] = [
+                tensor if order is None else tensor.permute(order).contiguous()
+                for tensor, order in zip(tensors, orders, strict=True)
+            ]
+        return is_complex
+
+
+def _memory_order(weight: Tensor) -> tuple[int, ...] | None:
+    """The order of its dimensions that makes it contiguous; None for what is sharded or has none."""
+    if is_sharded(weight):
+        return None
+    order = tuple(sorted(range(weight.ndim), key=weight.stride, reverse=True))
+    return order if weight.permute(order).is_contiguous() else None
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         self._matrices = {parameter: _as_matrix(parameter.detach()) for parameter in hidden}
         # An empty list is refused; networks without repeated layers are all AdamW.
         self._muon = torch.optim.Muon(list(self._matrices.values()), adjust_lr_fn="match_rms_adamw") if hidden else None
-        self._adamw = torch.optim.AdamW(self.param_groups[1:], lr=config.learning_rate, betas=config.betas, fused=True)
+        self._adamw = AdamW(self.param_groups[1:], lr=config.learning_rate, betas=config.betas, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - none is ever passed

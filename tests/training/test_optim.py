@@ -60,6 +60,38 @@ def test_setting_the_learning_rate_reaches_every_group(kind: str) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
 
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gradient_layout", [torch.contiguous_format, torch.channels_last])
+def test_adamw_moves_a_kernel_alike_in_whatever_layout_it_and_its_gradient_lie(
+    weight_layout: torch.memory_format, gradient_layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 4, 3, bias=False).to(memory_format=weight_layout)
+    reference = torch.nn.Parameter(layer.weight.detach().clone(memory_format=torch.contiguous_format))
+    config = OptimizerConfig(kind="adamw", learning_rate=0.1, weight_decay=0.1)
+    optimizer = build_optimizer(layer, config)
+    plain = torch.optim.AdamW([reference], lr=0.1, betas=config.betas, weight_decay=0.1, fused=False)
+    for _ in range(3):
+        gradient = torch.randn(4, 6, 3, 3)
+        layer.weight.grad, reference.grad = gradient.clone(memory_format=gradient_layout), gradient
+        optimizer.step()
+        plain.step()
+    torch.testing.assert_close(layer.weight, reference)
+    assert layer.weight.is_contiguous(memory_format=weight_layout)
+    assert optimizer.state[layer.weight]["exp_avg"].stride() == layer.weight.stride()
+
+
+def test_adamw_copies_no_channels_last_gradient() -> None:
+    layer = torch.nn.Conv2d(6, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(layer, OptimizerConfig(kind="adamw"))
+    layer(torch.ones(1, 6, 5, 5)).sum().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    calls = [event.name for event in profile.events()]
+    assert "aten::_fused_adamw_" in calls
+    assert not {"aten::clone", "aten::contiguous"} & set(calls)
+
+
 class Repeated(torch.nn.Module):
     """A kernel that Muon moves, and one that it leaves to AdamW."""
 
