@@ -10,7 +10,8 @@ checkpointing computes twice counts once.
 
 The second form takes our network, diffusers' UNet2DConditionModel in the shape of DeepFloyd IF and, from a FOLDER
 made by `pip install --no-deps --target FOLDER imagen-pytorch einops beartype`, imagen-pytorch's Unet: forward, square,
-backward, fused AdamW as the trainer has it, alternating. Peers get the width whose FLOPs are next to ours, and the faster memory layout.
+backward, fused AdamW as the trainer has it, alternating. Peers get the width whose FLOPs are next to ours, and the
+faster memory layout.
 
 The peak is measured in the same run, before and after. With `--datasheet GFLOPS`, a GPU's dense peak in the run's
 number format as its maker states it, the share is model FLOPs utilization (MFU; Chowdhery et al. 2022) instead. The

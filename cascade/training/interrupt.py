@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """What lies between two steps was left undone, because someone asked to stop."""
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask to stop after the step at hand; a second Ctrl-C stops at once.

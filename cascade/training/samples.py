@@ -13,6 +13,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.noise import noise_like
+from cascade.diffusion.samplers import OnStep
 from cascade.images import contact_sheet, to_float, to_pil
 from cascade.seeds import generator
 from cascade.stage import Stage
@@ -23,16 +24,21 @@ _CELL = 256
 
 
 def sample_grid(
-    config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Callable[[], Batch] | None = None
+    config: TrainConfig,
+    stage: Stage,
+    text: TextEncoderProtocol,
+    first: Callable[[], Batch] | None = None,
+    on_step: OnStep | None = None,
 ) -> Image.Image:
     """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side.
 
-    first: gives the first views where they are shown, by default by reading them.
+    first: gives the first views where they are shown, by default by reading them. on_step: called after each of the
+    sampler's steps, and may raise.
     """
     first = first or (lambda: first_views(config))
     if stage.config.low_resolution is None:
-        return _base_grid(config, stage, text, config.training.sample_prompts or first().captions)
-    return _super_resolution_grid(config, stage, text, first())
+        return _base_grid(config, stage, text, config.training.sample_prompts or first().captions, on_step)
+    return _super_resolution_grid(config, stage, text, first(), on_step)
 
 
 def first_views(config: TrainConfig) -> Batch:
@@ -42,16 +48,20 @@ def first_views(config: TrainConfig) -> Batch:
 
 
 @torch.inference_mode()
-def _base_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol, prompts: Sequence[str]) -> Image.Image:
+def _base_grid(
+    config: TrainConfig, stage: Stage, text: TextEncoderProtocol, prompts: Sequence[str], on_step: OnStep | None
+) -> Image.Image:
     cond = _text_only(text, prompts, stage.device)
     null = _text_only(text, [""] * len(prompts), stage.device)
     size = (stage.config.resolution, stage.config.resolution)
-    pictures = _drawn(stage, cond, null, size, config.training.seed)
+    pictures = _drawn(stage, cond, null, size, config.training.seed, on_step)
     return contact_sheet(to_pil(pictures), columns=min(8, len(prompts)), labels=prompts, cell=max(96, size[0]))
 
 
 @torch.inference_mode()
-def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Batch) -> Image.Image:
+def _super_resolution_grid(
+    config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Batch, on_step: OnStep | None
+) -> Image.Image:
     images, captions = first.images, first.captions
     truth = to_float(images).to(stage.device)
     height, width = truth.shape[-2:]
@@ -65,7 +75,7 @@ def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderP
     cond = conditions(stage, batch, replace(draw, aug_level=level))
     null = _text_only(text, [""] * len(captions), stage.device)
     null = cond.with_text(null.text, null.text_mask)
-    pictures = _drawn(stage, cond, null, (height, width), config.training.seed)
+    pictures = _drawn(stage, cond, null, (height, width), config.training.seed, on_step)
     assert cond.low_res is not None, "a super-resolution stage has a smaller picture"
     rows = [to_pil(cond.low_res), to_pil(pictures), to_pil(truth)]
     cells = [image for trio in zip(*rows, strict=True) for image in trio]
@@ -73,13 +83,15 @@ def _super_resolution_grid(config: TrainConfig, stage: Stage, text: TextEncoderP
     return contact_sheet([_enlarged(cell) for cell in cells], columns=6, labels=labels, cell=_CELL)
 
 
-def _drawn(stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int, int], seed: int) -> Tensor:
+def _drawn(
+    stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int, int], seed: int, on_step: OnStep | None
+) -> Tensor:
     was_training = stage.network.training
     stage.network.eval()
     try:
         rng = [generator(seed, index, stage.name, "sample grid") for index in range(len(cond))]
         z = noise_like(torch.empty(len(cond), 3, *size, device=stage.device), rng)
-        return stage.sample(cond, null, z, rng)
+        return stage.sample(cond, null, z, rng, on_step=on_step)
     finally:
         stage.network.train(was_training)
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ from cascade.training.accelerator import (
 from cascade.training.ema import EMA
 from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
-from cascade.training.interrupt import stop_signals
+from cascade.training.interrupt import Stopped, stop_signals
 from cascade.training.log import Meter, RunLog, flatten
 from cascade.training.lora import add_low_rank, merged, save_adapter
 from cascade.training.optim import (
@@ -90,7 +90,7 @@ class Trainer:
         for none to resume, for a loss that is not finite, and for too little memory.
         """
         first = self._restore() if resume else self._start()
-        stop = False
+        last, stop = self.config.training.steps, False
         with (
             shortage_told(),
             closing(self._batches(first)) as data,
@@ -99,15 +99,14 @@ class Trainer:
         ):
             from_main(self.accelerator, lambda: self._open_folder(first))
             if self._owes:
-                self._report(first, progress)
-            for step in range(first + 1, self.config.training.steps + 1):
+                stop = not self._reported(first, progress, stopped)  # its checkpoint still owes it
+            for step in range(first + 1, last + 1):
+                if stop:
+                    break
                 self._step(step, data)
                 progress.update()
                 # Whoever asks to stop in the last step gets what the run was for: it is finished.
-                stop = any_process(self.accelerator, stopped()) and step < self.config.training.steps
-                self._every_so_often(step, stop, progress)
-                if stop:
-                    break
+                stop = self._every_so_often(step, progress, stopped if step < last else lambda: False)
         self._close()
         return not stop
 
@@ -178,28 +177,37 @@ class Trainer:
 
     # --- every n steps -----------------------------------------------------------------------------------------------
 
-    def _every_so_often(self, step: int, stop: bool, progress: tqdm[Any]) -> None:
-        """What is due after a step. The checkpoint comes last: what stands before it is never missing after a kill.
+    def _every_so_often(self, step: int, progress: tqdm[Any], stopped: Callable[[], bool]) -> bool:
+        """What is due after a step; whether the run was asked to stop, in which case it is saved.
 
-        But whoever asks to stop may kill soon: a validation or a grid, which take long, are left to the resumed run.
+        The checkpoint comes last: what stands before it is never missing after a kill. But whoever asks to stop may
+        kill soon: a validation or a grid, which take long, are left to the resumed run, also when they have begun.
         """
+        stop = any_process(self.accelerator, stopped())
         owes = stop and (self._validates(step) or self._draws(step))
-        if not owes:
-            self._report(step, progress)
+        if not owes and not self._reported(step, progress, stopped):
+            stop = owes = True
         if stop or self._due(step, self.config.training.save_every):
             self._save(step, owes)
+        return stop
 
-    def _report(self, step: int, progress: tqdm[Any]) -> None:
-        """The log's entry, validation and grid, as they are due."""
+    def _reported(self, step: int, progress: tqdm[Any], stopped: Callable[[], bool]) -> bool:
+        """The log's entry, validation and grid, as they are due; False, and as if not begun, when asked to stop."""
+        meter = self.meter
         values = self._summary(step) if self._due(step, self.config.training.log_every) else {}
-        if self._validates(step) or self._draws(step):
-            averaged = self.averaged_stage()
-            if self._validates(step):
-                values |= self._validated(averaged)
-            if self._draws(step):
-                from_main(self.accelerator, lambda: self._sample(step, averaged))
+        try:
+            if self._validates(step) or self._draws(step):
+                averaged = self.averaged_stage()
+                if self._validates(step):
+                    values |= self._validated(averaged, stopped)
+                if self._draws(step):
+                    self._sample(step, averaged, stopped)
+        except Stopped:
+            self.meter = meter
+            return False
         if values:
             self._write_log(step, values, progress)
+        return True
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.training.steps)
@@ -228,10 +236,15 @@ class Trainer:
         self.meter = Meter()
         return values
 
-    def _validated(self, averaged: Stage) -> dict[str, float]:
+    def _validated(self, averaged: Stage, stopped: Callable[[], bool]) -> dict[str, float]:
+        def leave_if_asked() -> None:
+            if any_process(self.accelerator, stopped()):
+                raise Stopped
+
         assert self.validation is not None
         with self.accelerator.autocast():
-            pairs = self.validation.losses(averaged, self.text, self.weighting, self.accelerator.device)
+            device = self.accelerator.device
+            pairs = self.validation.losses(averaged, self.text, self.weighting, device, leave_if_asked)
         meter = Meter()
         meter.add_losses(*self._from_all(*pairs))
         return {f"validation_{name}": value for name, value in meter.means().items()}
@@ -245,12 +258,25 @@ class Trainer:
             for warning in self.watch.new_warnings(self.log.entries):
                 logger.warning("step %d: %s", step, warning)
 
-    def _sample(self, step: int, averaged: Stage) -> None:
-        with self.accelerator.autocast():
-            sheet = sample_grid(self.config, averaged, self.text, self._first_views)
-        path = self.output / "samples" / f"step-{step:08d}.png"
-        with atomic_file(path) as temporary:
-            sheet.save(temporary, format="PNG")
+    def _sample(self, step: int, averaged: Stage, stopped: Callable[[], bool]) -> None:
+        """The main process draws; raises Stopped in every process when it was asked to stop meanwhile."""
+
+        def leave_if_asked(*_: object) -> None:
+            if stopped():
+                raise Stopped
+
+        def draw() -> bool:
+            try:
+                with self.accelerator.autocast():
+                    sheet = sample_grid(self.config, averaged, self.text, self._first_views, leave_if_asked)
+            except Stopped:
+                return False
+            with atomic_file(self.output / "samples" / f"step-{step:08d}.png") as temporary:
+                sheet.save(temporary, format="PNG")
+            return True
+
+        if not from_main(self.accelerator, draw):
+            raise Stopped
 
     def _save(self, step: int, owes: bool) -> None:
         """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
 
@@ -42,12 +42,21 @@ class Validation:
 
     @torch.inference_mode()
     def losses(
-        self, stage: Stage, text: TextEncoderProtocol, weighting: Weighting, device: torch.device
+        self,
+        stage: Stage,
+        text: TextEncoderProtocol,
+        weighting: Weighting,
+        device: torch.device,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and log SNR of each view of this process, both (batches * share,), on `device`."""
+        """Loss and log SNR of each view of this process, both (batches * share,), on `device`.
+
+        before_batch: called by every process alike, and may raise.
+        """
         losses, levels = [], []
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
+            before_batch()
             ready = training_batch(batch, text, device, first=0, batch_size=total)
             height, width = ready.x.shape[-2:]
             draw = draw_noise(

@@ -157,6 +157,28 @@ def test_a_stop_leaves_validation_and_grid_to_the_resumed_run_which_ends_as_one_
         assert Path(stopped.output, name).read_bytes() == Path(whole.output, name).read_bytes()
 
 
+@pytest.mark.parametrize(("call", "calls"), [(6, 6), (7, 9), (8, 9)], ids=["validation", "its end", "grid"])
+def test_a_stop_within_a_validation_or_a_grid_leaves_it_to_the_resumed_run(
+    tmp_path: Path, call: int, calls: int
+) -> None:
+    """Two batches of validation, the 6th and 7th encoding; the grid's prompts and its empty ones, the 8th and 9th."""
+    watched = [change.replace("batches: 1", "batches: 2") for change in WATCHED]
+    whole, stopped = (config_of(tmp_path / name, 10, *watched) for name in ("whole", "stopped"))
+    assert train(whole)
+    encoder = stop_at(call)
+    assert not train(stopped, encoder)
+    assert encoder.calls == calls, "the rest was not done"
+    assert state_of(stopped).step == 5
+    assert not log_entries(Path(stopped.output))
+    assert not train(stopped, stop_at(call - 5), resume=True), "nor in the resumed run, which is stopped there again"
+    assert state_of(stopped).step == 5
+    assert not log_entries(Path(stopped.output))
+    assert train(stopped, resume=True)
+    assert_same_run(whole, stopped)
+    for name in ("samples/step-00000005.png", "samples/step-00000010.png"):
+        assert Path(stopped.output, name).read_bytes() == Path(whole.output, name).read_bytes()
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     def twice(calls: int) -> None:
         if calls == 2:

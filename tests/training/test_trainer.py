@@ -462,4 +462,4 @@ def test_a_full_disk_is_one_clear_line_for_log_and_samples(tmp_path: Path, monke
         log.write(1, {})
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(CascadeError, match=r"step-00000001\.png: cannot be written: No space left"):
-        run._sample(1, run.averaged_stage())
+        run._sample(1, run.averaged_stage(), lambda: False)
