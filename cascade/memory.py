@@ -23,6 +23,8 @@ from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage
 from cascade.streaming import stored_shapes
+from cascade.training.frozen import freeze
+from cascade.training.lora import add_low_rank
 
 NumberFormat = Literal["float32", "bfloat16"]
 
@@ -153,13 +155,12 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
     training, stage = config.training, build_stage(config.stage, device="meta")
     stage.network.activation_checkpointing = training.activation_checkpointing
     pictures = max(training.batch_size // training.accumulation // processes, 1)
-    weights = weight_bytes(stage.network)
-    copies = 3 + OPTIMIZER_COPIES[training.optimizer.kind]  # the weight, its gradient, its average
-    copies = 2 if training.lora_rank else copies  # the gradients and their memory are of low rank
+    whole, learning = trained_bytes(config)
+    weights = whole + learning * (2 + OPTIMIZER_COPIES[training.optimizer.kind])  # their gradients and averages
     # Two sizes tell what grows with the pictures from the gradients, which do not.
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
-    weights = round(weights * copies / (processes if sharded else 1))
+    weights = round(weights / (processes if sharded else 1))
     return TrainingMemory(weights, round(activations), _text_bytes(config.text))
 
 
@@ -189,6 +190,16 @@ def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
             stage.network(picture, level, cond).square().mean().backward()
     stage.network.zero_grad(set_to_none=True)
     return live.peak
+
+
+def trained_bytes(config: TrainConfig) -> tuple[int, int]:
+    """Of a run's weights: of all, with differences of low rank, and of those that learn."""
+    training, network = config.training, build_stage(config.stage, device="meta").network
+    if training.lora_rank:
+        add_low_rank(network, training.lora_rank, training.lora_layers)
+    freeze(network, training.frozen)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return weight_bytes(network), sum(parameter.numel() * parameter.element_size() for parameter in learning)
 
 
 def weight_bytes(module: nn.Module) -> int:

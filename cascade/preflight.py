@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from cascade.build import build_stage
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
 from cascade.machine import free_bytes
-from cascade.memory import OPTIMIZER_COPIES, TrainingMemory, training_memory, weight_bytes
+from cascade.memory import OPTIMIZER_COPIES, TrainingMemory, trained_bytes, training_memory
 
 
 def check_run(config: TrainConfig, processes: int = 1, sharded: bool = False) -> None:
@@ -51,10 +50,11 @@ def check_disk(config: TrainConfig) -> None:
 
 def run_bytes(config: TrainConfig) -> int:
     """The most that a run's folder holds at once, without samples and log."""
-    weights = weight_bytes(build_stage(config.stage, device="meta").network)
-    copies = 2 + (0 if config.training.lora_rank else OPTIMIZER_COPIES[config.training.optimizer.kind])
-    stage_folders = 2  # the old one stays until the new one is there
-    return weights * (copies * (config.training.keep_checkpoints + 1) + stage_folders)
+    whole, learning = trained_bytes(config)
+    checkpoint = whole + learning * (1 + OPTIMIZER_COPIES[config.training.optimizer.kind])
+    adapter = learning if config.training.lora_rank else 0
+    # Of the stage and of the adapter the old folder stays until the new one is there.
+    return checkpoint * (config.training.keep_checkpoints + 1) + 2 * (whole + adapter)
 
 
 def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisible: int = 1) -> None:

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
     "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
     "deepfloyd": STAGE | {"build"},
-    "memory": STAGE | {"build"},
+    "memory": STAGE | {"build", "training"},  # which weights learn
     "preflight": STAGE | {"build", "memory"},
     "hub": {"errors"},
     "load": STAGE

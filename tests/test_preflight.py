@@ -12,6 +12,7 @@ import torch
 from helpers_text import make_tiny_t5
 from helpers_training import SUPER_RESOLUTION, WordEncoder, micro_config, micro_settings, trainer, write_pictures
 from PIL import Image
+from safetensors.torch import load_file
 
 from cascade.checkpoint import write_text
 from cascade.cli import main
@@ -183,17 +184,30 @@ def test_a_wrong_run_ends_before_its_first_step(
     assert not log.exists() or log.read_text() == ""
 
 
-def test_what_the_disk_must_hold_is_what_a_run_leaves_and_a_checkpoint_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("training.frozen=[levels]",), ("training.lora_rank=2",)],
+    ids=["plain", "frozen", "lora"],
+)
+def test_what_the_disk_must_hold_is_what_a_run_leaves_and_a_checkpoint_more(
+    tmp_path: Path, changes: tuple[str, ...]
+) -> None:
     """With all kept checkpoints there: theirs and the stage's tensors, and those of one more being written."""
-    config = micro_config(tmp_path / "run", "training.save_every=1", "training.keep_checkpoints=3")
+    config = micro_config(tmp_path / "run", "training.save_every=1", "training.keep_checkpoints=3", *changes)
     assert trainer(config).run()
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    checkpoint = sum(path.stat().st_size for path in folders[-1].glob("*.safetensors"))
-    stage = (tmp_path / "run" / "stage" / "model.safetensors").stat().st_size
     assert len(folders) == 3
-    # Headers with names and shapes weigh much beside weights as few as these.
-    assert run_bytes(config) == pytest.approx(4 * checkpoint + 2 * stage, rel=0.5)
-    assert run_bytes(config) < 4 * checkpoint + 2 * stage
+    stage, adapter = (tensor_bytes(tmp_path / "run" / name) for name in ("stage", "adapter"))
+    assert (adapter > 0) == ("training.lora_rank=2" in changes)
+    held = 4 * tensor_bytes(folders[-1]) + 2 * (stage + adapter)
+    # A few numbers more: the optimizer's step counts; and the stage is smaller by what is merged into it.
+    assert run_bytes(config) == pytest.approx(held, rel=0.02)
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of the weights in a folder, without the files' headers, which are long beside weights as few as these."""
+    tensors = [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def test_the_activations_of_a_step_are_those_that_a_true_one_makes(tmp_path: Path) -> None:
