@@ -26,15 +26,21 @@ if TYPE_CHECKING:
 
 
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
-    """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings."""
+    """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings.
+
+    A run that has begun keeps them in its folder: the stage that was named need no longer exist.
+    """
     settings = read_yaml(path)
     check_format(path, settings.get("format", FORMAT_VERSION))
     if isinstance(settings.get("stage"), str):
         try:
-            stage = read_config(find_stage(settings["stage"]))
+            stage = read_config(find_stage(settings["stage"])).model_dump(mode="json")
         except CascadeError as error:
-            raise CascadeError(f"{path}: stage: {error}") from None
-        settings = settings | {"stage": stage.model_dump(mode="json")}
+            begun = Path(str(override(settings, assignments).get("output"))) / "config.yaml"
+            if not begun.is_file():
+                raise CascadeError(f"{path}: stage: {error}") from None
+            stage = read_yaml(begun)["stage"]
+        settings = settings | {"stage": stage}
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 
@@ -46,10 +52,17 @@ def load_trainer(config: TrainConfig) -> Trainer:
     Raises CascadeError for a run that cannot reach its end on this machine.
     """
     from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
+    from cascade.training.guards import shortage_told
+
+    check_run(config, *expected_processes())
+    with shortage_told("before the first step", "use a smaller stage.model, or fill text.cache by `cascade encode`"):
+        return _load_trainer(config)
+
+
+def _load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.state import checkpoints
     from cascade.training.trainer import Trainer
 
-    check_run(config, *expected_processes())
     text = load_text_encoder(config.text)
     if config.stage.model.reads_text and config.stage.model.text_dim != text.dim:
         raise CascadeError(

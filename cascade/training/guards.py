@@ -51,8 +51,14 @@ def check_gradient(norm: float, step: int, precision: str) -> None:
         )
 
 
+_SMALLER_STEPS = (
+    "raise training.accumulation, which gives the same steps in smaller passes, or set"
+    " training.activation_checkpointing=true"
+)
+
+
 @contextmanager
-def shortage_told() -> Iterator[None]:
+def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> Iterator[None]:
     """Running out of memory inside, also that of a reading process, becomes a CascadeError."""
     try:
         yield
@@ -64,8 +70,7 @@ def shortage_told() -> Iterator[None]:
             ) from error
         if _is_out_of_memory(error):
             raise CascadeError(
-                f"out of memory in training ({_first_line(error)}); raise training.accumulation, which gives the same"
-                " steps in smaller passes, or set training.activation_checkpointing=true; the last checkpoint is intact"
+                f"out of memory {when} ({_first_line(error)}); {way_out}; the last checkpoint is intact"
             ) from error
         raise
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
-from cascade.load import load_stage, load_trainer
+from cascade.load import load_stage, load_train_config, load_trainer
 from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names
 from cascade.training.state import load_newest
@@ -110,6 +110,19 @@ def test_too_little_memory_is_one_line_with_the_way_out(tmp_path: Path, error: E
         trainer(config, WordEncoder(fail)).run()
     assert "\n" not in str(told.value)
     assert load_newest(tmp_path / "run", config).step == 2
+
+
+def test_too_little_memory_for_the_weights_is_one_line_too(
+    tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore")
+
+    monkeypatch.setattr("cascade.training.trainer.EMA", full)
+    config = micro_config(tmp_path / "run", *tiny_t5)
+    with pytest.raises(CascadeError, match=r"before the first step \(CUDA out of memory.*smaller stage\.model") as told:
+        load_trainer(config)
+    assert "\n" not in str(told.value)
 
 
 def test_an_error_that_is_no_shortage_keeps_its_name(tmp_path: Path) -> None:
@@ -404,6 +417,22 @@ def test_a_resume_needs_no_more_what_the_run_began_from(tmp_path: Path, tiny_t5:
     assert all(torch.equal(value, b.network[name]) for name, value in a.network.items())
     with pytest.raises(CascadeError, match="gone"):
         load_trainer(micro_config(tmp_path / "new", *begun))
+
+
+def test_a_resume_needs_no_more_the_stage_that_its_settings_named(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
+    first = micro_config(tmp_path / "first", *tiny_t5)
+    assert load_trainer(first).run()
+    shutil.copytree(tmp_path / "first" / "stage", tmp_path / "model" / "base")
+    settings = first.model_dump(mode="json") | {"stage": str(tmp_path / "model" / "base")}
+    (tmp_path / "named.yaml").write_text(json.dumps(settings))
+    run = (f"output={tmp_path / 'run'}", "training.steps=2")
+    assert load_trainer(load_train_config(tmp_path / "named.yaml", run)).run()
+    shutil.rmtree(tmp_path / "model")
+    resumed = load_train_config(tmp_path / "named.yaml", (run[0], "training.steps=3"))
+    assert resumed.stage == first.stage
+    assert load_trainer(resumed).run(resume=True)
+    with pytest.raises(CascadeError, match=r"named\.yaml: stage: .*model"):
+        load_train_config(tmp_path / "named.yaml", (f"output={tmp_path / 'new'}",))
 
 
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
