@@ -273,9 +273,16 @@ def _unchanged(item: Any) -> Any:
 
 
 def _leave_signals(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but the training process decides; SIGTERM ends a worker."""
+    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides.
+
+    It ends a worker that does not end by itself with a SIGTERM of its own, so a second one does.
+    """
+
+    def pass_over_once(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, pass_over_once)
 
 
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:

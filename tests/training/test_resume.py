@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers_training import WordEncoder, log_entries, micro_config, trainer, write_pictures
@@ -193,24 +194,27 @@ SLOW_RUN = """
 import sys
 from pathlib import Path
 from helpers_training import WordEncoder, micro_config, trainer
-config = micro_config(Path(sys.argv[1]), "training.steps=40", "training.save_every=1000")
+config = micro_config(Path(sys.argv[1]), "training.steps=40", "training.save_every=1000", *sys.argv[2:])
 sys.exit(0 if trainer(config, WordEncoder(delay_seconds=0.1)).run() else 7)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_weights(
-    tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_processes_are_all_asked_to_stop_saves_and_resumes_to_the_same_weights(
+    tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
     whole, stopped = (
         micro_config(tmp_path / name, "training.steps=40", "training.save_every=1000") for name in ("whole", "stopped")
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, stopped.output], env=environment)
+    command = [sys.executable, "-c", SLOW_RUN, stopped.output, f"data.workers={workers}"]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         wait_for(Path(stopped.output) / "log.jsonl", process)
-        process.send_signal(number)
+        assert len(psutil.Process(process.pid).children()) >= workers
+        os.killpg(process.pid, number)
         assert process.wait(timeout=60) == 7
     finally:
         process.kill()
