@@ -109,9 +109,13 @@ def not_finite(stage: str) -> str:
     return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
 
 
+# "not enough" and "can't allocate" are torch's for a CPU, on Windows and elsewhere.
+_SHORTAGES = ("not enough memory", "can't allocate memory", "out of memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a smaller batch could help."""
-    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES):
         return True
     return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 

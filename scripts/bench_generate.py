@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline
-from cascade.allocator import keep_freed_memory
 from cascade.load import choose_device, choose_dtype
 
 
@@ -87,7 +86,7 @@ def enlarging_table(
     """Print a line for each size and tile."""
     print("\n| picture | becomes | tile | seconds | GB above the loaded model |\n| --- | --- | --- | --- | --- |")
     for size, tile in sizes:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             cost = pool.submit(enlarge, model, dtype, device, size, tile).result()
         line = f"| {size} px | {4 * size} px | {tile or ''} | {cost.seconds:.2f} | {cost.memory:.2f} |"
         print(line, flush=True)
@@ -117,7 +116,6 @@ def main(
     enlarged: tuple[str, ...],
 ) -> None:
     """Print the tables."""
-    keep_freed_memory()  # as the command line does
     sizes = sizes_of(enlarged)
     generation_table(model, prompt, dtype, device, preset, repeats)
     enlarging_table(model, dtype, device, sizes)

@@ -80,7 +80,7 @@ def run_trainer(config: TrainConfig) -> Measured:
     """Twice `log_every` steps; the first half warms up. In a process of its own."""
     from cascade.training.trainer import Trainer
 
-    keep_freed_memory()  # as the command line does
+    keep_freed_memory()  # as `cascade train` does
     torch.manual_seed(0)
     assert Trainer(config, build_stage(config.stage), RandomText(config.stage.model.text_dim)).run()
     entries = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import click
 
 from cascade._version import __version__
-from cascade.allocator import keep_freed_memory
 from cascade.cli.data import check_data
 from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
@@ -44,7 +43,6 @@ for command in (generate, upscale, train, encode, evaluate, check_data, plot, in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process' own; returns the exit status."""
-    keep_freed_memory()
     with _plain_messages():
         try:
             status = program.main(arguments, prog_name="cascade", standalone_mode=False)

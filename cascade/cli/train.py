@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cascade.allocator import keep_freed_memory
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     from cascade.load import load_train_config, load_trainer
     from cascade.training.state import checkpoints
 
+    keep_freed_memory()
     settings = load_train_config(find_config(config), assignments)
     trainer = load_trainer(settings)
     finished = trainer.run(resume)

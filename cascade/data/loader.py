@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import multiprocessing
 import random
 import signal
 import warnings
@@ -228,19 +229,15 @@ def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Generat
     if workers == 0:
         yield from ([views[number] for number in share] for share in numbers)
         return
-    loaded = read_by_workers(_Shares(views), numbers, workers)
-    try:
+    with closing(read_by_workers(_Shares(views), numbers, workers)) as loaded:
         for share in loaded:
             if isinstance(share, CascadeError):
                 raise share
             yield share
-    finally:
-        # The loader's iterator ends its workers when it goes, and it must go now, not at a later collection.
-        del loaded
 
 
-def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> Iterator[T]:
-    """`items[place]` for each of the places, in their order, read by other processes."""
+def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> Generator[T, None, None]:
+    """`items[place]` for each of the places, in their order, read by other processes, which end with the iterator."""
     with warnings.catch_warnings():
         # How many workers to start is the user's choice, also on a machine with fewer cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -252,7 +249,16 @@ def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> I
             collate_fn=_unchanged,
             worker_init_fn=_leave_signals,
         )
-        return iter(loader)
+        before = multiprocessing.active_children()
+        loaded = iter(loader)
+    started = [process for process in multiprocessing.active_children() if process not in before]
+    try:
+        yield from loaded
+    finally:
+        # The loader's iterator asks its workers to end when it goes, and it must go now, not at a later collection.
+        del loaded
+        for process in started:
+            process.kill()  # one that hangs, on a disk perhaps; Python would wait for it when it ends
 
 
 class _Shares(Dataset["list[View] | CascadeError"]):
@@ -273,16 +279,9 @@ def _unchanged(item: Any) -> Any:
 
 
 def _leave_signals(_worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides.
-
-    It ends a worker that does not end by itself with a SIGTERM of its own, so a second one does.
-    """
-
-    def pass_over_once(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
+    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, pass_over_once)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:

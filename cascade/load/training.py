@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,11 +25,13 @@ from cascade.text.t5 import TextEncoder
 if TYPE_CHECKING:
     from cascade.training.trainer import Trainer
 
+logger = logging.getLogger("cascade.training")
+
 
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings.
 
-    A run that has begun keeps them in its folder: the stage that was named need no longer exist.
+    A run with a checkpoint keeps them in its folder: the stage that was named need no longer exist.
     """
     settings = read_yaml(path)
     check_format(path, settings.get("format", FORMAT_VERSION))
@@ -36,12 +39,22 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
         try:
             stage = read_config(find_stage(settings["stage"])).model_dump(mode="json")
         except CascadeError as error:
-            begun = Path(str(override(settings, assignments).get("output"))) / "config.yaml"
-            if not begun.is_file():
+            begun = _stage_of_run(override(settings | {"stage": {}}, assignments).get("output"))
+            if begun is None:
                 raise CascadeError(f"{path}: stage: {error}") from None
-            stage = read_yaml(begun)["stage"]
+            logger.warning("%s: stage: %s; the run's own settings of it are used", path, error)
+            stage = begun
         settings = settings | {"stage": stage}
     return parse(TrainConfig, override(settings, assignments), str(path))
+
+
+def _stage_of_run(output: object) -> dict[str, Any] | None:
+    """The stage's settings in the folder of a run that has a checkpoint; None for any other folder."""
+    settings = Path(str(output)) / "config.yaml"
+    if not (settings.is_file() and any(settings.parent.glob("checkpoints/step-*"))):
+        return None
+    stage = read_yaml(settings).get("stage")
+    return stage if isinstance(stage, dict) else None
 
 
 def load_trainer(config: TrainConfig) -> Trainer:
@@ -55,7 +68,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.guards import shortage_told
 
     check_run(config, *expected_processes())
-    with shortage_told("before the first step", "use a smaller stage.model, or fill text.cache by `cascade encode`"):
+    with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)
 
 

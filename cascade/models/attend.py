@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FEW_QUERIES = 256
 """Up to here all heads are multiplied at once."""
@@ -48,6 +49,7 @@ class _AllHeads(torch.autograd.Function):
         return answer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, scores, answer = ctx.saved_tensors
         (gradient,) = gradients
@@ -70,6 +72,7 @@ class _HeadByHead(torch.autograd.Function):
         return answer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, mask, answer = ctx.saved_tensors
         to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

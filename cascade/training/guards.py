@@ -53,7 +53,7 @@ def check_gradient(norm: float, step: int, precision: str) -> None:
 
 _SMALLER_STEPS = (
     "raise training.accumulation, which gives the same steps in smaller passes, or set"
-    " training.activation_checkpointing=true"
+    " training.activation_checkpointing=true; the last checkpoint is intact"
 )
 
 
@@ -69,14 +69,13 @@ def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> I
                 f" more memory, in a container also shared memory ({_first_line(error)}); the last checkpoint is intact"
             ) from error
         if _is_out_of_memory(error):
-            raise CascadeError(
-                f"out of memory {when} ({_first_line(error)}); {way_out}; the last checkpoint is intact"
-            ) from error
+            raise CascadeError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
         raise
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    said = ("not enough memory", "can't allocate memory")  # by torch for a CPU, on Windows and elsewhere
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def _first_line(error: Exception) -> str:

@@ -44,9 +44,16 @@ class AdamW(torch.optim.AdamW):
         orders = [_memory_order(weight) for weight in weights]
         for tensors in (weights, gradients, first, second):
             tensors[:] = [
-                tensor if order is None else tensor.permute(order).contiguous()
+                tensor if order is None else tensor.permute(order)
                 for tensor, order in zip(tensors, orders, strict=True)
             ]
+        gradients[:] = [
+            gradient if order is None else gradient.contiguous()
+            for gradient, order in zip(gradients, orders, strict=True)
+        ]
+        # A copy of a moment would be updated in its place, and lost.
+        moments = zip(first + second, orders * 2, strict=True)
+        assert all(order is None or moment.is_contiguous() for moment, order in moments), "not laid out as its weight"
         return is_complex
 
 

@@ -89,7 +89,8 @@ class Trainer:
         resume: continue from the newest checkpoint. Raises CascadeError for a run that exists and is not resumed,
         for none to resume, for a loss that is not finite, and for too little memory.
         """
-        first = self._restore() if resume else self._start()
+        with shortage_told("before the first step", "give each process more, or use FSDP over several GPUs"):
+            first = self._restore() if resume else self._start()
         last, stop = self.config.training.steps, False
         with (
             shortage_told(),

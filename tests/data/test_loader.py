@@ -3,15 +3,17 @@
 import itertools
 import logging
 import multiprocessing
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
+from torch.utils.data import Dataset
 
 from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
-from cascade.data.loader import Batch, Mixture, Views, batches, captions_of
+from cascade.data.loader import Batch, Mixture, Views, batches, captions_of, read_by_workers
 from cascade.errors import CascadeError
 from cascade.images import from_pil
 
@@ -235,3 +237,26 @@ def test_each_source_draws_its_own_pictures(tmp_path: Path, stage: StageConfig) 
         numbers = [number for number in range(60) if mixture.locate(number)[0] == source][:20]
         orders.append([views[number].caption for number in numbers])
     assert orders[0] != orders[1]
+
+
+class Stuck(Dataset[int]):
+    """The first item comes, the others never."""
+
+    def __getitem__(self, place: int) -> int:
+        if place:
+            time.sleep(600)
+        return place
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_hangs_ends_with_the_iterator() -> None:
+    items = read_by_workers(Stuck(), range(4), workers=2)
+    assert next(items) == 0
+    before = multiprocessing.active_children()
+    assert len(before) == 2
+    started = time.monotonic()
+    items.close()
+    for process in before:
+        process.join(timeout=10)
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - started < 60
