@@ -9,8 +9,10 @@ import itertools
 import logging
 import math
 import multiprocessing
+import os
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -247,7 +249,7 @@ def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> G
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_begin_worker,
         )
         before = multiprocessing.active_children()
         loaded = iter(loader)
@@ -278,10 +280,22 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _leave_signals(_worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides."""
+def _begin_worker(_worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides.
+
+    When it is killed its workers end, too. torch's own look at the parent's number does not see it where a fork server
+    starts them, as Python 3.14 does: the server is the parent, and lives as long as any of them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:

@@ -3,10 +3,13 @@
 import itertools
 import logging
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
@@ -260,3 +263,41 @@ def test_a_reading_process_that_hangs_ends_with_the_iterator() -> None:
         process.join(timeout=10)
     assert not multiprocessing.active_children()
     assert time.monotonic() - started < 60
+
+
+KILLED = """
+import itertools, multiprocessing, sys, time
+from cascade.data.loader import read_by_workers
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    items = read_by_workers(range(1000), itertools.count(), workers=2)
+    next(items)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_reading_processes_end_when_theirs_is_killed(tmp_path: Path, start_method: str) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, script, start_method], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(others) >= 2
+    deadline = time.monotonic() + 60
+    while any(map(runs, others)):
+        assert time.monotonic() < deadline, [other.cmdline() for other in others if runs(other)]
+        time.sleep(0.1)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Not ended, nor only waiting for someone to take note of it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
