@@ -52,10 +52,9 @@ class _AllHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, scores, answer = ctx.saved_tensors
-        (gradient,) = gradients
-        to_scores = _to_products(gradient @ value.mT, scores, (gradient * answer).sum(-1, keepdim=True))
-        to_query, to_key = to_scores @ key, to_scores.mT @ query
-        return to_query * query.shape[-1] ** -0.5, to_key, scores.mT @ gradient, None
+        along = (gradients[0] * answer).sum(-1, keepdim=True)
+        to_query, to_key, to_value = _gradients(query, key, value, scores, gradients[0], along)
+        return to_query * query.shape[-1] ** -0.5, to_key, to_value, None
 
 
 class _HeadByHead(torch.autograd.Function):
@@ -78,12 +77,10 @@ class _HeadByHead(torch.autograd.Function):
         to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         along = (gradients[0] * answer).sum(-1, keepdim=True)  # (B, heads, M, 1)
         for one in _heads(query):
-            gradient = gradients[0][one]
             scores = _scores(query[one], key[one], None if mask is None else mask[one[0], 0])
-            to_value[one] = scores.T @ gradient
-            to_scores = _to_products(gradient @ value[one].T, scores, along[one])  # (M, N)
-            to_query[one] = to_scores @ key[one]
-            to_key[one] = to_scores.T @ query[one]
+            to_query[one], to_key[one], to_value[one] = _gradients(
+                query[one], key[one], value[one], scores, gradients[0][one], along[one]
+            )
         return to_query * query.shape[-1] ** -0.5, to_key, to_value, None
 
 
@@ -100,6 +97,9 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return products.softmax(dim=-1)
 
 
-def _to_products(to_scores: Tensor, scores: Tensor, along: Tensor) -> Tensor:
-    """The gradient before the softmax; along: (..., M, 1), of the answer along the answer."""
-    return to_scores.sub_(along).mul_(scores)
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, gradient: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scaled query, key and value, from that of the answer; along: (..., M, 1), sums of gradient times answer."""
+    to_products = (gradient @ value.mT).sub_(along).mul_(scores)  # (..., M, N)
+    return to_products @ key, to_products.mT @ query, scores.mT @ gradient
