@@ -41,6 +41,8 @@ class AdamW(torch.optim.AdamW):
         """Collects weights, gradients, first and second moments, their maxima and step counts, in this order."""
         is_complex: bool = super()._init_group(group, *collected)  # type: ignore[no-untyped-call]
         weights, gradients, first, second = collected[:4]
+        if not weights or weights[0].device.type != "cpu":
+            return is_complex
         orders = [_memory_order(weight) for weight in weights]
         for tensors in (weights, gradients, first, second):
             tensors[:] = [
