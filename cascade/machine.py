@@ -1,4 +1,4 @@
-"""How much memory the machine has left for us: of a GPU, of the whole machine, of the part that a limit leaves."""
+"""The memory that is left to us, of a GPU, of a machine, of the part that a limit leaves; and how its end is known."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def free_bytes(device: torch.device | None = None) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min([psutil.virtual_memory().available, *control_group_free_bytes()])
+
+
+# "not enough" and "can't allocate" are torch's for a CPU, on Windows and elsewhere.
+_SHORTAGES = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that something smaller could fit."""
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES):
+        return True
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 _LIMITS = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))

@@ -11,7 +11,7 @@ import torch
 
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
-from cascade.machine import free_bytes
+from cascade.machine import free_bytes, is_out_of_memory
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
 
@@ -107,17 +107,6 @@ def check_memory(
 def not_finite(stage: str) -> str:
     """What is said of NaN in a picture."""
     return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
-
-
-# "not enough" and "can't allocate" are torch's for a CPU, on Windows and elsewhere.
-_SHORTAGES = ("not enough memory", "can't allocate memory", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a smaller batch could help."""
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES):
-        return True
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:

@@ -23,8 +23,9 @@ from cascade.config import SamplingConfig
 from cascade.diffusion.samplers import OnStep
 from cascade.drawing import Picture, Texts, draw_batch
 from cascade.images import to_uint8
+from cascade.machine import is_out_of_memory
 from cascade.pipeline import CascadePipeline
-from cascade.slots import StageSlot, is_out_of_memory, not_finite, running
+from cascade.slots import StageSlot, not_finite, running
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings, join
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cascade.data.loader import Batch
 from cascade.errors import CascadeError
+from cascade.machine import is_out_of_memory
 from cascade.training.accelerator import any_process
 
 
@@ -68,14 +69,9 @@ def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> I
                 "a process that reads pictures was killed, as a rule for want of memory; lower data.workers, or give"
                 f" more memory, in a container also shared memory ({_first_line(error)}); the last checkpoint is intact"
             ) from error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise CascadeError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    said = ("not enough memory", "can't allocate memory")  # by torch for a CPU, on Windows and elsewhere
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def _first_line(error: Exception) -> str:
