@@ -50,10 +50,12 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
 
 def _stage_of_run(output: object) -> dict[str, Any] | None:
     """The stage's settings in the folder of a run that has a checkpoint; None for any other folder."""
-    settings = Path(str(output)) / "config.yaml"
-    if not (settings.is_file() and any(settings.parent.glob("checkpoints/step-*"))):
+    from cascade.training.state import checkpoints
+
+    folder = Path(str(output))
+    if not checkpoints(folder):
         return None
-    stage = read_yaml(settings).get("stage")
+    stage = read_yaml(folder / "config.yaml").get("stage")
     return stage if isinstance(stage, dict) else None
 
 

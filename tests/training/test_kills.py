@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-def killed_and_whole(tmp_path: Path, kills: int, steps: int, processes: int, *changes: str) -> None:
+def assert_kills_change_nothing(tmp_path: Path, kills: int, steps: int, processes: int, *changes: str) -> None:
     """Train once without and once with kills; both end alike, and some of the kills fell into writing."""
     settings = [*SETTINGS, *changes, f"training.steps={steps}"]
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
@@ -97,24 +97,24 @@ def png(number: int) -> bytes:
 
 
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 20, 240, 1)
+    assert_kills_change_nothing(tmp_path, 20, 240, 1)
 
 
 def test_three_kills_of_two_processes_change_nothing(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 3, 40, 2)
+    assert_kills_change_nothing(tmp_path, 3, 40, 2)
 
 
 def test_three_kills_change_nothing_of_a_stream(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 3, 40, 1, stream(tmp_path / "stream"))
+    assert_kills_change_nothing(tmp_path, 3, 40, 1, stream(tmp_path / "stream"))
 
 
 def test_three_kills_change_nothing_with_reading_processes(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 3, 40, 1, folder_of_pictures(tmp_path / "pictures"), "data.workers=2")
+    assert_kills_change_nothing(tmp_path, 3, 40, 1, folder_of_pictures(tmp_path / "pictures"), "data.workers=2")
 
 
 def test_three_kills_change_nothing_of_two_processes_with_a_stream_and_reading_processes(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 3, 40, 2, stream(tmp_path / "stream"), "data.workers=1")
+    assert_kills_change_nothing(tmp_path, 3, 40, 2, stream(tmp_path / "stream"), "data.workers=1")
 
 
 def test_three_kills_change_nothing_of_muon(tmp_path: Path) -> None:
-    killed_and_whole(tmp_path, 3, 40, 1, "training.optimizer.kind=muon")
+    assert_kills_change_nothing(tmp_path, 3, 40, 1, "training.optimizer.kind=muon")
