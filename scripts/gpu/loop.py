@@ -1,0 +1,218 @@
+"""Training against the clock: a run ends annealed whatever the speed is, and leaves weights whenever it is cut off.
+
+The learning rate follows the time, not the steps: warm-up, constant, linear to zero over the last part of the minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cascade.config import StageConfig
+from gpu.loss import Levels, Measured, loss_of
+from gpu.network import network, write_parts
+from gpu.optim import Average, Muon
+from gpu.views import Views
+
+STARTED = time.monotonic()
+AVERAGES = (0.05, 0.10)
+"""Widths of the averages, as shares of the run."""
+WORST = 2.0
+"""A loss above this is a divergence: v itself has a mean square below 1."""
+
+
+def say(*words: object) -> None:
+    """Print with the seconds since the start."""
+    print(f"{time.monotonic() - STARTED:7.1f}", *words, flush=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage and how it is trained. compiled: its blocks. flatness: see `loss_of`."""
+
+    stage: StageConfig
+    views: Views
+    levels: Levels
+    flatness: float = 0.0
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From this share of the time on: side of the pictures, and how many a step."""
+
+    begins: float
+    size: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A run's clock. minutes: all of it. decay: the share of the time over which the learning rate falls.
+
+    warmup: steps. save_every: seconds between the averages that a run leaves which is cut off.
+    """
+
+    minutes: float
+    learning_rate: float
+    phases: tuple[Phase, ...]
+    decay: float = 0.25
+    warmup: int = 100
+    log_every: int = 50
+    save_every: float = 200
+
+    def phase(self, now: float) -> Phase:
+        """now: share of the time that is over."""
+        return [phase for phase in self.phases if phase.begins <= now][-1]
+
+    def rate(self, step: int, now: float) -> float:
+        """The learning rate of a step."""
+        return self.learning_rate * min(1.0, (1 - now) / self.decay, (step + 1) / self.warmup)
+
+
+class Stop:
+    """Set by SIGTERM or SIGINT; the run then ends in good order."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+class Run:
+    """A network that learns, with its optimizer and its averages."""
+
+    def __init__(self, task: Task, device: torch.device, init: Mapping[str, Tensor] | None = None) -> None:
+        """init: weights to go on from."""
+        self.task, self.device = task, device
+        self.net = network(task.stage, device, task.compiled)
+        if init is not None:
+            self.net.load_state_dict({name: value.float() for name, value in init.items()})
+        self.net.train()
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.params: list[Tensor] = list(self.net.parameters())
+        self.optimizer = Muon(self.net)
+        self.averages = {std: Average(self.params, std) for std in AVERAGES}
+        self.generator = torch.Generator(device).manual_seed(1)
+
+    def step(self, phase: Phase, learning_rate: float) -> Tensor:
+        """One step; its mean loss, still on the device."""
+        view = self.task.views(phase.batch, phase.size, self.generator)
+        log_snr = self.task.levels.draw(phase.batch, self.generator)
+        eps = torch.randn(view.x.shape, device=self.device, generator=self.generator)
+        loss = loss_of(self.net, view, log_snr, eps, self.task.flatness).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
+        self.optimizer.step(learning_rate)
+        for parameter in self.params:
+            parameter.grad = None
+        for average in self.averages.values():
+            average.update(self.params)
+        return loss.detach()
+
+    def write(self, weights: Sequence[Tensor], out: Path, name: str) -> None:
+        """`write_parts` of weights in the order of the parameters."""
+        write_parts(dict(zip(self.names, weights, strict=True)), out, name)
+
+
+@dataclass
+class Safe:
+    """Weights and averages from before anything went wrong, and what a loss may be."""
+
+    run: Run
+    lowest: float = math.inf
+    slowed: float = 1.0
+    """Factor on the learning rate: halved by each divergence."""
+    copies: list[list[Tensor]] = field(default_factory=list)
+
+    def keep(self) -> None:
+        """What there is now is what `restore` gives back."""
+        self.copies = [[w.detach().clone() for w in weights] for weights in self._everything()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to what was kept, at half the rate."""
+        for kept, weights in zip(self.copies, self._everything(), strict=True):
+            torch._foreach_copy_(weights, kept)
+        self.run.optimizer.forget()
+        self.slowed /= 2
+
+    def diverged(self, loss: float) -> bool:
+        """NaN, too, is not below its bound."""
+        if not loss < min(2 * self.lowest, WORST):
+            return True
+        self.lowest = min(self.lowest, loss)
+        return False
+
+    def _everything(self) -> list[list[Tensor]]:
+        return [self.run.params, *(average.mean for average in self.run.averages.values())]
+
+
+Check = Callable[[Sequence[Tensor]], Measured]
+"""What weights do on held-out views."""
+
+
+def train(run: Run, timing: Timing, out: Path, name: str, stop: Stop, check: Check) -> list[Tensor]:
+    """Train until the time is over; returns the average with the smaller loss on held-out views.
+
+    Writes <name>-* (that average), other-<name>-*, raw-<name>-* (weights from before the decay, with which a later run
+    goes on: annealed ones resume badly), guide-<name>-* (the average after an eighth of the time, a weak model for
+    autoguidance) and <name>.jsonl. After a divergence the run goes on from earlier weights at half the rate.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    safe = Safe(run)
+    safe.keep()
+    due = {"guide": (0.125, run.averages[0.10].mean), "raw": (1 - timing.decay, run.params)}
+    began = saved = time.monotonic()
+    step = views = size = 0
+    window: list[Tensor] = []
+    with (out / f"{name}.jsonl").open("w") as log:
+        while not stop.asked and (now := (time.monotonic() - began) / (60 * timing.minutes)) < 1:
+            phase, rate = timing.phase(now), timing.rate(step, now) * safe.slowed
+            if phase.size != size:
+                size, safe.lowest = phase.size, math.inf
+            window.append(run.step(phase, rate))
+            step, views = step + 1, views + phase.batch
+            for kind, (begins, weights) in tuple(due.items()):
+                if now > begins:
+                    run.write(weights, out, f"{kind}-{name}")
+                    del due[kind]
+            if step % timing.log_every == 0:
+                loss = float(torch.stack(window).mean())
+                window.clear()
+                seconds = time.monotonic() - began
+                line = {"step": step, "views": views, "seconds": seconds, "size": size, "loss": loss, "rate": rate}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                say(f"{name} {step}: {views / 1e6:.2f} M views, {views / seconds:.0f}/s, {size} px, loss {loss:.4f}")
+                if safe.diverged(loss):
+                    say(f"{name} {step}: loss {loss:.4f} after {safe.lowest:.4f}; earlier weights, half the rate")
+                    safe.restore()
+                elif step % (4 * timing.log_every) == 0 and loss < 1.2 * safe.lowest:
+                    safe.keep()
+            if time.monotonic() - saved > timing.save_every:
+                saved = time.monotonic()
+                run.write(run.averages[0.05].mean, out, name)
+                say(f"{name}, average so far:", check(run.averages[0.05].mean))
+    return _best(run, out, name, check)
+
+
+def _best(run: Run, out: Path, name: str, check: Check) -> list[Tensor]:
+    found = {std: check(average.mean) for std, average in run.averages.items()}
+    best, other = sorted(AVERAGES, key=lambda std: found[std].loss)
+    for std in AVERAGES:
+        say(f"{name}, average over {std} of the run{' (kept)' if std == best else ''}:", found[std])
+    run.write(run.averages[best].mean, out, name)
+    run.write(run.averages[other].mean, out, f"other-{name}")
+    return run.averages[best].mean

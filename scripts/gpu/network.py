@@ -1,0 +1,88 @@
+"""A stage's network on one device: made, compiled block by block, called without a wait, written in small files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cascade.build import build_stage
+from cascade.conditioning import Conditioning
+from cascade.config import StageConfig
+from cascade.models.unet import Block, Prepared, UNet
+
+MOST_BYTES = 15 * 2**20
+"""Of one file of weights, so that it passes where files of 16 MiB do."""
+
+
+def network(stage: StageConfig, device: torch.device, compiled: bool = False) -> UNet:
+    """A new network of the stage; compiled: each block by itself, 20 to 60 s for all shapes of a stage on an H200."""
+    net = build_stage(stage, device="cpu", seed=0).network
+    assert isinstance(net, UNet)
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        for module in net.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+    return net
+
+
+def with_weights(stage: StageConfig, device: torch.device, weights: Sequence[Tensor]) -> UNet:
+    """A network that draws. weights: in the order of its parameters."""
+    net = network(stage, device).eval()
+    with torch.no_grad():
+        torch._foreach_copy_(list(net.parameters()), [w.detach().float() for w in weights])
+    return net
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 where the device multiplies in it; elsewhere nothing."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def call(net: UNet, z: Tensor, log_snr: Tensor, cond: Conditioning) -> Tensor:
+    """The network's output, (B, 3, H, W) float32.
+
+    Like `net(z, log_snr, cond)`, but it does not ask whether the mask is all True, for which the host would wait.
+    """
+    assert net.text_norm is not None
+    assert net.text_pooling is not None
+    with autocast(z.device):
+        text = net.text_norm(cond.text)
+        embedding = net.text_pooling(text, cond.text_mask)
+        if net.aug_level is not None:
+            embedding = embedding + net.aug_level(cond.low_res_log_snr)
+        read = tuple(attention.read_text(text) for attention in net._attentions())
+        output: Tensor = net(z, log_snr, Prepared(embedding, read, cond.text_mask[:, None, None, :], cond.low_res))
+        return output.float()
+
+
+def write_parts(weights: Mapping[str, Tensor], out: Path, name: str) -> None:
+    """Write <out>/<name>-0.safetensors, -1, ...: bf16, each below 16 MiB; an older set of the name is replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    sets: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, value in weights.items():
+        half = value.detach().to("cpu", torch.bfloat16).contiguous()
+        if size and size + half.nbytes > MOST_BYTES:
+            sets.append({})
+            size = 0
+        sets[-1][key] = half
+        size += half.nbytes
+    for number, own in enumerate(sets):
+        temporary = out / f"{name}-{number}.tmp"
+        save_file(own, temporary)
+        temporary.replace(out / f"{name}-{number}.safetensors")
+
+
+def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
+    """What `write_parts` wrote."""
+    files = sorted(folder.glob(f"{name}-[0-9].safetensors"))
+    if not files:
+        raise click.ClickException(f"{folder}: holds no {name}-*.safetensors; name a folder that `train` wrote")
+    return {key: value for file in files for key, value in load_file(file).items()}

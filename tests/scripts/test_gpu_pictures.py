@@ -1,0 +1,170 @@
+"""Pictures that are packed, travel, and are cut into batches on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from gpu import pictures
+from gpu.pictures import Art, Captions, Library, Mixture
+from gpu.views import EnlargingViews
+from helpers_art import picture, record
+from helpers_text import make_tiny_t5
+from PIL import Image
+
+from cascade.text.t5 import TextEncoder
+
+CPU = torch.device("cpu")
+Pack = Callable[[list[dict[str, Any]]], Path]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_t5(tmp_path_factory.mktemp("t5") / "t5", 32)
+
+
+@pytest.fixture(scope="module")
+def library(packed: Pack, encoder: Path) -> Library:
+    """Three styles: two pictures that may be mirrored, one that may not, one without a white edge."""
+    full = Image.new("RGB", (256, 256), "black")
+    file = packed(
+        [
+            record(picture("red", x=0.3), "noto", "a red star", "star"),
+            record(picture("blue", x=0.3), "noto", "a blue star"),
+            record(picture("green", x=0.3), "sign", "an arrow to the left"),
+            record(full, "full", "black"),
+        ]
+    )
+    return pictures.load([file], encoder, CPU, Mixture({"noto": 3.0, "sign": 1.0, "full": 0.5}, scenes=6))
+
+
+def seed(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def number_of(library: Library, style: str) -> int:
+    return library.art.styles.index(style)
+
+
+def test_a_picture_of_the_size_arrives_bit_for_bit_a_larger_one_as_its_area_mean(packed: Pack, encoder: Path) -> None:
+    large = picture("red", 1024)
+    file = packed([record(picture("red"), "small", "a star"), record(large, "tall", "a star")])
+    art = pictures.load([file], encoder, CPU, Mixture({})).art
+    assert torch.equal(art.pixels[art.styles.index("small")], pixels(picture("red")))
+    mean = torch.nn.functional.avg_pool2d(pixels(large).float(), 4)
+    # Pillow rounds twice: rows, then columns.
+    assert (art.pixels[art.styles.index("tall")].float() - mean).abs().max() <= 1
+
+
+def test_what_has_sides_in_its_caption_is_never_mirrored(library: Library) -> None:
+    assert library.art.flips.tolist() == [style != "sign" for style in library.art.styles]
+
+
+def test_what_has_no_white_edge_is_never_moved(library: Library) -> None:
+    assert library.art.moves.tolist() == [style != "full" for style in library.art.styles]
+
+
+def test_unmoved_pictures_are_area_means(library: Library) -> None:
+    art = library.art
+    still = Art(**{**vars(art), "flips": torch.zeros_like(art.flips), "moves": torch.zeros_like(art.moves)})
+    who = torch.arange(len(art.pixels))
+    expected = torch.nn.functional.avg_pool2d(art.pixels.float() / 127.5 - 1, 4)
+    assert torch.allclose(still.zoomed(who, 64, seed()), expected, atol=1e-4)  # float32, positions of a grid
+
+
+def test_moved_pictures_stay_on_white(library: Library) -> None:
+    who = torch.zeros(64, dtype=torch.long) + number_of(library, "noto")
+    x = library.art.zoomed(who, 64, seed())
+    assert x.std(0).max() > 0.1, "nothing was moved"
+    assert torch.allclose(x[:, :, 0], torch.ones(64, 3, 64), atol=1e-4)
+
+
+def test_a_crop_is_a_slice(library: Library) -> None:
+    who = torch.tensor([0, 1, 2])
+    offset = torch.tensor([[0, 4, 100], [8, 0, 128]])
+    found = pictures.cut(library.art.pixels, who, offset, 128)
+    for place in range(3):
+        top, left = offset[:, place].tolist()
+        assert torch.equal(found[place], library.art.pixels[who[place], :, top : top + 128, left : left + 128])
+
+
+def test_beyond_an_edge_the_edge_goes_on() -> None:
+    lines = torch.arange(4).expand(1, 1, 4, 4)
+    found = pictures.cut(lines, torch.tensor([0]), torch.tensor([[0], [-2]]), 4)
+    assert found[0, 0, 0].tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_the_bases_drawing_lies_where_its_picture_does(library: Library, size: int) -> None:
+    art = library.art
+    own = torch.nn.functional.avg_pool2d(art.pixels.float(), 4).round().to(torch.uint8)
+    drawn = torch.ones(len(own), dtype=torch.bool)
+    seen = EnlargingViews(library, own, drawn, share=1.0, most=0.0)(32, size, seed())
+    plain = EnlargingViews(library, most=0.0)(32, size, seed())
+    assert torch.equal(seen.x, plain.x)
+    # Rounded to 8 bits, then enlarged by bicubic weights whose absolute values sum to 1.3 each way.
+    assert (seen.cond.low_res - plain.cond.low_res).abs().max() <= 2 * 0.5 / 127.5
+
+
+def test_captions_are_a_pictures_own_or_the_null_text() -> None:
+    captions = Captions(rows=torch.tensor([1, 2, 3, 4]), first=torch.tensor([0, 3]), count=torch.tensor([3, 1]))
+    who = torch.tensor([0, 1]).repeat(5000)
+    rows = captions.chosen(who, torch.rand(2, 10_000, generator=seed()), 0.1)
+    assert set(rows[who == 0].tolist()) == {0, 1, 2, 3}
+    assert set(rows[who == 1].tolist()) == {0, 4}
+    assert abs(float((rows == 0).float().mean()) - 0.1) < 0.015  # five standard errors
+    styled = float((rows[who == 0] == 1).float().mean()) / 0.9
+    assert abs(styled - (pictures.STYLED + (1 - pictures.STYLED) / 3)) < 0.04
+
+
+def test_styles_are_picked_by_their_shares(library: Library) -> None:
+    who = library.art.pick(torch.rand(2, 9000, generator=seed()))
+    styles = [library.art.styles[k] for k in who.tolist()]
+    for style, share in (("noto", 3 / 4.5), ("sign", 1 / 4.5), ("full", 0.5 / 4.5)):
+        assert abs(styles.count(style) / 9000 - share) < 0.026  # five standard errors
+    assert len(set(who.tolist())) == 4, "every picture is met"
+
+
+def test_styles_that_are_not_named_share_the_rest_and_those_of_none_are_left_out(packed: Pack, encoder: Path) -> None:
+    file = packed([record(picture("red"), style, "a star") for style in ("a", "b", "c", "d")])
+    art = pictures.load([file], encoder, CPU, Mixture({"a": 1.0, "d": 0.0}, rest=1.0)).art
+    assert art.styles == ("a", "b", "c")
+    assert torch.allclose(art.bounds, torch.tensor([0.5, 0.75, 1.0]))
+
+
+def test_scenes_have_captions_that_are_embedded(library: Library) -> None:
+    assert library.scenes is not None
+    assert library.scenes.pixels.shape == (6, 3, 64, 64)
+    assert library.scenes.captions.count.tolist() == [3] * 6
+    assert int(library.scenes.captions.rows.max()) < len(library.words.tokens)
+
+
+def test_texts_read_together_are_those_that_the_encoder_reads_one_by_one(encoder: Path) -> None:
+    texts = ["", "a red star", "übrigens ☃", "a star " * 30]
+    words = pictures.embed(texts, encoder, CPU)
+    alone = TextEncoder.from_pretrained(encoder, max_length=pictures.MOST_TOKENS)
+    with pytest.warns(UserWarning, match="more than max_length"):
+        expected = alone.encode(texts)
+    tokens, mask = words.rows(torch.arange(4))
+    longest = expected.mask.shape[1]
+    assert torch.equal(mask[:, :longest], expected.mask)
+    assert not mask[:, longest:].any()
+    kept = expected.tokens * expected.mask[..., None]
+    assert torch.allclose(tokens[:, :longest], kept, atol=2e-3 * float(kept.abs().max()))  # kept in float16
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"a picture"])
+def test_another_file_is_named_in_one_line(tmp_path: Path, encoder: Path, content: bytes) -> None:
+    file = tmp_path / "other.npz"
+    file.write_bytes(content)
+    with pytest.raises(click.ClickException, match=r"other\.npz: is not a file that pack_pictures\.py wrote"):
+        pictures.load([file], encoder, CPU, Mixture({}))

@@ -1,0 +1,230 @@
+"""The loss, the optimizer, the averages and the clock of the scripts that train on one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from gpu import loop, network
+from gpu.loop import Phase, Run, Stop, Task, Timing, train
+from gpu.loss import PROBED, Levels, Measured, gradient_error, loss_of
+from gpu.optim import Average, Muon, orthogonal
+from gpu.views import View
+from torch import Tensor, nn
+from train_bundled_gpu import stage_config
+
+from cascade.conditioning import Conditioning
+from cascade.config import OptimizerConfig
+from cascade.diffusion.noise import diffuse
+from cascade.diffusion.parameterization import target
+from cascade.training import optim as library
+
+CPU = torch.device("cpu")
+
+
+def views(count: int, size: int, generator: torch.Generator) -> View:
+    """Gray pictures under a text of ones."""
+    x = torch.rand(count, 1, 1, 1, generator=generator).expand(count, 3, size, size) * 2 - 1
+    return View(x.contiguous(), Conditioning(torch.ones(count, 3, 32), torch.ones(count, 3, dtype=torch.bool)))
+
+
+@pytest.fixture
+def run(configs: Path) -> Run:
+    return Run(Task(stage_config(configs, "base"), views, Levels(-0.5, 3.0)), CPU)
+
+
+def no_check(weights: Sequence[Tensor]) -> Measured:  # noqa: ARG001 - a check is given weights
+    return Measured(1.0, (0.0,) * len(PROBED))
+
+
+def timing(minutes: float) -> Timing:
+    return Timing(minutes, 1e-3, (Phase(0.0, 64, 2),), warmup=1, log_every=1)
+
+
+# --- loss ----------------------------------------------------------------------------------------------------
+
+
+def test_levels_are_normal_with_one_in_each_stratum() -> None:
+    levels = Levels(-0.5, 3.0, -100, 100).draw(4096, torch.Generator().manual_seed(0)).flatten()
+    u = torch.special.ndtr((levels.double() + 0.5) / 3.0)
+    assert torch.equal((u * 4096).floor().sort().values, torch.arange(4096).double())
+    assert not torch.equal(levels, levels.sort().values), "the order is random"
+
+
+def test_levels_stay_in_their_range() -> None:
+    levels = Levels(0.0, 9.0, -2, 3).draw(256, torch.Generator().manual_seed(0))
+    assert (float(levels.min()), float(levels.max())) == (-2, 3)
+
+
+def test_gradients_count_three_times_where_flat_and_not_where_they_are_right() -> None:
+    flat = torch.zeros(1, 1, 8, 8)
+    steep = torch.arange(8.0).expand(1, 1, 8, 8) / 4
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8) * 0.01
+    assert gradient_error(steep + 0.25, steep).item() == 0
+    assert gradient_error(flat + ramp, flat).item() == pytest.approx(3 * 0.01, rel=1e-4)
+    assert gradient_error(steep + ramp, steep).item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_loss_of_a_network_that_gives_nothing_is_the_mean_square_of_v(run: Run) -> None:
+    view = views(4, 64, torch.Generator().manual_seed(0))
+    log_snr = torch.tensor([-4.0, -1.0, 1.0, 4.0])[:, None, None, None]
+    eps = torch.randn(view.x.shape, generator=torch.Generator().manual_seed(1))
+    expected = target("v", view.x, eps, log_snr).square().mean((1, 2, 3))
+    found = loss_of(run.net, view, log_snr, eps)  # a new network's last layer is zero
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.equal(loss_of(run.net, view, log_snr, eps, 0.1)[:2], found[:2]), "counted below log SNR 0"
+    assert (loss_of(run.net, view, log_snr, eps, 0.1)[2:] > found[2:]).all()
+
+
+def test_the_call_without_a_wait_is_the_networks_own(run: Run) -> None:
+    for parameter in run.net.parameters():  # a new network gives zero
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    view = views(2, 64, torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    cond, level = Conditioning(view.cond.text, mask), torch.zeros(2, 1, 1, 1)
+    z = diffuse(view.x, torch.randn(view.x.shape, generator=torch.Generator().manual_seed(1)), level)
+    with torch.no_grad(), network.autocast(CPU):
+        assert torch.equal(network.call(run.net, z, level, cond), run.net(z, level, cond).float())
+
+
+# --- optimizer and averages ----------------------------------------------------------------------------------
+
+
+def test_a_step_is_that_of_the_librarys_muon(run: Run) -> None:
+    other = Run(run.task, CPU)
+    rate = 1e-2
+    mine = Muon(run.net, weight_decay=0.01)
+    config = OptimizerConfig(kind="muon", learning_rate=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    theirs = library.Muon(other.net, config)
+    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+    for step in range(3):
+        for number, (own, its) in enumerate(zip(run.net.parameters(), other.net.parameters(), strict=True)):
+            gradient = torch.randn(own.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            # In the layout of its weight, as autograd lays out every gradient.
+            own.grad, its.grad = torch.empty_like(own).copy_(gradient), torch.empty_like(its).copy_(gradient)
+        mine.step(rate)
+        theirs.step()
+    hidden = [name for name in before if name.split(".")[0] in ("levels", "middle") and before[name].ndim >= 2]
+    assert hidden
+    for name, (own, its) in zip(before, zip(run.net.parameters(), other.net.parameters(), strict=True), strict=True):
+        if name in hidden:
+            moved, expected = own.detach() - before[name], its.detach() - before[name]
+            # Five Newton-Schulz steps in bf16 of rows in another order; singular values lie between 0.7 and 1.2 anyway.
+            cosine = nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
+            assert cosine > 0.98, name
+            assert float(moved.norm() / expected.norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values() -> None:
+    matrix = torch.randn(1, 24, 60, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrix)[0]
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix[0], full_matrices=False)
+    assert nn.functional.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("std", [0.05, 0.10])
+def test_an_average_weighs_by_a_power_of_the_step(std: float) -> None:
+    weight = torch.zeros(1)
+    average = Average([weight], std)
+    count = 400
+    for step in range(1, count + 1):
+        weight.fill_(step / count)
+        average.update([weight])
+    times = (torch.arange(count) + 0.5).double() / count
+    weights = times**average.power
+    mean = (weights * times).sum() / weights.sum()
+    spread = ((weights * (times - mean) ** 2).sum() / weights.sum()).sqrt()
+    assert float(spread) == pytest.approx(std, rel=0.02)  # the width that was asked for
+    assert float(average.mean[0]) == pytest.approx(float(mean), abs=2 / count)
+
+
+# --- the clock -----------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_holds_and_falls_to_zero_with_the_time() -> None:
+    clock = Timing(1.0, 2.0, (Phase(0.0, 32, 4), Phase(0.5, 64, 2)), decay=0.25, warmup=10)
+    assert clock.rate(0, 0.0) == pytest.approx(0.2)
+    assert clock.rate(100, 0.5) == 2.0
+    assert clock.rate(100, 0.875) == pytest.approx(1.0)
+    assert clock.rate(100, 1.0) == 0.0
+    assert (clock.phase(0.49).size, clock.phase(0.5).size) == (32, 64)
+
+
+def test_a_run_ends_with_its_minutes_and_leaves_every_set_of_weights(run: Run, tmp_path: Path) -> None:
+    best = train(run, timing(0.05), tmp_path, "base", Stop(), no_check)
+    for name in ("base", "other-base", "raw-base", "guide-base"):
+        assert set(network.read_parts(tmp_path, name)) == set(run.names)
+    lines = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
+    assert lines[-1]["seconds"] < 3 + 5  # the minutes, and one step on a busy machine
+    assert lines[-1]["views"] == 2 * len(lines)
+    assert lines[0]["loss"] < 2
+    assert all(torch.isfinite(weight).all() for weight in best)
+
+
+def test_a_loss_that_is_nan_takes_the_run_back_to_earlier_weights_at_half_the_rate(run: Run, tmp_path: Path) -> None:
+    good, step = [p.detach().clone() for p in run.params], run.step
+    rates: list[float] = []
+
+    def spoilt(phase: Phase, rate: float) -> Tensor:
+        rates.append(rate)
+        if len(rates) > 1:
+            return step(phase, 0.0)
+        for parameter in run.params:
+            parameter.detach().fill_(float("nan"))
+        return torch.tensor(float("nan"))
+
+    run.step = spoilt  # type: ignore[method-assign]
+    train(run, timing(0.02), tmp_path, "base", Stop(), no_check)
+    assert rates[1] <= rates[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(run.params, good, strict=True) if a.ndim < 2)
+
+
+def test_a_signal_ends_a_run_in_good_order(run: Run, tmp_path: Path) -> None:
+    step = run.step
+
+    def once(phase: Phase, rate: float) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(phase, rate)
+
+    run.step = once  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        train(run, timing(60), tmp_path, "base", Stop(), no_check)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert len((tmp_path / "base.jsonl").read_text().splitlines()) == 1
+    assert set(network.read_parts(tmp_path, "base")) == set(run.names)
+
+
+# --- weights that travel -------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_in_bf16_from_files_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "MOST_BYTES", 5000)
+    weights = {f"layer{n}": torch.randn(1000, generator=torch.Generator().manual_seed(n)) for n in range(7)}
+    network.write_parts(weights, tmp_path, "base")
+    files = list(tmp_path.iterdir())
+    assert len(files) == 4
+    assert max(file.stat().st_size for file in files) < 5500
+    found = network.read_parts(tmp_path, "base")
+    assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in weights.items())
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match=r"holds no raw-base-\*\.safetensors"):
+        network.read_parts(tmp_path, "raw-base")
+
+
+def test_the_seconds_are_those_since_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    loop.say("hello", 3)
+    assert capsys.readouterr().out.split()[1:] == ["hello", "3"]
