@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,20 @@ def sliced_wasserstein(one: Tensor, other: Tensor, rng: torch.Generator) -> floa
     """
     directions = torch.randn(one.shape[1], _DIRECTIONS, generator=rng, dtype=one.dtype)
     directions = directions / directions.norm(dim=0)
-    levels = (torch.arange(_QUANTILES, dtype=one.dtype) + 0.5) / _QUANTILES
-    # (quantiles, directions) of each set
-    quantiles = [torch.quantile(features @ directions, levels, dim=0) for features in (one, other)]
+    quantiles = [_quantiles(directions.T @ features.T) for features in (one, other)]
     return float((quantiles[0] - quantiles[1]).square().mean().sqrt())
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """200 quantiles of every row, between values by straight lines: (rows, N) -> (rows, 200).
+
+    NumPy sorts ten times as fast as torch, whose `quantile` makes the same numbers and takes no more than 16 million.
+    """
+    ordered = torch.from_numpy(np.sort(values.cpu().numpy(), axis=1))
+    places = (torch.arange(_QUANTILES, dtype=values.dtype) + 0.5) / _QUANTILES * (values.shape[1] - 1)
+    lower = places.long()
+    upper = (lower + 1).clamp(max=values.shape[1] - 1)
+    return ordered[:, lower].lerp(ordered[:, upper], places - lower)
 
 
 def kernel_distance(one: Tensor, other: Tensor) -> float:
