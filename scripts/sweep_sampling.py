@@ -131,7 +131,7 @@ def main(
     rows = []
     for line in lines:
         pipeline.slots[0] = with_interval(stage, line.interval)
-        request = Request(seed=seed, limit=limit, data=data, sampling=line.sampling())
+        request = Request(seed=seed, limit=limit, data=data, sampling=line.sampling(), until=stage.config.resolution)
         reports = {"scenes": scenes.run(pipeline, request)}
         if data:
             reports["art"] = art.run(pipeline, request)

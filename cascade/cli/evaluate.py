@@ -42,7 +42,10 @@ def _sr() -> Suite:
 SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art, "sr": _sr}
 """The suites by name; each is imported when it is asked for."""
 
-UNUSED: dict[str, tuple[str, ...]] = {"scenes": ("data", "clip", "inception"), "sr": ("clip", "inception")}
+UNUSED: dict[str, tuple[str, ...]] = {
+    "scenes": ("data", "until", "further", "clip", "inception"),
+    "sr": ("until", "further", "clip", "inception"),
+}
 """Options that a suite would not look at, and that are refused with it."""
 
 SAMPLING = ("steps", "guidance", "sampler")
@@ -58,6 +61,8 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of prompts and noise.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Pictures at most; default: the suite's own.")
 @click.option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
+@click.option("--until", type=click.IntRange(min=1), metavar="SIZE", help="Side of the largest drawings measured.")
+@click.option("--further", type=click.IntRange(min=1), metavar="N", help="Drawings of each further style of the data.")
 @click.option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
 @click.option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
@@ -112,6 +117,8 @@ def _request(values: dict[str, Any]) -> Request:
         sampling={name: values[name] for name in SAMPLING if values[name] is not None},
         batch_size=values["batch_size"],
         data=None if values["data"] is None else Path(values["data"]),
+        until=values["until"],
+        further=values["further"] or 0,
         clip=values["clip"],
         inception=values["inception"],
         progress=sys.stderr.isatty() and not values["quiet"],

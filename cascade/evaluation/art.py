@@ -5,8 +5,8 @@ Every prompt asks for a picture that exists, so each figure stands beside the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.evaluation import drawing
+from cascade.evaluation import art_look, drawing
 from cascade.evaluation.art_data import FLAGS, Art, Concept, read_art
+from cascade.evaluation.art_pictures import shelf
 from cascade.evaluation.distances import (
     NEIGHBOURS,
     kernel_distance,
@@ -35,6 +36,8 @@ TRAINING_CONCEPTS = 100
 STYLES_EACH = 2
 """In how many of its styles every subject is asked for."""
 _PAIRS_SHOWN = 24
+_MOST = {64: None, 256: 64, 1024: 24}
+"""Drawings of each set that are measured at a size, None: all. Larger sizes than these count as the last."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Item:
 class Drawn:
     """The pictures for one set of prompts beside the true ones, N of each.
 
-    features: (N, 256) of the tower.  pixels: (N, 3, 64, 64) in [-1, 1].
+    features: (N, 256) of the tower.  pixels: (N, 3, 64, 64) in [-1, 1].  sizes: uint8 (n, 3, S, S) by side, of the
+    first n items; the base stage's are those of all items.
     """
 
     items: Sequence[Item]
@@ -60,10 +64,16 @@ class Drawn:
     features: Tensor
     true_pixels: Tensor
     true_features: Tensor
+    sizes: Mapping[int, Tensor]
+
+    def asked(self, size: int) -> list[art_look.Asked]:
+        """What was asked of the drawings of a size."""
+        items = self.items[: len(self.sizes[size])]
+        return [art_look.Asked(item.prompt, item.style, f"{item.style}-{item.concept.key}") for item in items]
 
 
 def run(pipeline: CascadePipeline, request: Request) -> Report:
-    """Draw subjects of both kinds with the base stage and measure them. Raises CascadeError without `--data`."""
+    """Draw subjects of both kinds and measure them. Raises CascadeError without `--data`."""
     if request.data is None:
         raise CascadeError("--suite art: needs true pictures; make them with scripts/prepare_data.py and give --data")
     training, held_out, known = _true_pictures(request.data)
@@ -84,6 +94,8 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
     for name, drawn in sets.items():
         figures += copies(name, drawn, training, known)
     figures += styles(list(sets.values()), tower)
+    figures += look(sets, tower, request, lambda name: _candidates(name, training, held_out, request.seed))
+    figures += further(pipeline, request, tower)
     for name, drawn in sets.items():
         prompts = [item.prompt for item in drawn.items]
         figures += published.figures(name, drawn.pictures, to_pil(drawn.true_pixels), prompts)
@@ -96,7 +108,10 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
             "data_sha256": [training.digest, held_out.digest],
             "judges_sha256": {"tower": judge_sha256(tower), **published.sha256()},
         },
-        notes=["Unseen: subjects of the validation and test splits, flags left out. True pictures: the same prompts'."],
+        notes=[
+            "Unseen: subjects of the validation and test splits, flags left out. True pictures: the same prompts'.",
+            *unmeasured(pipeline, request),
+        ],
     )
 
 
@@ -143,10 +158,34 @@ def _items(art: Art, concepts: Sequence[Concept]) -> list[Item]:
 
 
 def _draw(pipeline: CascadePipeline, request: Request, tower: Tower, items: Sequence[Item], art: Art) -> Drawn:
-    pictures = drawing.draw(pipeline, [item.prompt for item in items], request)
-    pixels = at_resolution(to_float(torch.stack([from_pil(picture) for picture in pictures])))
+    counts = {size: _most(size) or len(items) for size in measured_sizes(pipeline, request)}
+    counts[drawing.base_resolution(pipeline)] = len(items)
+    drawn = drawing.draw_stages(pipeline, [item.prompt for item in items], request, counts)
+    pictures = drawn[min(drawn)]
+    sizes = {size: torch.stack([from_pil(picture) for picture in own]) for size, own in drawn.items()}
+    pixels = at_resolution(to_float(sizes[min(sizes)]))
     true_pixels = to_float(art.pixels[[item.true for item in items]])
-    return Drawn(items, pictures, pixels, tower.features(pixels), true_pixels, tower.features(true_pixels))
+    return Drawn(items, pictures, pixels, tower.features(pixels), true_pixels, tower.features(true_pixels), sizes)
+
+
+def measured_sizes(pipeline: CascadePipeline, request: Request) -> list[int]:
+    """The sizes of the stages at which there are true pictures, up to the one that was asked for."""
+    sizes = [slot.config.resolution for slot in pipeline.slots]
+    if request.until is not None and request.until not in sizes:
+        raise CascadeError(f"--until {request.until}: no stage draws that; choose from {', '.join(map(str, sizes))}")
+    assert request.data is not None
+    return [size for size in sizes if size <= (request.until or size) and shelf(request.data, size).entries]
+
+
+def unmeasured(pipeline: CascadePipeline, request: Request) -> list[str]:
+    """A note for the sizes that were not measured though nobody said so."""
+    sizes = [slot.config.resolution for slot in pipeline.slots if slot.config.resolution <= (request.until or 1 << 20)]
+    missing = sorted(set(sizes) - set(measured_sizes(pipeline, request)))
+    return [f"No true pictures of {size} px in the data: drawings of that size were not measured." for size in missing]
+
+
+def _most(size: int) -> int | None:
+    return next((most for limit, most in _MOST.items() if size <= limit), min(filter(None, _MOST.values())))
 
 
 def _others(art: Art, items: Sequence[Item]) -> Tensor:
@@ -159,8 +198,57 @@ def _others(art: Art, items: Sequence[Item]) -> Tensor:
 # --- what is measured ------------------------------------------------------------------------------------
 
 
-def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept]) -> list[Figure]:
-    """How often a picture's own subject is the best, or among the best ten, of the set's; and the ceiling's share."""
+def look(
+    sets: Mapping[str, Drawn], tower: Tower, request: Request, candidates: Callable[[str], Sequence[Concept]]
+) -> list[Figure]:
+    """What one sees of the drawings at each size: of both sets together, and the subjects found of each."""
+    assert request.data is not None
+    figures: list[Figure] = []
+    for size in sorted({size for drawn in sets.values() for size in drawn.sizes}):
+        asked = [one for drawn in sets.values() for one in drawn.asked(size)]
+        pictures = torch.cat([drawn.sizes[size] for drawn in sets.values()])
+        figures += art_look.figures(asked, pictures, request.data, tower, request.seed)
+        for name, drawn in sets.items():
+            if size > min(drawn.sizes):
+                figures += retrieval(name, _enlarged(drawn, size, tower), tower, candidates(name), f" at {size} px")
+    return figures
+
+
+def _enlarged(drawn: Drawn, size: int, tower: Tower) -> Drawn:
+    """The same items with their larger drawings, as many as there are."""
+    pixels = art_look.small(drawn.sizes[size])
+    count = len(pixels)
+    return replace(
+        drawn,
+        items=drawn.items[:count],
+        pixels=pixels,
+        features=tower.features(pixels),
+        true_pixels=drawn.true_pixels[:count],
+        true_features=drawn.true_features[:count],
+    )
+
+
+def further(pipeline: CascadePipeline, request: Request, tower: Tower) -> list[Figure]:
+    """What one sees of drawings in styles that the judge does not know; none unless the request says how many."""
+    assert request.data is not None
+    asked = art_look.further(request.data, request.further, request.seed) if request.further else []
+    sizes = [size for size in measured_sizes(pipeline, request) if size <= art_look.FURTHER_SIZE]
+    if not asked or not sizes:
+        return []
+    counts = {**dict.fromkeys(sizes, len(asked)), drawing.base_resolution(pipeline): len(asked)}
+    drawn = drawing.draw_stages(pipeline, [one.prompt for one in asked], request, counts)
+    figures: list[Figure] = []
+    for size in sizes:
+        pictures = torch.stack([from_pil(picture) for picture in drawn[size]])
+        figures += art_look.figures(asked, pictures, request.data, tower, request.seed, ", further styles")
+    return figures
+
+
+def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept], where: str = "") -> list[Figure]:
+    """How often a picture's own subject is the best, or among the best ten, of the set's; and the ceiling's share.
+
+    where: said of the figures' pictures, such as their size.
+    """
     texts = tower.place_texts([concept.words for concept in concepts])
     own = torch.tensor([concepts.index(item.concept) for item in drawn.items])
 
@@ -171,7 +259,7 @@ def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept]
     drawn_ranks, true_ranks = ranks(drawn.features), ranks(drawn.true_features)
     figures = []
     for most in (1, 10):
-        title = f"retrieval at {most} of {len(concepts)}, {name} subjects"
+        title = f"retrieval at {most} of {len(concepts)}, {name} subjects{where}"
         ceiling = float((true_ranks < most).double().mean())
         (figure,) = share(title, (drawn_ranks < most).tolist(), ceiling)
         figures.append(figure)

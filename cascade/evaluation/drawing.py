@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from PIL import Image
@@ -24,6 +24,27 @@ def draw(
     arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
     output = pipeline(prompts, seed=prompt_seeds(prompts, request.seed), until=until, **arguments)
     return cast(list[Image.Image], output.images)
+
+
+def draw_stages(
+    pipeline: CascadePipeline, prompts: Sequence[str], request: Request, counts: Mapping[int, int]
+) -> dict[int, list[Image.Image]]:
+    """Pictures of several stages by size: of the first `counts[size]` prompts each, the larger the fewer.
+
+    A prompt's pictures of all sizes come from one run, with the noise that `draw` gives it.
+    """
+    seeds = prompt_seeds(prompts, request.seed)
+    arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
+    drawn: dict[int, list[Image.Image]] = {size: [] for size in sorted(counts)}
+    start = 0
+    for size in sorted(counts, reverse=True):
+        end = max(start, min(counts[size], len(prompts)))
+        if end > start:
+            output = pipeline(list(prompts[start:end]), seed=seeds[start:end], until=size, **arguments)
+            for smaller in (other for other in drawn if other <= size):
+                drawn[smaller] += cast(list[Image.Image], output.stages[smaller])
+        start = end
+    return drawn
 
 
 def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:

@@ -26,6 +26,9 @@ FORMAT = 1
 _COLUMNS = 6
 _CELL = 192  # pixels of a picture on the sheet: labels of about 30 letters stay readable
 
+Direction: TypeAlias = Literal["higher", "lower", "as true"]
+"""Which way a figure is better; "as true": the nearer to the true pictures', the better."""
+
 PerStage: TypeAlias = float | str | Mapping[str, float] | Mapping[str, str] | None
 
 
@@ -36,6 +39,8 @@ class Request:
     seed: of the choice of prompts and of all noise.  limit: pictures drawn at most, None: the suite's own number.
     sampling: arguments of `CascadePipeline.__call__` by name, such as steps; one value or {stage: value}.
     batch_size: pictures per network call.  data: folder of prepared Parquet files, for suites that need true pictures.
+    until: side of the largest pictures that are drawn, None: as large as the data have true ones.
+    further: drawings of each style of the data that the art suite's judge does not know.
     clip, inception: the user's own weights, for the figures that other people publish.
     progress: whether a bar is shown.
     """
@@ -45,6 +50,8 @@ class Request:
     sampling: Mapping[str, PerStage] = field(default_factory=dict)
     batch_size: int = 8
     data: Path | None = None
+    until: int | None = None
+    further: int = 0
     clip: str | None = None
     inception: str | None = None
     progress: bool = False
@@ -61,7 +68,7 @@ class Figure:
     name: str
     value: float
     unit: str
-    better: Literal["higher", "lower"]
+    better: Direction
     count: int
     reference: float | None = None
 

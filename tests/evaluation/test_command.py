@@ -68,6 +68,8 @@ def test_another_weight_is_another_hash(model: Path, tmp_path: Path):
         (["--suite", "scenes", "--steps", "upper=3"], "steps: no stage is called 'upper'"),
         (["--suite", "scenes", "--sampler", "magic"], "sampler"),
         (["--suite", "scenes", "--data", "pictures"], "--data: the suite scenes does not use it"),
+        (["--suite", "scenes", "--until", "8"], "--until: the suite scenes does not use it"),
+        (["--suite", "sr", "--further", "2"], "--further: the suite sr does not use it"),
         (["--suite", "art"], "--suite art: needs true pictures"),
         (["--suite", "art", "--data", "nowhere"], "--data nowhere: no train-64*.parquet there"),
     ],

@@ -1,0 +1,119 @@
+"""True pictures of the art at any size, found by their id: prepared copies, or the data set's own files.
+
+Nothing is decoded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.images import downsample, from_pil, to_float, to_uint8
+
+ORIGINALS = ("", "emoji", "more")
+"""Folders beneath the prepared one in which files of the data set itself may lie, or links to them."""
+SPLITS = ("train", "validation", "test")
+_COLUMNS = ("id", "style")
+_OPTIONAL = ("caption_styled", "width", "height")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A true picture that is there: the caption that asks for it, the file and the row."""
+
+    id: str
+    style: str
+    prompt: str
+    path: Path
+    row: int
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All true pictures of which a copy of at least `size` px is there, by id."""
+
+    size: int
+    entries: dict[str, Entry]
+
+    def pictures(self, ids: Sequence[str]) -> Tensor:
+        """uint8 (N, 3, size, size): area means. Raises CascadeError for a damaged picture."""
+        if not ids:
+            return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+        return torch.stack([_decoded(self.entries[name], self.size) for name in ids])
+
+    def of(self, style: str) -> list[str]:
+        """The ids of a style's pictures, in order."""
+        return sorted(name for name, entry in self.entries.items() if entry.style == style)
+
+
+@lru_cache(maxsize=8)
+def shelf(folder: Path, size: int) -> Shelf:
+    """What a folder holds at `size` px or more: `<split>-<size>*.parquet` first, then the data set's own files."""
+    entries: dict[str, Entry] = {}
+    for path, prepared in _files(folder, size):
+        for row, record in enumerate(_records(path)):
+            # A picture's own size stands in the data set; prepared files say it in their name.
+            large = prepared or min(record.get("width") or 0, record.get("height") or 0) >= size
+            if large and record["id"] not in entries:
+                entries[record["id"]] = Entry(
+                    record["id"], record["style"], record.get("caption_styled") or "", path, row
+                )
+    return Shelf(size, entries)
+
+
+def _files(folder: Path, size: int) -> Iterator[tuple[Path, bool]]:
+    """(path, whether it is a prepared copy of this very size)."""
+    for split in SPLITS:
+        for path in sorted(folder.glob(f"{split}-{size}*.parquet")):
+            if path.stem.removeprefix(f"{split}-{size}")[:1] in ("", "-"):
+                yield path, True
+    for part in ORIGINALS:
+        for split in SPLITS:
+            for path in sorted((folder / part).glob(f"{split}*.parquet")):
+                rest = path.stem.removeprefix(split)
+                if not rest or (rest[0] == "-" and not rest[1:2].isdigit()):
+                    yield path, False
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Rows without their pictures. Raises CascadeError for a damaged file or one without the columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = set(parquet.read_schema(path).names)
+        if missing := {*_COLUMNS, "image"} - names:
+            raise CascadeError(f"{path}: has no column {min(missing)}; make it with scripts/prepare_data.py")
+        also = [name for name in _OPTIONAL if name in names]
+        records: list[dict[str, Any]] = parquet.read_table(path, columns=[*_COLUMNS, *also]).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CascadeError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+    return records
+
+
+@lru_cache(maxsize=32)
+def _encoded(path: Path) -> Any:
+    """The column of encoded pictures of a file."""
+    from pyarrow import parquet
+
+    return parquet.read_table(path, columns=["image"]).column("image")
+
+
+def _decoded(entry: Entry, size: int) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(_encoded(entry.path)[entry.row]["bytes"].as_py())) as image:
+            picture = from_pil(image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise CascadeError(f"{entry.path}: {entry.id}: no picture ({error}); make the file again") from None
+    if picture.shape[-2:] == (size, size):
+        return picture
+    return to_uint8(downsample(to_float(picture)[None], size))[0]
