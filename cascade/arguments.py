@@ -111,6 +111,11 @@ def check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
                 f"stage {after.name} starts from {after.low_resolution} px, but stage {before.name} before it draws"
                 f" {before.resolution} px; choose stages whose sizes chain"
             )
+    check_text_widths(stages, text_dim)
+
+
+def check_text_widths(stages: Sequence[StageConfig], text_dim: int) -> None:
+    """Whether all stages read text of this width, if any. Raises CascadeError."""
     for stage in stages:
         if stage.model.reads_text and stage.model.text_dim != text_dim:
             raise CascadeError(

@@ -10,7 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cascade.arguments import PerStage, check_chain, positive, prompts_of, seeds_of, stage_sizes, texts_of
+from cascade.arguments import (
+    PerStage,
+    check_chain,
+    check_text_widths,
+    positive,
+    prompts_of,
+    seeds_of,
+    stage_sizes,
+    texts_of,
+)
 from cascade.config import SamplingConfig
 from cascade.drawing import Picture, Texts, draw_batch, padded_batches
 from cascade.errors import CascadeError
@@ -36,14 +45,18 @@ class CascadePipeline:
         *,
         name: str = "unnamed",
         license: str = "unstated",
+        enlargers: Sequence[Stage | StageSlot] | None = None,
         reload_text_encoder: Callable[[], TextEncoder] | None = None,
     ) -> None:
         """Raises CascadeError when the sizes of the stages or the width of the text do not fit together.
 
-        reload_text_encoder: the encoder is released once it has read the prompts, and loaded again for the next ones.
+        enlargers: the super-resolution stages of `upscale`, default those of the cascade. A stage that redraws what the
+        one before it drew is not one that keeps to a true picture. reload_text_encoder: the encoder is released once it
+        has read the prompts, and loaded again for the next ones.
         """
         self._text = TextSlot(text_encoder, reload_text_encoder)
-        self.slots = [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]
+        self.slots = _slots(stages)
+        self.enlargers = self.slots if enlargers is None else _slots(enlargers)
         self.name, self.license = name, license
         self.device, self.dtype = torch.device("cpu"), torch.float32
         for slot in self.slots:
@@ -52,6 +65,7 @@ class CascadePipeline:
                 self.device, self.dtype = weight.device, weight.dtype
                 break
         check_chain([slot.config for slot in self.slots], text_encoder.dim)
+        check_text_widths([slot.config for slot in self.enlargers], text_encoder.dim)
 
     @classmethod
     def from_pretrained(
@@ -179,7 +193,7 @@ class CascadePipeline:
         progress: bool = False,
         callback: Callback | None = None,
     ) -> CascadeOutput:
-        """Enlarge a picture of any size with the super-resolution stages; its aspect ratio is kept.
+        """Enlarge a picture of any size with the super-resolution stages in `enlargers`; its aspect ratio is kept.
 
         image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparency is laid over white. prompt: what it
         shows. to: longer side of the result, default what the last stage draws. Stages follow each other as
@@ -190,7 +204,7 @@ class CascadePipeline:
         check_output_type(output_type)
         pixels = read_picture(image)
         (text,), (own_seed,) = prompts_of(prompt, None), seeds_of(seed, 1)
-        configs = [slot.config for slot in self.slots]
+        configs = [slot.config for slot in self.enlargers]
         height, width = target_size(configs, (pixels.shape[-2], pixels.shape[-1]), to)
         settings = resolve_sampling(
             configs,
@@ -207,7 +221,7 @@ class CascadePipeline:
         watch = partial(Watcher, progress=progress, callback=callback)
         drawn: dict[int, Tensor] = {}
         for step, place in enumerate(places):
-            slot, picture = self.slots[place], Picture(0, own_seed, places[:step].count(place))
+            slot, picture = self.enlargers[place], Picture(0, own_seed, places[:step].count(place))
             pixels = self._enlarge(slot, settings[slot.config.name], pixels, picture, texts, tile, watch)
             if step == len(places) - 1:
                 pixels = fitted(pixels, (height, width))
@@ -238,7 +252,8 @@ class CascadePipeline:
         dtype: number format of the stage weights, default the one they have. A cascade that stood there is replaced;
         raises CascadeError if anything else stands there.
         """
-        write_model(folder, self._text.load(), self.slots, self.name, self.license, dtype)
+        enlargers = None if self.enlargers is self.slots else self.enlargers
+        write_model(folder, self._text.load(), self.slots, enlargers, self.name, self.license, dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""
@@ -250,7 +265,10 @@ class CascadePipeline:
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self._text.load().to(device=self.device)
-        self.slots = [slot.moved(self.device, self.dtype) for slot in self.slots]
+        shared = self.enlargers is self.slots
+        moved = {id(slot): slot.moved(self.device, self.dtype) for slot in [*self.slots, *self.enlargers]}
+        self.slots = [moved[id(slot)] for slot in self.slots]
+        self.enlargers = self.slots if shared else [moved[id(slot)] for slot in self.enlargers]
         return self
 
     def encode(self, texts: Sequence[str]) -> TextEmbeddings:
@@ -317,3 +335,7 @@ class CascadePipeline:
         if until not in resolutions:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
+
+
+def _slots(stages: Sequence[Stage | StageSlot]) -> list[StageSlot]:
+    return [StageSlot.holding(stage) if isinstance(stage, Stage) else stage for stage in stages]

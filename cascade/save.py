@@ -20,17 +20,21 @@ def write_model(
     folder: str | Path,
     text_encoder: TextEncoder,
     slots: Sequence[StageSlot],
+    enlargers: Sequence[StageSlot] | None,
     name: str,
     license: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`."""
+    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`.
+
+    enlargers: the stages of `upscale` where they are not those of the cascade.
+    """
     folder = Path(folder)
     if folder.exists() and not _may_be_replaced(folder):
         raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
     with atomic_folder(folder) as temporary:
         text_encoder.save_pretrained(temporary / "text_encoder")
-        for slot in slots:
+        for slot in {slot.config.name: slot for slot in [*(enlargers or ()), *slots]}.values():
             stage = slot.load()
             save_stage(temporary / slot.config.name, slot.config, stage.network.state_dict(), dtype)
         write_json(
@@ -40,6 +44,7 @@ def write_model(
                 "name": name,
                 "license": license,
                 "stages": [slot.config.name for slot in slots],
+                **({} if enlargers is None else {"enlargers": [slot.config.name for slot in enlargers]}),
                 "max_text_length": text_encoder.max_length,
                 "text_padded": text_encoder.padded,
                 "captions": text_encoder.captions,

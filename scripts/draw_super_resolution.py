@@ -8,7 +8,6 @@ is chosen by eye. --data: a folder with test-256.parquet and, for the last stage
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -28,12 +27,14 @@ from cascade.sampling import resolve_sampling
 def main(data: Path, model: str | None, out: Path, count: int) -> None:
     """Write the sheet."""
     pipeline = CascadePipeline.from_pretrained(model)
-    settings = resolve_sampling([slot.config for slot in pipeline.slots], None, {})
+    settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, {})
     cells: list[tuple[Image.Image, str]] = []
-    for _, slot in pairwise(pipeline.slots):
+    for slot in pipeline.enlargers:
         config = slot.config
+        if config.low_resolution is None:
+            continue
         path = held_out_file(data, config.resolution)
-        if path is None or config.low_resolution is None:
+        if path is None:
             raise click.ClickException(f"{data}: no held-out pictures of {config.resolution} px")
         pairs = read_pairs(path, config.resolution, config.low_resolution, count, seed=0)
         drawn = [enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]

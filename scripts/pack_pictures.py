@@ -1,6 +1,6 @@
 """Packs captioned pictures of one size into one file that travels to a machine where nothing else of the data lies.
 
-    python scripts/pack_pictures.py pictures/emoji/train-*.parquet --out pack/emoji.npz --size 256
+    python scripts/pack_pictures.py pictures/emoji/train-*.parquet --out pack/emoji.npz
 
 Larger pictures become area means; what has the size already keeps its bytes. The file holds `blob` (all encoded
 pictures, one after the other), `ends` (where each ends) and `rows`: JSON of each picture's style, captions and whether
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,12 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from cascade.checkpoint import atomic_file
+from cascade.errors import CascadeError
 
 COLUMNS = ("image", "style", "caption_styled", "captions", "lossless")
 SIDED = re.compile(
@@ -30,14 +35,23 @@ SIDED = re.compile(
 )
 """Words of captions whose pictures say something else, or nothing, in a mirror."""
 
+Record = dict[str, Any]
+"""COLUMNS of one picture, as `prepare_art.py` writes them."""
 
-def fitted(record: dict[str, Any], size: int) -> bytes:
-    """The encoded picture at size x size: on white where it is not square, lossless where its source is."""
+
+def fitted(record: Record, size: int) -> bytes:
+    """The encoded picture at size x size: on white where it is not square, lossless where its source is.
+
+    Raises ClickException for what is no picture.
+    """
     data: bytes = record["image"]["bytes"]
-    with Image.open(io.BytesIO(data)) as opened:
-        if opened.size == (size, size) and opened.mode == "RGB":
-            return data
-        image = opened.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.size == (size, size) and opened.mode == "RGB":
+                return data
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise click.ClickException(f"the picture {record['caption_styled']!r} cannot be read ({error})") from None
     side = max(image.size)
     square = Image.new("RGB", (side, side), "white")
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -48,33 +62,58 @@ def fitted(record: dict[str, Any], size: int) -> bytes:
     return out.getvalue()
 
 
-def row(record: dict[str, Any]) -> dict[str, Any]:
+def row(record: Record) -> dict[str, Any]:
+    """What is kept of a picture beside its pixels. Its first caption names subject and style."""
     captions = list(dict.fromkeys([record["caption_styled"], *record["captions"]]))
     return {"style": record["style"], "captions": captions, "flip": not any(map(SIDED.search, captions))}
+
+
+def batches(file: Path, limit: int | None) -> Iterator[list[Record]]:
+    """The records of a file, 64 at a time and `limit` in all. Raises ClickException for another kind of file."""
+    try:
+        opened = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise click.ClickException(f"{file}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    absent = [column for column in COLUMNS if column not in opened.schema_arrow.names]
+    if absent:
+        raise click.ClickException(f"{file}: has no column {absent[0]}; give files that prepare_art.py wrote")
+    left = opened.metadata.num_rows if limit is None else limit
+    for batch in opened.iter_batches(batch_size=64, columns=list(COLUMNS)):
+        yield batch.to_pylist()[:left]
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
+def write(out: Path, blobs: Sequence[bytes], rows: Sequence[dict[str, Any]]) -> None:
+    """The file, whole or not at all. Raises CascadeError where it cannot be written."""
+    words = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    ends = np.cumsum([len(blob) for blob in blobs])
+    with atomic_file(out) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, blob=np.frombuffer(b"".join(blobs), np.uint8), ends=ends, rows=words)
 
 
 @click.command(help=__doc__)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--size", default=256, show_default=True)
-@click.option("--limit", type=int, help="Pictures of each file, for a trial.")
+@click.option("--size", default=256, type=click.IntRange(1), help="The trainer's 256 unless it is changed, too.")
+@click.option("--limit", type=click.IntRange(1), help="Pictures of each file, for a trial.")
 def main(files: tuple[Path, ...], out: Path, size: int, limit: int | None) -> None:
     blobs: list[bytes] = []
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor() as pool:
         for file in files:
             before = len(rows)
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=list(COLUMNS)):
-                records = batch.to_pylist()
-                if limit is not None:
-                    records = records[: max(limit - (len(rows) - before), 0)]
+            for records in batches(file, limit):
                 blobs += pool.map(partial(fitted, size=size), records, chunksize=8)
                 rows += map(row, records)
             click.echo(f"{file.name}: {len(rows) - before}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    ends = np.cumsum([len(blob) for blob in blobs])
-    words = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    np.savez_compressed(out, blob=np.frombuffer(b"".join(blobs), np.uint8), ends=ends, rows=words)
+    if not rows:
+        raise click.ClickException(f"{', '.join(map(str, files))}: no pictures; nothing was written")
+    try:
+        write(out, blobs, rows)
+    except CascadeError as error:
+        raise click.ClickException(str(error)) from None
     click.echo(f"{out}: {len(rows)} pictures, {out.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_model import make_tiny_cascade, tiny_configs
+from helpers_model import make_tiny_cascade, tiny_configs, tiny_stage, tiny_stage_config
 from PIL import Image
 
 import cascade
@@ -135,6 +135,47 @@ def test_transparency_is_laid_over_white_and_paths_and_arrays_are_pictures(
         )
     }
     assert len(results) == 1
+
+
+@pytest.fixture
+def with_enlargers(pipeline: CascadePipeline, tmp_path: Path) -> CascadePipeline:
+    """The tiny cascade with another first enlarger, `up16`, of other weights; from its folder."""
+    config = tiny_stage_config("up16", 16, 8)
+    stages = [slot.load() for slot in pipeline.slots]
+    enlargers = [tiny_stage(config, seed=7), stages[2]]
+    made = CascadePipeline(pipeline.text_encoder, stages, name="two ways", license="CC0-1.0", enlargers=enlargers)
+    made.save_pretrained(tmp_path / "model")
+    return CascadePipeline.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_a_cascade_may_enlarge_pictures_with_other_stages_than_it_draws_with(
+    pipeline: CascadePipeline, with_enlargers: CascadePipeline
+) -> None:
+    assert [slot.config.name for slot in with_enlargers.enlargers] == ["up16", "sr32"]
+    assert with_enlargers.enlargers[1] is with_enlargers.slots[2], "a stage of both is loaded once"
+    own, other = (model.upscale(picture(8, 8), seed=1).stages for model in (pipeline, with_enlargers))
+    assert own[16][0].tobytes() != other[16][0].tobytes()
+    drawn, again = (model("a red star", seed=1).images[0].tobytes() for model in (pipeline, with_enlargers))
+    assert drawn == again
+
+
+def test_options_for_a_stage_name_the_stages_that_enlarge(with_enlargers: CascadePipeline) -> None:
+    with_enlargers.upscale(picture(8, 8), seed=1, steps={"up16": 1})
+    with pytest.raises(CascadeError, match="sr16"):
+        with_enlargers.upscale(picture(8, 8), seed=1, steps={"sr16": 1})
+
+
+@pytest.mark.usefixtures("with_enlargers")
+def test_another_super_resolution_enlarges_pictures_too(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    chosen = CascadePipeline.from_pretrained(model, super_resolution=[f"{model}/sr16"], device="cpu")
+    assert chosen.enlargers is chosen.slots
+
+
+def test_a_moved_pipeline_keeps_its_enlargers(with_enlargers: CascadePipeline) -> None:
+    moved = with_enlargers.to(dtype=torch.bfloat16)
+    assert [slot.config.name for slot in moved.enlargers] == ["up16", "sr32"]
+    assert moved.enlargers[1] is moved.slots[2]
 
 
 def test_low_memory_gives_the_same_bytes(pipeline: CascadePipeline, tmp_path: Path) -> None:

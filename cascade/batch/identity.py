@@ -40,7 +40,7 @@ def _looked_at(path: Path) -> bytes:
 def weights_sha256(index: ModelIndex) -> str:
     """SHA-256 over every weight of a model, in hexadecimal: the safetensors files of text encoder and stages, whole."""
     digest = hashlib.sha256()
-    for folder in (index.text_encoder, *index.stages):
+    for folder in (index.text_encoder, *index.folders):
         for path in _files(folder):
             if path.suffix == ".safetensors":
                 digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())

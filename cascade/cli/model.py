@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the table. gflop_per_call: of the network, one picture; calls: how many a picture takes."""
+    """One line of the table. gflop_per_call: of the network, one picture; calls: how many a picture takes.
+
+    draws: false for a stage that only `upscale` uses.
+    """
 
     name: str
     resolution: int | None
@@ -31,6 +34,7 @@ class Part:
     steps: int | None = None
     calls: int | None = None
     gflop_per_call: float | None = None
+    draws: bool = True
 
     @property
     def gflop_per_picture(self) -> float | None:
@@ -54,7 +58,7 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
     index = read_index(model)
     if super_resolution:
-        index = replace(index, stages=(index.stages[0], *map(find_stage, super_resolution)))
+        index = replace(index, stages=(index.stages[0], *map(find_stage, super_resolution)), enlargers=None)
     text = text_memory(index.text_encoder, index.halves_text)
     parts = _parts(index, text.parameters)
     configs = [read_config(folder) for folder in index.stages]
@@ -82,7 +86,10 @@ def _memory(possible: Sequence[Way], free: int) -> str:
 def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
     from cascade.load import read_config
 
-    stages = [_stage_part(folder, read_config(folder), index.max_text_length) for folder in index.stages]
+    stages = [
+        replace(_stage_part(folder, read_config(folder), index.max_text_length), draws=folder in index.stages)
+        for folder in index.folders
+    ]
     text = Part("text encoder", None, text_parameters, _size(index.text_encoder))
     return [text, *stages]
 
@@ -145,7 +152,7 @@ def _table(parts: list[Part]) -> str:
     """Right-aligned columns, and the sums below."""
     header = ["part", "pixels", "parameters", "MB on disk", "steps", "calls", "GFLOP per call", "GFLOP per picture"]
     rows = [_row(part) for part in parts]
-    total = sum(part.gflop_per_picture or 0 for part in parts)
+    total = sum(part.gflop_per_picture or 0 for part in parts if part.draws)
     sums = [
         "all",
         "",
@@ -163,7 +170,7 @@ def _table(parts: list[Part]) -> str:
 
 def _row(part: Part) -> list[str]:
     return [
-        part.name,
+        part.name if part.draws else f"{part.name} (upscale)",
         _shown(part.resolution),
         f"{part.parameters:,}",
         f"{part.bytes / 1e6:.1f}",

@@ -68,7 +68,8 @@ def upscale(
     targets = _targets(images, Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
     sampling = {name: options[name] for name in SETTINGS}
-    resolve_sampling([slot.config for slot in pipeline.slots], options["preset"], sampling)  # told once, not each time
+    configs = [slot.config for slot in pipeline.enlargers]
+    resolve_sampling(configs, options["preset"], sampling)  # told once, not each time
     failed = 0
     for image, target in targets.items():
         try:

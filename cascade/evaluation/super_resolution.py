@@ -1,4 +1,4 @@
-"""The sr suite: every super-resolution stage on held-out pictures, and on what the stage before it drew.
+"""The sr suite: every stage of `upscale` on held-out pictures, and on what the stage before it drew.
 
 Beside each figure of fidelity stand bicubic and Lanczos, so that what a stage adds can be seen.
 """
@@ -67,18 +67,18 @@ class Pair:
 
 
 def run(pipeline: CascadePipeline, request: Request) -> Report:
-    """Measure all super-resolution stages. Raises CascadeError without `--data`, or when it has no large pictures."""
+    """Measure the stages of `upscale`. Raises CascadeError without `--data`, or when it has no large pictures."""
     if request.data is None:
         raise CascadeError("--suite sr: needs true pictures; give --data, a folder with test-256.parquet, test.parquet")
-    settings = resolve_sampling([slot.config for slot in pipeline.slots], None, request.sampling)
+    settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, request.sampling)
     tower, count = load_tower(), request.limit or PICTURES
     figures: list[Figure] = []
     sheet: list[tuple[Image.Image, str]] = []
     notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
     lows: list[tuple[Tensor, str]] | None = None  # what the stage before drew, and of which caption
-    for before, slot in zip([None, *pipeline.slots], pipeline.slots, strict=False):
+    for slot in pipeline.enlargers:
         config = slot.config
-        if config.low_resolution is None or before is None:
+        if config.low_resolution is None:
             continue
         path = held_out_file(request.data, config.resolution)
         if path is None:

@@ -18,15 +18,24 @@ BUNDLED = Path(__file__).parent.parent / "pretrained"
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """What a cascade's cascade.json says, its folders as paths."""
+    """What a cascade's cascade.json says, its folders as paths.
+
+    enlargers: the stages of `upscale`; None: those of the cascade.
+    """
 
     name: str
     license: str
     text_encoder: Path
     stages: tuple[Path, ...]
+    enlargers: tuple[Path, ...] | None
     max_text_length: int
     text_padded: bool = False
     captions: Captions = "as_is"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of all stages, each once: those that draw, then those that only enlarge a person's pictures."""
+        return tuple(dict.fromkeys([*self.stages, *(self.enlargers or ())]))
 
     @property
     def halves_text(self) -> bool:
@@ -50,6 +59,7 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
         license=str(data.get("license", "unstated")),
         text_encoder=folder / "text_encoder",
         stages=tuple(folder / name for name in _strings(data, "stages", path)),
+        enlargers=tuple(folder / name for name in _strings(data, "enlargers", path)) if "enlargers" in data else None,
         max_text_length=length,
         text_padded=bool(data.get("text_padded", False)),
         captions=_captions(data.get("captions", "as_is"), path),
@@ -63,6 +73,7 @@ def _read_diffusers_index(folder: Path) -> ModelIndex:
         license=deepfloyd.read_license(folder),
         text_encoder=folder / "text_encoder",
         stages=(folder,),
+        enlargers=None,
         max_text_length=deepfloyd.TEXT_LENGTH,
         text_padded=True,
         captions="deepfloyd",

@@ -52,18 +52,21 @@ def load_pipeline(
         eight_bit=text_8bit,
         streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format),
     )
-    slots = [
-        slot_of(stage_folder, target, number_format, low_memory, adapter)
-        for stage_folder, adapter in _with_adapters(stage_folders, adapters or {})
-    ]
+    enlargers = None if super_resolution is not None else index.enlargers
+    folders = list(dict.fromkeys([*stage_folders, *(enlargers or ())]))
+    slots = {
+        folder: slot_of(folder, target, number_format, low_memory, adapter)
+        for folder, adapter in _with_adapters(folders, adapters or {})
+    }
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
-    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots) else logging.DEBUG
+    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots.values()) else logging.DEBUG
     logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
         load_text(),
-        slots,
+        [slots[folder] for folder in stage_folders],
         name=index.name,
         license=index.license,
+        enlargers=None if enlargers is None else [slots[folder] for folder in enlargers],
         reload_text_encoder=load_text if low_memory else None,
     )
     pipeline.device, pipeline.dtype = target, number_format

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.build import build_stage
+from cascade.checkpoint import load_tensors, load_weights
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig
+from cascade.errors import CascadeError
 from cascade.models.unet import Block, Prepared, UNet
 
 MOST_BYTES = 15 * 2**20
@@ -31,11 +33,16 @@ def network(stage: StageConfig, device: torch.device, compiled: bool = False) ->
     return net
 
 
+@torch.no_grad()
+def fill(net: UNet, weights: Sequence[Tensor]) -> None:
+    """Give the network these weights, in the order of its parameters, from any device and in any number format."""
+    torch._foreach_copy_(list(net.parameters()), [w.detach().float() for w in weights])
+
+
 def with_weights(stage: StageConfig, device: torch.device, weights: Sequence[Tensor]) -> UNet:
     """A network that draws. weights: in the order of its parameters."""
     net = network(stage, device).eval()
-    with torch.no_grad():
-        torch._foreach_copy_(list(net.parameters()), [w.detach().float() for w in weights])
+    fill(net, weights)
     return net
 
 
@@ -78,11 +85,30 @@ def write_parts(weights: Mapping[str, Tensor], out: Path, name: str) -> None:
         temporary = out / f"{name}-{number}.tmp"
         save_file(own, temporary)
         temporary.replace(out / f"{name}-{number}.safetensors")
+    for left in _parts(out, name)[len(sets) :]:  # of an older set with more files
+        left.unlink()
 
 
 def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
-    """What `write_parts` wrote."""
-    files = sorted(folder.glob(f"{name}-[0-9].safetensors"))
+    """What `write_parts` wrote, in no particular order. Raises CascadeError for a folder without such files."""
+    files = _parts(folder, name)
     if not files:
-        raise click.ClickException(f"{folder}: holds no {name}-*.safetensors; name a folder that `train` wrote")
-    return {key: value for file in files for key, value in load_file(file).items()}
+        raise CascadeError(f"{folder}: holds no {name}-*.safetensors; name a folder that `train` wrote")
+    return {key: value for file in files for key, value in load_tensors(file).items()}
+
+
+def read_weights(folder: Path, name: str, stage: StageConfig) -> list[Tensor]:
+    """What `write_parts` wrote, float32, in the order of the parameters of the stage's network.
+
+    Raises CascadeError for a folder without such files and for weights of other settings.
+    """
+    net = build_stage(stage, device="meta").network
+    load_weights(net, read_parts(folder, name), folder / f"{name}-*.safetensors")
+    return [parameter.detach() for parameter in net.parameters()]
+
+
+def _parts(folder: Path, name: str) -> list[Path]:
+    """The files of one set in the order in which they were written."""
+    named = re.compile(rf"{re.escape(name)}-(\d+)\.safetensors")
+    found = [(int(match[1]), file) for file in folder.iterdir() if (match := named.fullmatch(file.name))]
+    return [file for _, file in sorted(found)]

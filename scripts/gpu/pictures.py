@@ -11,18 +11,23 @@ import multiprocessing
 import os
 import random
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from cascade.errors import CascadeError
+from cascade.text.captions import well_formed
+from cascade.text.t5_files import check_folder, load_t5, quiet
 
 SIZE = 256
 """Side of the packed pictures."""
@@ -169,14 +174,16 @@ class Mixture:
 def load(files: Sequence[Path], encoder: Path, device: torch.device, mixture: Mixture) -> Library:
     """Packed pictures and scenes on the device. encoder: folder of the text encoder.
 
-    Raises ClickException for a file that `pack_pictures.py` did not write, and when no picture is left.
+    Raises CascadeError for a file that `pack_pictures.py` did not write, for pictures of another size, when no picture
+    is left, and for a folder that is no text encoder.
     """
-    share, kept = _chosen([row for file in files for row in _unpacked(file)], mixture)
+    check_folder(encoder)
+    share, kept = _chosen(files, mixture)
     rows = [row for row, _ in kept]
     parts = [[blob for _, blob in kept[k : k + 128]] for k in range(0, len(kept), 128)]
-    # A fork would inherit the device.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        decoded, drawn = pool.map(_decoded, parts), pool.map(_drawn, _jobs(mixture.scenes))
+    jobs = _jobs(mixture.scenes)
+    with _workers(len(parts) + len(jobs)) as run:
+        decoded, drawn = run(_decoded, parts), run(_drawn, jobs)
         pixels = torch.from_numpy(np.concatenate(list(decoded))).to(device)
         painted = list(drawn)
     spoken = [captions for _, own in painted for captions in own]
@@ -190,26 +197,42 @@ def load(files: Sequence[Path], encoder: Path, device: torch.device, mixture: Mi
     return Library(embed(["", *texts], encoder, device), art, scenes)
 
 
+@contextmanager
+def _workers(parts: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` over processes; that of Python itself where so few parts would be done before the processes have begun."""
+    if parts <= 4:
+        yield map
+        return
+    # A fork would inherit the device.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
+
+
 Row = dict[str, Any]
 """style, captions, and whether the picture may be mirrored, as `pack_pictures.py` writes them."""
 
 
-def _unpacked(file: Path) -> Iterator[tuple[Row, bytes]]:
+def _unpacked(file: Path) -> list[tuple[Row, bytes]]:
     try:
         with file.open("rb") as opened, np.load(opened) as packed:
             blob, ends = packed["blob"].tobytes(), packed["ends"].tolist()
             rows: list[Row] = json.loads(packed["rows"].tobytes())
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise click.ClickException(f"{file}: is not a file that pack_pictures.py wrote ({error})") from error
-    return zip(rows, (blob[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)), strict=True)
+        return list(zip(rows, (blob[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)), strict=True))
+    except NOT_PACKED as error:
+        raise CascadeError(f"{file}: is not a file that pack_pictures.py wrote ({error})") from error
 
 
-def _chosen(found: list[tuple[Row, bytes]], mixture: Mixture) -> tuple[dict[str, float], list[tuple[Row, bytes]]]:
+NOT_PACKED = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What NumPy and JSON raise for other files: TypeError for a lone array, zlib.error for damage inside an archive."""
+
+
+def _chosen(files: Sequence[Path], mixture: Mixture) -> tuple[dict[str, float], list[tuple[Row, bytes]]]:
     """The shares of the styles, and the pictures that have one, sorted by style."""
+    found = [pair for file in files for pair in _unpacked(file)]
     share = mixture.of({row["style"] for row, _ in found})
     kept = sorted((pair for pair in found if share[pair[0]["style"]] > 0), key=lambda pair: pair[0]["style"])
     if not kept:
-        raise click.ClickException("the packed files hold no picture of a style that has a share")
+        raise CascadeError(f"{', '.join(map(str, files))}: no picture of a style that has a share; name other packs")
     return share, kept
 
 
@@ -233,8 +256,12 @@ def _art(rows: list[Row], share: Mapping[str, float], pixels: Tensor, captions: 
 
 
 def _decoded(blobs: list[bytes]) -> np.ndarray[Any, Any]:
-    """uint8 (n, 3, SIZE, SIZE)."""
+    """uint8 (n, 3, SIZE, SIZE). Raises CascadeError for pictures of another size."""
     pictures = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in blobs]
+    others = {picture.shape[:2] for picture in pictures} - {(SIZE, SIZE)}
+    if others:
+        height, width = others.pop()
+        raise CascadeError(f"a packed picture is {width} x {height}; pack pictures with --size {SIZE}")
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
 
 
@@ -265,18 +292,14 @@ def _captions(texts: Sequence[Sequence[str]], place: Mapping[str, int], device: 
 def embed(texts: Sequence[str], folder: Path, device: torch.device) -> Words:
     """What `TextEncoder.encode` gives for the texts; it reads one at a time, here thousands are read at once."""
     from tokenizers import Tokenizer
-    from transformers import T5EncoderModel
-    from transformers.utils import logging
 
-    from cascade.text.captions import well_formed
-
-    logging.disable_progress_bar()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = [own.ids for own in tokenizer.encode_batch([well_formed(text) for text in texts])]
     ids = [own if len(own) <= MOST_TOKENS else [*own[: MOST_TOKENS - 1], own[-1]] for own in ids]
-    model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    with quiet(progress=False):
+        model = load_t5(str(folder), local=True, dtype=torch.float32, quantized={})[0].to(device).eval()
     lengths = torch.tensor([len(own) for own in ids], device=device)
     tokens = torch.zeros(len(ids), MOST_TOKENS, model.config.d_model, dtype=torch.float16, device=device)
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
