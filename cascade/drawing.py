@@ -12,7 +12,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig
 from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
 from cascade.diffusion.samplers import OnStep
-from cascade.images import back_project, to_float
+from cascade.images import back_project, flatten, to_float
 from cascade.seeds import generator
 from cascade.slots import check_memory
 from cascade.stage import Stage
@@ -67,7 +67,7 @@ def draw_batch(
     cond = cond.to(device)
     null_cond = cond.with_text(null.tokens.to(device), null.mask.to(device))
     z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
-    x = stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile)
+    x = flatten(stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile), settings.flatten)
     return x if low is None else back_project(x, to_float(low).to(x.device), settings.consistency)
 
 

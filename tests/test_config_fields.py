@@ -346,6 +346,7 @@ ROWS: dict[str, Row] = {
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
+    "stage.sampling.flatten": Row("0.5", enlarged, SUPER_RESOLUTION),
     "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
     "stage.presets[].guidance": Row("3.0", drawn_fast),

@@ -47,6 +47,10 @@ class SamplingConfig(Settings):
     """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
     smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
 
+    flatten: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """After the last step, neighbours whose colours differ by less than about this, in [-1, 1], are averaged: the grain
+    that a small network leaves in flat art goes, edges stay. Not for photographs. 0: nothing is."""
+
     @model_validator(mode="after")
     def _descending(self) -> Self:
         if isinstance(self.timesteps, tuple) and (
