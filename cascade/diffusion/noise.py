@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cascade.transfer import on_device
+
 Estimate = Tensor | tuple[Tensor, Tensor]
 """x_hat (B, C, H, W), alone or with the place of the log variance: 0 the posterior's, 1 that of beta, in between both.
 
@@ -100,4 +102,4 @@ def noise_like(z: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
     if len(rng) != z.shape[0]:
         raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; give one each")
     noise = [torch.randn(z.shape[1:], generator=g, dtype=torch.float32) for g in rng]
-    return torch.stack(noise).to(device=z.device, dtype=z.dtype)
+    return on_device(torch.stack(noise), z.device).to(z.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cascade.images import downsample, to_float
 from cascade.seeds import generator
 from cascade.stage import Network, Stage
 from cascade.text.embeddings import TextEncoderProtocol
+from cascade.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture."""
+    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
+
+    u and aug_level stay on the CPU: log SNR is made of them in float64, which not every GPU has.
+    """
 
     u: Tensor
     eps: Tensor
@@ -47,9 +51,9 @@ class Draw:
     aug_eps: Tensor | None
 
     def to(self, device: torch.device) -> Draw:
-        """The same noise on another device."""
-        aug_eps = None if self.aug_eps is None else self.aug_eps.to(device)
-        return Draw(self.u.to(device), self.eps.to(device), self.aug_level.to(device), aug_eps)
+        """The same noise for pictures on another device."""
+        aug_eps = None if self.aug_eps is None else on_device(self.aug_eps, device)
+        return replace(self, eps=on_device(self.eps, device), aug_eps=aug_eps)
 
 
 def training_batch(
@@ -61,13 +65,13 @@ def training_batch(
     """
     embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(
-        x=to_float(batch.images.to(device)),
-        text=embeddings.tokens.to(device, torch.float32),
-        text_mask=embeddings.mask.to(device),
+        x=to_float(on_device(batch.images, device)),
+        text=on_device(embeddings.tokens, device).to(torch.float32),
+        text_mask=on_device(embeddings.mask, device),
         samples=batch.samples,
-        positions=torch.tensor([sample - first for sample in batch.samples], device=device),
+        positions=torch.tensor([sample - first for sample in batch.samples]),
         batch_size=batch_size,
-        lows={place: to_float(low.to(device)) for place, low in batch.lows.items()},
+        lows={place: to_float(on_device(low, device)) for place, low in batch.lows.items()},
     )
 
 
@@ -112,7 +116,7 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     for place, own in batch.lows.items():
         low[place] = own
     low = stage.unnoised(low)
-    level = log_snr_from_std(draw.aug_level)[:, None, None, None]
+    level = on_device(log_snr_from_std(draw.aug_level)[:, None, None, None], batch.x.device)
     noised = diffuse(low, draw.aug_eps, level)
     return Conditioning(batch.text, batch.text_mask, noised, level)
 
@@ -130,6 +134,6 @@ def training_loss(
     Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
     """
     u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
-    log_snr = noise_levels(stage, loss, u)
+    log_snr = on_device(noise_levels(stage, loss, u), batch.x.device)
     cond = conditions(stage, batch, draw)
     return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr

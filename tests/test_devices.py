@@ -1,0 +1,226 @@
+"""Drawing and training on a GPU, as far as that can be seen without one: see helpers_device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_device import HERE, OnDevice, Refused
+from helpers_model import tiny_stage_config
+from helpers_training import SUPER_RESOLUTION, WordEncoder, micro_config
+
+from cascade.build import build_stage
+from cascade.config import (
+    IFUNetConfig,
+    LinearSchedule,
+    SamplingConfig,
+    SquaredCosineSchedule,
+    StageConfig,
+    TrainConfig,
+    UNetConfig,
+)
+from cascade.drawing import Picture, Texts, draw_batch
+from cascade.stage import Stage
+from cascade.text.embeddings import TextEmbeddings
+
+SAMPLERS = ("ddpm", "ddim", "heun", "dpm++")
+THRESHOLDS = (None, "clip", 0.995)
+IF_MODEL = IFUNetConfig(
+    channels=(32, 64),
+    blocks=(1, 1),
+    attention=(False, True),
+    embedding_dim=64,
+    text_dim=32,
+    context_dim=32,
+    head_dim=8,
+    pooling_heads=4,
+)
+PIXELWISE = UNetConfig(
+    channels=(8, 16),
+    blocks=(1, 1),
+    strides=(2, 2),
+    attention=(False, False),
+    norm="pixel",
+    skips="add",
+    head_dim=8,
+    embedding_dim=16,
+    text="pooled",
+    text_dim=32,
+)
+
+
+def if_stage(name: str, resolution: int, low_resolution: int | None = None) -> StageConfig:
+    return tiny_stage_config(
+        name,
+        resolution,
+        low_resolution,
+        model=IF_MODEL,
+        parameterization="eps",
+        schedule=SquaredCosineSchedule(),
+    )
+
+
+STAGES = {
+    "base": tiny_stage_config("base", 8),
+    "sr": tiny_stage_config("sr16", 16, 8),
+    "residual": tiny_stage_config("sr16", 16, 8, model=PIXELWISE, path="residual", residual_scale=0.2),
+    "discrete": tiny_stage_config("base", 8, schedule=LinearSchedule(), parameterization="v"),
+    "if": if_stage("base", 8),
+    "if_sr": if_stage("sr16", 16, 8),
+}
+
+
+def stage_there(config: StageConfig) -> Stage:
+    """A stage whose weights lie on the GPU."""
+    stage = build_stage(config, device=HERE)
+    stage.network.eval().requires_grad_(False)
+    return stage
+
+
+def embeddings() -> TextEmbeddings:
+    return TextEmbeddings(torch.zeros(2, 5, 32), torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
+
+
+def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> list[int]:
+    """Two pictures; how often the GPU had been waited for after each step."""
+    side = stage.config.resolution
+    waits: list[int] = []
+    low = None
+    if stage.config.low_resolution is not None:
+        side = 2 * side if tile else side
+        low = torch.zeros(2, 3, side // stage.scale, side // stage.scale, dtype=torch.uint8)
+    with torch.no_grad(), OnDevice() as mode:
+        x = draw_batch(
+            stage,
+            SamplingConfig(**{"steps": 3, "guidance": 2.0, "aug_level": 0.1} | settings),
+            (side, side),
+            [Picture(0, 1, 0), Picture(1, 1, 1)],
+            Texts(embeddings(), embeddings()),
+            low,
+            lambda _step, _x_hat: waits.append(len(mode.waits)),
+            tile,
+        )
+    assert x.is_meta
+    assert x.shape == (2, 3, side, side)
+    assert len(waits) == 3
+    assert mode.operations > 100  # the arithmetic was there, and seen
+    return waits
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_asks_a_gpu_for_what_it_does_not_do(sampler: str) -> None:
+    stage = stage_there(STAGES["residual"])
+    for threshold in THRESHOLDS:
+        drawn(stage, sampler=sampler, threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eta": 0.5},
+        {"guidance": 1.0, "consistency": 2},
+        {"guidance_interval": (-3.0, 3.0)},
+        {"sampler": "ddpm", "variance": "beta"},
+        {"threshold": 0.9, "threshold_maximum": 1.5, "spacing": "log_snr"},
+    ],
+    ids=" ".join,
+)
+def test_no_setting_of_a_sampler_does(settings: dict[str, Any]) -> None:
+    drawn(stage_there(STAGES["residual"]), **settings)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_network_does(name: str) -> None:
+    drawn(stage_there(STAGES[name]), sampler="ddpm", variance="learned" if name.startswith("if") else "posterior")
+
+
+def test_a_picture_in_tiles_does_not() -> None:
+    drawn(stage_there(STAGES["residual"]), tile=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["base", "if_sr"])
+def test_networks_in_16_bits_do_not(name: str, dtype: torch.dtype) -> None:
+    drawn(stage_there(STAGES[name]).to(dtype=dtype))
+
+
+def test_the_device_refuses_what_gpus_refuse_and_knows_when_they_are_waited_for() -> None:
+    there = torch.ones(2, device=HERE)
+    with OnDevice(), pytest.raises(Refused, match="two devices"):
+        there + torch.ones(2)
+    with OnDevice(), pytest.raises(Refused, match="float64"):
+        there.double()
+    with OnDevice(), pytest.raises(Refused, match="float64"):
+        torch.zeros(2, dtype=torch.float64, device=HERE)
+    for inference in (False, True):
+        with torch.inference_mode(inference), OnDevice() as mode:
+            there + torch.tensor(1.0)
+            torch.ones(2).to(HERE, non_blocking=True)
+            assert not mode.waits
+            assert float(there[0]) == 1.0
+            assert bool((there > 0).all())
+            assert there.tolist() == [1, 1]
+            torch.ones(2).to(HERE)
+            there[torch.tensor([0])]
+        assert len(mode.waits) == 5
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's device is the one that stands for a GPU."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "device", HERE)
+    adam = sys.modules[torch.optim.Adam.__module__]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_: None)  # it has none for `meta`
+
+
+IF_TRAINING = (
+    "stage.schedule.kind=squared_cosine",
+    "stage.parameterization=eps",
+    "stage.model={kind: if_unet, channels: [8], blocks: [1], attention: [true], embedding_dim: 16, text_dim: 16,"
+    " context_dim: 32, head_dim: 4, pooling_heads: 2, groups: 4}",
+)
+TRAINED: dict[str, tuple[str, ...]] = {
+    "base": ("training.accumulation=2", "training.loss.stratified=true"),
+    "base, logit-normal": ("training.loss.levels.kind=logit_normal", "training.activation_checkpointing=true"),
+    "sr": (*SUPER_RESOLUTION, "data.crop=8"),
+    "discrete": ("stage.schedule.kind=linear", "training.loss.min_snr_gamma=5"),
+    "if": IF_TRAINING,
+    "if_sr": (*IF_TRAINING, "stage.name=sr", "stage.low_resolution=4", "training.activation_checkpointing=true"),
+    "muon": ("training.optimizer.kind=muon",),
+}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_step_of_training_asks_a_gpu_for_what_it_does_not_do(name: str, tmp_path: Path) -> None:
+    waits, _ = trained(micro_config(tmp_path, "training.steps=3", *TRAINED[name]))
+    assert len(waits) == 3
+
+
+def trained(config: TrainConfig) -> tuple[list[int], OnDevice]:
+    """How often the GPU had been waited for after each step."""
+    from cascade.training.trainer import Trainer
+
+    trainer = Trainer(config, build_stage(config.stage, device=HERE), WordEncoder())
+    waits: list[int] = []
+    step = trainer._step
+
+    def counted(number: int, data: Any) -> None:
+        before = mode.operations
+        step(number, data)
+        assert mode.operations > before + 300  # forward, backward, optimizer
+        waits.append(len(mode.waits))
+
+    trainer._step = counted  # type: ignore[method-assign]
+    trainer._save = lambda *_: None  # type: ignore[method-assign]  # there are no numbers to write
+    with OnDevice() as mode:
+        assert trainer.run()
+    return waits, mode
