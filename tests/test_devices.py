@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers_device import HERE, OnDevice, Refused
-from helpers_model import tiny_stage_config
+from helpers_model import make_tiny_cascade, tiny_stage_config
 from helpers_training import SUPER_RESOLUTION, WordEncoder, micro_config
 
+from cascade import CascadePipeline
 from cascade.build import build_stage
+from cascade.cli import main
 from cascade.config import (
     IFUNetConfig,
     LinearSchedule,
@@ -23,6 +25,8 @@ from cascade.config import (
     UNetConfig,
 )
 from cascade.drawing import Picture, Texts, draw_batch
+from cascade.errors import CascadeError
+from cascade.load import choose_device, choose_dtype
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 
@@ -71,6 +75,16 @@ STAGES = {
     "if": if_stage("base", 8),
     "if_sr": if_stage("sr16", 16, 8),
 }
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's device is the one that stands for a GPU."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "device", HERE)
+    adam = sys.modules[torch.optim.Adam.__module__]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_: None)  # it has none for `meta`
 
 
 def stage_there(config: StageConfig) -> Stage:
@@ -168,17 +182,81 @@ def test_the_device_refuses_what_gpus_refuse_and_knows_when_they_are_waited_for(
         assert len(mode.waits) == 5
 
 
+# --- which device, and which numbers --------------------------------------------------------------------------------
+
+
+def seeing_gpus(monkeypatch: pytest.MonkeyPatch, local_rank: int) -> None:
+    """Eight GPUs, of which a launcher gave us one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+
+@pytest.mark.parametrize("asked", [None, "cuda", torch.device("cuda")])
+def test_drawing_follows_the_local_rank(monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
+    seeing_gpus(monkeypatch, 5)
+    assert choose_device(asked) == torch.device("cuda:5")
+
+
+def test_encoding_captions_follows_the_local_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seeing_gpus(monkeypatch, 5)
+    moved: list[torch.device] = []
+    monkeypatch.setattr("cascade.text.t5.TextEncoder.to", lambda self, *where: moved.append(where[0]) or self)
+    (tmp_path / "run.yaml").write_text(
+        f"{{output: {tmp_path}, stage: bundled/base, text: {{cache: {tmp_path}/cache}},"
+        " data: {sources: [{kind: scenes}]}}"
+    )
+    monkeypatch.setattr("cascade.text.cached.fill", lambda *_, **__: 0)
+    main(["encode", str(tmp_path / "run.yaml")])
+    assert moved[-1] == torch.device("cuda:5")
+
+
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    for module in modules:
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda device: device.type == "cpu")
+        monkeypatch.setattr(f"{module}.name_of", lambda _device: "Tesla T4")
+
+
+def test_bfloat16_is_taken_only_where_the_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr("cascade.load.device.has_bfloat16", lambda _device: True)
+    assert choose_dtype(None, gpu) == torch.bfloat16
+    without_bfloat16(monkeypatch, "cascade.load.device")
+    for _ in range(2):
+        assert choose_dtype(None, gpu) == torch.float32
+    assert [record.message for record in caplog.records] == [
+        "Tesla T4 has no bfloat16: numbers are float32; float16 is faster where pictures stay finite"
+    ]
+    assert choose_dtype("float16", gpu) == torch.float16
+    with pytest.raises(CascadeError, match=r"dtype: Tesla T4 has no bfloat16; use float32, or float16"):
+        choose_dtype("bfloat16", gpu)
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_training_in_bfloat16_is_refused_where_the_gpu_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from cascade.training.accelerator import build_accelerator
+
+    without_bfloat16(monkeypatch, "cascade.training.accelerator")
+    monkeypatch.setattr("cascade.training.accelerator.has_bfloat16", lambda _device: False)
+    with pytest.raises(CascadeError, match=r"training.precision: Tesla T4 has no bfloat16; use fp16 or fp32"):
+        build_accelerator(micro_config(tmp_path, "training.precision=bf16"))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_large_text_encoder_of_ours_is_bfloat16_beside_stages_that_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, expected: torch.dtype
+) -> None:
+    folder = make_tiny_cascade(tmp_path / "cascade")
+    assert CascadePipeline.from_pretrained(folder, dtype=dtype).text_encoder.dtype == torch.float32
+    monkeypatch.setattr("cascade.load.index.LARGE_ENCODER", 100)
+    assert CascadePipeline.from_pretrained(folder, dtype=dtype).text_encoder.dtype == expected
+
+
 # --- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate's device is the one that stands for a GPU."""
-    from accelerate import Accelerator
-
-    monkeypatch.setattr(Accelerator, "device", HERE)
-    adam = sys.modules[torch.optim.Adam.__module__]
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_: None)  # it has none for `meta`
 
 
 IF_TRAINING = (
