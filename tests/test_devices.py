@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers_device import HERE, OnDevice, Refused
 from helpers_model import make_tiny_cascade, tiny_stage_config
-from helpers_training import SUPER_RESOLUTION, WordEncoder, micro_config
+from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_config
 
 from cascade import CascadePipeline
 from cascade.build import build_stage
 from cascade.cli import main
+from cascade.conditioning import Conditioning
 from cascade.config import (
     IFUNetConfig,
     LinearSchedule,
@@ -29,6 +30,8 @@ from cascade.errors import CascadeError
 from cascade.load import choose_device, choose_dtype
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
+from cascade.training.state import load_newest
+from cascade.training.trainer import Trainer
 
 SAMPLERS = ("ddpm", "ddim", "heun", "dpm++")
 THRESHOLDS = (None, "clip", 0.995)
@@ -98,8 +101,8 @@ def embeddings() -> TextEmbeddings:
     return TextEmbeddings(torch.zeros(2, 5, 32), torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
 
 
-def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> list[int]:
-    """Two pictures; how often the GPU had been waited for after each step."""
+def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> None:
+    """Two pictures. What a GPU does not do is refused, and until the last step nobody waits for it."""
     side = stage.config.resolution
     waits: list[int] = []
     low = None
@@ -121,7 +124,7 @@ def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> list[int]:
     assert x.shape == (2, 3, side, side)
     assert len(waits) == 3
     assert mode.operations > 100  # the arithmetic was there, and seen
-    return waits
+    assert waits == [0, 0, 0], mode.waits
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -279,26 +282,91 @@ TRAINED: dict[str, tuple[str, ...]] = {
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", TRAINED)
 def test_no_step_of_training_asks_a_gpu_for_what_it_does_not_do(name: str, tmp_path: Path) -> None:
-    waits, _ = trained(micro_config(tmp_path, "training.steps=3", *TRAINED[name]))
-    assert len(waits) == 3
+    trained(micro_config(tmp_path, "training.steps=3", "training.log_every=3", *TRAINED[name]))
 
 
-def trained(config: TrainConfig) -> tuple[list[int], OnDevice]:
-    """How often the GPU had been waited for after each step."""
-    from cascade.training.trainer import Trainer
-
+def trained(config: TrainConfig) -> OnDevice:
+    """A run. What a GPU does not do is refused, and within a step nobody waits for it."""
     trainer = Trainer(config, build_stage(config.stage, device=HERE), WordEncoder())
-    waits: list[int] = []
     step = trainer._step
 
     def counted(number: int, data: Any) -> None:
-        before = mode.operations
+        before, waits = mode.operations, len(mode.waits)
         step(number, data)
         assert mode.operations > before + 300  # forward, backward, optimizer
-        waits.append(len(mode.waits))
+        assert mode.waits[waits:] == []
 
     trainer._step = counted  # type: ignore[method-assign]
     trainer._save = lambda *_: None  # type: ignore[method-assign]  # there are no numbers to write
     with OnDevice() as mode:
         assert trainer.run()
-    return waits, mode
+    return mode
+
+
+@pytest.mark.usefixtures("gpu")
+def test_losses_are_read_from_a_gpu_when_they_are_logged(tmp_path: Path) -> None:
+    mode = trained(micro_config(tmp_path, "training.steps=6", "training.log_every=3", "training.accumulation=2"))
+    entries = log_entries(tmp_path)
+    assert [entry["step"] for entry in entries] == [3, 6]
+    assert all(entry["loss"] == entry["gradient_norm"] == 1.0 for entry in entries)  # what is read from there
+    assert len([wait for wait in mode.waits if "training/unread.py" in wait]) == 2 * len(entries)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_run_that_logs_seldom_still_reads_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.training.trainer.MOST_UNREAD", 2)
+    config = micro_config(tmp_path, "training.steps=5", "training.log_every=5")
+    trainer = Trainer(config, build_stage(config.stage, device=HERE), WordEncoder())
+    trainer._save = lambda *_: None  # type: ignore[method-assign]
+    with OnDevice():
+        assert trainer.run()
+    assert trainer._unread == []
+
+
+class Late(Trainer):
+    """A trainer that reads its numbers as late as on a GPU."""
+
+    _reads_late = True
+
+
+def test_numbers_read_late_are_those_read_at_once(tmp_path: Path) -> None:
+    runs = {}
+    for kind in (Trainer, Late):
+        config = micro_config(
+            tmp_path / kind.__name__, "training.steps=6", "training.log_every=3", "training.save_every=2"
+        )
+        assert kind(config, build_stage(config.stage), WordEncoder()).run()
+        runs[kind] = load_newest(tmp_path / kind.__name__, config), log_entries(tmp_path / kind.__name__)
+    (state, log), (late_state, late_log) = runs[Trainer], runs[Late]
+    assert log == late_log
+    assert all(torch.equal(value, late_state.network[name]) for name, value in state.network.items())
+    assert state.meter == late_state.meter
+
+
+def test_a_loss_that_is_not_finite_is_found_before_it_is_saved_though_it_is_read_late(tmp_path: Path) -> None:
+    config = micro_config(tmp_path, "training.steps=6", "training.log_every=6", "training.save_every=2")
+
+    def poison(call: int) -> None:
+        if call == 3:
+            run.stage.network.head.bias.data[0] = float("nan")
+
+    run = Late(config, build_stage(config.stage), WordEncoder(poison))
+    with pytest.raises(CascadeError, match=r"not finite at step 3, views \[8, 9, 10, 11\]"):
+        run.run()
+    assert load_newest(tmp_path, config).step == 2
+
+
+@pytest.mark.parametrize("name", ["base", "residual", "if", "if_sr"])
+def test_a_compiled_network_is_one_graph(name: str) -> None:
+    config = STAGES[name]
+    network = build_stage(config).network
+    side = config.resolution
+    low = (torch.zeros(2, 3, side, side), torch.zeros(2, 1, 1, 1)) if config.low_resolution else (None, None)
+    cond = Conditioning(embeddings().tokens, embeddings().mask, *low)
+    z, log_snr = torch.randn(2, 3, side, side), torch.zeros(2, 1, 1, 1)
+    torch._dynamo.reset()
+    whole = torch.compile(network, backend="eager", fullgraph=True)  # raises where the graph breaks
+    torch.testing.assert_close(whole(z, log_snr, cond), network(z, log_snr, cond))
+    with torch.no_grad():
+        prepared = network.prepare(cond)
+        torch.testing.assert_close(whole(z, log_snr, prepared), network(z, log_snr, prepared))

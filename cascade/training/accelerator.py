@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -141,7 +142,18 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set in any process; every process must ask."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+    told = torch.tensor(float(flag))
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _beside_gpus(accelerator.device))
+    return bool(told > 0)
+
+
+@cache
+def _beside_gpus(device: torch.device) -> torch.distributed.ProcessGroup | None:
+    """All processes, for what they tell each other without their GPUs: nobody waits for what these still have to do.
+
+    None is the group that there is, which serves CPUs where the processes compute on them.
+    """
+    return None if device.type == "cpu" else torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def _asks_for_sharding() -> bool:

@@ -14,9 +14,10 @@ from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample, to_float
-from cascade.seeds import generator
+from cascade.seeds import derive_seed, generator
 from cascade.stage import Network, Stage
 from cascade.text.embeddings import TextEncoderProtocol
+from cascade.training.counted import counted_noise
 from cascade.transfer import on_device
 
 
@@ -83,21 +84,43 @@ def draw_noise(
     max_aug_level: float,
     enlarged: bool = False,
     purpose: str = "train",
+    device: torch.device | None = None,
 ) -> Draw:
     """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
     shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
-    picture is noised at the size of the large one.
+    picture is noised at the size of the large one. device: where the noise is made; a GPU makes other noise than a CPU,
+    which would take 10 ns a number for it.
     """
     height, width = shape
+    shrink = 1 if enlarged else scale
+    small = (3, height // shrink, width // shrink) if scale > 1 else None
+    if device is not None and device.type != "cpu":
+        seeds = [derive_seed(seed, sample, purpose) for sample in samples]
+        return _drawn_there(seeds, (3, height, width), small, max_aug_level, device)
     rngs = [generator(seed, sample, purpose) for sample in samples]
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
     eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
-    aug_eps = None
-    if scale > 1:
-        shrink = 1 if enlarged else scale
-        aug_eps = torch.stack([torch.randn(3, height // shrink, width // shrink, generator=rng) for rng in rngs])
+    aug_eps = None if small is None else torch.stack([torch.randn(small, generator=rng) for rng in rngs])
     return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
+
+
+def _drawn_there(
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    small: tuple[int, ...] | None,
+    max_aug_level: float,
+    device: torch.device,
+) -> Draw:
+    """`draw_noise` on a GPU, of views with these seeds below 2^63; u and aug_level are made of their bits."""
+    keys = on_device(torch.tensor(seeds), device)
+    u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
+    aug_eps = None if small is None else counted_noise(~keys, small)
+    return Draw(u=u, eps=counted_noise(keys, shape), aug_level=level * max_aug_level, aug_eps=aug_eps)
+
+
+_UNIT = 1 << 24
+"""Of equal parts of [0, 1) that float32 tells apart."""
 
 
 def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from helpers_processes import finish, start
 from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
 from cascade.errors import CascadeError
-from cascade.training.accelerator import TIMEOUT
+from cascade.training.accelerator import TIMEOUT, _beside_gpus, any_process
 from cascade.training.state import load_newest
 
 pytestmark = pytest.mark.slow
@@ -171,3 +171,18 @@ def wait_at_most(_rank: int, output: str) -> None:
 
 def test_processes_wait_for_each_other_as_long_as_we_say(tmp_path: Path) -> None:
     assert finish(start(wait_at_most, str(tmp_path), processes=2)) == [0, 0]
+
+
+def ask_beside_gpus(rank: int, output: str) -> None:
+    """A flag of one process, told to the other by the CPUs, whatever the processes compute on."""
+    accelerator = trainer(micro_config(Path(output))).accelerator
+    group = _beside_gpus(torch.device("cuda"))
+    assert group is not None
+    assert torch.distributed.get_backend(group) == "gloo"
+    with patch("cascade.training.accelerator._beside_gpus", lambda _device: group):
+        assert any_process(accelerator, rank == 1)
+        assert not any_process(accelerator, False)
+
+
+def test_processes_on_gpus_tell_each_other_to_stop_without_them(tmp_path: Path) -> None:
+    assert finish(start(ask_beside_gpus, str(tmp_path), processes=2)) == [0, 0]
