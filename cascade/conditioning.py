@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from cascade.transfer import on_device
+
 NULL_TEXT = ""
 """The text that stands for no text: what the encoder gives for it is what classifier-free guidance departs from."""
 
@@ -40,7 +42,7 @@ class Conditioning:
             value = getattr(self, field.name)
             if value is not None:
                 keep = field.name in ("text_mask", "low_res_log_snr")
-                value = value.to(device=device, dtype=None if keep else dtype)
+                value = on_device(value, device).to(value.dtype if keep or dtype is None else dtype)
             moved[field.name] = value
         return Conditioning(**moved)
 

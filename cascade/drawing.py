@@ -17,6 +17,7 @@ from cascade.seeds import generator
 from cascade.slots import check_memory
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
+from cascade.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def draw_batch(
     if low is not None:
         cond = _with_smaller(cond, stage.unnoised(to_float(low)), settings.aug_level, rng("augment"))
     cond = cond.to(device)
-    null_cond = cond.with_text(null.tokens.to(device), null.mask.to(device))
+    null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
     z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
     x = flatten(stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile), settings.flatten)
-    return x if low is None else back_project(x, to_float(low).to(x.device), settings.consistency)
+    return x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
 
 
 def _with_smaller(cond: Conditioning, low: Tensor, aug_level: float, rng: Sequence[torch.Generator]) -> Conditioning:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from cascade.transfer import on_device
+
 WHITE = 255
 _FLATTEN_RADIUS = 2
 _FLATTEN_ROUNDS = 2
@@ -80,8 +82,8 @@ def downsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
         raise ValueError(f"downsample: {height}x{width} is larger than the picture, {old_height}x{old_width}")
     if old_height % height == 0 and old_width % width == 0:
         return F.avg_pool2d(images, (old_height // height, old_width // width))
-    rows = _area_weights(old_height, height).to(images)
-    columns = _area_weights(old_width, width).to(images)
+    rows = on_device(_area_weights(old_height, height).to(images.dtype), images.device)
+    columns = on_device(_area_weights(old_width, width).to(images.dtype), images.device)
     return rows @ images @ columns.T
 
 

@@ -1,7 +1,8 @@
-"""The memory that is left to us, of a GPU, of a machine, of the part that a limit leaves; and how its end is known."""
+"""Which GPU is ours and what it can; the memory that is left to us, of it, of the machine; and how its end is known."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +11,39 @@ import psutil
 import torch
 
 
+def own_gpu() -> torch.device | None:
+    """The GPU of this process, None where there is none.
+
+    Of processes that were launched together each has its own, by its number on this machine (LOCAL_RANK); where each is
+    shown one GPU alone, as Slurm can have it, that one.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself: of NVIDIA's GPUs those since Ampere, of Apple's since macOS 14.
+
+    Older ones, such as T4 and V100, only imitate it, slower than float32.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def name_of(device: torch.device) -> str:
+    """What people call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device}"
+
+
 def free_bytes(device: torch.device | None = None) -> int:
     """Memory that a device has left, of a GPU also what torch has reserved there and does not use.
 
-    None: the GPU if there is one, else the machine or our part of it.
+    None: our GPU if there is one, else the machine or our part of it.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_gpu() or torch.device("cpu")
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused

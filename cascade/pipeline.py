@@ -83,7 +83,7 @@ class CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
         super_resolution: stage folders or `model/stage` that follow the model's base stage in place of its own.
-        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU.
+        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that has it.
         low_memory: stages are loaded one at a time, and the text encoder is released after the prompts;
         what does not fit into memory even so is read from disk layer by layer. text_8bit: the text encoder's linear
         weights are int8, which needs the extra `quantized`.

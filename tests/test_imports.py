@@ -28,6 +28,7 @@ LEAVES = {
     "scratch",
     "machine",
     "streaming",
+    "transfer",
     "_version",
 }
 CORE = LEAVES | {"models", "diffusion"}
@@ -37,10 +38,11 @@ DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
+    "conditioning": {"transfer"},
     "allocator": set(),  # for programs alone
     "settings": {"errors"},
     "config": {"errors", "settings"},
-    "images": {"errors"},
+    "images": {"errors", "transfer"},
     "seeds": {"errors"},
     "scratch": {"errors"},
     "streaming": {"errors"},

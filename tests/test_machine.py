@@ -1,12 +1,14 @@
-"""The memory that is left: of the machine, or of the part of it that a container or a batch system gives us."""
+"""Which GPU is ours; the memory that is left: of the machine, or of the part of it that a container or a batch system
+gives us."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from cascade.machine import control_group_free_bytes, free_bytes
+from cascade.machine import control_group_free_bytes, free_bytes, own_gpu
 
 
 def control_groups(root: Path, mine: str, files: dict[str, str]) -> Path:
@@ -53,3 +55,23 @@ def test_without_control_groups_the_machine_is_the_limit(tmp_path: Path, monkeyp
     assert free_bytes() > 1000
     monkeypatch.setattr("cascade.machine.control_group_free_bytes", lambda: [1000, 2000])
     assert free_bytes() == 1000
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "shown", "own"), [(None, 8, 0), ("3", 8, 3), ("3", 1, 0)], ids=["alone", "launched", "shown one"]
+)
+def test_each_process_of_a_launch_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, shown: int, own: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: shown)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert own_gpu() == torch.device("cuda", own)
+    asked: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: asked.append(device) or (1000, 2000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _device: 0)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _device: 0)
+    assert free_bytes() == 1000
+    assert asked == [own_gpu()]

@@ -8,6 +8,7 @@ import pytest
 
 from cascade.build import build_stage
 from cascade.load import load_train_config
+from cascade.preflight import run_bytes
 from cascade.stage import count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -30,6 +31,15 @@ def test_paper_sizes_have_the_stated_parameters(name: str, parameters: int, pape
     assert count_parameters(stage.network) == parameters
     # The paper rounds and leaves details open (how often attention, which embeddings); the gap is stated in the file.
     assert parameters / paper == pytest.approx({"base": 0.98, "sr256": 1.33, "sr1024": 1.48}[name], abs=0.01)
+
+
+def test_processes_wait_longer_than_a_save_of_any_preset_takes_on_a_slow_disk():
+    from cascade.training.accelerator import TIMEOUT
+
+    for path in PRESETS:
+        config = load_train_config(path)
+        at_once = config.model_copy(update={"training": config.training.model_copy(update={"keep_checkpoints": 0})})
+        assert run_bytes(at_once) / 10e6 < TIMEOUT.total_seconds(), path  # 10 MB a second
 
 
 @pytest.mark.parametrize("folder", ["tiny", "small", "imagen", "bundled", "deepfloyd"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -66,8 +65,6 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     end to end; those of drawn scenes are encoded when met. Stopped by Ctrl-C or SIGTERM and started
     again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
-    import torch
-
     from cascade.batch.locks import processes
     from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
     from cascade.text.cached import fill
@@ -78,8 +75,6 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     if settings.text.cache is None:
         raise CascadeError(f"{path}: text.cache is not set; name a folder with text.cache=FOLDER")
     number, count, _ = processes()
-    if device is None and count > 1 and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU a process
     encoder = load_plain_text_encoder(settings.text).to(choose_device(device))
     cache = open_cache(settings.text.cache, encoder)
     cache.note_settings(encoder_settings(settings.text))

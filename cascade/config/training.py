@@ -100,7 +100,7 @@ class TrainingConfig(Settings):
     accumulation: PositiveInt = 1
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic inside the network; weights stay float32. fp16 needs a GPU."""
+    """Arithmetic inside the network; weights stay float32. fp16 needs a GPU, bf16 one since NVIDIA's Ampere."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: str | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning, concatenate
-from cascade.diffusion.noise import Denoiser, Estimate, with_x, x_of
+from cascade.diffusion.noise import Denoiser, Estimate, number_of, with_x, x_of
 
 
 class ConditionalDenoiser(Protocol):
@@ -49,7 +50,7 @@ def guide(
     unguided, (low, high) = model.prepare(cond), interval
 
     def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
-        acts = low <= float(log_snr.flatten()[0]) <= high  # a sampler moves all pictures together
+        acts = low <= number_of(log_snr) <= high  # a sampler moves all pictures together
         return guided(z, log_snr) if acts else unguided(z, log_snr)
 
     return denoise
@@ -85,14 +86,23 @@ def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) ->
 def quantile_of_rows(values: Tensor, quantile: float) -> Tensor:
     """The quantile of each row, between neighbours linear: (B, n) -> (B,), the same bits as `torch.quantile`.
 
-    That one refuses rows of more than 2^24 values, less than a picture of 2400 x 2400 has.
+    NaN for a row that holds one. That one refuses rows of more than 2^24 values, less than a picture of 2400 x 2400
+    has.
     """
     count = values.shape[1]
     rank = float(torch.tensor(quantile, dtype=values.dtype) * (count - 1))
     below = min(int(rank), count - 1)
-    # Not `kthvalue`, which takes minutes where the values happen to be in descending order.
-    ordered = values.sort(dim=1).values
-    return torch.lerp(ordered[:, below], ordered[:, min(below + 1, count - 1)], rank - below)
+    above = min(below + 1, count - 1)
+    # The values on the quantile's nearer side alone, in order: at 0.995 a 200th of them. Not `kthvalue`, which takes
+    # minutes where the values happen to be in descending order.
+    if 2 * below >= count:
+        ordered = values.topk(count - below, dim=1).values
+        low, high = ordered[:, count - 1 - below], ordered[:, count - 1 - above]
+    else:
+        ordered = values.topk(above + 1, dim=1, largest=False).values
+        low, high = ordered[:, below], ordered[:, above]
+    broken = values.isnan().any(dim=1)
+    return torch.lerp(low, high, rank - below).masked_fill(broken, math.nan)
 
 
 def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:

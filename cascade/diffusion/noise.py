@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cascade.transfer import on_device
 
 Estimate = Tensor | tuple[Tensor, Tensor]
 """x_hat (B, C, H, W), alone or with the place of the log variance: 0 the posterior's, 1 that of beta, in between both.
@@ -32,6 +35,24 @@ def x_of(estimate: Estimate) -> Tensor:
 def with_x(estimate: Estimate, x_hat: Tensor) -> Estimate:
     """The estimate with another x_hat, its variance as it was."""
     return (x_hat, estimate[1]) if isinstance(estimate, tuple) else x_hat
+
+
+_numbers = WeakTensorKeyDictionary()
+
+
+def note_number(log_snr: Tensor, number: float) -> Tensor:
+    """The same log SNR, of pictures that all have `number`; see `number_of`."""
+    _numbers[log_snr] = number
+    return log_snr
+
+
+def number_of(log_snr: Tensor) -> float:
+    """The log SNR of pictures that all have the same, as a sampler moves them.
+
+    From the sampler's note where there is one: to read it from a GPU is to wait for all that this still has to do.
+    """
+    number = _numbers.get(log_snr)
+    return float(log_snr.flatten()[0]) if number is None else float(number)
 
 
 def alpha(log_snr: Tensor) -> Tensor:
@@ -100,4 +121,4 @@ def noise_like(z: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
     if len(rng) != z.shape[0]:
         raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; give one each")
     noise = [torch.randn(z.shape[1:], generator=g, dtype=torch.float32) for g in rng]
-    return torch.stack(noise).to(device=z.device, dtype=z.dtype)
+    return on_device(torch.stack(noise), z.device).to(z.dtype)

@@ -8,6 +8,7 @@ with variance `learned` alone. `on_step(step, x_hat)` is called after each of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,12 +18,15 @@ from cascade.diffusion.noise import (
     Denoiser,
     alpha,
     noise_like,
+    note_number,
+    number_of,
     one_minus_alpha,
     posterior,
     predicted_eps,
     step_beta,
     x_of,
 )
+from cascade.transfer import on_device
 
 Generators = Sequence[torch.Generator]
 OnStep = Callable[[int, Tensor], None]
@@ -34,9 +38,10 @@ def _ignore(step: int, x_hat: Tensor) -> None:
 
 def _pairs(z: Tensor, log_snrs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1)."""
-    levels = log_snrs.to(device=z.device, dtype=torch.float32)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
-    for step in range(len(levels) - 1):
-        yield step, levels[step], levels[step + 1]
+    numbers = log_snrs.tolist()
+    levels = on_device(log_snrs.float(), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
+    noted = [note_number(level, number) for level, number in zip(levels.unbind(), numbers, strict=True)]
+    yield from ((step, *pair) for step, pair in enumerate(pairwise(noted)))
 
 
 def _move(x_hat: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
@@ -144,15 +149,15 @@ def sample_dpmpp(
     first order, since lambda jumps there. Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
     """
     x_before: Tensor | None = None
-    h_before = torch.zeros(())
+    h_before, length_before = torch.zeros(()), 0.0
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         x_hat = x_of(denoise(z, log_snr_t))
         h = log_snr_s - log_snr_t
         x = x_hat
         # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.
-        if x_before is not None and step < len(log_snrs) - 2 and bool((h_before > 0).all()):
+        if x_before is not None and step < len(log_snrs) - 2 and length_before > 0:
             x = x_hat + h / (2 * h_before) * (x_hat - x_before)
         z = _move(x, z, log_snr_t, log_snr_s)
-        x_before, h_before = x_hat, h
+        x_before, h_before, length_before = x_hat, h, number_of(log_snr_s) - number_of(log_snr_t)
         on_step(step, x_hat)
     return z

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.noise import LOG_SNR_RANGE
+from cascade.transfer import on_device
 
 
 class NoiseSchedule(Protocol):
@@ -35,6 +36,30 @@ class ReverseStep(NamedTuple):
     large: Tensor
 
 
+class Held:
+    """A table of float32 that stays on each device where it was used: no copy, and no waiting for one, in each step."""
+
+    def __init__(self, table: Tensor) -> None:
+        """table: on the CPU."""
+        self._copies = {table.device: table}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table on a device."""
+        if device not in self._copies:
+            with torch.inference_mode(False):  # else it could not be used in training
+                self._copies[device] = on_device(next(iter(self._copies.values())), device)
+        return self._copies[device]
+
+
+def _reverse_steps(table: Tensor) -> Tensor:
+    """Of each step: log SNR before it, log variance of the posterior and of beta, in float64 until the end: (3, T)."""
+    before, after = table[:-1], table[1:]
+    inner = torch.arange(len(before)).clamp(min=min(1, len(before) - 1))
+    small = -torch.expm1(after - before)[inner] * torch.sigmoid(-before)[inner]
+    large = -torch.expm1(after - before) * torch.sigmoid(-after)
+    return torch.stack([before, small.log(), large.log()]).float()
+
+
 class DiscreteSchedule:
     """The log SNR of alpha_t = prod(1 - beta_s) at t = k / T, linear in between."""
 
@@ -45,6 +70,7 @@ class DiscreteSchedule:
         # log alpha - log(1 - alpha), without the cancellation of 1 - alpha near t = 0
         log_snr = log_alpha - torch.log(-torch.expm1(log_alpha))
         self.table = log_snr.clamp(*LOG_SNR_RANGE)
+        self._levels, self._steps = Held(self.table[1:].float()), Held(_reverse_steps(self.table))
 
     @property
     def steps(self) -> int | None:
@@ -65,20 +91,12 @@ class DiscreteSchedule:
 
         For networks that were trained on step numbers, such as DeepFloyd IF's.
         """
-        steps = self.table[1:].to(log_snr.device)
-        return (log_snr.double().flatten()[:, None] - steps).abs().argmin(dim=1)
+        return (log_snr.float().flatten()[:, None] - self._levels.on(log_snr.device)).abs().argmin(dim=1)
 
     def reverse_step(self, log_snr: Tensor) -> ReverseStep:
         """From the step nearest to log_snr (B, 1, 1, 1) to the one before it."""
-        table = self.table.to(log_snr.device)
-        step = self.nearest_step(log_snr)
-        inner = step.clamp(min=1)
-        small = -torch.expm1(table[inner + 1] - table[inner]) * torch.sigmoid(-table[inner])
-        large = -torch.expm1(table[step + 1] - table[step]) * torch.sigmoid(-table[step + 1])
-        before, small, large = (
-            values.float()[:, None, None, None] for values in (table[step], small.log(), large.log())
-        )
-        return ReverseStep(before, small, large)
+        steps = self._steps.on(log_snr.device)[:, self.nearest_step(log_snr), None, None, None]
+        return ReverseStep(*steps.unbind())
 
 
 def constant_betas(beta: float, steps: int) -> Tensor:

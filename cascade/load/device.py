@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 
 from cascade.errors import CascadeError
+from cascade.machine import has_bfloat16, name_of, own_gpu
+
+logger = logging.getLogger("cascade.load")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or a GPU if there is one. Raises CascadeError for one that is not there."""
+    """The device asked for, or a GPU if there is one; `cuda` without a number is this process' own.
+
+    Raises CascadeError for one that is not there.
+    """
+    own = own_gpu()
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own or torch.device("cpu")
     try:
         target = torch.device(device)
+        if own is not None and str(target) == own.type:
+            return own
         torch.empty(1, device=target).item()  # `meta` has no values
     except (RuntimeError, AssertionError, TypeError) as error:
         raise CascadeError(f"device: {device} cannot be used here: {str(error).splitlines()[0]}") from None
@@ -20,7 +32,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The number format asked for, or float32 on a CPU and bfloat16 on a GPU."""
+    """The number format asked for, or float32 on a CPU and bfloat16 on a GPU that has it.
+
+    Raises CascadeError for one that does not exist, or not there.
+    """
+    if dtype is None and device.type != "cpu" and not has_bfloat16(device):
+        _tell_of_float32(name_of(device))
+        return torch.float32
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,4 +47,12 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
         raise CascadeError(f"dtype: {name!r}; expected one of {', '.join(known)}")
     if name == "float16" and device.type == "cpu":
         raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
+    if name == "bfloat16" and not has_bfloat16(device):
+        raise CascadeError(f"dtype: {name_of(device)} has no bfloat16; use float32, or float16")
     return known[name]
+
+
+@cache
+def _tell_of_float32(name: str) -> None:
+    """Once."""
+    logger.warning("%s has no bfloat16: numbers are float32; float16 is faster where pictures stay finite", name)

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
+from cascade.streaming import stored_bytes
 from cascade.text.captions import Captions
+from cascade.text.t5_files import text_weights
+
+LARGE_ENCODER = 1_000_000_000
+"""From so many weights on a text encoder is a large one. Smaller ones cost little in float32."""
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 """The cascade that travels in the package."""
@@ -39,8 +46,8 @@ class ModelIndex:
 
     @property
     def halves_text(self) -> bool:
-        """Whether the text encoder (4.8 billion weights in IF) is bfloat16 beside 16-bit stages; elsewhere float32."""
-        return self.text_padded
+        """Whether the text encoder is bfloat16 beside 16-bit stages, as IF's and T5-XXL are; elsewhere float32."""
+        return self.text_padded or stored_bytes(text_weights(self.text_encoder), torch.int8) > LARGE_ENCODER
 
 
 def read_index(model: str | Path | None = None) -> ModelIndex:

@@ -124,8 +124,7 @@ class UNet(nn.Module):
             normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
             embedding = embedding + self.text_pooling(normalized, cond.text_mask)
             text = [attention.read_text(normalized) for attention in self._attentions()]
-            # A meta tensor, with which arithmetic is counted, has no values to look at.
-            visible = None if cond.text_mask.is_meta or bool(cond.text_mask.all()) else cond.text_mask[:, None, None, :]
+            visible = None if _known_to_be_real(cond.text_mask) else cond.text_mask[:, None, None, :]
         if self.aug_level is not None:
             embedding = embedding + self.aug_level(cond.low_res_log_snr)
         return Prepared(embedding, tuple(text), visible, cond.low_res)
@@ -178,3 +177,8 @@ class UNet(nn.Module):
         blocks = [block for level in self._levels() for block in level.encoder()]
         blocks += [*self._middle(), *(block for level in reversed(self._levels()) for block in level.decoder())]
         return (block.attention for block in blocks if block.attention is not None)
+
+
+def _known_to_be_real(mask: Tensor) -> bool:
+    """Whether every token (B, N) is real, where one may look: it waits for a GPU, and breaks a compiled graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import pad_text
+from cascade.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TextEmbeddings:
     def from_rows(cls, rows: Sequence[Tensor]) -> Self:
         """Pad unpadded embeddings, each (n, D), to the longest: (B, N, D)."""
         assert rows, "no embeddings to pad"
-        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        lengths = on_device(torch.tensor([len(row) for row in rows]), rows[0].device)
         tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return cls(tokens, mask)
@@ -41,7 +42,7 @@ class TextEmbeddings:
 
     def select(self, indices: Sequence[int]) -> TextEmbeddings:
         """The prompts at `indices`, in that order and as often as named; the padded length stays."""
-        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.tokens.device)
+        chosen = on_device(torch.as_tensor(indices, dtype=torch.long), self.tokens.device)
         return TextEmbeddings(self.tokens[chosen], self.mask[chosen])
 
     def padded(self, length: int) -> TextEmbeddings:
@@ -51,7 +52,7 @@ class TextEmbeddings:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
         """Move to `device`, and cast the tokens to `dtype`."""
-        return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
+        return TextEmbeddings(on_device(self.tokens, device).to(dtype), on_device(self.mask, device))
 
 
 def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:

@@ -27,6 +27,7 @@ from cascade.text.t5_files import (
     quiet,
     streamed_t5,
 )
+from cascade.transfer import on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -206,9 +207,10 @@ class TextEncoder:
         """Token ids -> embeddings, each (n, D): unpadded, or all of max_length where `padded`."""
         lengths = [len(row) for row in ids]
         longest = self.max_length if self.padded else max(lengths)
-        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        hidden = self._loaded()(input_ids=padded, attention_mask=mask.to(self.device)).last_hidden_state
+        inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
+        hidden = self._loaded()(**inputs).last_hidden_state
         if self.padded:
             return list(hidden)
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]

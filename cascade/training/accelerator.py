@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cascade.config import TrainConfig, TrainingConfig
 from cascade.errors import CascadeError
+from cascade.machine import has_bfloat16, name_of
 
 ResultT = TypeVar("ResultT")
+TIMEOUT = timedelta(hours=2)
+"""How long processes wait for each other: longer than the main one needs to write a checkpoint of the largest preset to
+a slow disk. torch's own is 10 minutes on GPUs. That one has ended is noticed at once, by whoever started them."""
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,7 +30,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of a run. Raises CascadeError for a precision or a tracker that is not to be had here."""
     precision = config.training.precision
     trackers = list(config.training.trackers)
-    if precision == "fp16" and PartialState().device.type == "cpu":
+    device = _processes().device
+    if precision == "bf16" and not has_bfloat16(device):
+        raise CascadeError(f"training.precision: {name_of(device)} has no bfloat16; use fp16 or fp32")
+    if precision == "fp16" and device.type == "cpu":
         raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
     # It is shared by all accelerators of a process, and refuses another precision than the run before had.
     AcceleratorState._reset_state()
@@ -117,9 +127,14 @@ def _told(error: Exception) -> str:
     return f"the main process failed with {type(error).__name__}: {reason}; what it wrote says where"
 
 
+def _processes() -> PartialState:
+    """The processes that were launched, as accelerate sees them: how they are asked for first, holds."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+
+
 def expected_processes() -> tuple[int, bool]:
     """How many processes were launched, and whether they will share out the weights."""
-    state = PartialState()
+    state = _processes()
     return int(state.num_processes), _asks_for_sharding() and state.device.type != "cpu"
 
 
@@ -127,7 +142,18 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set in any process; every process must ask."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+    told = torch.tensor(float(flag))
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _beside_gpus(accelerator.device))
+    return bool(told > 0)
+
+
+@cache
+def _beside_gpus(device: torch.device) -> torch.distributed.ProcessGroup | None:
+    """All processes, for what they tell each other without their GPUs: nobody waits for what these still have to do.
+
+    None is the group that there is, which serves CPUs where the processes compute on them.
+    """
+    return None if device.type == "cpu" else torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def _asks_for_sharding() -> bool:

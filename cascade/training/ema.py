@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,13 @@ class EMA:
 
     @torch.no_grad()
     def distance(self, network: nn.Module) -> float:
-        """How far the average lies from the weights that learn, as a share of their norm. All processes together."""
-        weights = [weight.float() for weight in _learning(network).values()]
-        apart = _norm([weight - mean for weight, mean in zip(weights, self.weights.values(), strict=True)])
-        return apart / max(_norm(weights), 1e-12)
+        """How far the average lies from the weights that learn, as a share of their norm. All processes together.
+
+        One weight after the other: no more than one difference is in memory.
+        """
+        weights = _learning(network).values()
+        apart = _norm(weight.float() - mean for weight, mean in zip(weights, self.weights.values(), strict=True))
+        return apart / max(_norm(weight.float() for weight in weights), 1e-12)
 
     def of_all(self, network: nn.Module) -> dict[str, Tensor]:
         """The average of every weight, in the network's order; frozen ones are the network's own."""
@@ -57,6 +60,6 @@ def _learning(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all together."""
-    return float(torch.stack([whole(norm) for norm in torch._foreach_norm(list(tensors))]).norm())
+    return float(torch.stack([whole(torch.linalg.vector_norm(tensor)) for tensor in tensors]).norm())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cascade.data.loader import Batch
 from cascade.errors import CascadeError
 from cascade.machine import is_out_of_memory
 from cascade.training.accelerator import any_process
@@ -26,7 +26,17 @@ def check_batch(pass_size: int, accelerator: Accelerator) -> None:
         )
 
 
-def check_finite(loss: Tensor, step: int, batch: Batch, accelerator: Accelerator) -> None:
+class Views(Protocol):
+    """Pictures by the numbers of their views, with their captions."""
+
+    @property
+    def samples(self) -> Sequence[int]: ...
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+
+def check_finite(loss: Tensor, step: int, batch: Views, accelerator: Accelerator) -> None:
     """Raises CascadeError in every process when a loss (B,) is not finite in any; each names its own views."""
     finite = torch.isfinite(loss).flatten()
     # Every process must stop, not only the one that saw it, or the others wait forever.

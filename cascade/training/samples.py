@@ -19,6 +19,7 @@ from cascade.seeds import generator
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.step import TrainingBatch, conditions, draw_noise
+from cascade.transfer import on_device
 
 _CELL = 256
 
@@ -63,11 +64,11 @@ def _super_resolution_grid(
     config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Batch, on_step: OnStep | None
 ) -> Image.Image:
     images, captions = first.images, first.captions
-    truth = to_float(images).to(stage.device)
+    truth = to_float(on_device(images, stage.device))
     height, width = truth.shape[-2:]
     samples = list(range(len(captions)))
     cond = _text_only(text, captions, stage.device)
-    lows = {place: to_float(low.to(stage.device)) for place, low in first.lows.items()}
+    lows = {place: to_float(on_device(low, stage.device)) for place, low in first.lows.items()}
     batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples), lows)
     enlarged = stage.config.model.enlarges_first
     draw = draw_noise(samples, (height, width), stage.scale, config.training.seed, 1.0, enlarged).to(stage.device)
@@ -98,7 +99,7 @@ def _drawn(
 
 def _text_only(text: TextEncoderProtocol, prompts: Sequence[str], device: torch.device) -> Conditioning:
     embeddings = text.encode(prompts)
-    return Conditioning(embeddings.tokens.to(device, torch.float32), embeddings.mask.to(device))
+    return Conditioning(embeddings.tokens, embeddings.mask).to(device, torch.float32)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample, to_float
-from cascade.seeds import generator
+from cascade.seeds import derive_seed, generator
 from cascade.stage import Network, Stage
 from cascade.text.embeddings import TextEncoderProtocol
+from cascade.training.counted import counted_noise
+from cascade.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture."""
+    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
+
+    u and aug_level stay on the CPU: log SNR is made of them in float64, which not every GPU has.
+    """
 
     u: Tensor
     eps: Tensor
@@ -47,9 +52,9 @@ class Draw:
     aug_eps: Tensor | None
 
     def to(self, device: torch.device) -> Draw:
-        """The same noise on another device."""
-        aug_eps = None if self.aug_eps is None else self.aug_eps.to(device)
-        return Draw(self.u.to(device), self.eps.to(device), self.aug_level.to(device), aug_eps)
+        """The same noise for pictures on another device."""
+        aug_eps = None if self.aug_eps is None else on_device(self.aug_eps, device)
+        return replace(self, eps=on_device(self.eps, device), aug_eps=aug_eps)
 
 
 def training_batch(
@@ -61,13 +66,13 @@ def training_batch(
     """
     embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(
-        x=to_float(batch.images.to(device)),
-        text=embeddings.tokens.to(device, torch.float32),
-        text_mask=embeddings.mask.to(device),
+        x=to_float(on_device(batch.images, device)),
+        text=on_device(embeddings.tokens, device).to(torch.float32),
+        text_mask=on_device(embeddings.mask, device),
         samples=batch.samples,
-        positions=torch.tensor([sample - first for sample in batch.samples], device=device),
+        positions=torch.tensor([sample - first for sample in batch.samples]),
         batch_size=batch_size,
-        lows={place: to_float(low.to(device)) for place, low in batch.lows.items()},
+        lows={place: to_float(on_device(low, device)) for place, low in batch.lows.items()},
     )
 
 
@@ -79,21 +84,43 @@ def draw_noise(
     max_aug_level: float,
     enlarged: bool = False,
     purpose: str = "train",
+    device: torch.device | None = None,
 ) -> Draw:
     """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
     shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
-    picture is noised at the size of the large one.
+    picture is noised at the size of the large one. device: where the noise is made; a GPU makes other noise than a CPU,
+    which would take 10 ns a number for it.
     """
     height, width = shape
+    shrink = 1 if enlarged else scale
+    small = (3, height // shrink, width // shrink) if scale > 1 else None
+    if device is not None and device.type != "cpu":
+        seeds = [derive_seed(seed, sample, purpose) for sample in samples]
+        return _drawn_there(seeds, (3, height, width), small, max_aug_level, device)
     rngs = [generator(seed, sample, purpose) for sample in samples]
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
     eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
-    aug_eps = None
-    if scale > 1:
-        shrink = 1 if enlarged else scale
-        aug_eps = torch.stack([torch.randn(3, height // shrink, width // shrink, generator=rng) for rng in rngs])
+    aug_eps = None if small is None else torch.stack([torch.randn(small, generator=rng) for rng in rngs])
     return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
+
+
+def _drawn_there(
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    small: tuple[int, ...] | None,
+    max_aug_level: float,
+    device: torch.device,
+) -> Draw:
+    """`draw_noise` on a GPU, of views with these seeds below 2^63; u and aug_level are made of their bits."""
+    keys = on_device(torch.tensor(seeds), device)
+    u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
+    aug_eps = None if small is None else counted_noise(~keys, small)
+    return Draw(u=u, eps=counted_noise(keys, shape), aug_level=level * max_aug_level, aug_eps=aug_eps)
+
+
+_UNIT = 1 << 24
+"""Of equal parts of [0, 1) that float32 tells apart."""
 
 
 def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
@@ -112,7 +139,7 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     for place, own in batch.lows.items():
         low[place] = own
     low = stage.unnoised(low)
-    level = log_snr_from_std(draw.aug_level)[:, None, None, None]
+    level = on_device(log_snr_from_std(draw.aug_level)[:, None, None, None], batch.x.device)
     noised = diffuse(low, draw.aug_eps, level)
     return Conditioning(batch.text, batch.text_mask, noised, level)
 
@@ -130,6 +157,6 @@ def training_loss(
     Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
     """
     u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
-    log_snr = noise_levels(stage, loss, u)
+    log_snr = on_device(noise_levels(stage, loss, u), batch.x.device)
     cond = conditions(stage, batch, draw)
     return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr

@@ -47,9 +47,10 @@ from cascade.training.optim import (
     set_learning_rate,
 )
 from cascade.training.samples import first_views, sample_grid
-from cascade.training.sharding import gather, spread_like
+from cascade.training.sharding import gather, spread_like, whole
 from cascade.training.state import RunState, checkpoints, newest, read_state, remove_unfinished, save_state
 from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
+from cascade.training.unread import MOST_UNREAD, Unread, read
 from cascade.training.validation import Validation
 from cascade.training.watch import Watch
 
@@ -80,6 +81,7 @@ class Trainer:
         self.validation = Validation(config, settings.validation, *place) if settings.validation else None
         self._first_views = cache(lambda: first_views(config))  # once for all grids: a large folder takes long to list
         self.meter, self.watch = Meter(), Watch()
+        self._unread: list[Unread] = []
         self.log: RunLog | None = None
         self._owes = False  # what was due after the step that the run goes on from
 
@@ -128,7 +130,7 @@ class Trainer:
         """One optimizer step over all accumulated batches and processes."""
         settings = self.config.training
         set_learning_rate(self.optimizer, learning_rate(step - 1, settings.optimizer, settings.steps))
-        losses, levels = [], []
+        losses, levels, samples, captions = [], [], [], []
         for index in range(settings.accumulation):
             with self.meter.waiting():
                 batch = next(data)
@@ -138,19 +140,41 @@ class Trainer:
             last = index == settings.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 loss, log_snr = self._loss(batch)
-                check_finite(loss, step, batch, self.accelerator)
                 self.accelerator.backward(loss.mean() / settings.accumulation)
             losses.append(loss.detach().float())
             levels.append(log_snr.detach().flatten())
-        norm = self._clip()
-        check_gradient(norm, step, settings.precision)
+            samples += batch.samples
+            captions += batch.captions
+        self._unread.append(Unread(step, torch.cat(losses), torch.cat(levels), self._clip(), samples, captions))
+        moves = True if self._reads_late else self._read()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.add_losses(*self._from_all(torch.cat(losses), torch.cat(levels)))
         # fp16's scaling skips the step of such a gradient. accelerate does not see it: fused AdamW skips by itself.
-        if math.isfinite(norm):
+        if moves:
             self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
-            self.meter.add("gradient_norm", norm)
+        if len(self._unread) == MOST_UNREAD:
+            self._read()
+
+    def _read(self) -> bool:
+        """Take the numbers of the steps since the last time into the log's means; whether all gradients were finite.
+
+        All processes together. Raises CascadeError for a loss or a gradient that is not finite: on a GPU the weights
+        have moved by then, but before each checkpoint the numbers are read.
+        """
+        steps, self._unread = self._unread, []
+        numbers = read(steps, self.accelerator) if steps else []
+        for of_step in numbers:
+            check_finite(of_step.own_losses, of_step.step.step, of_step.step, self.accelerator)
+            check_gradient(of_step.norm, of_step.step.step, self.config.training.precision)
+            self.meter.add_losses(of_step.losses, of_step.log_snrs)
+            if math.isfinite(of_step.norm):
+                self.meter.add("gradient_norm", of_step.norm)
+        return all(math.isfinite(of_step.norm) for of_step in numbers)
+
+    @property
+    def _reads_late(self) -> bool:
+        """Whether numbers stay on the device until they are wanted. Scaling in fp16 reads in each step anyway."""
+        return self.accelerator.device.type != "cpu" and self.config.training.precision != "fp16"
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ready = self.ready(batch)
@@ -162,6 +186,7 @@ class Trainer:
             self.config.training.seed,
             self.config.data.max_aug_level,
             self.stage.config.model.enlarges_first,
+            device=self.accelerator.device,
         ).to(self.accelerator.device)
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
@@ -170,11 +195,11 @@ class Trainer:
         first = batch.samples[0] - batch.samples[0] % self._pass_size
         return training_batch(batch, self.text, self.accelerator.device, first, self._pass_size)
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Clip the gradient if asked to; its norm before, either way."""
         limit = self.config.training.optimizer.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), limit or float("inf"))
-        return float(norm)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.network.parameters(), limit or float("inf"))
+        return whole(norm.detach())
 
     # --- every n steps -----------------------------------------------------------------------------------------------
 
@@ -230,6 +255,7 @@ class Trainer:
     def _summary(self, step: int) -> dict[str, float]:
         """An entry of the log. All processes together: the distance of sharded weights takes them all."""
         settings = self.config.training
+        self._read()
         values = self.meter.means()
         values["learning_rate"] = learning_rate(step - 1, settings.optimizer, settings.steps)
         values["ema_distance"] = self.ema.distance(self.stage.network)
@@ -284,6 +310,7 @@ class Trainer:
 
         owes: whether the resumed run has to begin with what is due after this step.
         """
+        self._read()  # nothing that is not sound is saved
         keep, device = self.accelerator.is_main_process, "cpu" if shards(self.accelerator) else None
         state = RunState(
             step,

@@ -179,6 +179,15 @@ def test_the_quantile_is_that_of_torch_in_every_bit(count: int, quantile: float)
     assert torch.equal(quantile_of_rows(values, quantile), torch.quantile(values, quantile, dim=1))
 
 
+@pytest.mark.parametrize("quantile", [0.25, 0.995])
+def test_a_row_with_a_nan_has_no_quantile_and_leaves_the_others_theirs(quantile: float) -> None:
+    values = torch.rand(3, 100)
+    values[1, 7] = torch.nan
+    expected = torch.quantile(values, quantile, dim=1)
+    assert expected.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(quantile_of_rows(values, quantile), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_quantile_takes_pictures_larger_than_torch_does() -> None:
     values = torch.arange(2**24 + 9, dtype=torch.float32).flip(0)[None] / 2**24
     assert quantile_of_rows(values, 0.25).item() == pytest.approx(0.25, abs=1e-6)

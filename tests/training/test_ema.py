@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cascade.config import EMAConfig
+from cascade.memory import LiveBytes
 from cascade.training.ema import EMA
 
 
@@ -67,3 +68,15 @@ def test_the_distance_is_that_between_the_averages_and_the_weights() -> None:
     assert ema.distance(network) == 0
     set_weight(network, 4.0)
     assert ema.distance(network) == pytest.approx(3 / 4)
+
+
+def test_the_distance_needs_no_second_copy_of_the_weights() -> None:
+    network = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    ema = EMA(network, EMAConfig(half_life_images=64))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5)  # the average lies at two thirds of each, so a third of its norm away
+    with LiveBytes() as live:
+        assert ema.distance(network) == pytest.approx(1 / 3)
+    held = sum(parameter.numel() * 4 for parameter in network.parameters())  # the mode counts what it sees used
+    assert live.peak < held + 2 * 64 * 64 * 4

@@ -14,6 +14,7 @@ from helpers_processes import finish, start
 from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
 from cascade.errors import CascadeError
+from cascade.training.accelerator import TIMEOUT, _beside_gpus, any_process
 from cascade.training.state import load_newest
 
 pytestmark = pytest.mark.slow
@@ -158,3 +159,30 @@ def test_a_process_whose_own_views_are_sound_says_that_another_names_the_bad_one
     healthy, sick = (Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))
     assert "step 2, in another process, which names the views;" in healthy
     assert "step 2, views [6, 7] ([" in sick
+
+
+def wait_at_most(_rank: int, output: str) -> None:
+    """What processes of a run have agreed on."""
+    assert trainer(micro_config(Path(output))).accelerator.num_processes == 2
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT
+
+
+def test_processes_wait_for_each_other_as_long_as_we_say(tmp_path: Path) -> None:
+    assert finish(start(wait_at_most, str(tmp_path), processes=2)) == [0, 0]
+
+
+def ask_beside_gpus(rank: int, output: str) -> None:
+    """A flag of one process, told to the other by the CPUs, whatever the processes compute on."""
+    accelerator = trainer(micro_config(Path(output))).accelerator
+    group = _beside_gpus(torch.device("cuda"))
+    assert group is not None
+    assert torch.distributed.get_backend(group) == "gloo"
+    with patch("cascade.training.accelerator._beside_gpus", lambda _device: group):
+        assert any_process(accelerator, rank == 1)
+        assert not any_process(accelerator, False)
+
+
+def test_processes_on_gpus_tell_each_other_to_stop_without_them(tmp_path: Path) -> None:
+    assert finish(start(ask_beside_gpus, str(tmp_path), processes=2)) == [0, 0]
