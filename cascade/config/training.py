@@ -45,7 +45,7 @@ class LossConfig(Settings):
     levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
     """Distribution of the noise levels."""
     stratified: bool = False
-    """Spread the noise levels of a batch evenly over their distribution: same mean, less variance."""
+    """Spread the noise levels of a step evenly over their distribution: same mean, less variance."""
 
 
 class OptimizerConfig(Settings):
@@ -87,7 +87,7 @@ class ValidationConfig(Settings):
     every: PositiveInt = 1000
     """Steps between validations; there is one after the last step too."""
     batches: PositiveInt = 8
-    """Batches of batch_size / accumulation pictures, shared by the processes."""
+    """Batches of batch_size pictures, shared by the processes."""
 
 
 class TrainingConfig(Settings):

@@ -60,6 +60,7 @@ EFFECTS: dict[str, Effect] = {
 
 _NOTES = {
     "training.batch_size": "the data goes on at view step x batch_size, so views are skipped or seen again",
+    "training.accumulation": "the steps are the same up to rounding, but for dropout's masks",
     "training.steps": "with a decay, the learning rate of every step left follows from it",
     "text.encoder": "the embeddings must be the same, or the network has learnt another language",
     "training.seed": "order, crops and noise are drawn anew from here on",

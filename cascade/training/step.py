@@ -26,7 +26,7 @@ class TrainingBatch:
     """Pictures with their text, and who they are.
 
     x: (B, 3, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
-    run, from which their noise follows. positions: (B,) places in the batch of all processes, of `batch_size`.
+    run, from which their noise follows. positions: (B,) places in the step of `batch_size`, all passes and processes.
     lows: (3, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
     """
 
@@ -62,7 +62,7 @@ def training_batch(
 ) -> TrainingBatch:
     """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
 
-    first: number of the first view of the whole batch of `batch_size`, of which this may be one process' share.
+    first: number of the first view of the step of `batch_size`, of which this may be one process' share of a pass.
     """
     embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(

@@ -191,9 +191,13 @@ class Trainer:
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:
-        """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings."""
-        first = batch.samples[0] - batch.samples[0] % self._pass_size
-        return training_batch(batch, self.text, self.accelerator.device, first, self._pass_size)
+        """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
+
+        It knows its places in the whole step, of which a pass is a part: noise levels are spread over the step.
+        """
+        size = self.config.training.batch_size
+        first = batch.samples[0] - batch.samples[0] % size
+        return training_batch(batch, self.text, self.accelerator.device, first, size)
 
     def _clip(self) -> Tensor:
         """Clip the gradient if asked to; its norm before, either way."""

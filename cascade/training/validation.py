@@ -38,7 +38,8 @@ class Validation:
         self._pass_size = config.training.batch_size // config.training.accumulation
         self._process, self._processes = process, processes
         with closing(self._views()) as views:
-            self._batches = list(islice(views, settings.batches))
+            # The same views however many passes a step is made in, so that the losses can be compared.
+            self._batches = list(islice(views, settings.batches * config.training.accumulation))
 
     @torch.inference_mode()
     def losses(

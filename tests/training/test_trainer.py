@@ -24,6 +24,8 @@ from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names
 from cascade.training.state import load_newest
 
+VALIDATE = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 2}"
+
 
 def losses_of(output: Path, *changes: str) -> list[float]:
     assert trainer(micro_config(output, *changes)).run()
@@ -224,6 +226,21 @@ def test_a_share_of_a_batch_knows_its_places_in_the_whole(
     assert ready.samples == [12 + 2 * process, 13 + 2 * process]
     assert ready.positions.tolist() == [2 * process, 2 * process + 1]
     assert ready.batch_size == 4
+
+
+@pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
+def test_accumulation_makes_the_same_steps_in_smaller_passes(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    """Losses, their noise bands, gradients and validation, up to float32's rounding."""
+    settings = (*changes, "training.steps=2", "training.batch_size=8", "training.loss.stratified=true", VALIDATE)
+    entries = []
+    for accumulation in (1, 2, 4):
+        output = tmp_path / str(accumulation)
+        assert trainer(micro_config(output, *settings, f"training.accumulation={accumulation}")).run()
+        entries.append(log_entries(output))
+    assert "validation_loss" in entries[0][1]
+    for others in entries[1:]:
+        for entry, other in zip(entries[0], others, strict=True):
+            assert other == pytest.approx(entry, rel=1e-4)
 
 
 # --- what a run leaves ---------------------------------------------------------------------------------------
