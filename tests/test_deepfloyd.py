@@ -19,7 +19,7 @@ from cascade.build import IF_NOISE, build_stage
 from cascade.checkpoint import save_stage
 from cascade.cli import main
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, StageConfig, UNetConfig
+from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, UNetConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage, read_weights
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
@@ -80,16 +80,35 @@ def test_a_wide_network_whose_convolutions_are_transformed_equals_diffusers_as_w
     peer.save_pretrained(tmp_path / "if" / "unet")
     z, text, mask = noise(2, 3, 16, 16), noise(2, 77, TEXT_DIM, seed=2), torch.ones(2, 77, dtype=torch.bool)
     stage = load_stage(tmp_path / "if")
-    assert any(isinstance(part, Convolution) and part.transforms(z[:, :0]) for part in stage.network.modules())
     exact = peer(z, 500, encoder_hidden_states=text).sample
-    torch.testing.assert_close(stage.network(z, level_of(500), Conditioning(text, mask)), exact, rtol=0, atol=1e-5)
+    prepared = stage.network.prepare(Conditioning(text, mask))
+    torch.testing.assert_close(stage.network(z, level_of(500), prepared), exact, rtol=0, atol=1e-5)
+    assert any(isinstance(part, Convolution) and part._kernel for part in stage.network.modules())
 
     def error(output: Tensor) -> float:
         return (output.float() - exact).square().mean().sqrt().item()
 
-    low = stage.to(dtype=torch.bfloat16).network(z, level_of(500), Conditioning(text.bfloat16(), mask))
+    stage.to(dtype=torch.bfloat16)
+    low = stage.network(z, level_of(500), stage.network.prepare(Conditioning(text.bfloat16(), mask)))
     theirs = peer.to(torch.bfloat16)(z.bfloat16(), 500, encoder_hidden_states=text.bfloat16()).sample
     assert error(low) < 1.5 * error(theirs)
+
+
+@torch.inference_mode()
+def test_a_wide_network_draws_with_its_own_weights_after_each_change_of_them() -> None:
+    """As after merging an adapter: written through `.data`, which leaves no trace."""
+    wide = IFUNetConfig(channels=(256, 256), blocks=(1, 1), attention=(False, True), text_dim=64)
+    config = StageConfig(name="base", resolution=16, schedule=SquaredCosineSchedule(), model=wide)
+    network = build_stage(config, seed=0).network.eval().requires_grad_(False)
+    z, cond = noise(2, 3, 16, 16), Conditioning(noise(2, 77, 64), torch.ones(2, 77, dtype=torch.bool))
+    convolutions = [part for part in network.modules() if isinstance(part, Convolution)]
+    for _ in range(2):
+        quick = network(z, level_of(500), network.prepare(cond))
+        assert all(part._kernel for part in convolutions)
+        exact = network(z, level_of(500), cond)  # a single call, which transforms nothing
+        torch.testing.assert_close(quick, exact, rtol=0, atol=1e-4)
+        for part in convolutions:
+            part.weight.data *= 1.5
 
 
 @pytest.mark.parametrize("only_text", [False, True])

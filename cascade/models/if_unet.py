@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from cascade.conditioning import Conditioning
 from cascade.config import IFUNetConfig
 from cascade.models.checks import check_conditions, check_size
+from cascade.models.convolution import one_generation
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
 
 StepOf = Callable[[Tensor], Tensor]
@@ -33,12 +35,14 @@ class IFPrepared:
     """What the network computes once per picture rather than once per step.
 
     embedding: (B, E) from the pooled text and, in stage II, the noise on the smaller picture. text: keys and values
-    for each attention, in order. low_res: (B, 3, H, W), upsampled and noised.
+    for each attention, in order. low_res: (B, 3, H, W), upsampled and noised. generation: names the calls that share
+    transformed kernels.
     """
 
     embedding: Tensor
     text: tuple[KeysValues, ...]
     low_res: Tensor | None
+    generation: object = field(default_factory=object)
 
 
 class Level(nn.Module):
@@ -126,9 +130,14 @@ class IFUNet(nn.Module):
     def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | IFPrepared) -> Tensor:
         """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, 2 C, H, W). H and W: multiples of config.downsampling.
 
-        Raises ValueError for any other size.
+        Between calls with the same prepared conditions, no weight may change. Raises ValueError for any other size.
         """
-        seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
+        if isinstance(cond, Conditioning):  # a single call, for which transforming kernels would cost what it saves
+            return self._output(z, log_snr, self.prepare(cond))
+        with nullcontext() if torch.compiler.is_compiling() else one_generation(cond.generation):
+            return self._output(z, log_snr, cond)
+
+    def _output(self, z: Tensor, log_snr: Tensor, seen: IFPrepared) -> Tensor:
         check_size(z, seen.low_res, self.config.downsampling)
         embedding = F.gelu(self.time_embedding(self._sinusoids(log_snr)) + seen.embedding)  # (B, E)
         text = iter(seen.text)

@@ -38,9 +38,9 @@ def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     pixels = _split(h)
     result = h.new_empty(batch, height, width, channels)
     tall, wide = height // 2, width // 2
-    row = 16 * batch * wide * (channels_in + channels) * h.element_size()
-    bands = math.ceil(tall / max(1, BAND_BYTES // row))
-    band = math.ceil(tall / bands)  # of nearly equal height
+    row = max(1, 16 * batch * wide * (channels_in + channels) * h.element_size())  # 0 for an empty batch
+    bands = max(1, math.ceil(tall / max(1, BAND_BYTES // row)))
+    band = max(1, math.ceil(tall / bands))  # of nearly equal height
     for top in range(0, tall, band):
         count = min(band, tall - top)
         patches = _workspace("patches", h, (4, 4, batch, count, wide, channels_in))
