@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.config import FORMAT_VERSION, StageConfig
+from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
 from cascade.settings import parse
+
+_READING = "text"
+"""What of stage.json is no setting of the stage: how its text was read, as in the section `text` of a training run."""
 
 
 @contextmanager
@@ -135,11 +138,19 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str |
 
 
 def save_stage(
-    folder: str | Path, config: StageConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    folder: str | Path,
+    config: StageConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    reading: TextReading | None = None,
 ) -> None:
-    """A stage folder: stage.json, the settings that rebuild it, beside model.safetensors; as `dtype` if given."""
+    """A stage folder: stage.json, the settings that rebuild it, beside model.safetensors; as `dtype` if given.
+
+    reading: how its text was read in training, of which stage.json keeps a note where the network reads any.
+    """
+    noted = {} if reading is None or not config.model.reads_text else {_READING: reading.model_dump(mode="json")}
     with atomic_folder(folder) as temporary:
-        write_json(temporary / "stage.json", {"format": FORMAT_VERSION, **config.model_dump(mode="json")})
+        write_json(temporary / "stage.json", {"format": FORMAT_VERSION, **config.model_dump(mode="json"), **noted})
         save_tensors(temporary / "model.safetensors", weights, dtype)
 
 
@@ -148,7 +159,15 @@ def read_stage_config(folder: str | Path) -> StageConfig:
     path = Path(folder) / "stage.json"
     data = read_json(path)
     check_format(path, data.pop("format", None))
+    data.pop(_READING, None)
     return parse(StageConfig, data, str(path))
+
+
+def read_stage_reading(folder: str | Path) -> TextReading | None:
+    """How the text of a stage was read in training, as its stage.json says; earlier versions do not."""
+    path = Path(folder) / "stage.json"
+    data = read_json(path)
+    return parse(TextReading, data[_READING], f"{path}: {_READING}") if _READING in data else None
 
 
 def check_format(path: str | Path, version: object) -> None:

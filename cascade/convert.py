@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cascade import deepfloyd
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
-from cascade.config import FORMAT_VERSION, StageConfig
+from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
-from cascade.load import ModelIndex, find_stage, read_config, read_index, read_weights
+from cascade.load import ModelIndex, find_stage, read_config, read_index, read_reading, read_weights
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -33,14 +33,15 @@ def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CascadeError(f"{out}: exists already; name a new or empty folder")
     if (Path(source) / "stage.json").is_file():
-        config = read_config(source)
+        config, reading = read_config(source), read_reading(source)
+        _check_reading(reading or deepfloyd.READING, source)
         with atomic_folder(out) as temporary:
             deepfloyd.write_stage(temporary, config, read_weights(source)[0])
         return [config.name]
     folder = download(str(source), text=False) if may_be_on_hub(source) else Path(source)  # a second stage needs no T5
     if _is_second_stage(folder):
         config = deepfloyd.read_stage(folder)
-        save_stage(out, config, deepfloyd.read_weights(folder))
+        save_stage(out, config, deepfloyd.read_weights(folder), reading=deepfloyd.READING)
         return [config.name]
     index = read_index(source)
     stages = [*index.stages, *(find_stage(stage) for stage in super_resolution)]
@@ -61,7 +62,7 @@ def _to_ours(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[str]:
         for part in ("text_encoder", "tokenizer"):
             _copy(_needed(index.text_encoder.parent / part), temporary / "text_encoder")
         for config, stage in zip(configs, stages, strict=True):
-            save_stage(temporary / config.name, config, read_weights(stage)[0])
+            save_stage(temporary / config.name, config, read_weights(stage)[0], reading=index.reading)
         write_json(
             temporary / "cascade.json",
             {
@@ -79,6 +80,7 @@ def _to_ours(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[str]:
 
 def _to_diffusers(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[str]:
     configs = [read_config(stage) for stage in stages]
+    _check_reading(index.reading, index.name)
     with atomic_folder(out) as temporary:
         for config, stage in zip(configs, stages, strict=True):
             folder = temporary if len(configs) == 1 else temporary / config.name
@@ -89,6 +91,16 @@ def _to_diffusers(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[
             _copy([file for file in files if file not in words], folder / "text_encoder")
             (folder / "README.md").write_text(f"---\nlicense: {index.license}\n---\n", encoding="utf-8")
     return [config.name for config in configs]
+
+
+def _check_reading(reading: TextReading, name: str | Path) -> None:
+    """Raises CascadeError for texts that diffusers' pipelines would read in another way."""
+    theirs = deepfloyd.READING
+    if (reading.max_length, reading.padded) != (theirs.max_length, theirs.padded):
+        raise CascadeError(
+            f"{name}: reads {reading.max_length} tokens {'with' if reading.padded else 'without'} padding; IF's"
+            f" pipelines in diffusers read {theirs.max_length} with padding and would draw other pictures"
+        )
 
 
 def _tokenizer_class(folder: Path) -> str:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from cascade.build import IF_NOISE
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
-from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig
+from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
 from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
-TEXT_LENGTH = 77
-"""Tokens of a prompt; the networks have no mask and read all of them."""
+READING = TextReading(max_length=77, padded=True, captions="deepfloyd")
+"""How its text is read; the networks have no mask and read all tokens."""
 
 SCALE = 4
 """Factor from the picture of the first stage to that of the second."""

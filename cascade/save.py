@@ -35,8 +35,8 @@ def write_model(
     with atomic_folder(folder) as temporary:
         text_encoder.save_pretrained(temporary / "text_encoder")
         for slot in {slot.config.name: slot for slot in [*(enlargers or ()), *slots]}.values():
-            stage = slot.load()
-            save_stage(temporary / slot.config.name, slot.config, stage.network.state_dict(), dtype)
+            weights = slot.load().network.state_dict()
+            save_stage(temporary / slot.config.name, slot.config, weights, dtype, text_encoder.reading)
         write_json(
             temporary / "cascade.json",
             {

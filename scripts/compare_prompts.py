@@ -18,11 +18,10 @@ import torch
 from compare_super_resolution import enlarged
 from torch import Tensor
 
-from cascade import TextEncoder
 from cascade.drawing import Texts
 from cascade.evaluation.super_resolution import Pair, measure, read_pairs
 from cascade.evaluation.tower import load_tower
-from cascade.load import load_stage
+from cascade.load import load_encoder, load_stage
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent color", "fluent 3d", "fluent mono")
 FIGURES = ("PSNR", "SSIM", "edge strength", "consistency")
@@ -49,7 +48,7 @@ def difference(picture: Tensor, own: Tensor) -> tuple[float, float]:
 @click.option("--count", default=24, show_default=True, help="Pictures.")
 def main(path: str, data: str, text_encoder: str, count: int) -> None:
     """Print the table."""
-    stage, encoder, tower = load_stage(path), TextEncoder.from_pretrained(text_encoder), load_tower()
+    stage, encoder, tower = load_stage(path), load_encoder(text_encoder, [Path(path)]), load_tower()
     config = stage.config
     if config.low_resolution is None:
         raise click.ClickException(f"{path}: a base stage enlarges nothing")

@@ -18,12 +18,12 @@ import click
 import torch
 from torch import Tensor
 
-from cascade import Stage, TextEncoder
+from cascade import Stage
 from cascade.drawing import Picture, Texts, draw_batch
 from cascade.evaluation.super_resolution import AVERAGED, Pair, measure, read_pairs, resized
 from cascade.evaluation.tower import load_tower
 from cascade.images import to_float, to_uint8
-from cascade.load import load_stage
+from cascade.load import load_encoder, load_stage
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def main(
     first = next(iter(loaded.values())).config
     assert first.low_resolution is not None, "a base stage enlarges nothing"
     pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, 0, low_column)
-    encoder, tower = TextEncoder.from_pretrained(text_encoder), load_tower()
+    encoder, tower = load_encoder(text_encoder, map(Path, stages)), load_tower()
     texts = [Texts(encoder.encode([pair.caption]), encoder.encode([""])) for pair in pairs]
 
     def line(name: str, pictures: Iterator[Tensor]) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from prepare_data import FULL_SIZE, encode, image_struct
 from torch import Tensor
 
-from cascade import Stage, TextEncoder
+from cascade import Stage
 from cascade.checkpoint import atomic_file
 from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
@@ -35,7 +35,7 @@ from cascade.diffusion import denoisers
 from cascade.diffusion.noise import diffuse, noise_like
 from cascade.drawing import Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
-from cascade.load import load_stage
+from cascade.load import load_encoder, load_stage
 from cascade.seeds import generator
 from cascade.stage import limit, run_sampler
 
@@ -110,7 +110,7 @@ def main(
     steps: int,
 ) -> None:
     """Write the rows."""
-    stage, encoder = load_stage(path), TextEncoder.from_pretrained(text_encoder)
+    stage, encoder = load_stage(path), load_encoder(text_encoder, [Path(path)])
     # Without the note that `datasets` leaves in a file, which would not name the new column.
     table = pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in matching_files(files)])
     rng = np.random.default_rng(0)

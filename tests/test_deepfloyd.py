@@ -246,6 +246,19 @@ def test_every_sampler_draws_with_a_network_that_predicts_its_variance(
     assert list(drawn.stages) == [8, 32]
 
 
+def test_a_cascade_that_reads_its_text_otherwise_is_not_converted(
+    peers: dict[bool, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """diffusers' pipelines would draw other pictures with the same weights."""
+    convert(peers[False][0], tmp_path / "ours")
+    edit(tmp_path / "ours" / "cascade.json", max_text_length=64)
+    with pytest.raises(CascadeError, match="reads 64 tokens with padding; IF's pipelines in diffusers read 77"):
+        convert(tmp_path / "ours", tmp_path / "theirs")
+    edit(tmp_path / "ours" / "base" / "stage.json", text={"max_length": 77, "padded": False, "captions": "lower"})
+    with pytest.raises(CascadeError, match="reads 77 tokens without padding"):
+        convert(tmp_path / "ours" / "base", tmp_path / "theirs")
+
+
 def test_a_stage_of_ours_follows_theirs(peers: dict[bool, tuple[Path, Any]], tmp_path: Path) -> None:
     model = UNetConfig(
         channels=(8, 16),

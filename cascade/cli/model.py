@@ -203,7 +203,7 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 @click.option("--name", required=True, help="Name of the cascade.")
 @click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format on disk; default: as trained.")
-@click.option("--max-text-length", type=click.IntRange(min=1), default=64, show_default=True, help="In tokens.")
+@click.option("--max-text-length", type=click.IntRange(min=1), help="In tokens; default: as in training.")
 def assemble(
     text_encoder: str,
     stages: tuple[str, ...],
@@ -212,9 +212,9 @@ def assemble(
     name: str,
     license: str,
     dtype: str | None,
-    max_text_length: int,
+    max_text_length: int | None,
 ) -> int:
-    """Put trained stages behind a text encoder, as one model folder.
+    """Put trained stages behind a text encoder, as one model folder. It reads texts as the stages' were in training.
 
     \b
     cascade assemble --text-encoder bundled --stage runs/base --stage runs/sr256 \\

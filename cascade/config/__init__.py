@@ -9,6 +9,7 @@ from cascade.config.data import (
     ScenesSource,
     SourceConfig,
     TextConfig,
+    TextReading,
     WebDatasetSource,
 )
 from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
@@ -57,6 +58,7 @@ __all__ = [
     "SquaredCosineSchedule",
     "StageConfig",
     "TextConfig",
+    "TextReading",
     "TrainConfig",
     "TrainingConfig",
     "UNetConfig",

@@ -11,21 +11,31 @@ from cascade.config.common import Fraction, PositiveInt
 from cascade.settings import Settings
 
 
-class TextConfig(Settings):
-    """The frozen text encoder of a training run."""
+class TextReading(Settings):
+    """How texts become tokens: a network expects prompts that are read as its captions were in training."""
 
-    encoder: str = "bundled"
-    """`bundled`, a folder in transformers' layout, or a hub id such as google/flan-t5-base."""
     max_length: PositiveInt = 64
     """Tokens kept of a caption; longer ones are cut with a warning."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the encoder."""
     padded: bool = False
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
     captions: Literal["as_is", "lower", "deepfloyd"] = "as_is"
     """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
+
+
+class TextConfig(TextReading):
+    """The frozen text encoder of a training run."""
+
+    encoder: str = "bundled"
+    """`bundled`, a folder in transformers' layout, or a hub id such as google/flan-t5-base."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the encoder."""
     cache: str | None = None
     """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
+
+    @property
+    def reading(self) -> TextReading:
+        """Of these settings those that a stage's folder keeps."""
+        return TextReading(**{name: getattr(self, name) for name in TextReading.model_fields})
 
 
 class FolderSource(Settings):

@@ -2,7 +2,8 @@
 
 from cascade.load.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, ModelIndex, find_model, find_stage, read_index
-from cascade.load.pipeline import assemble, load_pipeline
+from cascade.load.pipeline import assemble, load_encoder, load_pipeline
+from cascade.load.reading import read_reading
 from cascade.load.stage import load_stage, read_config, read_weights
 from cascade.load.training import (
     encoder_settings,
@@ -23,6 +24,7 @@ __all__ = [
     "encoder_settings",
     "find_model",
     "find_stage",
+    "load_encoder",
     "load_pipeline",
     "load_plain_text_encoder",
     "load_stage",
@@ -32,6 +34,7 @@ __all__ = [
     "open_cache",
     "read_config",
     "read_index",
+    "read_reading",
     "read_weights",
     "text_encoder_source",
 ]

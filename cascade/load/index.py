@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ import torch
 
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
+from cascade.config import TextReading
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
@@ -49,6 +51,11 @@ class ModelIndex:
         """Whether the text encoder is bfloat16 beside 16-bit stages, as IF's and T5-XXL are; elsewhere float32."""
         return self.text_padded or stored_bytes(text_weights(self.text_encoder), torch.int8) > LARGE_ENCODER
 
+    @property
+    def reading(self) -> TextReading:
+        """How texts become tokens."""
+        return TextReading(max_length=self.max_text_length, padded=self.text_padded, captions=self.captions)
+
 
 def read_index(model: str | Path | None = None) -> ModelIndex:
     """The index of a model: bundled, folder or hub id. Raises CascadeError naming what is missing or wrong."""
@@ -58,19 +65,26 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
     path = folder / "cascade.json"
     data = read_json(path)
     check_format(path, data.get("format"))
-    length = data.get("max_text_length", 64)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
+    reading = reading_of_index(data, path)
     return ModelIndex(
         name=str(data.get("name", folder.name)),
         license=str(data.get("license", "unstated")),
         text_encoder=folder / "text_encoder",
         stages=tuple(folder / name for name in _strings(data, "stages", path)),
         enlargers=tuple(folder / name for name in _strings(data, "enlargers", path)) if "enlargers" in data else None,
-        max_text_length=length,
-        text_padded=bool(data.get("text_padded", False)),
-        captions=_captions(data.get("captions", "as_is"), path),
+        max_text_length=reading.max_length,
+        text_padded=reading.padded,
+        captions=reading.captions,
     )
+
+
+def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
+    """How a model reads its text, as its cascade.json at `path` says. Raises CascadeError for what cannot be."""
+    length = data.get("max_text_length", 64)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
+    captions = _captions(data.get("captions", "as_is"), path)
+    return TextReading(max_length=length, padded=bool(data.get("text_padded", False)), captions=captions)
 
 
 def _read_diffusers_index(folder: Path) -> ModelIndex:
@@ -81,9 +95,9 @@ def _read_diffusers_index(folder: Path) -> ModelIndex:
         text_encoder=folder / "text_encoder",
         stages=(folder,),
         enlargers=None,
-        max_text_length=deepfloyd.TEXT_LENGTH,
-        text_padded=True,
-        captions="deepfloyd",
+        max_text_length=deepfloyd.READING.max_length,
+        text_padded=deepfloyd.READING.padded,
+        captions=deepfloyd.READING.captions,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from cascade.errors import CascadeError
 from cascade.load.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, find_stage, read_index
+from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
 from cascade.text.captions import Captions
@@ -37,7 +38,9 @@ def load_pipeline(
     stage_folders = list(index.stages)
     if super_resolution is not None:
         sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
-        stage_folders = stage_folders[:1] + [find_stage(source) for source in sources]
+        others = [find_stage(source) for source in sources]
+        check_reading(index.reading, others)
+        stage_folders = stage_folders[:1] + others
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
@@ -79,18 +82,25 @@ def assemble(
     *,
     name: str,
     license: str,
-    max_length: int = 64,
+    max_length: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
-    """Put trained stages behind a text encoder. Raises CascadeError when they do not chain.
+    """Put trained stages behind a text encoder, which reads texts as they were read for the stages in training.
 
-    adapters: folders of low-rank adapters by the name of the stage that they are added to.
+    Raises CascadeError when stages do not chain, or read their text in different ways. max_length: tokens of a prompt
+    at most, where that is another choice than in training. adapters: folders of low-rank adapters by the name of the
+    stage that they are added to.
     """
     source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
-    encoder = TextEncoder.from_pretrained(source, max_length=max_length)
     folders = _with_adapters([find_stage(stage) for stage in stages], adapters or {})
+    encoder = load_encoder(source, [folder for folder, _ in folders], max_length)
     loaded = [load_stage(folder, adapter=adapter) for folder, adapter in folders]
     return CascadePipeline(encoder, loaded, name=name, license=license)
+
+
+def load_encoder(source: str | Path, stages: Iterable[Path], max_length: int | None = None) -> TextEncoder:
+    """A text encoder that reads texts as they were read for these stage folders in training; see `assemble`."""
+    return TextEncoder.from_pretrained(source, **shared_reading(stages, max_length).model_dump())
 
 
 def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:

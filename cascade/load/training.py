@@ -11,9 +11,10 @@ import torch
 
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
-from cascade.config import FORMAT_VERSION, TextConfig, TrainConfig
+from cascade.config import FORMAT_VERSION, TextConfig, TextReading, TrainConfig
 from cascade.errors import CascadeError
 from cascade.load.index import BUNDLED, find_stage
+from cascade.load.reading import read_reading, warn_of_other_reading
 from cascade.load.stage import read_config, read_weights
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
@@ -31,32 +32,47 @@ logger = logging.getLogger("cascade.training")
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings.
 
-    A run with a checkpoint keeps them in its folder: the stage that was named need no longer exist.
+    Its text is then read as that stage's was, where `text` does not say it. A run with a checkpoint keeps both in its
+    folder: the stage that was named need no longer exist.
     """
     settings = read_yaml(path)
     check_format(path, settings.get("format", FORMAT_VERSION))
     if isinstance(settings.get("stage"), str):
+        begun, folder = _begun(override(settings | {"stage": {}}, assignments).get("output")), None
         try:
-            stage = read_config(find_stage(settings["stage"])).model_dump(mode="json")
+            folder = find_stage(settings["stage"])
+            stage = read_config(folder).model_dump(mode="json")
         except CascadeError as error:
-            begun = _stage_of_run(override(settings | {"stage": {}}, assignments).get("output"))
             if begun is None:
                 raise CascadeError(f"{path}: stage: {error}") from None
             logger.warning("%s: stage: %s; the run's own settings of it are used", path, error)
-            stage = begun
-        settings = settings | {"stage": stage}
+            stage = begun["stage"]
+        settings = _with_reading(settings | {"stage": stage}, begun, folder)
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 
-def _stage_of_run(output: object) -> dict[str, Any] | None:
-    """The stage's settings in the folder of a run that has a checkpoint; None for any other folder."""
+def _begun(output: object) -> dict[str, Any] | None:
+    """The settings in the folder of a run that has a checkpoint; None for any other folder."""
     from cascade.training.state import checkpoints
 
     folder = Path(str(output))
     if not checkpoints(folder):
         return None
-    stage = read_yaml(folder / "config.yaml").get("stage")
-    return stage if isinstance(stage, dict) else None
+    settings = read_yaml(folder / "config.yaml")
+    return settings if isinstance(settings.get("stage"), dict) else None
+
+
+def _with_reading(settings: dict[str, Any], begun: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
+    """The settings, their text read as a run that was begun reads it, or else as that of the stage in `folder` was."""
+    text = settings.get("text", {})
+    if not isinstance(text, dict):
+        return settings  # of which `parse` says what is wrong
+    if begun is not None:
+        known = begun.get("text") or {}
+    else:
+        reading = None if folder is None else read_reading(folder)
+        known = {} if reading is None else reading.model_dump(mode="json")
+    return settings | {"text": {name: known[name] for name in TextReading.model_fields if name in known} | text}
 
 
 def load_trainer(config: TrainConfig) -> Trainer:
@@ -86,7 +102,9 @@ def _load_trainer(config: TrainConfig) -> Trainer:
         )
     stage = build_stage(config.stage, seed=config.training.seed)
     if config.training.init_from is not None and not checkpoints(Path(config.output)):
-        load_weights(stage.network, *read_weights(find_stage(config.training.init_from)))
+        source = find_stage(config.training.init_from)
+        load_weights(stage.network, *read_weights(source))
+        warn_of_other_reading(source, config.text.reading)
     return Trainer(config, stage, text)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
+from cascade.config import TextReading
 from cascade.errors import CascadeError
 from cascade.streaming import move_streamed
 from cascade.text.captions import Captions, prepare_caption, well_formed
@@ -105,6 +106,11 @@ class TextEncoder:
     def max_length(self) -> int:
         """Tokens kept of a prompt, its </s> included."""
         return self._max_length
+
+    @property
+    def reading(self) -> TextReading:
+        """How prompts become tokens."""
+        return TextReading(max_length=self.max_length, padded=self.padded, captions=self.captions)
 
     @property
     def parameters_count(self) -> int:

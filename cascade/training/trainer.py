@@ -330,7 +330,8 @@ class Trainer:
         def write() -> None:
             # The stage first: once the last checkpoint is there, everything is.
             averaged = state.network | state.ema
-            save_stage(self.output / "stage", self.stage.config, merged(averaged))
+            reading = self.config.text.reading
+            save_stage(self.output / "stage", self.stage.config, merged(averaged), reading=reading)
             if self.config.training.lora_rank:
                 save_adapter(self.output / "adapter", averaged)
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
