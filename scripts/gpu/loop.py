@@ -9,16 +9,17 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from cascade.config import StageConfig
 from gpu.loss import Levels, Measured, loss_of
-from gpu.network import network, write_parts
+from gpu.network import fill, network, write_parts
 from gpu.optim import Average, Muon
 from gpu.views import Views
 
@@ -93,12 +94,12 @@ class Stop:
 class Run:
     """A network that learns, with its optimizer and its averages."""
 
-    def __init__(self, task: Task, device: torch.device, init: Mapping[str, Tensor] | None = None) -> None:
-        """init: weights to go on from."""
+    def __init__(self, task: Task, device: torch.device, init: Sequence[Tensor] | None = None) -> None:
+        """init: weights to go on from, in the order of the parameters."""
         self.task, self.device = task, device
         self.net = network(task.stage, device, task.compiled)
         if init is not None:
-            self.net.load_state_dict({name: value.float() for name, value in init.items()})
+            fill(self.net, init)
         self.net.train()
         self.names = [name for name, _ in self.net.named_parameters()]
         self.params: list[Tensor] = list(self.net.parameters())
@@ -159,6 +160,39 @@ class Safe:
         return [self.run.params, *(average.mean for average in self.run.averages.values())]
 
 
+@dataclass
+class Progress:
+    """Where a run stands. size: side of its pictures; losses: of the steps since the last line of the log."""
+
+    name: str
+    began: float = field(default_factory=time.monotonic)
+    step: int = 0
+    views: int = 0
+    size: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self.began
+
+    def count(self, phase: Phase, loss: Tensor) -> None:
+        """One step more."""
+        self.step, self.views, self.size = self.step + 1, self.views + phase.batch, phase.size
+        self.losses.append(loss)
+
+    def tell(self, log: TextIO, rate: float) -> float:
+        """A line in the log and one for the reader; the mean loss since the line before, for which the host waits."""
+        loss = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        own = {"step": self.step, "views": self.views, "seconds": self.seconds, "size": self.size}
+        log.write(json.dumps(own | {"loss": loss, "rate": rate}) + "\n")
+        log.flush()
+        speed = f"{self.views / 1e6:.2f} M views, {self.views / self.seconds:.0f}/s"
+        say(f"{self.name} {self.step}: {speed}, {self.size} px, loss {loss:.4f}")
+        return loss
+
+
 Check = Callable[[Sequence[Tensor]], Measured]
 """What weights do on held-out views."""
 
@@ -174,37 +208,30 @@ def train(run: Run, timing: Timing, out: Path, name: str, stop: Stop, check: Che
     safe = Safe(run)
     safe.keep()
     due = {"guide": (0.125, run.averages[0.10].mean), "raw": (1 - timing.decay, run.params)}
-    began = saved = time.monotonic()
-    step = views = size = 0
-    window: list[Tensor] = []
+    at = Progress(name)
+    saved = 0.0
     with (out / f"{name}.jsonl").open("w") as log:
-        while not stop.asked and (now := (time.monotonic() - began) / (60 * timing.minutes)) < 1:
-            phase, rate = timing.phase(now), timing.rate(step, now) * safe.slowed
-            if phase.size != size:
-                size, safe.lowest = phase.size, math.inf
-            window.append(run.step(phase, rate))
-            step, views = step + 1, views + phase.batch
-            for kind, (begins, weights) in tuple(due.items()):
-                if now > begins:
-                    run.write(weights, out, f"{kind}-{name}")
-                    del due[kind]
-            if step % timing.log_every == 0:
-                loss = float(torch.stack(window).mean())
-                window.clear()
-                seconds = time.monotonic() - began
-                line = {"step": step, "views": views, "seconds": seconds, "size": size, "loss": loss, "rate": rate}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                say(f"{name} {step}: {views / 1e6:.2f} M views, {views / seconds:.0f}/s, {size} px, loss {loss:.4f}")
+        while not stop.asked and (now := at.seconds / (60 * timing.minutes)) < 1:
+            phase, rate = timing.phase(now), timing.rate(at.step, now) * safe.slowed
+            if phase.size != at.size:  # its losses are others
+                safe.lowest = math.inf
+            at.count(phase, run.step(phase, rate))
+            for kind in [kind for kind, (begins, _) in due.items() if now > begins]:
+                run.write(due.pop(kind)[1], out, f"{kind}-{name}")
+            if at.step % timing.log_every == 0:
+                loss = at.tell(log, rate)
                 if safe.diverged(loss):
-                    say(f"{name} {step}: loss {loss:.4f} after {safe.lowest:.4f}; earlier weights, half the rate")
+                    say(f"{name} {at.step}: loss {loss:.4f} after {safe.lowest:.4f}; earlier weights, half the rate")
                     safe.restore()
-                elif step % (4 * timing.log_every) == 0 and loss < 1.2 * safe.lowest:
+                elif at.step % (4 * timing.log_every) == 0 and loss < 1.2 * safe.lowest:
                     safe.keep()
-            if time.monotonic() - saved > timing.save_every:
-                saved = time.monotonic()
+            if at.seconds - saved > timing.save_every:
+                saved = at.seconds
                 run.write(run.averages[0.05].mean, out, name)
                 say(f"{name}, average so far:", check(run.averages[0.05].mean))
+    if not all(map(torch.isfinite, at.losses)):  # since the last line of the log
+        say(f"{name} {at.step}: not finite at the end; earlier weights")
+        safe.restore()
     return _best(run, out, name, check)
 
 

@@ -36,7 +36,8 @@ def network(stage: StageConfig, device: torch.device, compiled: bool = False) ->
 @torch.no_grad()
 def fill(net: UNet, weights: Sequence[Tensor]) -> None:
     """Give the network these weights, in the order of its parameters, from any device and in any number format."""
-    torch._foreach_copy_(list(net.parameters()), [w.detach().float() for w in weights])
+    for parameter, weight in zip(net.parameters(), weights, strict=True):
+        parameter.copy_(weight)
 
 
 def with_weights(stage: StageConfig, device: torch.device, weights: Sequence[Tensor]) -> UNet:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.text.captions import well_formed
-from cascade.text.t5_files import check_folder, load_t5, quiet
+from cascade.text.t5_files import check_folder, load_t5, quiet, tokenizer_folder
 
 SIZE = 256
 """Side of the packed pictures."""
@@ -293,13 +293,13 @@ def embed(texts: Sequence[str], folder: Path, device: torch.device) -> Words:
     """What `TextEncoder.encode` gives for the texts; it reads one at a time, here thousands are read at once."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with quiet(progress=False):
+        model = load_t5(str(folder), local=True, dtype=torch.float32, quantized={})[0].to(device).eval()
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder(folder) / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = [own.ids for own in tokenizer.encode_batch([well_formed(text) for text in texts])]
     ids = [own if len(own) <= MOST_TOKENS else [*own[: MOST_TOKENS - 1], own[-1]] for own in ids]
-    with quiet(progress=False):
-        model = load_t5(str(folder), local=True, dtype=torch.float32, quantized={})[0].to(device).eval()
     lengths = torch.tensor([len(own) for own in ids], device=device)
     tokens = torch.zeros(len(ids), MOST_TOKENS, model.config.d_model, dtype=torch.float16, device=device)
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))

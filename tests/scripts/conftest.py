@@ -14,14 +14,14 @@ from helpers_art import BASE, LARGE
 
 
 @pytest.fixture(scope="session")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], Path]:
-    """Records -> the file that pack_pictures.py makes of them."""
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Records and options -> the file that pack_pictures.py makes of them."""
     from pack_pictures import main
 
-    def pack(records: list[dict[str, Any]]) -> Path:
+    def pack(records: list[dict[str, Any]], *options: str) -> Path:
         folder = tmp_path_factory.mktemp("pack")
         pq.write_table(pa.Table.from_pylist(records), folder / "art.parquet")
-        done = CliRunner().invoke(main, [str(folder / "art.parquet"), "--out", str(folder / "art.npz")])
+        done = CliRunner().invoke(main, [str(folder / "art.parquet"), "--out", str(folder / "art.npz"), *options])
         assert done.exit_code == 0, done.output
         return folder / "art.npz"
 

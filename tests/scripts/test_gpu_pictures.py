@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
 from gpu import pictures
-from gpu.pictures import Art, Captions, Library, Mixture
+from gpu.pictures import Captions, Library, Mixture
 from gpu.views import EnlargingViews
 from helpers_art import picture, record
 from helpers_text import make_tiny_t5
 from PIL import Image
 
+from cascade.errors import CascadeError
+from cascade.load.index import BUNDLED
 from cascade.text.t5 import TextEncoder
 
 CPU = torch.device("cpu")
-Pack = Callable[[list[dict[str, Any]]], Path]
+BUNDLED_ENCODER = BUNDLED / "text_encoder"
+Pack = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +78,21 @@ def test_what_has_no_white_edge_is_never_moved(library: Library) -> None:
 
 def test_unmoved_pictures_are_area_means(library: Library) -> None:
     art = library.art
-    still = Art(**{**vars(art), "flips": torch.zeros_like(art.flips), "moves": torch.zeros_like(art.moves)})
+    still = replace(art, flips=torch.zeros_like(art.flips), moves=torch.zeros_like(art.moves))
     who = torch.arange(len(art.pixels))
     expected = torch.nn.functional.avg_pool2d(art.pixels.float() / 127.5 - 1, 4)
     assert torch.allclose(still.zoomed(who, 64, seed()), expected, atol=1e-4)  # float32, positions of a grid
+
+
+def test_an_unmoved_picture_is_mirrored_half_of_the_time(library: Library) -> None:
+    art = replace(library.art, moves=torch.zeros_like(library.art.moves))
+    who = torch.zeros(100, dtype=torch.long) + number_of(library, "noto")
+    x = art.zoomed(who, 64, seed())
+    mean = torch.nn.functional.avg_pool2d(art.pixels[who[:1]].float() / 127.5 - 1, 4)
+    same = (x - mean).abs().amax((1, 2, 3)) < 1e-4
+    mirrored = (x - mean.flip(-1)).abs().amax((1, 2, 3)) < 1e-4
+    assert torch.equal(same, ~mirrored)
+    assert abs(int(mirrored.sum()) - 50) < 25  # five standard errors
 
 
 def test_moved_pictures_stay_on_white(library: Library) -> None:
@@ -104,15 +118,44 @@ def test_beyond_an_edge_the_edge_goes_on() -> None:
 
 
 @pytest.mark.parametrize("size", [128, 256])
-def test_the_bases_drawing_lies_where_its_picture_does(library: Library, size: int) -> None:
+def test_a_cropped_picture_is_the_slice_at_its_offset_some_of_them_mirrored(library: Library, size: int) -> None:
     art = library.art
-    own = torch.nn.functional.avg_pool2d(art.pixels.float(), 4).round().to(torch.uint8)
+    who = torch.arange(len(art.pixels)).repeat(16)
+    x, offset, mirrored = art.cropped(who, size, 4, seed())
+    assert (offset % 4 == 0).all()
+    assert not mirrored[~art.flips[who]].any()
+    assert 0 < int(mirrored.sum()) < int(art.flips[who].sum())
+    around = torch.nn.functional.pad(art.pixels.float(), (8,) * 4, mode="replicate")
+    for place, number in enumerate(who.tolist()):
+        top, left = (offset[:, place] + 8).tolist()
+        slice_ = around[number, :, top : top + size, left : left + size] / 127.5 - 1
+        assert torch.equal(x[place], slice_.flip(-1) if mirrored[place] else slice_)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_the_bases_drawing_lies_where_its_picture_does(library: Library, size: int) -> None:
+    # Random colours of 4 x 4 pixels: their area mean is a whole number, and no two places are alike.
+    own = torch.randint(256, (len(library.art.pixels), 3, 64, 64), generator=seed(1), dtype=torch.uint8)
+    art = replace(library.art, pixels=own.repeat_interleave(4, -1).repeat_interleave(4, -2))
+    coloured = replace(library, art=art)
     drawn = torch.ones(len(own), dtype=torch.bool)
-    seen = EnlargingViews(library, own, drawn, share=1.0, most=0.0)(32, size, seed())
-    plain = EnlargingViews(library, most=0.0)(32, size, seed())
+    seen = EnlargingViews(coloured, own, drawn, share=1.0, most=0.0)(32, size, seed())
+    plain = EnlargingViews(coloured, most=0.0)(32, size, seed())
     assert torch.equal(seen.x, plain.x)
-    # Rounded to 8 bits, then enlarged by bicubic weights whose absolute values sum to 1.3 each way.
-    assert (seen.cond.low_res - plain.cond.low_res).abs().max() <= 2 * 0.5 / 127.5
+    assert torch.allclose(seen.cond.low_res, plain.cond.low_res, atol=1e-5)  # float32: a mean of 16 equal numbers
+    others = EnlargingViews(coloured, own.roll(1, 3), drawn, share=1.0, most=0.0)(32, size, seed())
+    assert (others.cond.low_res - plain.cond.low_res).abs().mean() > 0.3, "a pixel beside it would not be noticed"
+
+
+def test_only_pictures_that_the_base_has_drawn_are_seen_so(library: Library) -> None:
+    own = torch.zeros(len(library.art.pixels), 3, 64, 64, dtype=torch.uint8)
+    drawn = torch.zeros(len(own), dtype=torch.bool)
+    black = EnlargingViews(library, own, ~drawn, share=1.0, most=0.0)(16, 128, seed())
+    none = EnlargingViews(library, own, drawn, share=1.0, most=0.0)(16, 128, seed())
+    plain = EnlargingViews(library, most=0.0)(16, 128, seed())
+    assert torch.equal(none.cond.low_res, plain.cond.low_res)
+    # log SNR of no noise at all is clipped, which leaves a little of it
+    assert torch.allclose(black.cond.low_res, torch.full_like(black.cond.low_res, -1), atol=0.05)
 
 
 def test_captions_are_a_pictures_own_or_the_null_text() -> None:
@@ -148,7 +191,9 @@ def test_scenes_have_captions_that_are_embedded(library: Library) -> None:
     assert int(library.scenes.captions.rows.max()) < len(library.words.tokens)
 
 
-def test_texts_read_together_are_those_that_the_encoder_reads_one_by_one(encoder: Path) -> None:
+@pytest.mark.parametrize("bundled", [False, True])
+def test_texts_read_together_are_those_that_the_encoder_reads_one_by_one(encoder: Path, bundled: bool) -> None:
+    encoder = BUNDLED_ENCODER if bundled else encoder
     texts = ["", "a red star", "übrigens ☃", "a star " * 30]
     words = pictures.embed(texts, encoder, CPU)
     alone = TextEncoder.from_pretrained(encoder, max_length=pictures.MOST_TOKENS)
@@ -162,9 +207,42 @@ def test_texts_read_together_are_those_that_the_encoder_reads_one_by_one(encoder
     assert torch.allclose(tokens[:, :longest], kept, atol=2e-3 * float(kept.abs().max()))  # kept in float16
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"a picture"])
+def an_array() -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.zeros(3))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"a picture", an_array()])
 def test_another_file_is_named_in_one_line(tmp_path: Path, encoder: Path, content: bytes) -> None:
     file = tmp_path / "other.npz"
     file.write_bytes(content)
-    with pytest.raises(click.ClickException, match=r"other\.npz: is not a file that pack_pictures\.py wrote"):
+    with pytest.raises(CascadeError, match=r"other\.npz: is not a file that pack_pictures\.py wrote"):
         pictures.load([file], encoder, CPU, Mixture({}))
+
+
+def test_packs_without_a_picture_of_a_style_with_a_share_are_named(packed: Pack, encoder: Path) -> None:
+    file = packed([record(picture("red"), "noto", "a star")])
+    with pytest.raises(CascadeError, match=r"art\.npz: no picture of a style that has a share"):
+        pictures.load([file], encoder, CPU, Mixture({"noto": 0.0}))
+
+
+def test_pictures_packed_at_another_size_are_refused(packed: Pack, encoder: Path) -> None:
+    file = packed([record(picture("red"), "noto", "a star")], "--size", "128")
+    with pytest.raises(CascadeError, match=r"128 x 128; pack pictures with --size 256"):
+        pictures.load([file], encoder, CPU, Mixture({}))
+
+
+def test_a_folder_that_is_no_text_encoder_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"tokenizer\.json"):
+        pictures.load([tmp_path / "none.npz"], tmp_path, CPU, Mixture({}))
+
+
+def test_processes_do_what_this_one_would() -> None:
+    jobs = [(number, 1) for number in range(5)]
+    with pictures._workers(len(jobs)) as run, pictures._workers(1) as alone:
+        assert run is not map
+        assert alone is map
+        for found, expected in zip(run(pictures._drawn, jobs), alone(pictures._drawn, jobs), strict=True):
+            assert np.array_equal(found[0], expected[0])
+            assert found[1] == expected[1]

@@ -8,21 +8,21 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 import pytest
 import torch
 from gpu import loop, network
 from gpu.loop import Phase, Run, Stop, Task, Timing, train
 from gpu.loss import PROBED, Levels, Measured, gradient_error, loss_of
 from gpu.optim import Average, Muon, orthogonal
+from gpu.recipe import stage_config
 from gpu.views import View
 from torch import Tensor, nn
-from train_bundled_gpu import stage_config
 
 from cascade.conditioning import Conditioning
 from cascade.config import OptimizerConfig
 from cascade.diffusion.noise import diffuse
 from cascade.diffusion.parameterization import target
+from cascade.errors import CascadeError
 from cascade.training import optim as library
 
 CPU = torch.device("cpu")
@@ -52,6 +52,8 @@ def timing(minutes: float) -> Timing:
 
 def test_levels_are_normal_with_one_in_each_stratum() -> None:
     levels = Levels(-0.5, 3.0, -100, 100).draw(4096, torch.Generator().manual_seed(0)).flatten()
+    assert float(levels.mean()) == pytest.approx(-0.5, abs=0.01)
+    assert float(levels.std()) == pytest.approx(3.0, abs=0.01)
     u = torch.special.ndtr((levels.double() + 0.5) / 3.0)
     assert torch.equal((u * 4096).floor().sort().values, torch.arange(4096).double())
     assert not torch.equal(levels, levels.sort().values), "the order is random"
@@ -96,29 +98,59 @@ def test_the_call_without_a_wait_is_the_networks_own(run: Run) -> None:
 # --- optimizer and averages ----------------------------------------------------------------------------------
 
 
+def stepped(run: Run, optimizer: Muon | torch.optim.Optimizer, rate: float, steps: int = 3) -> dict[str, Tensor]:
+    """How far each weight has gone after steps under gradients that are always the same."""
+    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
+    for step in range(steps):
+        for number, parameter in enumerate(run.net.parameters()):
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            # In the layout of its weight, as autograd lays out every gradient.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        if isinstance(optimizer, Muon):
+            optimizer.step(rate)
+        else:
+            library.set_learning_rate(optimizer, rate)
+            optimizer.step()
+    return {name: p.detach() - before[name] for name, p in run.net.named_parameters()}
+
+
+def is_hidden(name: str, weight: Tensor) -> bool:
+    return weight.ndim >= 2 and name.split(".")[0] in ("levels", "middle")
+
+
 def test_a_step_is_that_of_the_librarys_muon(run: Run) -> None:
     other = Run(run.task, CPU)
-    rate = 1e-2
-    mine = Muon(run.net, weight_decay=0.01)
-    config = OptimizerConfig(kind="muon", learning_rate=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    theirs = library.Muon(other.net, config)
-    before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
-    for step in range(3):
-        for number, (own, its) in enumerate(zip(run.net.parameters(), other.net.parameters(), strict=True)):
-            gradient = torch.randn(own.shape, generator=torch.Generator().manual_seed(100 * step + number))
-            # In the layout of its weight, as autograd lays out every gradient.
-            own.grad, its.grad = torch.empty_like(own).copy_(gradient), torch.empty_like(its).copy_(gradient)
-        mine.step(rate)
-        theirs.step()
-    hidden = [name for name in before if name.split(".")[0] in ("levels", "middle") and before[name].ndim >= 2]
+    config = OptimizerConfig(kind="muon", learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    moved = stepped(run, Muon(run.net, weight_decay=0.01), 1e-2)
+    expected = stepped(other, library.Muon(other.net, config), 1e-2)
+    hidden = [name for name, weight in moved.items() if is_hidden(name, weight)]
     assert hidden
-    for name, (own, its) in zip(before, zip(run.net.parameters(), other.net.parameters(), strict=True), strict=True):
-        if name in hidden:
-            moved, expected = own.detach() - before[name], its.detach() - before[name]
-            # Five Newton-Schulz steps in bf16 of rows in another order; singular values lie between 0.7 and 1.2 anyway.
-            cosine = nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
-            assert cosine > 0.98, name
-            assert float(moved.norm() / expected.norm()) == pytest.approx(1, abs=0.05), name
+    for name in hidden:
+        # Five Newton-Schulz steps in bf16 of rows in another order; singular values lie between 0.7 and 1.2 anyway.
+        cosine = nn.functional.cosine_similarity(moved[name].flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.98, name
+        assert float(moved[name].norm() / expected[name].norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_other_weights_take_the_librarys_step_at_half_the_rate_and_do_not_decay(run: Run) -> None:
+    other = Run(run.task, CPU)
+    config = OptimizerConfig(kind="muon", learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    moved = stepped(run, Muon(run.net, weight_decay=0.01), 1e-2)
+    expected = stepped(other, library.Muon(other.net, config), 0.5e-2)
+    others = [name for name, weight in moved.items() if not is_hidden(name, weight)]
+    assert {moved[name].ndim for name in others} >= {1, 2}
+    for name in others:
+        assert torch.allclose(moved[name], expected[name], atol=1e-6), name  # float32; a step is 5e-3
+
+
+def test_what_is_forgotten_does_not_move_the_next_step(run: Run) -> None:
+    other = Run(run.task, CPU)
+    used = Muon(run.net)
+    stepped(run, used, 0.0)
+    used.forget()
+    again, fresh = stepped(run, used, 1e-2, steps=1), stepped(other, Muon(other.net), 1e-2, steps=1)
+    for name, moved in again.items():
+        assert torch.allclose(moved, fresh[name], atol=1e-6), name
 
 
 def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values() -> None:
@@ -147,6 +179,27 @@ def test_an_average_weighs_by_a_power_of_the_step(std: float) -> None:
     assert float(average.mean[0]) == pytest.approx(float(mean), abs=2 / count)
 
 
+@pytest.mark.parametrize("std", [0.05, 0.10])
+def test_an_average_is_the_weighted_mean_of_all_weights_so_far(std: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50, 7, generator=generator)
+    average = Average([values[0]], std)
+    for value in values:
+        average.update([value])
+    steps = torch.arange(51).double() / 50
+    weights = (steps ** (average.power + 1)).diff()  # the integral of t^power over each step
+    assert float(weights.sum()) == pytest.approx(1)
+    assert torch.allclose(average.mean[0].double(), weights @ values.double(), atol=1e-6)  # float32
+
+
+def test_an_average_of_a_constant_is_that_constant() -> None:
+    constant = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    average = Average([torch.zeros(100)], 0.1)
+    for _ in range(20):
+        average.update([constant])
+    assert torch.equal(average.mean[0], constant)
+
+
 # --- the clock -----------------------------------------------------------------------------------------------
 
 
@@ -170,6 +223,33 @@ def test_a_run_ends_with_its_minutes_and_leaves_every_set_of_weights(run: Run, t
     assert all(torch.isfinite(weight).all() for weight in best)
 
 
+def test_the_last_step_of_a_run_is_a_small_one(run: Run, tmp_path: Path) -> None:
+    train(run, timing(0.05), tmp_path, "base", Stop(), no_check)
+    rates = [json.loads(line)["rate"] for line in (tmp_path / "base.jsonl").read_text().splitlines()]
+    assert rates[0] == 1e-3
+    assert rates == sorted(rates, reverse=True)
+    falling = sum(rate < 1e-3 for rate in rates)
+    assert rates[-1] <= 1e-3 * 4 / falling  # zero were one step later; steps may be of unlike length
+
+
+def test_a_run_that_breaks_after_the_last_line_of_the_log_ends_with_weights_from_before(
+    run: Run, tmp_path: Path
+) -> None:
+    good, step = [p.detach().clone() for p in run.params], run.step
+
+    def spoilt(phase: Phase, rate: float) -> Tensor:  # noqa: ARG001 - in place of a step
+        loss = step(phase, 0.0)
+        for weights in (run.params, *(average.mean for average in run.averages.values())):
+            for weight in weights:
+                weight.detach().fill_(float("nan"))
+        return loss * float("nan")
+
+    run.step = spoilt  # type: ignore[method-assign]
+    clock = Timing(0.01, 1e-3, (Phase(0.0, 64, 2),), log_every=10**6)
+    best = train(run, clock, tmp_path, "base", Stop(), no_check)
+    assert all(torch.equal(a, b) for a, b in zip(best, good, strict=True))
+
+
 def test_a_loss_that_is_nan_takes_the_run_back_to_earlier_weights_at_half_the_rate(run: Run, tmp_path: Path) -> None:
     good, step = [p.detach().clone() for p in run.params], run.step
     rates: list[float] = []
@@ -185,7 +265,7 @@ def test_a_loss_that_is_nan_takes_the_run_back_to_earlier_weights_at_half_the_ra
     run.step = spoilt  # type: ignore[method-assign]
     train(run, timing(0.02), tmp_path, "base", Stop(), no_check)
     assert rates[1] <= rates[0] / 2
-    assert all(torch.equal(a, b) for a, b in zip(run.params, good, strict=True) if a.ndim < 2)
+    assert all(torch.equal(a, b) for a, b in zip(run.params, good, strict=True))
 
 
 def test_a_signal_ends_a_run_in_good_order(run: Run, tmp_path: Path) -> None:
@@ -220,8 +300,39 @@ def test_weights_come_back_in_bf16_from_files_below_the_limit(tmp_path: Path, mo
     assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in weights.items())
 
 
+def test_more_than_ten_files_come_back_and_none_of_an_older_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "MOST_BYTES", 2000)
+    network.write_parts({f"layer{n}": torch.full((1000,), float(n)) for n in range(12)}, tmp_path, "base")
+    network.write_parts({"other": torch.zeros(1000)}, tmp_path, "raw-base")
+    found = network.read_parts(tmp_path, "base")
+    assert {name: float(weight[0]) for name, weight in found.items()} == {f"layer{n}": n for n in range(12)}
+    network.write_parts({f"layer{n}": torch.zeros(1000) for n in range(3)}, tmp_path, "base")
+    assert set(network.read_parts(tmp_path, "base")) == {"layer0", "layer1", "layer2"}
+    assert set(network.read_parts(tmp_path, "raw-base")) == {"other"}
+
+
+def test_weights_are_read_in_the_order_of_the_parameters_whatever_that_of_the_file(run: Run, tmp_path: Path) -> None:
+    weights = dict(reversed(list(run.net.named_parameters())))
+    network.write_parts(weights, tmp_path, "base")
+    assert list(network.read_parts(tmp_path, "base")) != run.names
+    found = network.read_weights(tmp_path, "base", run.task.stage)
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(found, run.params, strict=True))
+    again = Run(run.task, CPU, found)
+    assert all(torch.equal(a, b) for a, b in zip(again.params, found, strict=True))
+
+
+def test_weights_of_other_settings_are_named(run: Run, tmp_path: Path) -> None:
+    weights = dict(run.net.named_parameters())
+    del weights[run.names[0]]
+    network.write_parts(weights, tmp_path, "base")
+    with pytest.raises(CascadeError, match=r"is missing; the weights belong to other settings"):
+        network.read_weights(tmp_path, "base", run.task.stage)
+
+
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(click.ClickException, match=r"holds no raw-base-\*\.safetensors"):
+    with pytest.raises(CascadeError, match=r"holds no raw-base-\*\.safetensors"):
         network.read_parts(tmp_path, "raw-base")
 
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from gpu.network import write_parts
 from helpers_art import picture, record
 from helpers_text import make_tiny_t5
 from PIL import Image
-from train_bundled_gpu import main
+from train_bundled_gpu import is_compiled, main
 
 from cascade.load import load_stage
 
+Call = Callable[..., tuple[int, str]]
+
 
 @pytest.fixture
-def call(
-    packed: Callable[[list[dict[str, Any]]], Path], configs: Path, tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
+def call(packed: Callable[..., Path], configs: Path, tmp_path: Path) -> Call:
     colours = ("red", "blue", "green", "purple")
     pack = packed([record(picture(colour), "noto", f"a {colour} star") for colour in colours * 8])
     encoder = make_tiny_t5(tmp_path / "t5", 32)
@@ -39,15 +40,14 @@ def call(
     return invoke
 
 
-def test_two_stages_are_trained_and_become_folders_that_load(
-    call: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
+def test_two_stages_are_trained_and_become_folders_that_load(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = call("train", "--out", str(out), "--minutes", "0.03", "--sr-minutes", "0.03", "--crops", "0.5")
     assert status == 0, said
     for name in ("base", "sr256"):
         for kind in ("", "raw-", "guide-", "other-"):
             assert (out / f"{kind}{name}-0.safetensors").is_file()
+        assert json.loads((out / f"{name}.jsonl").read_text().splitlines()[0])["step"] == 1
         status, said = call("stage", name, "--weights", str(out), "--out", str(tmp_path / name))
         assert status == 0, said
         stage = load_stage(tmp_path / name)
@@ -58,7 +58,7 @@ def test_two_stages_are_trained_and_become_folders_that_load(
         assert own.size == (1024, 256)
 
 
-def test_the_second_stage_goes_on_from_what_is_there(call: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_the_second_stage_goes_on_from_what_is_there(call: Call, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("train", "--out", str(first), "--minutes", "0.02", "--sr-minutes", "0.02")[0] == 0
     more = ["--minutes", "0", "--sr-minutes", "0.02", "--init", str(first), "--own-pictures", "3"]
@@ -71,10 +71,59 @@ def test_the_second_stage_goes_on_from_what_is_there(call: Callable[..., tuple[i
         assert np.abs(np.asarray(before, np.int16) - np.asarray(after, np.int16)).mean() < 1
 
 
-def test_no_minutes_and_nothing_to_go_on_from_is_told_before_anything_is_loaded(
-    call: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
+def test_no_minutes_and_nothing_to_go_on_from_is_told_before_anything_is_loaded(call: Call, tmp_path: Path) -> None:
     status, said = call("train", "--out", str(tmp_path / "out"), "--minutes", "0")
     assert status == 2
     assert "--init" in said
     assert "texts" not in said
+
+
+def test_weights_to_go_on_from_are_looked_at_before_anything_is_loaded(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for init, message in (("none", "does not exist"), ("empty", "holds no raw-base-*.safetensors")):
+        status, said = call("train", "--out", str(tmp_path / "out"), "--init", str(tmp_path / init))
+        assert status in (1, 2)
+        assert message in said
+        assert "texts" not in said
+
+
+def test_a_width_that_is_not_the_text_encoders_is_told_with_the_file(call: Call, configs: Path, tmp_path: Path) -> None:
+    (configs / "sr256.yaml").write_text((configs / "sr256.yaml").read_text().replace("text_dim: 32", "text_dim: 16"))
+    status, said = call("train", "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert "sr256.yaml: model.text_dim is 16, the text encoder gives 32" in said
+    assert "texts" not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "base.yaml: no such file"),
+        ("steps: 3", "base.yaml: has no section `stage`"),
+        ("stage: {name: base, resolution: 64, model: {chanels: [8]}}", "did you mean"),
+    ],
+)
+def test_wrong_settings_of_a_stage_are_told_in_one_line(
+    call: Call, configs: Path, tmp_path: Path, settings: str | None, message: str
+) -> None:
+    file = configs / "base.yaml"
+    file.unlink() if settings is None else file.write_text(settings)
+    status, said = call("train", "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert message in said
+
+
+def test_a_stage_of_other_weights_is_refused_and_nothing_is_written(call: Call, tmp_path: Path) -> None:
+    write_parts({"weight": torch.zeros(3)}, tmp_path / "weights", "base")
+    status, said = call("stage", "base", "--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "base"))
+    assert status == 1
+    assert "the weights belong to other settings" in said
+    assert not (tmp_path / "base").exists()
+
+
+def test_the_faster_way_is_taken_and_eager_where_nothing_was_measured(tmp_path: Path) -> None:
+    choice = tmp_path / "choice.json"
+    assert not is_compiled(choice, "base")
+    choice.write_text(json.dumps({"base True": 9.0, "base False": 3.0, "sr256 True": 2.0, "sr256 False": 3.0}))
+    assert is_compiled(choice, "base")
+    assert not is_compiled(choice, "sr256")
