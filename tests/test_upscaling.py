@@ -247,7 +247,7 @@ def bars(side: int, across: bool) -> torch.Tensor:
     return lines if across else lines.mT
 
 
-@pytest.mark.parametrize("name", ["sr256", "sr1024"])
+@pytest.mark.parametrize("name", ["upscale256", "sr1024"])
 def test_a_bundled_stage_draws_the_picture_that_it_is_given(name: str) -> None:
     stage = load_stage(BUNDLED_MODEL / name)
     empty = TextEmbeddings.from_rows([torch.zeros(1, stage.config.model.text_dim)])

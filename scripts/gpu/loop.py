@@ -232,6 +232,8 @@ def train(run: Run, timing: Timing, out: Path, name: str, stop: Stop, check: Che
     if not all(map(torch.isfinite, at.losses)):  # since the last line of the log
         say(f"{name} {at.step}: not finite at the end; earlier weights")
         safe.restore()
+    for kind, (_, weights) in due.items():  # a run that was stopped, or whose last step was a long one
+        run.write(weights, out, f"{kind}-{name}")
     return _best(run, out, name, check)
 
 
