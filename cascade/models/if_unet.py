@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -42,7 +42,7 @@ class IFPrepared:
     embedding: Tensor
     text: tuple[KeysValues, ...]
     low_res: Tensor | None
-    generation: object = field(default_factory=object)
+    generation: object
 
 
 class Level(nn.Module):
@@ -125,7 +125,9 @@ class IFUNet(nn.Module):
             embedding = embedding + self.class_embedding(self._sinusoids(cond.low_res_log_snr))
         context = self.encoder_hid_proj(states)  # (B, N, D)
         text = tuple(attention.read_text(context) for attention in self._attentions())
-        return IFPrepared(embedding, text, cond.low_res)
+        # A compiled network has no kernels of its own to share, and no way to trace a new object.
+        generation = None if torch.compiler.is_compiling() else object()
+        return IFPrepared(embedding, text, cond.low_res, generation)
 
     def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | IFPrepared) -> Tensor:
         """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, 2 C, H, W). H and W: multiples of config.downsampling.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MOST_UNREAD = 100
 """Steps after which their numbers are read, wanted or not: they take memory, and say whether the run is sound."""
