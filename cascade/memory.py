@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -187,7 +188,10 @@ def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
         if config.stage.low_resolution is not None:
             cond = replace(cond, low_res=picture, low_res_log_snr=level)
         with LiveBytes() as live, _FusedAttention():
-            stage.network(picture, level, cond).square().mean().backward()
+            loss = stage.network(picture, level, cond).square().mean()
+            # Given the tensor itself, torch would turn the mode off meanwhile, and with activation checkpointing find
+            # another attention when it computes again.
+            torch.autograd.backward(get_gradient_edge(loss))
     stage.network.zero_grad(set_to_none=True)
     return live.peak
 

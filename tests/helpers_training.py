@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cascade.build import build_stage
-from cascade.config import TrainConfig
-from cascade.settings import override, parse
+from cascade.config import StageConfig, TrainConfig
+from cascade.preflight import check_run
+from cascade.settings import override, parse, to_yaml
+from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.training.log import MEASURED
 
@@ -104,12 +107,34 @@ SUPER_RESOLUTION = (
 
 
 def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
-    """A Trainer with fresh weights, none of them zero: at a zero last layer most of a network has no effect."""
-    from cascade.training.trainer import Trainer
+    """A Trainer made as `cascade train` makes it, but for a text encoder of words and weights none of which is zero.
 
-    stage = build_stage(config.stage, seed=config.training.seed)
-    fill(stage.network, seed=config.training.seed)
-    return Trainer(config, stage, text or WordEncoder())
+    At a zero last layer most of a network has no effect.
+    """
+    from cascade.load import load_trainer
+
+    def filled(settings: StageConfig, seed: int) -> Stage:
+        stage = build_stage(settings, seed=seed)
+        fill(stage.network, seed)
+        return stage
+
+    with (
+        patch("cascade.load.training.check_run", _check_once),
+        patch("cascade.load.training.load_text_encoder", lambda _settings: text or WordEncoder()),
+        patch("cascade.load.training.build_stage", filled),
+    ):
+        return load_trainer(config)
+
+
+_checked: set[tuple[str, int, bool]] = set()
+
+
+def _check_once(config: TrainConfig, processes: int, sharded: bool) -> None:
+    """The checks before a run, which take a third of a second, once for equal settings."""
+    settings = (to_yaml(config.model_copy(update={"output": "anywhere"})), processes, sharded)
+    if settings not in _checked:
+        check_run(config, processes, sharded)
+        _checked.add(settings)
 
 
 def fill(network: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> None:

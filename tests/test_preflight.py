@@ -224,6 +224,15 @@ def test_the_activations_of_a_step_are_those_that_a_true_one_makes(tmp_path: Pat
     assert counted == pytest.approx(peaks[8] - peaks[4], rel=0.15)  # the loss itself is not counted
 
 
+def test_activations_that_are_computed_again_are_not_counted(tmp_path: Path) -> None:
+    """With attention, of which the estimate has a kind of its own."""
+    kept, again = (
+        training_memory(micro_config(tmp_path / "run", f"training.activation_checkpointing={value}")).activations
+        for value in ("false", "true")
+    )
+    assert 0 < again < kept
+
+
 def test_weights_and_all_that_belongs_to_them_are_shared_out_under_fsdp(tmp_path: Path) -> None:
     config = micro_config(tmp_path / "run")
     weights = weight_bytes(trainer(config).stage.network)

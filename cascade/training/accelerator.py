@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cascade.config import TrainConfig, TrainingConfig
@@ -30,7 +30,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of a run. Raises CascadeError for a precision or a tracker that is not to be had here."""
     precision = config.training.precision
     trackers = list(config.training.trackers)
-    device = _processes().device
+    device = launched_processes().device
     if precision == "bf16" and not has_bfloat16(device):
         raise CascadeError(f"training.precision: {name_of(device)} has no bfloat16; use fp16 or fp32")
     if precision == "fp16" and device.type == "cpu":
@@ -42,6 +42,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`log_with=")  # the error below says it
             accelerator = Accelerator(
+                cpu=device.type == "cpu",
                 mixed_precision="no" if precision == "fp32" else precision,
                 log_with=trackers or None,
                 project_dir=config.output,
@@ -127,14 +128,29 @@ def _told(error: Exception) -> str:
     return f"the main process failed with {type(error).__name__}: {reason}; what it wrote says where"
 
 
-def _processes() -> PartialState:
-    """The processes that were launched, as accelerate sees them: how they are asked for first, holds."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+def launched_processes() -> PartialState:
+    """The processes that were launched together, as accelerate sees them, which keeps what it was told first.
+
+    On a machine without GPUs accelerate takes each of several processes for one alone, unless it is told that the CPU
+    is meant: by `ACCELERATE_USE_CPU`, which torchrun does not know, or here. Raises CascadeError when it sees another
+    number than was launched: each would be a run of its own.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    launched = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if state.num_processes < launched and state.device.type in ("cpu", "mps"):
+        PartialState._reset_state()
+        state = PartialState(cpu=True, timeout=TIMEOUT)
+    if state.num_processes != launched:
+        raise CascadeError(
+            f"{launched} processes were launched, but accelerate sees {state.num_processes} of them; start them with"
+            " `accelerate launch` or torchrun"
+        )
+    return state
 
 
 def expected_processes() -> tuple[int, bool]:
     """How many processes were launched, and whether they will share out the weights."""
-    state = _processes()
+    state = launched_processes()
     return int(state.num_processes), _asks_for_sharding() and state.device.type != "cpu"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,13 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION, TrainConfig
 from cascade.errors import CascadeError
+from cascade.locks import lock_file
 from cascade.training.changes import check_changes, check_surroundings
 from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _META = "state"
 """Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
@@ -118,6 +124,30 @@ def load_newest(output: Path, config: TrainConfig) -> RunState:
     if folder is None:
         raise CascadeError(f"{output}: the run ended before its first checkpoint")
     return read_state(folder)
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Alone with a run's folder, until the end of this process at the latest. Raises CascadeError when another has it.
+
+    Two runs in one folder would each remove what the other has begun to write. Where a file system has no locks, such
+    as some of clusters, there is a warning instead.
+    """
+    path = output / ".lock"
+    with ExitStack() as lock:
+        try:
+            me = f"process {os.getpid()} on {socket.gethostname()}"
+            lock.enter_context(lock_file(path, wait=False, holder=me))
+        except BlockingIOError:
+            who = path.read_text(encoding="utf-8") or "it has just begun"
+            raise CascadeError(
+                f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise CascadeError(f"{output}: cannot be written: {error.strerror or error}") from error
+            logger.warning("%s: no locks on this file system; see that no other run writes into this folder", output)
+        yield
 
 
 def remove_unfinished(output: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,15 @@ from cascade.training.optim import (
 )
 from cascade.training.samples import first_views, sample_grid
 from cascade.training.sharding import gather, spread_like, whole
-from cascade.training.state import RunState, checkpoints, newest, read_state, remove_unfinished, save_state
+from cascade.training.state import (
+    RunState,
+    checkpoints,
+    newest,
+    only_writer,
+    read_state,
+    remove_unfinished,
+    save_state,
+)
 from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
 from cascade.training.unread import MOST_UNREAD, Unread, read
 from cascade.training.validation import Validation
@@ -89,8 +97,14 @@ class Trainer:
         """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
 
         resume: continue from the newest checkpoint. Raises CascadeError for a run that exists and is not resumed,
-        for none to resume, for a loss that is not finite, and for too little memory.
+        for none to resume, for a folder into which another process writes, for a loss that is not finite, and for too
+        little memory.
         """
+        with ExitStack() as lock:
+            from_main(self.accelerator, lambda: self._alone(lock, resume))
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> bool:
         with shortage_told("before the first step", "give each process more, or use FSDP over several GPUs"):
             first = self._restore() if resume else self._start()
         last, stop = self.config.training.steps, False
@@ -356,6 +370,12 @@ class Trainer:
         optimizer = build_optimizer(network, settings.optimizer)
         prepared, wrapped = self.accelerator.prepare(compiled, optimizer)
         return prepared, wrapped
+
+    def _alone(self, lock: ExitStack, resume: bool) -> None:
+        """Hold the run's folder against whoever else would write into it."""
+        if resume and not self.output.exists():
+            self._newest()  # which says so; a mistyped name shall not leave a folder behind
+        lock.enter_context(only_writer(self.output))
 
     def _start(self) -> int:
         """Begin a new run; the folder must not hold one."""
