@@ -179,7 +179,10 @@ def _text_bytes(config: TextConfig) -> int:
 
 def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
     """Most bytes that a forward and backward pass makes on tensors without data."""
-    size, tokens = config.data.crop or config.stage.resolution, config.text.max_length if config.text.padded else 1
+    size = config.data.crop or config.stage.resolution
+    # A word and the end of the text at least: IF normalizes over the tokens, and of one token there is nothing to
+    # normalize where a group has one channel.
+    tokens = config.text.max_length if config.text.padded else 2
     with torch.device("meta"):
         picture = torch.zeros(pictures, 3, size, size)
         level = torch.zeros(pictures, 1, 1, 1)
