@@ -170,6 +170,12 @@ def reading_processes(config: TrainConfig) -> object:
     return len(set(multiprocessing.active_children()) - before)
 
 
+def stored_pictures(config: TrainConfig) -> object:
+    """Whether decoded pictures were stored, and where."""
+    views(config)
+    return sorted(Path(config.data.decoded).glob("*.pixels")) if config.data.decoded else None
+
+
 def starting_weights(config: TrainConfig) -> object:
     """The weights before the first step."""
     return digest(dict(load_trainer(config).stage.network.named_parameters()))
@@ -398,6 +404,7 @@ ROWS: dict[str, Row] = {
     "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),
     "data.max_bad_share": Row("1.0", views, ("data.sources=[{kind: folder, path: WORLD/half_broken}]",)),
     "data.workers": Row("1", reading_processes),
+    "data.decoded": Row("WORLD/decoded", stored_pictures, (FOLDER,)),
     # training
     "training.steps": Row("3", files),
     "training.batch_size": Row("2", log),

@@ -149,6 +149,9 @@ class DataConfig(Settings):
     """Stop when a larger share of the records is broken or has no caption."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode pictures beside the training process."""
+    decoded: str | None = None
+    """Folder for pictures decoded once, at the stage's `resolution`, and mapped into memory by every process from then
+    on: 12 KB each at 64 px. The views are the same. Streams and drawn scenes are not stored. None: no such folder."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -156,6 +159,8 @@ class DataConfig(Settings):
             raise ValueError("tiles: true needs crop, the size to cut from each tile")
         if self.tiles and self.jitter:
             raise ValueError("jitter resamples whole pictures; leave it 0 with tiles: true")
+        if self.decoded is not None and (self.tiles or self.jitter or own_lows(self.sources)):
+            raise ValueError("decoded stores pictures at one size; leave it out with tiles, jitter or a low_column")
         if self.jitter and own_lows(self.sources):
             raise ValueError("jitter would move a picture away from its low_column; leave it 0")
         return self

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
+from torch import Tensor
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-EncodedPicture = bytes | Path | Image.Image | None
+EncodedPicture = bytes | Path | Image.Image | Tensor | None
+"""Bytes or the path of a file, a picture of PIL, or uint8 (3, H, W), decoded already."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class BadRecordError(Exception):
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(f"{origin}: {reason}")
+        self.origin, self.reason = origin, reason
 
 
 class Records(Protocol):

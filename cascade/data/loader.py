@@ -8,20 +8,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import multiprocessing
-import os
 import random
-import signal
-import threading
-import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cascade.config import (
     DataConfig,
@@ -37,11 +31,11 @@ from cascade.data.dataset import BadRecordError
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, training_pair
+from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
 
 logger = logging.getLogger("cascade.data")
-T = TypeVar("T")
 
 CYCLE = 1000
 """Views after which every source has had exactly its share."""
@@ -70,16 +64,45 @@ class View:
 class Batch:
     """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run.
 
-    lows: uint8 (3, s, s), by places in the batch: smaller pictures that are not the area mean.
+    lows: uint8 (3, s, s), by places in the batch: smaller pictures that are not the area mean. beside: what whoever
+    asked for batches wanted to know of the captions, made where they were read.
     """
 
     images: Tensor
     captions: list[str]
     samples: list[int]
     lows: Mapping[int, Tensor] = field(default_factory=dict)
+    beside: object = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+Beside = Callable[[list[str]], object]
+"""What is made of a batch's captions where they are read: in another process, if others read."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A batch, and what was wrong with the records before each of its views.
+
+    Joined where it is read: between processes each tensor takes as long as a whole batch does.
+    """
+
+    batch: Batch
+    bad: list[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, views: Sequence[View], beside: Beside | None) -> _Share:
+        captions = [view.caption for view in views]
+        batch = Batch(
+            images=torch.stack([view.image for view in views]),
+            captions=captions,
+            samples=[view.sample for view in views],
+            lows={place: view.low for place, view in enumerate(views) if view.low is not None},
+            beside=None if beside is None else beside(captions),
+        )
+        return cls(batch, [view.bad for view in views])
 
 
 class Mixture:
@@ -94,7 +117,7 @@ class Mixture:
         self._length = int(self._counts.sum())
         self._seed = seed
         self._cycle = -1
-        self._sources = torch.empty(0, dtype=torch.int64)
+        self._places: list[tuple[int, int]] = []
 
     def locate(self, view: int) -> tuple[int, int]:
         """(source, use of that source) of a view."""
@@ -102,10 +125,13 @@ class Mixture:
         if cycle != self._cycle:
             ordered = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
             order = torch.randperm(self._length, generator=generator(self._seed, "mixture", cycle))
-            self._sources, self._cycle = ordered[order], cycle
-        source = int(self._sources[position])
-        earlier = int((self._sources[:position] == source).sum())
-        return source, cycle * int(self._counts[source]) + earlier
+            sources = ordered[order].tolist()
+            uses = [cycle * count for count in self._counts.tolist()]
+            self._places, self._cycle = [], cycle
+            for source in sources:
+                self._places.append((source, uses[source]))
+                uses[source] += 1
+        return self._places[position]
 
 
 def _shares(weights: Sequence[float], length: int) -> list[int]:
@@ -127,7 +153,8 @@ class Views(Dataset[View]):
         self._seed = seed
         self._mixture = Mixture([source.weight for source in data.sources], seed)
         self._sources = [
-            open_source(source, stage.resolution, (seed, "source", index)) for index, source in enumerate(data.sources)
+            open_source(source, stage.resolution, (seed, "source", index), data)
+            for index, source in enumerate(data.sources)
         ]
 
     def __getitem__(self, sample: int) -> View:
@@ -158,15 +185,18 @@ class BadRecords:
         self._seen = 0
         self._bad = 0
 
-    def add(self, view: View) -> None:
-        """Raises CascadeError when the share of bad records is above the limit, beyond chance."""
-        self._seen += 1 + len(view.bad)
-        self._bad += len(view.bad)
-        for message in view.bad:
+    def add(self, bad: Sequence[str]) -> None:
+        """A view, and what was wrong with each record before it in its place.
+
+        Raises CascadeError when the share of bad records is above the limit, beyond chance.
+        """
+        self._seen += 1 + len(bad)
+        self._bad += len(bad)
+        for message in bad:
             if message not in self._named:
                 self._named[message] = None
                 logger.warning("skipped %s", message)
-        if view.bad and self._seen >= PATIENCE and self._too_many():
+        if bad and self._seen >= PATIENCE and self._too_many():
             first = "; ".join(list(self._named)[:3])
             raise CascadeError(
                 f"data: {self._bad} of {self._seen} records are broken or have no caption, more than"
@@ -189,21 +219,22 @@ def batches(
     process: int = 0,
     processes: int = 1,
     workers: int | None = None,
+    beside: Beside | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
 
     batch_size: of all processes together; each takes a contiguous share.  first_batch: where to go on.
-    workers: decoding processes, data.workers when None.  A streaming source is read by every worker of every
-    process from its start, each keeping its own share. Close the iterator to end the workers.
+    workers: decoding processes, data.workers when None.  beside: called by them for each batch's captions; its answer
+    is `Batch.beside`.  A streaming source is read by every worker of every process from its start, each keeping its own
+    share. Close the iterator to end the workers.
     """
     if batch_size % processes:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes")
     share = batch_size // processes
     views = Views(data, stage, seed)
     numbers = _sample_numbers(batch_size, share, first_batch, process)
-    return _checked(
-        _loaded(views, numbers, data.workers if workers is None else workers), BadRecords(data.max_bad_share)
-    )
+    shares = _loaded(_Shares(views, beside), numbers, data.workers if workers is None else workers)
+    return _checked(shares, BadRecords(data.max_bad_share))
 
 
 def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int) -> Iterator[list[int]]:
@@ -213,89 +244,42 @@ def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int)
         start += batch_size
 
 
-def _checked(shares: Generator[list[View], None, None], bad_records: BadRecords) -> Generator[Batch, None, None]:
+def _checked(shares: Generator[_Share, None, None], bad_records: BadRecords) -> Generator[Batch, None, None]:
     # Closed at once in any case: an error's traceback would keep the workers waiting.
     with closing(shares):
-        for views in shares:
-            for view in views:
-                bad_records.add(view)
-            yield Batch(
-                images=torch.stack([view.image for view in views]),
-                captions=[view.caption for view in views],
-                samples=[view.sample for view in views],
-                lows={place: view.low for place, view in enumerate(views) if view.low is not None},
-            )
+        for share in shares:
+            for bad in share.bad:
+                bad_records.add(bad)
+            yield share.batch
 
 
-def _loaded(views: Views, numbers: Iterator[list[int]], workers: int) -> Generator[list[View], None, None]:
+def _loaded(shares: _Shares, numbers: Iterator[list[int]], workers: int) -> Generator[_Share, None, None]:
     if workers == 0:
-        yield from ([views[number] for number in share] for share in numbers)
+        yield from map(shares.read, numbers)
         return
-    with closing(read_by_workers(_Shares(views), numbers, workers)) as loaded:
+    with closing(read_by_workers(shares, numbers, workers)) as loaded:
         for share in loaded:
             if isinstance(share, CascadeError):
                 raise share
             yield share
 
 
-def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> Generator[T, None, None]:
-    """`items[place]` for each of the places, in their order, read by other processes, which end with the iterator."""
-    with warnings.catch_warnings():
-        # How many workers to start is the user's choice, also on a machine with fewer cores.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            items,
-            sampler=places,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_begin_worker,
-        )
-        before = multiprocessing.active_children()
-        loaded = iter(loader)
-    started = [process for process in multiprocessing.active_children() if process not in before]
-    try:
-        yield from loaded
-    finally:
-        # The loader's iterator asks its workers to end when it goes, and it must go now, not at a later collection.
-        del loaded
-        for process in started:
-            process.kill()  # one that hangs, on a disk perhaps; Python would wait for it when it ends
-
-
-class _Shares(Dataset["list[View] | CascadeError"]):
+class _Shares(Dataset["_Share | CascadeError"]):
     """Several views by their numbers. A user's mistake is returned: raised, it would become a traceback."""
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: Views, beside: Beside | None) -> None:
         self._views = views
+        self._beside = beside
 
-    def __getitem__(self, numbers: list[int]) -> list[View] | CascadeError:
+    def read(self, numbers: list[int]) -> _Share:
+        """The views of these numbers. Raises CascadeError."""
+        return _Share.of([self._views[number] for number in numbers], self._beside)
+
+    def __getitem__(self, numbers: list[int]) -> _Share | CascadeError:
         try:
-            return [self._views[number] for number in numbers]
+            return self.read(numbers)
         except CascadeError as error:
             return error
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _begin_worker(_worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides.
-
-    When it is killed its workers end, too. torch's own look at the parent's number does not see it where a fork server
-    starts them, as Python 3.14 does: the server is the parent, and lives as long as any of them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:

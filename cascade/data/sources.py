@@ -6,28 +6,59 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
+from cascade.config import (
+    DataConfig,
+    FolderSource,
+    HubSource,
+    ParquetSource,
+    ScenesSource,
+    SourceConfig,
+    WebDatasetSource,
+)
 from cascade.data.dataset import Records
+from cascade.data.decoded import Making, decoded, stamp_of_files
 from cascade.data.folder import FolderRecords
 from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
 from cascade.data.tables import open_hub_table, open_parquet, open_stream
 from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
 
+FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
-def open_source(config: SourceConfig, resolution: int, key: Key) -> Source:
-    """The source that `config` describes, its order keyed by `key`; `resolution`: of drawn scenes."""
+
+def open_source(config: SourceConfig, resolution: int, key: Key, data: DataConfig | None = None) -> Source:
+    """The source that `config` describes, its order keyed by `key`; `resolution`: of drawn scenes.
+
+    data: where its `decoded` is set, pictures come from there, at `resolution`, unless they are a stream's or drawn.
+    """
     if isinstance(config, ScenesSource):
         return SceneSource(config.held_out, resolution, key)
     if isinstance(config, HubSource) and config.streaming:
         return StreamSource(open_stream(config), config.shuffle_buffer, config.name, key)
     if isinstance(config, WebDatasetSource):
         tars = _open_tars(config)
-        return ShardedSource(tars, tars.starts, config.shuffle_block, key)
-    return ShuffledSource(open_records(config), key)
+        return ShardedSource(_perhaps_decoded(tars, config, data, resolution), tars.starts, config.shuffle_block, key)
+    return ShuffledSource(_perhaps_decoded(open_records(config), config, data, resolution), key)
 
 
-def open_records(config: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Records:
+def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | None, resolution: int) -> Records:
+    if data is None or data.decoded is None:
+        return records
+    source = config.model_dump(mode="json", exclude={"weight", "shuffle_block"})
+    of = {"source": source, "stamp": _stamp(config, records)}
+    return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of))
+
+
+def _stamp(config: FiniteSource, records: Records) -> str:
+    """What changes when the pictures or captions of a source do."""
+    if isinstance(config, FolderSource):
+        return stamp_of_files(sorted(path for path in Path(config.path).rglob("*") if path.is_file()))
+    if isinstance(config, HubSource):
+        return str(getattr(records, "fingerprint", len(records)))
+    return stamp_of_files(matching_files(config.files))
+
+
+def open_records(config: FiniteSource) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
         return FolderRecords(Path(config.path), config.caption_column)

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from cascade.config import DataConfig, HubSource, ScenesSource, SourceConfig, StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records
-from cascade.data.loader import Views, read_by_workers
+from cascade.data.loader import Views
 from cascade.data.order import SceneSource
 from cascade.data.sources import open_records
 from cascade.data.tables import open_stream
 from cascade.data.transforms import decode, prepared_pair
+from cascade.data.workers import read_by_workers
 from cascade.images import contact_sheet, downsample, to_float, to_pil
 
 ENDLESS_LIMIT = 1000
@@ -112,7 +113,7 @@ def view_sheet(
     For super-resolution each beside its smaller picture (before noise), which is enlarged by repeating pixels: the one
     that the record brings, else the area mean. as_read: from a caption to what the text encoder reads of it.
     """
-    views = Views(data, stage, seed)
+    views = Views(data.model_copy(update={"decoded": None}), stage, seed)  # a glance: nothing is stored for it
     cells: list[Image.Image] = []
     labels: list[str] = []
     for number in range(count):

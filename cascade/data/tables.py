@@ -28,6 +28,11 @@ class TableRecords:
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the rows do, as the library sees it."""
+        return str(self._table._fingerprint)
+
     def __getitem__(self, index: int) -> Record:
         row = self._table[index]
         return Record(

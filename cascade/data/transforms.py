@@ -36,14 +36,15 @@ def prepared_pair(
     picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
 ) -> tuple[Tensor, Tensor | None]:
     """`training_pair` of a record whose picture is decoded already."""
-    height, width = picture.shape[-2:]
-    if data.aspect == "pad" and max(height, width) > MAX_ASPECT * min(height, width):
-        raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
+    check_strip(record, picture, data.aspect)
+    moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
         picture = square(picture, data.aspect)
+        # Before it is mirrored: so it is stored by `data.decoded`, and both are the same in every bit.
+        picture = picture if moves else resize(picture, stage.resolution)
     flipped = rng.random() < data.flip and not record.drawn
     picture = picture.flip(-1) if flipped else picture
-    if data.jitter and not record.drawn:
+    if moves:
         picture = jitter(picture, data.jitter, rng)
     if not data.tiles:
         picture = resize(picture, stage.resolution)
@@ -57,6 +58,13 @@ def prepared_pair(
         picture = window(picture, top, left, data.crop)
         low = None if low is None else window(low, top // scale, left // scale, data.crop // scale)
     return picture.contiguous(), None if low is None else low.contiguous()
+
+
+def check_strip(record: Record, picture: Tensor, aspect: Literal["crop", "pad"]) -> None:
+    """Raises BadRecordError for a picture that would be padded to hardly more than white."""
+    height, width = picture.shape[-2:]
+    if aspect == "pad" and max(height, width) > MAX_ASPECT * min(height, width):
+        raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
 
 
 def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tensor:
@@ -81,6 +89,8 @@ def decode(record: Record) -> Tensor:
     """The stored picture -> uint8 (3, H, W), upright, over white. Raises BadRecordError."""
     if record.image is None:
         raise BadRecordError(record.origin, "no picture")
+    if isinstance(record.image, Tensor):
+        return record.image
     try:
         if isinstance(record.image, Image.Image):
             return from_pil(record.image)
@@ -93,6 +103,8 @@ def decode(record: Record) -> Tensor:
 def square(picture: Tensor, aspect: Literal["crop", "pad"]) -> Tensor:
     """The central square, or the whole picture padded with white to a square."""
     height, width = picture.shape[-2:]
+    if height == width:
+        return picture
     size = min(height, width) if aspect == "crop" else max(height, width)
     # Negative padding crops; an odd pixel goes to the right and the bottom.
     left, top = (size - width) // 2, (size - height) // 2

@@ -24,7 +24,7 @@ from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.locks import lock_file
 from cascade.text.embeddings import TextEmbeddings
-from cascade.text.lookup import HASH_BYTES, Lookup, hash_of
+from cascade.text.lookup import HASH_BYTES, Lookup, Place, hash_of
 
 _START_AGAIN = "delete the folder and fill it again with `cascade encode`"
 ANOTHER_ENCODER = (
@@ -68,7 +68,7 @@ class EmbeddingCache:
         """
         self.folder = Path(folder)
         self._index = _Index(encoder_fingerprint, dim)
-        self._shards: list[Any] = []  # open safetensors files, as the lookup numbers them
+        self._shards: list[Tensor] = []  # mapped into memory, not read; as the lookup numbers them
         self._paths: list[Path] = []
         self._lookup = Lookup()
         if self._index_path.exists():
@@ -162,6 +162,16 @@ class EmbeddingCache:
         """The embeddings of `prompts`: (B, N, D) bf16. Raises CascadeError if one is missing."""
         return TextEmbeddings.from_rows([self._row(prompt) for prompt in prompts])
 
+    def find(self, prompts: Sequence[str]) -> TextEmbeddings | None:
+        """The embeddings of `prompts`; None if one is missing."""
+        places = [self._lookup.find(hash_of(prompt)) for prompt in prompts]
+        known = [place for place in places if place is not None]
+        return TextEmbeddings.from_rows([self._tokens(place) for place in known]) if len(known) == len(places) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it anew: files do not travel."""
+        return type(self), (self.folder, self.fingerprint, self.dim)
+
     @property
     def _index_path(self) -> Path:
         return self.folder / "index.json"
@@ -194,7 +204,7 @@ class EmbeddingCache:
             if len(keys) != len(lengths) or shape != [int(lengths.sum()), self.dim]:
                 raise CascadeError(f"{path}: its parts do not fit together; {_START_AGAIN}")
             found.append((keys, lengths))
-            self._shards.append(shard)
+            self._shards.append(shard.get_tensor("tokens"))
             self._paths.append(path)
         self._lookup.add_shards(found)
 
@@ -202,5 +212,7 @@ class EmbeddingCache:
         place = self._lookup.find(hash_of(prompt))
         if place is None:
             raise CascadeError(f"{self.folder}: no embedding of {prompt!r}; add it with `cascade encode`")
-        tokens: Tensor = self._shards[place.shard].get_slice("tokens")[place.start : place.start + place.length]
-        return tokens
+        return self._tokens(place)
+
+    def _tokens(self, place: Place) -> Tensor:
+        return self._shards[place.shard][place.start : place.start + place.length]

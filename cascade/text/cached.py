@@ -42,6 +42,11 @@ class CachedTextEncoder:
         self._dtype = dtype
 
     @property
+    def cache(self) -> EmbeddingCache:
+        """What is looked into first."""
+        return self._cache
+
+    @property
     def dim(self) -> int:
         """Width D of an embedding."""
         return self._cache.dim

@@ -43,6 +43,7 @@ EFFECTS: dict[str, Effect] = {
     "data": Effect.OTHER_RESULT,
     "data.max_bad_share": Effect.SAME_RESULT,
     "data.workers": Effect.SAME_RESULT,
+    "data.decoded": Effect.SAME_RESULT,
     "training": Effect.OTHER_RESULT,
     "training.init_from": Effect.SAME_RESULT,  # it was read once, at the start
     "training.lora_rank": Effect.OTHER_RUN,

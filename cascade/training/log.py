@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -47,9 +48,14 @@ class Meter:
 
     def add_losses(self, losses: Sequence[float], log_snrs: Sequence[float]) -> None:
         """Loss and log SNR of every picture of all processes."""
+        by_band: dict[str, list[float]] = {}
         for loss, log_snr in zip(losses, log_snrs, strict=True):
-            self.add("loss", loss)
-            self.add(_BANDS[sum(log_snr >= edge for edge in BAND_EDGES)], loss)
+            by_band.setdefault(_BANDS[bisect_right(BAND_EDGES, log_snr)], []).append(loss)
+        for name, values in (("loss", losses), *by_band.items()):
+            total, count = self.sums.get(name, (0.0, 0))
+            for value in values:  # one by one: the same bits however many steps are read at a time
+                total += value
+            self.sums[name] = (total, count + len(values))
         self._images += len(losses)
 
     def add(self, name: str, value: float) -> None:

@@ -16,7 +16,7 @@ from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample, to_float
 from cascade.seeds import derive_seed, generator
 from cascade.stage import Network, Stage
-from cascade.text.embeddings import TextEncoderProtocol
+from cascade.text.embeddings import TextEmbeddings, TextEncoderProtocol
 from cascade.training.counted import counted_noise
 from cascade.transfer import on_device
 
@@ -64,7 +64,10 @@ def training_batch(
 
     first: number of the first view of the step of `batch_size`, of which this may be one process' share of a pass.
     """
-    embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
+    if isinstance(batch.beside, TextEmbeddings):
+        embeddings = batch.beside
+    else:
+        embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(
         x=to_float(on_device(batch.images, device)),
         text=on_device(embeddings.tokens, device).to(torch.float32),

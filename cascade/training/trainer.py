@@ -24,6 +24,7 @@ from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
+from cascade.text.cached import CachedTextEncoder
 from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.accelerator import (
     any_process,
@@ -423,6 +424,8 @@ class Trainer:
             first_batch=first_step * settings.accumulation,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            # Looked up by whoever reads the pictures, so that this thread has nothing to do with text.
+            beside=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,
         )
 
     @property

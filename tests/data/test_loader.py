@@ -3,10 +3,12 @@
 import itertools
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,8 @@ from tiny_data import encoded, plain_picture, write_folder, write_parquet
 from torch.utils.data import Dataset
 
 from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
-from cascade.data.loader import Batch, Mixture, Views, batches, captions_of, read_by_workers
+from cascade.data.loader import Batch, Mixture, Views, batches, captions_of
+from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.images import from_pil
 
@@ -267,7 +270,7 @@ def test_a_reading_process_that_hangs_ends_with_the_iterator() -> None:
 
 KILLED = """
 import itertools, multiprocessing, sys, time
-from cascade.data.loader import read_by_workers
+from cascade.data.workers import read_by_workers
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
@@ -301,3 +304,17 @@ def runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def process_of(captions: list[str]) -> tuple[int, int]:
+    """Who looked at how many captions."""
+    return os.getpid(), len(captions)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_asked_of_captions_is_made_where_they_are_read(stage: StageConfig, workers: int) -> None:
+    data = DataConfig(sources=(ScenesSource(),))
+    with closing(batches(data, stage, 0, batch_size=3, workers=workers, beside=process_of)) as stream:
+        process, count = next(stream).beside  # type: ignore[misc]
+    assert count == 3
+    assert (process == os.getpid()) == (workers == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -375,3 +376,15 @@ def test_places_follow_from_the_lengths_before() -> None:
         shard = int(row >= 400)
         start = int(lengths[400 * shard : row].sum())
         assert lookup.find(bytes(keys[row].tolist())) == Place(shard, start, int(lengths[row]))
+
+
+def test_another_process_finds_what_was_there_and_says_where_something_is_missing(
+    cache: EmbeddingCache, encoder: CountingEncoder
+) -> None:
+    """A cache that travels is opened anew, by its folder."""
+    fill(cache, encoder, CAPTIONS)
+    travelled = pickle.loads(pickle.dumps(cache))
+    found, expected = travelled.find(CAPTIONS[:3]), cache.get(CAPTIONS[:3])
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.mask, expected.mask)
+    assert travelled.find([CAPTIONS[0], "never seen"]) is None

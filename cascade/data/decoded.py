@@ -1,0 +1,179 @@
+"""Finite records with their pictures decoded once, square and at the stage's resolution, in one memory-mapped file.
+
+A folder holds for each source, resolution and aspect `NAME.pixels`, uint8 (N, 3, R, R), `NAME.records`, a line of JSON
+a record, and `NAME.json`, which says of what they were made; it is written last, and whatever is written replaces what
+was there at once. Any number of processes map the same file, of which the system holds one copy in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cascade.checkpoint import atomic_file, read_json, write_json
+from cascade.config import FORMAT_VERSION
+from cascade.data.dataset import BadRecordError, Record, Records
+from cascade.data.transforms import check_strip, decode, resize, square
+from cascade.data.workers import read_by_workers
+from cascade.errors import CascadeError
+from cascade.locks import lock_file
+
+logger = logging.getLogger("cascade.data")
+
+
+@dataclass(frozen=True)
+class Making:
+    """How pictures are decoded. Whatever changes a number of theirs is in `name` or `of`.
+
+    name: of the files. of: what they are made of, as JSON; other files, or other settings, are made anew.
+    """
+
+    folder: Path
+    resolution: int
+    aspect: Literal["crop", "pad"]
+    workers: int
+    of: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
+        return f"{digest[:16]}-{self.resolution}-{self.aspect}"
+
+
+class DecodedRecords:
+    """The records of a source, each picture uint8 (3, R, R). Nothing is read but the files of the folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        said = read_json(folder / f"{name}.json")
+        shape = (int(said["count"]), 3, int(said["resolution"]), int(said["resolution"]))
+        path = folder / f"{name}.pixels"
+        if not path.exists() or path.stat().st_size != np.prod(shape):
+            raise CascadeError(f"{path}: not of the size that {name}.json says; delete {folder} and start again")
+        # As plain arrays: numpy's own class for mapped files takes ten times as long to take a part of one.
+        self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
+        self._lines = np.asarray(np.memmap(folder / f"{name}.records", np.uint8, "r"))
+        self._ends = np.flatnonzero(self._lines == ord("\n"))
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, index: int) -> Record:
+        origin, captions, reason = self._described(index)
+        if reason is not None:
+            raise BadRecordError(origin, reason)
+        return Record(torch.from_numpy(np.array(self._pixels[index])), tuple(captions), origin)
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        for index in range(len(self)):
+            captions = self._described(index)[1]
+            if captions is not None:
+                yield tuple(captions)
+
+    def _described(self, index: int) -> tuple[str, list[str], str | None]:
+        """(name for messages, captions, what is wrong with it)."""
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        origin, captions, reason = json.loads(self._lines[start : int(self._ends[index])].tobytes().decode())
+        return origin, captions, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the same files: their content does not travel."""
+        return type(self), (self._folder, self._name)
+
+
+def decoded(records: Records, making: Making) -> DecodedRecords:
+    """The decoded copy of `records`, made now unless it is there. Of several processes one makes it, the others wait.
+
+    Raises CascadeError when the disk has no room for it.
+    """
+    folder, name = making.folder, making.name
+    with lock_file(folder / f".{name}.lock"):
+        if not _is_there(making, len(records)):
+            _make(records, making)
+    return DecodedRecords(folder, name)
+
+
+def _is_there(making: Making, count: int) -> bool:
+    path = making.folder / f"{making.name}.json"
+    return path.exists() and read_json(path) == _said(making, count)
+
+
+def _said(making: Making, count: int) -> dict[str, Any]:
+    return {"format": FORMAT_VERSION, "count": count, "resolution": making.resolution, "of": making.of}
+
+
+def _make(records: Records, making: Making) -> None:
+    count, side = len(records), making.resolution
+    size = count * 3 * side**2
+    free = shutil.disk_usage(making.folder).free
+    if size > free:
+        raise CascadeError(
+            f"data.decoded: {count} pictures of {side} px take {size / 1e9:.1f} GB, {making.folder} has"
+            f" {free / 1e9:.1f} GB free; name another folder, or leave it out"
+        )
+    logger.info("decoding %d pictures to %d px, once: %s", count, side, making.folder / making.name)
+    base = making.folder / making.name
+    (base.parent / f"{base.name}.json").unlink(missing_ok=True)
+    with (
+        atomic_file(f"{base}.pixels") as pixels,
+        atomic_file(f"{base}.records") as lines,
+        pixels.open("wb") as pixels_file,
+        lines.open("w", encoding="utf-8") as lines_file,
+        closing(_made(_Squares(records, making), count, making.workers)) as made,
+    ):
+        nothing = bytes(3 * side**2)
+        for origin, captions, reason, picture in made:
+            pixels_file.write(nothing if picture is None else picture.numpy().tobytes())
+            lines_file.write(json.dumps([origin, captions, reason]) + "\n")
+    write_json(f"{base}.json", _said(making, count))
+
+
+_Square = tuple[str, tuple[str, ...], str | None, Tensor | None]
+"""(name for messages, captions, what is wrong with it, picture)."""
+
+
+class _Squares(Dataset[_Square]):
+    """The records as they are stored."""
+
+    def __init__(self, records: Records, making: Making) -> None:
+        self._records, self._making = records, making
+
+    def __getitem__(self, index: int) -> _Square:
+        try:
+            record = self._records[index]
+            picture = decode(record)
+            check_strip(record, picture, self._making.aspect)
+            picture = resize(square(picture, self._making.aspect), self._making.resolution)
+        except BadRecordError as error:
+            return error.origin, (), error.reason, None
+        return record.origin, record.captions, None, picture
+
+
+def _made(squares: _Squares, count: int, workers: int) -> Generator[_Square, None, None]:
+    if workers == 0:
+        yield from map(squares.__getitem__, range(count))
+        return
+    with closing(read_by_workers(squares, range(count), workers)) as made:
+        yield from made
+
+
+def stamp_of_files(paths: Iterable[str | Path]) -> str:
+    """A digest that changes when files are added, taken away, or written to."""
+    digest = hashlib.sha256()
+    for path in map(str, paths):
+        said = os.stat(path)  # noqa: PTH116 - of a million files
+        digest.update(f"{path}\0{said.st_size}\0{said.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
