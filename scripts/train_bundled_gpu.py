@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from gpu import pictures
 from gpu.drawn import PROMPTS, drawing, finished, save_few, sheet
-from gpu.loop import Phase, Run, Stop, Timing, say, train
+from gpu.loop import Phase, Run, Timing, say, train
 from gpu.loss import Measured, measured
 from gpu.network import read_parts, read_weights, with_weights
 from gpu.recipe import NO_SQUARES, RECIPES, REST, SHARES, phases, stage_config, task
@@ -38,6 +38,7 @@ from cascade.config import FORMAT_VERSION, StageConfig
 from cascade.errors import CascadeError
 from cascade.load.device import choose_device
 from cascade.stage import Stage
+from cascade.training.interrupt import stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,7 +216,14 @@ def train_command(packs: tuple[Path, ...], device: str, held_out: Path, out: Pat
     with_base = options.minutes > 0
     if not with_base and options.init is None:
         raise click.UsageError("--minutes 0 leaves the base stage as it is; name its folder with --init")
-    session = Session(prepare(device), out, Stop(), options)
+    with stop_signals() as stopped:
+        run(Session(prepare(device), out, stopped, options), packs, held_out)
+
+
+def run(session: Session, packs: Sequence[Path], held_out: Path) -> None:
+    """Both stages of `train`."""
+    options, out = session.options, session.out
+    with_base = options.minutes > 0
     session.check()
     out.mkdir(parents=True, exist_ok=True)
     encoder = options.text_encoder
@@ -224,7 +232,7 @@ def train_command(packs: tuple[Path, ...], device: str, held_out: Path, out: Pat
     library = load(packs, encoder, session.device, pictures.Mixture(shares, REST, scenes))
     stage = session.base(library, held)
     sheet(stage, pictures.embed(["", *PROMPTS], encoder, session.device), out / "sheet.png")
-    if options.sr_minutes > 0 and not session.stop.asked:
+    if options.sr_minutes > 0 and not session.stopped():
         session.enlarging(stage, library, held)
     say("done")
 
@@ -235,7 +243,7 @@ class Session:
 
     device: torch.device
     out: Path
-    stop: Stop
+    stopped: Callable[[], bool]
     options: Options
 
     def check(self) -> None:
@@ -290,7 +298,7 @@ class Session:
         def judged(weights: Sequence[Tensor]) -> Measured:
             return measured(with_weights(self._config(name), self.device, weights), check, RECIPES[name].levels)
 
-        return train(run, self.options.timing(name), self.out, name, self.stop, judged)
+        return train(run, self.options.timing(name), self.out, name, self.stopped, judged)
 
 
 # --- stage ---------------------------------------------------------------------------------------------------

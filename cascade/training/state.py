@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def only_writer(output: Path) -> Iterator[None]:
     """Alone with a run's folder, until the end of this process at the latest. Raises CascadeError when another has it.
 
     Two runs in one folder would each remove what the other has begun to write. Where a file system has no locks, such
-    as some of clusters, there is a warning instead.
+    as some of clusters, there is a warning instead. A run that ends before it wrote anything leaves no folder behind.
     """
     path = output / ".lock"
     with ExitStack() as lock:
@@ -147,7 +147,18 @@ def only_writer(output: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise CascadeError(f"{output}: cannot be written: {error.strerror or error}") from error
             logger.warning("%s: no locks on this file system; see that no other run writes into this folder", output)
-        yield
+        try:
+            yield
+        finally:
+            _remove_unused(output, path)
+
+
+def _remove_unused(output: Path, lock: Path) -> None:
+    """Delete a run's folder in which nothing lies but its lock."""
+    with suppress(OSError):
+        if list(output.iterdir()) == [lock]:
+            lock.unlink()
+            output.rmdir()
 
 
 def remove_unfinished(output: Path) -> None:

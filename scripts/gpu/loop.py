@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,18 +76,6 @@ class Timing:
     def rate(self, step: int, now: float) -> float:
         """The learning rate of a step."""
         return self.learning_rate * min(1.0, (1 - now) / self.decay, (step + 1) / self.warmup)
-
-
-class Stop:
-    """Set by SIGTERM or SIGINT; the run then ends in good order."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
 
 
 class Run:
@@ -197,7 +184,7 @@ Check = Callable[[Sequence[Tensor]], Measured]
 """What weights do on held-out views."""
 
 
-def train(run: Run, timing: Timing, out: Path, name: str, stop: Stop, check: Check) -> list[Tensor]:
+def train(run: Run, timing: Timing, out: Path, name: str, stopped: Callable[[], bool], check: Check) -> list[Tensor]:
     """Train until the time is over; returns the average with the smaller loss on held-out views.
 
     Writes <name>-* (that average), other-<name>-*, raw-<name>-* (weights from before the decay, with which a later run
@@ -211,7 +198,7 @@ def train(run: Run, timing: Timing, out: Path, name: str, stop: Stop, check: Che
     at = Progress(name)
     saved = 0.0
     with (out / f"{name}.jsonl").open("w") as log:
-        while not stop.asked and (now := at.seconds / (60 * timing.minutes)) < 1:
+        while not stopped() and (now := at.seconds / (60 * timing.minutes)) < 1:
             phase, rate = timing.phase(now), timing.rate(at.step, now) * safe.slowed
             if phase.size != at.size:  # its losses are others
                 safe.lowest = math.inf

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import loop, network
-from gpu.loop import Phase, Run, Stop, Task, Timing, train
+from gpu.loop import Phase, Run, Task, Timing, train
 from gpu.loss import PROBED, Levels, Measured, gradient_error, loss_of
 from gpu.optim import Average, Muon, orthogonal
 from gpu.recipe import stage_config
@@ -24,6 +24,7 @@ from cascade.diffusion.noise import diffuse
 from cascade.diffusion.parameterization import target
 from cascade.errors import CascadeError
 from cascade.training import optim as library
+from cascade.training.interrupt import stop_signals
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,10 @@ def run(configs: Path) -> Run:
 
 def no_check(weights: Sequence[Tensor]) -> Measured:  # noqa: ARG001 - a check is given weights
     return Measured(1.0, (0.0,) * len(PROBED))
+
+
+def not_stopped() -> bool:
+    return False
 
 
 def timing(minutes: float) -> Timing:
@@ -213,7 +218,7 @@ def test_the_rate_rises_holds_and_falls_to_zero_with_the_time() -> None:
 
 
 def test_a_run_ends_with_its_minutes_and_leaves_every_set_of_weights(run: Run, tmp_path: Path) -> None:
-    best = train(run, timing(0.05), tmp_path, "base", Stop(), no_check)
+    best = train(run, timing(0.05), tmp_path, "base", not_stopped, no_check)
     for name in ("base", "other-base", "raw-base", "guide-base"):
         assert set(network.read_parts(tmp_path, name)) == set(run.names)
     lines = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
@@ -224,7 +229,7 @@ def test_a_run_ends_with_its_minutes_and_leaves_every_set_of_weights(run: Run, t
 
 
 def test_the_last_step_of_a_run_is_a_small_one(run: Run, tmp_path: Path) -> None:
-    train(run, timing(0.05), tmp_path, "base", Stop(), no_check)
+    train(run, timing(0.05), tmp_path, "base", not_stopped, no_check)
     rates = [json.loads(line)["rate"] for line in (tmp_path / "base.jsonl").read_text().splitlines()]
     assert rates[0] == 1e-3
     assert rates == sorted(rates, reverse=True)
@@ -246,7 +251,7 @@ def test_a_run_that_breaks_after_the_last_line_of_the_log_ends_with_weights_from
 
     run.step = spoilt  # type: ignore[method-assign]
     clock = Timing(0.01, 1e-3, (Phase(0.0, 64, 2),), log_every=10**6)
-    best = train(run, clock, tmp_path, "base", Stop(), no_check)
+    best = train(run, clock, tmp_path, "base", not_stopped, no_check)
     assert all(torch.equal(a, b) for a, b in zip(best, good, strict=True))
 
 
@@ -263,7 +268,7 @@ def test_a_loss_that_is_nan_takes_the_run_back_to_earlier_weights_at_half_the_ra
         return torch.tensor(float("nan"))
 
     run.step = spoilt  # type: ignore[method-assign]
-    train(run, timing(0.02), tmp_path, "base", Stop(), no_check)
+    train(run, timing(0.02), tmp_path, "base", not_stopped, no_check)
     assert rates[1] <= rates[0] / 2
     assert all(torch.equal(a, b) for a, b in zip(run.params, good, strict=True))
 
@@ -276,12 +281,8 @@ def test_a_signal_ends_a_run_in_good_order(run: Run, tmp_path: Path) -> None:
         return step(phase, rate)
 
     run.step = once  # type: ignore[method-assign]
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        train(run, timing(60), tmp_path, "base", Stop(), no_check)
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+    with stop_signals() as stopped:
+        train(run, timing(60), tmp_path, "base", stopped, no_check)
     assert len((tmp_path / "base.jsonl").read_text().splitlines()) == 1
     assert set(network.read_parts(tmp_path, "base")) == set(run.names)
 
