@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import LOG_SNR_RANGE
+from cascade.diffusion.noise import CLEAN, LOG_SNR_RANGE
 from cascade.transfer import on_device
 
 
@@ -191,13 +191,15 @@ def step_grid(schedule: NoiseSchedule, numbers: Sequence[int]) -> Tensor:
 
 
 def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: str = "t") -> Tensor:
-    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0.
+    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0, and there clean.
 
     spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and
-    steps = T these are the T steps of algorithm 18.2.
+    steps = T these are the T steps of algorithm 18.2, whose last one ends at x wherever a schedule is clipped.
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "t":
-        return schedule.log_snr(t)
-    ends = schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    return torch.lerp(ends[:1], ends[1:], (1 - t).float())
+        levels = schedule.log_snr(t)
+    else:
+        ends = schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        levels = torch.lerp(ends[:1], ends[1:], (1 - t).float())
+    return torch.cat([levels[:-1], torch.tensor([CLEAN])])
