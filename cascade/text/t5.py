@@ -216,7 +216,9 @@ class TextEncoder:
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
-        hidden = self._loaded()(**inputs).last_hidden_state
+        # A run's autocast is for its network. Training reads text outside of it, and T5-XXL overflows float16.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self._loaded()(**inputs).last_hidden_state
         if self.padded:
             return list(hidden)
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_text import make_tiny_t5
+from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.text.embeddings import TextEmbeddings
@@ -140,6 +141,28 @@ def test_the_encoder_is_frozen_and_gives_no_gradients(encoder: TextEncoder) -> N
     assert not any(parameter.requires_grad for parameter in encoder._model.parameters())
     assert not encoder._model.training
     assert not encoder.encode(["a fox"]).tokens.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_encoder_whose_activations_overflow_float16(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    encoder = TextEncoder.from_pretrained(folder)
+    for name, weight in encoder._loaded().named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(3e6)
+    plain = encoder.encode(["red apple", ""])
+    hidden: list[Tensor] = []
+    watched = [
+        layer.register_forward_hook(lambda *call: hidden.append(call[2][0])) for layer in encoder._model.encoder.block
+    ]
+    with torch.autocast("cpu", dtype):
+        inside = encoder.encode(["red apple", ""])
+    for hook in watched:
+        hook.remove()
+    assert max(float(each.abs().max()) for each in hidden) > 65504, "no number of float16"
+    assert torch.equal(inside.tokens, plain.tokens)
+    assert inside.tokens.isfinite().all()
 
 
 def test_a_released_encoder_says_what_to_do(folder: Path) -> None:
