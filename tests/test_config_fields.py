@@ -126,11 +126,11 @@ def sample_sheet(config: TrainConfig) -> object:
 
 
 def embeddings(config: TrainConfig) -> object:
-    """What the text encoder gives for two captions."""
+    """What the text encoder gives for no text and two captions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt .* was cut")
         return digest(
-            {"tokens": load_text_encoder(config.text).encode(["a red apple", "Two blue stars: www.stars.com"]).tokens}
+            {"tokens": load_text_encoder(config.text).encode(["", "a red apple", "Two stars: www.stars.com"]).tokens}
         )
 
 
@@ -363,6 +363,7 @@ ROWS: dict[str, Row] = {
     "text.dtype": Row("bfloat16", embeddings, (T5,)),
     "text.padded": Row("true", embeddings, (T5,)),
     "text.captions": Row("deepfloyd", embeddings, (T5,)),
+    "text.null_text": Row("zeros", embeddings, (T5,)),
     "text.cache": Row("WORLD/cache", embeddings, (T5,)),  # the cache stores bf16
     # data
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),

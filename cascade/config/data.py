@@ -20,6 +20,8 @@ class TextReading(Settings):
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
     captions: Literal["as_is", "lower", "deepfloyd"] = "as_is"
     """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
+    null_text: Literal["encoded", "zeros"] = "encoded"
+    """What networks are given for no text: what the encoder makes of the empty prompt, or zeros, as Imagen has it."""
 
 
 class TextConfig(TextReading):

@@ -16,12 +16,12 @@ SMALLEST_SCALE = 1e-3
 
 
 class Adafactor(torch.optim.Optimizer):
-    """A kernel is taken as the matrix (out, in * height * width), as Muon takes it; torch's would factor its 3 x 3 taps.
+    """A kernel is the matrix (out, in * height * width), as for Muon; torch's would factor its 3 x 3 taps.
 
     The second moment of a matrix is the product of its rows' and columns' means over their mean; that of a vector is
-    held whole. A step is clipped to an RMS of 1 and in proportion to the RMS of the weight. State: `rows` (out, 1, ...),
-    `columns` (1, in, ...), so it depends on no layout in memory and is shared out as the weight is where that is
-    sharded; `squares`, in the shape of a vector; `step`. No number is read from the device.
+    held whole. A step is clipped to an RMS of 1 and in proportion to the RMS of the weight. State: `rows`
+    (out, 1, ...) and `columns` (1, in, ...), so it depends on no layout in memory and is shared out as the weight is
+    where that is sharded; `squares`, in the shape of a vector; `step`. No number is read from the device.
     Source: Shazeer & Stern (2018) algorithms 4 to 6, without momentum, with the constants of `torch.optim.Adafactor`.
     """
 

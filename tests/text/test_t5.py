@@ -78,6 +78,19 @@ def test_the_empty_prompt_is_the_end_of_text_alone(encoder: TextEncoder, folder:
     assert torch.equal(encoder.encode([""]).tokens, expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_null_text_may_be_zeros_while_every_other_text_stays(folder: Path, padded: bool) -> None:
+    zeros = TextEncoder.from_pretrained(folder, padded=padded, max_length=8, null_text="zeros")
+    plain = TextEncoder.from_pretrained(folder, padded=padded, max_length=8)
+    prompts = ["", "a fox", "  "]  # the tokenizer drops spaces
+    found, usual = zeros.encode(prompts, batch_size=3), plain.encode(prompts, batch_size=3)
+    assert torch.equal(found.mask, usual.mask), "as long as it would be"
+    assert not found.tokens[[0, 2]].any()
+    assert usual.tokens[0].any()
+    assert torch.equal(found.tokens[1], usual.tokens[1])
+    assert zeros.fingerprint != plain.fingerprint
+
+
 def test_a_long_prompt_is_cut_and_the_warning_says_where(folder: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, max_length=4)
     with pytest.warns(UserWarning, match=r"'a red apple of the fox' has 7 tokens.*after 'a red apple', before 'of the"):
