@@ -31,6 +31,7 @@ DISCRETE = {
 SCHEDULES: dict[str, NoiseSchedule] = {
     **{name: DiscreteSchedule(betas) for name, (betas, _) in DISCRETE.items()},
     "cosine": CosineSchedule(),
+    "cosine with an offset": CosineSchedule(offset=0.008),
     "shifted": CosineSchedule(resolution_shift(256, 64)),
 }
 
@@ -58,6 +59,13 @@ def test_cosine_alpha_is_the_squared_cosine() -> None:
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     expected = np.cos(np.pi * t.numpy() / 2) ** 2
     np.testing.assert_allclose(alpha(CosineSchedule().log_snr(t)).numpy(), expected, rtol=3e-6)
+
+
+def test_a_cosine_with_nichols_offset_has_the_noise_of_their_discrete_one() -> None:
+    schedule, steps = CosineSchedule(offset=0.008), torch.arange(1, T, dtype=torch.float64)
+    noise = 1 - chapter18.alphas(chapter18.squared_cosine_betas(T, 0.999))[:-1]
+    found = one_minus_alpha(schedule.log_snr(steps / T).double()).numpy()
+    np.testing.assert_allclose(found, noise, rtol=3e-6)  # float32 log SNR
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -13,6 +13,7 @@ from reference import chapter18
 from cascade.build import build_stage
 from cascade.config import LossConfig, TrainConfig
 from cascade.diffusion.loss import Weighting
+from cascade.diffusion.noise import log_snr_from_std
 from cascade.stage import Stage
 from cascade.training.step import Draw, TrainingBatch, conditions, draw_noise, noise_levels, training_loss
 
@@ -50,6 +51,17 @@ def test_the_augmentation_level_is_uniform_up_to_its_maximum() -> None:
     assert levels.min() >= 0
     assert levels.max() < 0.3
     assert levels.mean().item() == pytest.approx(0.15, abs=4 * 0.3 / (12 * 2000) ** 0.5)  # 4 standard errors
+
+
+def test_the_augmentation_level_may_be_uniform_in_the_time_of_the_cosine_schedule() -> None:
+    levels = draw_noise(range(2000), (2, 2), 2, 0, 0.9999, aug_spread="time").aug_level
+    times = torch.atan(torch.exp(-log_snr_from_std(levels) / 2)) * 2 / torch.pi  # the cosine schedule, inverted
+    for t in (0.1, 0.5, 0.9):
+        share = (times < t).double().mean().item()
+        assert share == pytest.approx(
+            t, abs=4 * (t * (1 - t) / 2000) ** 0.5 + 0.01
+        )  # 4 standard errors; t ends at 0.99
+    assert draw_noise(range(2000), (2, 2), 2, 0, 0.3, aug_spread="time").aug_level.max() < 0.3
 
 
 @pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
