@@ -33,7 +33,7 @@ from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
 from cascade.diffusion.noise import CLEAN, diffuse, noise_like
-from cascade.drawing import Picture, Texts, draw_batch
+from cascade.drawing.batches import Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
 from cascade.load import load_encoder, load_stage
 from cascade.seeds import generator

@@ -30,7 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
-from cascade.drawing import Picture, Texts, draw_batch
+from cascade.drawing.batches import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
