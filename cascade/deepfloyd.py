@@ -259,6 +259,8 @@ def unet_settings(config: StageConfig) -> dict[str, Any]:
 def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig) -> dict[str, Any]:
     """scheduler_config.json."""
     variances = {"learned": "learned_range", "posterior": "fixed_small", "beta": "fixed_large"}
+    if sampling.variance not in variances:
+        raise CascadeError(f"sampling.variance: diffusers has no {sampling.variance}; choose {', '.join(variances)}")
     dynamic = isinstance(sampling.threshold, float)
     return {
         "_class_name": "DDPMScheduler",

@@ -234,7 +234,7 @@ def run_sampler(
     """The sampler that the settings name."""
     match settings.sampler:
         case "ddpm":
-            return sample_ddpm(denoise, z, log_snrs, rng, on_step, variance_of=settings.variance)
+            return sample_ddpm(denoise, z, log_snrs, rng, on_step, variance_of=settings.variance, gamma=settings.gamma)
         case "ddim":
             return sample_ddim(denoise, z, log_snrs, rng, on_step, eta=settings.eta)
         case "heun":

@@ -350,6 +350,7 @@ ROWS: dict[str, Row] = {
     "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),
     "stage.sampling.threshold_maximum": Row("1.0", drawn, ("stage.sampling.threshold=0.9",)),
     "stage.sampling.variance": Row("beta", drawn, ("stage.sampling.sampler=ddpm",)),
+    "stage.sampling.gamma": Row("1.0", drawn, ("stage.sampling.sampler=ddpm", "stage.sampling.variance=between")),
     "stage.sampling.eta": Row("1.0", drawn),
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),

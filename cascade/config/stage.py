@@ -29,8 +29,11 @@ class SamplingConfig(Settings):
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None
     """Discrete schedules: the steps themselves, numbered from 0, high noise first, or one of DeepFloyd IF's lists, in
     place of `steps` and `spacing`."""
-    variance: Literal["posterior", "beta", "learned"] = "posterior"
-    """Variance sigma_t^2 of `ddpm`: of the posterior, beta_t, or between them where the network says (`if_unet`)."""
+    variance: Literal["posterior", "beta", "between", "learned"] = "posterior"
+    """Variance sigma_t^2 of `ddpm`: of the posterior, beta_t, or between them: where `gamma` says, or the network
+    (`learned`, `if_unet`)."""
+    gamma: Fraction = 0.3
+    """`variance: between`: log sigma_t^2 is this share of the way from the posterior's to beta's, as in Imagen."""
     eta: Fraction = 0.0
     """`ddim`: 0 is deterministic, 1 adds as much noise as `ddpm`."""
     guidance: Annotated[float, Field(ge=0)] = 1.0

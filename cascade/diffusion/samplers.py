@@ -66,13 +66,15 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance_of: Literal["posterior", "beta", "learned"] = "posterior",
+    variance_of: Literal["posterior", "beta", "between", "learned"] = "posterior",
+    gamma: float = 0.3,
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
-    (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances,
-    Nichol & Dhariwal (2021) eq. 15 for what lies between.
+    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma
+    of the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with
+    eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between,
+    and Saharia et al. (2022), whose gamma is one number.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
@@ -82,6 +84,8 @@ def sample_ddpm(
             beta = step_beta(log_snr_t, log_snr_s)
             if variance_of == "beta":
                 variance = beta
+            elif variance_of == "between":
+                variance = variance ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
             elif variance_of == "learned":
                 assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
                 variance = torch.lerp(variance.log(), beta.log(), estimate[1]).exp()
