@@ -1,6 +1,6 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, Fraction, Kind, PositiveInt
+from cascade.config.common import FORMAT_VERSION, Fraction, PositiveInt
 from cascade.config.data import (
     DataConfig,
     FolderSource,
@@ -31,6 +31,7 @@ from cascade.config.training import (
     UniformLevels,
     ValidationConfig,
 )
+from cascade.diffusion.parameterization import Kind
 
 __all__ = [
     "FORMAT_VERSION",

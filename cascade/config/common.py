@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
 
-Kind = Literal["eps", "v", "x", "velocity"]
-"""What a network may predict; see `diffusion.parameterization`."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -7,13 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Fraction, Kind, PositiveInt
+from cascade.config.common import Fraction, PositiveInt
 from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
 from cascade.config.noise import CosineSchedule, ScheduleConfig, SquaredCosineSchedule
+from cascade.diffusion.parameterization import Kind
+from cascade.diffusion.schedules import NamedSteps, Spacing
 from cascade.settings import Settings
 
 StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
-NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
 
 
 class SamplingConfig(Settings):
@@ -23,7 +24,7 @@ class SamplingConfig(Settings):
     """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
     steps: StepCount = 50
     """Number of sampling steps (Heun calls the network twice in each but the last)."""
-    spacing: Literal["t", "log_snr", "leading", "trailing"] = "t"
+    spacing: Spacing = "t"
     """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
     schedule, of which the first or the last is met."""
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None

@@ -7,9 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Kind, PositiveInt
+from cascade.config.common import PositiveInt
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
+from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
