@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cascade.config import with_sampler_section
 from cascade.errors import CascadeError
 from cascade.locks import held
 from cascade.scratch import ScratchTable
@@ -158,5 +159,6 @@ def what_made(entry: Mapping[str, Any]) -> bytes:
     """A digest of what the bytes of a picture depend on, from its line."""
     settings = entry["settings"]
     made_by = [entry[name] for name in ("prompt", "negative_prompt", "seed", "num_images")]
-    text = json.dumps([*made_by, settings["height"], settings["width"], settings["stages"]], sort_keys=True)
+    stages = {name: with_sampler_section(values) for name, values in settings["stages"].items()}
+    text = json.dumps([*made_by, settings["height"], settings["width"], stages], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:16]

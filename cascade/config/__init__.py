@@ -20,7 +20,9 @@ from cascade.config.noise import (
     ScheduleConfig,
     SquaredCosineSchedule,
 )
-from cascade.config.stage import PresetConfig, SamplingConfig, StageConfig
+from cascade.config.samplers import SamplerConfig, complete_sampler, with_sampler_section
+from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.config.training import (
     EMAConfig,
     LogitNormalLevels,
@@ -52,6 +54,7 @@ __all__ = [
     "ParquetSource",
     "PositiveInt",
     "PresetConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "ScenesSource",
     "ScheduleConfig",
@@ -66,4 +69,6 @@ __all__ = [
     "UniformLevels",
     "ValidationConfig",
     "WebDatasetSource",
+    "complete_sampler",
+    "with_sampler_section",
 ]

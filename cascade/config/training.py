@@ -84,7 +84,7 @@ class ValidationConfig(Settings):
     """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """The held-out pictures."""
+    """The held-out pictures, in the sections of data.sources."""
     every: PositiveInt = 1000
     """Steps between validations; there is one after the last step too."""
     batches: PositiveInt = 8
