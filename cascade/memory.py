@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TextConfig, TrainConfig
+from cascade.config import Optimizer, StageConfig, TextConfig, TrainConfig
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage
 from cascade.streaming import stored_shapes
@@ -144,7 +144,7 @@ class TrainingMemory:
         return self.weights + self.activations + self.text
 
 
-OPTIMIZER_COPIES = {"adamw": 2, "muon": 1, "adafactor": 0}
+OPTIMIZER_COPIES: dict[Optimizer, int] = {"adamw": 2, "muon": 1, "adafactor": 0}
 """Numbers that an optimizer remembers for each weight, at least."""
 
 

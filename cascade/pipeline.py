@@ -20,7 +20,7 @@ from cascade.arguments import (
     stage_sizes,
     texts_of,
 )
-from cascade.config import SamplingConfig
+from cascade.config import Captions, SamplingConfig
 from cascade.drawing import Picture, Texts, draw_batch, padded_batches
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
@@ -29,7 +29,6 @@ from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told, not_finite, running
 from cascade.stage import Stage
-from cascade.text.captions import Captions
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, padded, read_picture, route, target_size, tile_of

@@ -2,6 +2,7 @@
 
 from cascade.config.common import FORMAT_VERSION, Fraction, PositiveInt
 from cascade.config.data import (
+    Captions,
     DataConfig,
     FolderSource,
     HubSource,
@@ -27,6 +28,8 @@ from cascade.config.training import (
     EMAConfig,
     LogitNormalLevels,
     LossConfig,
+    LowRankLayers,
+    Optimizer,
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
@@ -37,6 +40,7 @@ from cascade.diffusion.parameterization import Kind
 
 __all__ = [
     "FORMAT_VERSION",
+    "Captions",
     "ConstantSchedule",
     "CosineSchedule",
     "DataConfig",
@@ -49,7 +53,9 @@ __all__ = [
     "LinearSchedule",
     "LogitNormalLevels",
     "LossConfig",
+    "LowRankLayers",
     "ModelConfig",
+    "Optimizer",
     "OptimizerConfig",
     "ParquetSource",
     "PositiveInt",
