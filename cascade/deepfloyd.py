@@ -120,9 +120,11 @@ def write_stage(
     write_json(folder / "unet" / "config.json", settings)
     save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
     enlarges = config.low_resolution is not None
-    schedulers = {"scheduler": _scheduler(config.schedule, config.sampling)}
+    # A sampler of ours without the choice draws with what the network predicts beside; so does diffusers.
+    variance = config.sampling.sampler.own.get("variance", "learned")
+    schedulers = {"scheduler": _scheduler(config.schedule, config.sampling, variance)}
     if enlarges:
-        schedulers["image_noising_scheduler"] = _scheduler(config.schedule, SamplingConfig(threshold=None))
+        schedulers["image_noising_scheduler"] = _scheduler(config.schedule, SamplingConfig(threshold=None), "posterior")
     for name, scheduler in schedulers.items():
         (folder / name).mkdir()
         write_json(folder / name / "scheduler_config.json", scheduler)
@@ -195,10 +197,9 @@ def _noise(scheduler: Mapping[str, Any], folder: Path, enlarges: bool) -> dict[s
     return {
         "schedule": {"kind": "squared_cosine", "steps": scheduler.get("num_train_timesteps", 1000)},
         "sampling": {
-            "sampler": "ddpm",
+            "sampler": {"kind": "ddpm", "variance": variances[scheduler["variance_type"]]},
             "steps": 50 if enlarges else 100,
             "spacing": scheduler.get("timestep_spacing", "leading"),
-            "variance": variances[scheduler["variance_type"]],
             "guidance": 4.0 if enlarges else 7.0,
             "threshold": scheduler["dynamic_thresholding_ratio"] if dynamic else "clip" if clips else None,
             "threshold_maximum": float(scheduler["sample_max_value"]) if dynamic else None,
@@ -256,18 +257,18 @@ def unet_settings(config: StageConfig) -> dict[str, Any]:
     }
 
 
-def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig) -> dict[str, Any]:
+def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig, variance: str) -> dict[str, Any]:
     """scheduler_config.json."""
     variances = {"learned": "learned_range", "posterior": "fixed_small", "beta": "fixed_large"}
-    if sampling.variance not in variances:
-        raise CascadeError(f"sampling.variance: diffusers has no {sampling.variance}; choose {', '.join(variances)}")
+    if variance not in variances:
+        raise CascadeError(f"sampler.variance: diffusers has no {variance}; choose {', '.join(variances)}")
     dynamic = isinstance(sampling.threshold, float)
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": schedule.steps,
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "epsilon",
-        "variance_type": variances[sampling.variance],
+        "variance_type": variances[variance],
         "clip_sample": sampling.threshold == "clip",
         "thresholding": dynamic,
         "dynamic_thresholding_ratio": sampling.threshold if dynamic else 0.995,

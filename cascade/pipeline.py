@@ -18,6 +18,7 @@ from cascade.arguments import (
     seeds_of,
     stage_sizes,
 )
+from cascade.config import Captions
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
@@ -29,7 +30,6 @@ from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
-from cascade.text.captions import Captions
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of

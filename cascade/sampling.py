@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config import SamplingConfig, StageConfig, complete_sampler
 from cascade.errors import CascadeError
-from cascade.settings import parse
+from cascade.settings import Settings, parse
 
 T = TypeVar("T")
 PRESETS = ("fast", "default", "best")
@@ -33,7 +33,7 @@ def resolve_sampling(
         raise CascadeError(f"preset: no stage of this cascade defines {preset!r}; leave it out, or give steps instead")
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
-        if isinstance(value, Mapping):
+        if _by_stage(setting, value):
             for name in value:
                 _check_name(setting, name, names)
     return {stage.name: _resolve(stage, preset, overrides) for stage in stages}
@@ -45,18 +45,33 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         changes = stage.presets[preset].model_dump(mode="json", exclude_none=True)
         values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
-        own = value.get(stage.name) if isinstance(value, Mapping) else value
-        if isinstance(own, (np.generic, Tensor)):
-            own = own.item()
+        own = _plain(value.get(stage.name) if _by_stage(setting, value) else value)
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps takes the place of a list
             values[setting] = None if own == "none" else own
+    values["sampler"] = complete_sampler(values["sampler"], stage.sampling.sampler)
     settings = parse(SamplingConfig, values, f"stage {stage.name}")
+    try:
+        stage.check_sampler(settings.sampler)
+    except ValueError as error:
+        raise CascadeError(f"stage {stage.name}: {error}") from None
     total = getattr(stage.schedule, "steps", None)
     if total and settings.timesteps is None and settings.spacing in ("leading", "trailing") and settings.steps > total:
         raise CascadeError(f"stage {stage.name}: steps: {settings.steps}; its schedule has only {total}")
     return settings
+
+
+def _by_stage(setting: str, value: Any) -> bool:
+    """Whether this is {stage: value}. A sampler's section is a mapping too, {kind: ddim, eta: 0.5}."""
+    return isinstance(value, Mapping) and not (setting == "sampler" and "kind" in value)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: no section, no number of NumPy or torch."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json")
+    return value.item() if isinstance(value, (np.generic, Tensor)) else value
 
 
 def _check_name(setting: str, name: object, names: Sequence[str]) -> None:

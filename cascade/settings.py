@@ -153,7 +153,8 @@ def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
         case "union_tag_not_found":
             return f"{dotted}.kind is missing"
         case "union_tag_invalid":
-            return _not_one_of(f"{dotted}.kind", first["ctx"]["tag"], first["ctx"]["expected_tags"])
+            name = f"{dotted}.kind" if isinstance(first["input"], dict) else dotted  # or the section's name alone
+            return _not_one_of(name, first["ctx"]["tag"], first["ctx"]["expected_tags"])
         case "literal_error" if len(mistakes) == 1 and isinstance(first["input"], str):
             return _not_one_of(dotted, first["input"], first["ctx"]["expected"])
     wanted = " or ".join(mistake["msg"].removeprefix("Input should be ") for mistake in mistakes)

@@ -15,7 +15,7 @@ from cascade.diffusion import denoisers
 from cascade.diffusion.loss import Weighting, diffusion_loss
 from cascade.diffusion.noise import Denoiser, Estimate, alpha
 from cascade.diffusion.parameterization import to_x
-from cascade.diffusion.samplers import Generators, OnStep, sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
+from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, evaluations
 from cascade.diffusion.schedules import (
     DiscreteSchedule,
     NoiseSchedule,
@@ -153,6 +153,14 @@ class Stage:
         """Sampling steps, N. Raises CascadeError as `noise_levels` does."""
         return len(self.noise_levels(settings)) - 1
 
+    def evaluations(self, settings: SamplingConfig | None = None) -> list[float]:
+        """Log SNR of each evaluation of the denoiser while a picture is drawn. Raises CascadeError as `noise_levels`.
+
+        Each is one call of the network, or two where guidance acts.
+        """
+        sampler = (settings or self.config.sampling).sampler
+        return evaluations(SAMPLERS[sampler.kind], self.noise_levels(settings), **sampler.own)
+
     def unnoised(self, low_res: Tensor) -> Tensor:
         """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
         if not self.config.model.enlarges_first:
@@ -231,16 +239,9 @@ def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
 def run_sampler(
     settings: SamplingConfig, denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep
 ) -> Tensor:
-    """The sampler that the settings name."""
-    match settings.sampler:
-        case "ddpm":
-            return sample_ddpm(denoise, z, log_snrs, rng, on_step, variance_of=settings.variance, gamma=settings.gamma)
-        case "ddim":
-            return sample_ddim(denoise, z, log_snrs, rng, on_step, eta=settings.eta)
-        case "heun":
-            return sample_heun(denoise, z, log_snrs, rng, on_step)
-        case "dpm++":
-            return sample_dpmpp(denoise, z, log_snrs, rng, on_step)
+    """The sampler that the settings name, with its own settings."""
+    sampler = settings.sampler
+    return SAMPLERS[sampler.kind](denoise, z, log_snrs, rng, on_step, **sampler.own)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -177,9 +177,11 @@ def test_a_number_of_thousands_of_digits_is_one_line(tmp_path: Path) -> None:
 
 
 def test_log_snr_may_be_set_as_far_as_the_mathematics_clips_it() -> None:
-    fields = CosineSchedule.model_fields
-    bounds = {bound for name in ("log_snr_min", "log_snr_max") for bound in map(repr, fields[name].metadata)}
-    assert bounds == {f"Ge(ge={LOG_SNR_RANGE[0]:g})", f"Le(le={LOG_SNR_RANGE[1]:g})"}
+    low, high = LOG_SNR_RANGE
+    parse(CosineSchedule, {"log_snr_min": low, "log_snr_max": high}, "here")
+    for beyond in ({"log_snr_min": low - 0.1}, {"log_snr_max": high + 0.1}):
+        with pytest.raises(CascadeError, match=f"here: {next(iter(beyond))}: should be "):
+            parse(CosineSchedule, beyond, "here")
 
 
 def test_a_missing_and_an_unreadable_file_are_named(tmp_path: Path) -> None:

@@ -344,21 +344,16 @@ ROWS: dict[str, Row] = {
     "stage.model[if_unet].head_dim": Row("4", network_output, IF),
     "stage.model[if_unet].pooling_heads": Row("4", network_output, IF),
     "stage.model[if_unet].groups": Row("2", network_output, IF),
-    "stage.sampling.sampler": Row("heun", drawn),
     "stage.sampling.steps": Row("3", drawn),
     "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
     "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),
     "stage.sampling.threshold_maximum": Row("1.0", drawn, ("stage.sampling.threshold=0.9",)),
-    "stage.sampling.variance": Row("beta", drawn, ("stage.sampling.sampler=ddpm",)),
-    "stage.sampling.gamma": Row("1.0", drawn, ("stage.sampling.sampler=ddpm", "stage.sampling.variance=between")),
-    "stage.sampling.eta": Row("1.0", drawn),
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
     "stage.sampling.flatten": Row("0.5", enlarged, SUPER_RESOLUTION),
-    "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
     "stage.presets[].guidance": Row("3.0", drawn_fast),
     "stage.presets[].aug_level": Row("0.3", drawn_fast, SUPER_RESOLUTION),
@@ -455,6 +450,24 @@ ROWS: dict[str, Row] = {
 }
 
 
+SAMPLERS = {
+    "[ddpm].kind": ("ddpm", "ddim"),
+    "[ddpm].variance": ("beta", "ddpm"),
+    "[ddpm].gamma": ("1.0", "ddpm, variance: between"),
+    "[ddim].kind": ("ddim", "heun"),
+    "[ddim].eta": ("1.0", "ddim"),
+    "[heun].kind": ("heun", "ddim"),
+    "[dpm++].kind": ("dpm++", "ddim"),
+}
+"""Another value of each setting of a sampler, and the sampler that it is compared with."""
+
+for _field, (_value, _sampler) in SAMPLERS.items():
+    for _section, _observe in (("stage.sampling", drawn), ("stage.presets[]", drawn_fast)):
+        _place = _section.replace("[]", ".fast")
+        _base = (f"{_place}.sampler={{kind: {_sampler}}}", f"{_place}.steps=3")
+        ROWS[f"{_section}.sampler{_field}"] = Row(_value, _observe, _base)
+
+
 def held_out(row: Row) -> Row:
     """The same of a source among the held-out ones."""
 
@@ -503,7 +516,7 @@ def key_of(field: str) -> str:
     if not bracket:
         return field
     place = {"data.sources": ".0", "training.validation.sources": ".0", "stage.presets": ".fast"}.get(start, "")
-    return start + place + rest.partition("]")[2]
+    return start + place + key_of(rest.partition("]")[2])
 
 
 def test_every_field_has_a_row_and_every_row_a_field() -> None:

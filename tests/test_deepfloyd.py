@@ -258,6 +258,19 @@ def test_a_cascade_that_reads_its_text_otherwise_is_not_converted(
     edit(tmp_path / "ours" / "base" / "stage.json", text={"max_length": 77, "padded": False, "captions": "lower"})
     with pytest.raises(CascadeError, match="reads 77 tokens without padding"):
         convert(tmp_path / "ours" / "base", tmp_path / "theirs")
+    zeros = {"max_length": 77, "padded": True, "captions": "deepfloyd", "null_text": "zeros"}
+    edit(tmp_path / "ours" / "base" / "stage.json", text=zeros)
+    with pytest.raises(CascadeError, match="null text is zeros; IF's pipelines in diffusers encode the empty prompt"):
+        convert(tmp_path / "ours" / "base", tmp_path / "theirs")
+
+
+def test_a_variance_unknown_to_diffusers_is_not_converted(peers: dict[bool, tuple[Path, Any]], tmp_path: Path) -> None:
+    convert(peers[False][0], tmp_path / "ours")
+    path = tmp_path / "ours" / "base" / "stage.json"
+    sampling = json.loads(path.read_text())["sampling"]
+    edit(path, sampling=sampling | {"sampler": {"kind": "ddpm", "variance": "between"}})
+    with pytest.raises(CascadeError, match="diffusers has no between; choose learned, posterior"):
+        convert(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_stage_of_ours_follows_theirs(peers: dict[bool, tuple[Path, Any]], tmp_path: Path) -> None:

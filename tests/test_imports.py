@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditioning": {"transfer"},
     "allocator": set(),  # for programs alone
     "settings": {"errors"},
-    "config": {"errors", "settings"},
+    "config": {"errors", "settings", "diffusion"},  # whose words are settings
     "images": {"errors", "transfer"},
     "seeds": {"errors"},
     "scratch": {"errors"},
@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"errors", "settings", "config"},
     "prompts": LEAVES | {"text", "sampling"},
     "models": LEAVES,
-    "diffusion": LEAVES,
+    "diffusion": {"transfer"},
     "text": LEAVES,
     "data": LEAVES,
     "stage": CORE,
@@ -149,8 +149,27 @@ def test_networks_know_no_schedules_and_samplers_no_text() -> None:
         source = path.read_text()
         if part_of(path) == "models":
             assert "schedule" not in "".join(imported_parts(path)), path
-        if path.name in ("samplers.py", "noise.py", "loss.py", "schedules.py", "parameterization.py"):
+        if part_of(path) == "diffusion":
             assert "import Conditioning" not in source, path
+
+
+MATHEMATICS_MAY_USE = {"torch", *sys.stdlib_module_names}
+
+
+def test_the_mathematics_imports_torch_alone() -> None:
+    """Neither a formula nor a module of ours that it leans on needs anything else: no settings, text or files."""
+    seen: set[str] = set()
+    waiting = {dotted(path) for path in (PACKAGE / "diffusion").glob("*.py")}
+    files = {dotted(path): path for path in modules()}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        names = [name for node in ast.walk(ast.parse(files[module].read_text())) for name in imported_names(node)]
+        outside = {name.partition(".")[0] for name in names} - {"cascade"}
+        assert outside <= MATHEMATICS_MAY_USE, f"{module} imports {', '.join(sorted(outside - MATHEMATICS_MAY_USE))}"
+        ours = {name if name in files else name.rpartition(".")[0] for name in names if name.startswith("cascade.")}
+        waiting |= ours - seen
+    assert {module for module in seen if not module.startswith("cascade.diffusion")} == {"cascade.transfer"}
 
 
 LOADED = """

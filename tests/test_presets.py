@@ -38,7 +38,7 @@ def test_the_papers_settings_are_those_of_imagen():
     for config in (base, sr256, sr1024):
         assert config.text.null_text == "zeros"
         assert config.stage.parameterization == config.training.loss.space == "eps"
-        assert (config.stage.sampling.sampler, config.stage.sampling.variance) == ("ddpm", "between")
+        assert config.stage.sampling.sampler.own == {"variance": "between", "gamma": 0.3}
     for config in (base, sr256):
         assert (config.stage.schedule.kind, config.stage.schedule.offset) == ("cosine", 0.008)
     for config in (sr256, sr1024):

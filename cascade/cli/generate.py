@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
 from cascade.sampling import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
@@ -79,7 +80,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--negative-prompt", metavar="TEXT", help="What the pictures should not be like.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--sampler", str, f"One of {', '.join(SAMPLERS)}.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")

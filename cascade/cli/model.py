@@ -112,8 +112,7 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
 
 def network_calls(stage: Stage, settings: SamplingConfig) -> int:
     """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    levels = stage.noise_levels(settings).tolist()
-    evaluated = levels[:-1] + (levels[1:-1] if settings.sampler == "heun" else [])
+    evaluated = stage.evaluations(settings)
     if settings.guidance == 1:
         return len(evaluated)
     low, high = settings.guidance_interval or (float("-inf"), float("inf"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
+from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
 from cascade.sampling import PRESETS, SETTINGS, number, resolve_sampling, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
@@ -35,7 +36,7 @@ _POSITIVE = click.IntRange(min=1)
 )
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 2 or sr256=4,sr1024=2.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--sampler", str, f"One of {', '.join(SAMPLERS)}.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")

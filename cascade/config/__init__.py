@@ -1,7 +1,8 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction, Kind, PositiveInt
+from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction, PositiveInt
 from cascade.config.data import (
+    Captions,
     DataConfig,
     FolderSource,
     HubSource,
@@ -20,21 +21,27 @@ from cascade.config.noise import (
     ScheduleConfig,
     SquaredCosineSchedule,
 )
-from cascade.config.stage import PresetConfig, SamplingConfig, StageConfig
+from cascade.config.samplers import SamplerConfig, complete_sampler, with_sampler_section
+from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.config.training import (
     EMAConfig,
     LogitNormalLevels,
     LossConfig,
+    LowRankLayers,
+    Optimizer,
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
     UniformLevels,
     ValidationConfig,
 )
+from cascade.diffusion.parameterization import Kind
 
 __all__ = [
     "FORMAT_VERSION",
     "AugSpread",
+    "Captions",
     "ConstantSchedule",
     "CosineSchedule",
     "DataConfig",
@@ -47,11 +54,14 @@ __all__ = [
     "LinearSchedule",
     "LogitNormalLevels",
     "LossConfig",
+    "LowRankLayers",
     "ModelConfig",
+    "Optimizer",
     "OptimizerConfig",
     "ParquetSource",
     "PositiveInt",
     "PresetConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "ScenesSource",
     "ScheduleConfig",
@@ -66,4 +76,6 @@ __all__ = [
     "UniformLevels",
     "ValidationConfig",
     "WebDatasetSource",
+    "complete_sampler",
+    "with_sampler_section",
 ]

@@ -9,8 +9,6 @@ from pydantic import Field
 FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
 
-Kind = Literal["eps", "v", "x", "velocity"]
-"""What a network may predict; see `diffusion.parameterization`."""
 AugSpread = Literal["std", "time"]
 """In what the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
 PositiveInt = Annotated[int, Field(gt=0)]

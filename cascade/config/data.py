@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from cascade.config.common import AugSpread, Fraction, PositiveInt
 from cascade.settings import Settings
 
+Captions = Literal["as_is", "lower", "deepfloyd"]
+"""How captions are cleaned; see `cascade.text.captions`."""
+
 
 class TextReading(Settings):
     """How texts become tokens: a network expects prompts that are read as its captions were in training."""
@@ -18,7 +21,7 @@ class TextReading(Settings):
     """Tokens kept of a caption; longer ones are cut with a warning."""
     padded: bool = False
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
-    captions: Literal["as_is", "lower", "deepfloyd"] = "as_is"
+    captions: Captions = "as_is"
     """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
     null_text: Literal["encoded", "zeros"] = "encoded"
     """What networks are given for no text: what the encoder makes of the empty prompt, or zeros, as Imagen has it."""

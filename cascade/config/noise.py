@@ -7,9 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cascade.config.common import PositiveInt
+from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.settings import Settings
 
-LogSnr = Annotated[float, Field(ge=-20, le=20)]  # diffusion.noise.LOG_SNR_RANGE
+LogSnr = Annotated[float, Field(ge=LOG_SNR_RANGE[0], le=LOG_SNR_RANGE[1])]
 
 
 class ConstantSchedule(Settings):

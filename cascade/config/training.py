@@ -7,12 +7,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Kind, PositiveInt
+from cascade.config.common import PositiveInt
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
+from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Optimizer = Literal["adamw", "adafactor", "muon"]
+LowRankLayers = Literal["attention", "all"]
+"""Layers that learn a difference of low rank: the linear ones of attention, or all linear and convolutional ones."""
 
 
 class UniformLevels(Settings):
@@ -51,7 +55,7 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    kind: Optimizer = "adamw"
     """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
     matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -83,7 +87,7 @@ class ValidationConfig(Settings):
     """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """The held-out pictures."""
+    """The held-out pictures, in the sections of data.sources."""
     every: PositiveInt = 1000
     """Steps between validations; there is one after the last step too."""
     batches: PositiveInt = 8
@@ -110,7 +114,7 @@ class TrainingConfig(Settings):
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
     `adapter` holds them apart. 0: train all weights."""
-    lora_layers: Literal["attention", "all"] = "attention"
+    lora_layers: LowRankLayers = "attention"
     """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

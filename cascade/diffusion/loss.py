@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.config import Kind
 from cascade.diffusion.noise import CLEAN, diffuse, posterior
-from cascade.diffusion.parameterization import log_weight_in_x, target, to_x
+from cascade.diffusion.parameterization import Kind, log_weight_in_x, target, to_x
 from cascade.diffusion.schedules import NoiseSchedule, ReverseStep
 
 

@@ -1,17 +1,21 @@
-"""Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings.
+"""Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings file.
 
 Common to all: z is (B, C, H, W), drawn from the noise level log_snrs[0]; log_snrs is (N + 1,), increasing; the
 result is (B, C, H, W) at the level log_snrs[N], and x itself, as in algorithm 18.2, where that is `CLEAN`. A variance
 that the denoiser gives beside x_hat is used by `ddpm` with variance `learned` alone. `on_step(step, x_hat)` is called
 after each of the N steps.
+
+A new sampler is a function here and a line in `SAMPLERS`. The parameters that it takes by name alone are its own
+settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the first line of its docstring their title.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from torch import Tensor
 from cascade.diffusion.noise import (
     CLEAN,
     Denoiser,
+    Estimate,
     alpha,
     noise_like,
     note_number,
@@ -33,6 +38,27 @@ from cascade.transfer import on_device
 
 Generators = Sequence[torch.Generator]
 OnStep = Callable[[int, Tensor], None]
+Sampler = Callable[..., Tensor]
+"""(denoise, z, log_snrs, rng, on_step, *, its own settings) -> the result."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a sampler's own setting means, and the least and the greatest value of a number."""
+
+    meaning: str
+    least: float | None = None
+    greatest: float | None = None
+
+
+Variance = Annotated[
+    Literal["posterior", "beta", "between", "learned"],
+    Option("sigma_t^2: of the posterior, beta_t, or between: where `gamma` says, or a network (`learned`, IF's)."),
+]
+Gamma = Annotated[
+    float, Option("`between`: the share of the way from the posterior's log variance to beta's, as in Imagen.", 0, 1)
+]
+Eta = Annotated[float, Option("0 is deterministic, 1 adds as much noise as `ddpm`.", 0, 1)]
 
 
 def _ignore(step: int, x_hat: Tensor) -> None:
@@ -66,30 +92,31 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance_of: Literal["posterior", "beta", "between", "learned"] = "posterior",
-    gamma: float = 0.3,
+    *,
+    variance: Variance = "posterior",
+    gamma: Gamma = 0.3,
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma
-    of the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with
-    eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between,
-    and Saharia et al. (2022), whose gamma is one number.
+    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma of
+    the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15;
+    Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between, and Saharia
+    et al. (2022), whose gamma is one number.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
         x_hat = x_of(estimate)
-        z, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
+        z, spread = posterior(x_hat, z, log_snr_t, log_snr_s)
         if step < len(log_snrs) - 2:
             beta = step_beta(log_snr_t, log_snr_s)
-            if variance_of == "beta":
-                variance = beta
-            elif variance_of == "between":
-                variance = variance ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
-            elif variance_of == "learned":
+            if variance == "beta":
+                spread = beta
+            elif variance == "between":
+                spread = spread ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
+            elif variance == "learned":
                 assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
-                variance = torch.lerp(variance.log(), beta.log(), estimate[1]).exp()
-            z = z + variance.sqrt() * noise_like(z, rng)
+                spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()
+            z = z + spread.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
@@ -100,7 +127,8 @@ def sample_ddim(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    eta: float = 0.0,
+    *,
+    eta: Eta = 0.0,
 ) -> Tensor:
     """DDIM: first order. eta 0 is deterministic; eta 1 has the posterior's variance, hence is DDPM.
 
@@ -178,3 +206,25 @@ LEAST_SHARE = 0.01
 """Of a step's length in log SNR, that the step before must have to tell a slope: `dpm++` multiplies the difference of
 two x_hat, of which bfloat16 rounds away 4e-3, by half the inverse. A clipped schedule in many steps has some of no
 length at its ends, and joined lists of levels two that differ by rounding alone."""
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddpm": sample_ddpm,
+    "ddim": sample_ddim,
+    "heun": sample_heun,
+    "dpm++": sample_dpmpp,
+}
+"""By the names that settings give them."""
+
+
+def evaluations(sampler: Sampler, log_snrs: Tensor, **own: Any) -> list[float]:
+    """Log SNR of each evaluation of the denoiser that a sampler makes on its way over log_snrs (N + 1,), in order.
+
+    own: the sampler's own settings. Found by letting it run on one number, with a denoiser that only takes notes.
+    """
+    seen: list[float] = []
+
+    def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
+        seen.append(number_of(log_snr))
+        return torch.zeros_like(z), torch.zeros_like(z)  # a variance too, for the sampler that asks for one
+
+    sampler(denoise, torch.zeros(1, 1, 1, 1), log_snrs, [torch.Generator()], **own)
+    return seen

@@ -149,7 +149,15 @@ def resolution_shift(resolution: int, reference: int) -> float:
     return 2 * math.log(reference / resolution)
 
 
-SECTIONS = {
+EvenSteps = Literal["t", "log_snr"]
+"""Steps spread evenly in time, or in log SNR."""
+WholeSteps = Literal["leading", "trailing"]
+"""Whole steps of a discrete schedule, of which the first or the last is met."""
+Spacing = Literal[EvenSteps, WholeSteps]
+NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
+"""DeepFloyd IF's step lists."""
+
+SECTIONS: dict[NamedSteps, tuple[int, ...]] = {
     "fast27": (10, 10, 3, 2, 2),
     "smart27": (7, 4, 2, 1, 2, 4, 7),
     "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
@@ -158,10 +166,10 @@ SECTIONS = {
     "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
     "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
 }
-"""DeepFloyd IF's named step lists: how many steps fall into each of equal parts of the schedule, low noise first."""
+"""Of each list: how many steps fall into each of equal parts of the schedule, low noise first."""
 
 
-def named_steps(name: str, total: int = 1000) -> tuple[int, ...]:
+def named_steps(name: NamedSteps, total: int = 1000) -> tuple[int, ...]:
     """The steps of a named list, numbered from 0, high noise first: both ends of each part, and evenly in between.
 
     Source: the respacing of Nichol & Dhariwal (2021) sec. 4, which DeepFloyd IF's lists follow.
@@ -178,7 +186,7 @@ def named_steps(name: str, total: int = 1000) -> tuple[int, ...]:
     return tuple(reversed(chosen))
 
 
-def spaced_steps(steps: int, spacing: Literal["leading", "trailing"], total: int = 1000) -> tuple[int, ...]:
+def spaced_steps(steps: int, spacing: WholeSteps, total: int = 1000) -> tuple[int, ...]:
     """Evenly spaced steps, numbered from 0, high noise first: `leading` ends at 0, `trailing` begins at the last.
 
     Source: Lin et al. (2023) arXiv 2305.08891, table 2.
@@ -195,7 +203,7 @@ def step_grid(schedule: NoiseSchedule, numbers: Sequence[int]) -> Tensor:
     return schedule.log_snr(times)
 
 
-def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: str = "t") -> Tensor:
+def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: EvenSteps = "t") -> Tensor:
     """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0, and there clean.
 
     spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from cascade.config import SamplingConfig
+from cascade.config import SamplingConfig, with_sampler_section
 from cascade.settings import Settings, parse
 
 _SIZE = ("height", "width")
@@ -74,4 +74,10 @@ class Recipe(Settings):
         """Our fields of `data`, those of its section `settings` among them."""
         settings = data.get("settings")
         both = {**data, **(settings if isinstance(settings, Mapping) else {})}
-        return {name: both[name] for name in cls.model_fields if name in both}
+        flat = {name: both[name] for name in cls.model_fields if name in both}
+        if isinstance(flat.get("stages"), Mapping):  # of any version, in today's form
+            flat["stages"] = {
+                name: with_sampler_section(values) if isinstance(values, Mapping) else values
+                for name, values in flat["stages"].items()
+            }
+        return flat

@@ -11,11 +11,10 @@ import torch
 
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
-from cascade.config import TextReading
+from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
-from cascade.text.captions import Captions
 from cascade.text.embeddings import NullText
 from cascade.text.t5_files import text_weights
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from cascade.config import Captions
 from cascade.errors import CascadeError
 from cascade.load.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
-from cascade.text.captions import Captions
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 

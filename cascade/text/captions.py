@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import html
 import re
-from typing import Literal
 from urllib.parse import unquote_plus
 
-Captions = Literal["as_is", "lower", "deepfloyd"]
+from cascade.config import Captions
 
 _ENDINGS = "com|co|ru|net|org|edu|gov|it"
 _SUFFIXES = "jpe?g|png|bmp|webp|eps|pdf|apk|mp4"

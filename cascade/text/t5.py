@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.config import TextReading
+from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.streaming import move_streamed
-from cascade.text.captions import Captions, prepare_caption, well_formed
+from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
 from cascade.text.t5_files import (
     check_folder,

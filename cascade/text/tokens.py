@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cascade.config import Captions
 from cascade.errors import CascadeError
-from cascade.text.captions import Captions, prepare_caption, well_formed
+from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.t5_files import check_folder, is_local, tokenizer_folder
 
 

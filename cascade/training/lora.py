@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.checkpoint import atomic_folder, load_tensors, save_tensors
+from cascade.config import LowRankLayers
 from cascade.errors import CascadeError
 from cascade.models.attention import Attention
 from cascade.models.if_blocks import IFAttention
 
-LowRankLayers = Literal["attention", "all"]
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 _PREFIX = "base_model.model."  # peft's name for the network
 

@@ -171,7 +171,7 @@ def test_ddpm_over_all_steps_is_algorithm_18_2(steps: int, first: float, last: f
         start.double(),
         log_snr_grid(schedule, steps),
         generators(1),
-        variance_of=variance,  # type: ignore[arg-type]
+        variance=variance,  # type: ignore[arg-type]
     )
     expected = chapter18.sample_18_2(toy_eps, start.double().numpy(), betas, noise, variance == "beta")
     # The levels are float32, each step's share of z is right to 1e-6, and most of z is replaced within 100 steps.
@@ -187,7 +187,7 @@ def test_large_variance_is_beta() -> None:
         seen.append(z)
         return torch.zeros_like(z)
 
-    sample_ddpm(denoise, z, log_snrs, generators(1), variance_of="beta")
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance="beta")
     a = alphas_of(log_snrs)
     # 4 standard errors of a variance over 10^4 values
     assert seen[1].var().item() == pytest.approx(1 - a[0] / a[1], rel=4 * np.sqrt(2e-4))
@@ -205,7 +205,7 @@ def test_the_logarithm_of_a_variance_between_lies_a_share_gamma_of_the_way_from_
         return torch.zeros_like(z)
 
     z = torch.zeros(1, 1, 200, 200)
-    sample_ddpm(denoise, z, log_snrs, generators(1), variance_of="between", gamma=gamma)
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance="between", gamma=gamma)
     a = alphas_of(log_snrs)
     beta = 1 - a[0] / a[1]
     posterior = beta * (1 - a[1]) / (1 - a[0])  # 4.4 times smaller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from torch.nn.functional import avg_pool2d
 
 from cascade.diffusion.noise import CLEAN, LOG_SNR_RANGE, alpha, diffuse, one_minus_alpha
 from cascade.diffusion.schedules import (
+    SECTIONS,
     CosineSchedule,
     DiscreteSchedule,
+    NamedSteps,
     NoiseSchedule,
     constant_betas,
     linear_betas,
@@ -117,3 +120,7 @@ def test_every_grid_runs_from_noise_to_clean(name: str, spacing: str, steps: int
 def test_grid_even_in_log_snr_has_equal_steps() -> None:
     steps = log_snr_grid(CosineSchedule(), 20, "log_snr").diff()
     torch.testing.assert_close(steps, torch.full((20,), 2.0), rtol=0, atol=1e-5)
+
+
+def test_every_named_step_list_can_be_asked_for_and_is_there() -> None:
+    assert set(get_args(NamedSteps)) == SECTIONS.keys()
