@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +20,8 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 class FolderRecords:
     """Pictures of a folder and its subfolders, sorted by path.
 
-    Captions come from a metadata.jsonl or metadata.csv with `file_name` (relative to it) where one lists the
-    picture, else from the .txt file of the same name, in which each line that is not empty is a variant.
+    Captions come from every metadata.jsonl and metadata.csv that lists the picture by `file_name` (relative to it),
+    else from the .txt file of the same name, in which each line that is not empty is one. Several are variants.
     """
 
     def __init__(self, folder: Path, caption_column: str) -> None:
@@ -29,7 +30,8 @@ class FolderRecords:
         self._listed: dict[Path, tuple[str, ...]] = {}
         for name in METADATA_NAMES:
             for path in sorted(folder.rglob(name)):
-                self._listed.update(_read_metadata(path, caption_column))
+                for picture, captions in _read_metadata(path, caption_column):
+                    self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         pictures = {path for path in files if not path.is_dir()}
         self._paths = sorted(pictures | self._listed.keys())
@@ -63,18 +65,18 @@ class FolderRecords:
         return ()
 
 
-def _read_metadata(path: Path, caption_column: str) -> dict[Path, tuple[str, ...]]:
-    """Captions by picture path. Raises CascadeError for lines and columns that are not as they should be."""
+def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """(picture, captions) of each line. Raises CascadeError for lines and columns that are not as they should be."""
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
     for column in ("file_name", caption_column):
         if rows and column not in columns:
             raise CascadeError(f"{path}: no column {column!r}; there are {', '.join(columns)}")
-    return {
-        path.parent / str(row["file_name"]): caption_variants(row.get(caption_column))
-        for row in rows
-        if row.get("file_name")
-    }
+    for row in rows:
+        if row.get("file_name"):
+            # One name for a picture, however a line writes it: `./a.png`, `sub/../a.png`.
+            name = os.path.normpath(str(row["file_name"]))
+            yield path.parent / name, caption_variants(row.get(caption_column))
 
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:

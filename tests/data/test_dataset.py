@@ -56,6 +56,17 @@ def test_metadata_names_captions_and_goes_before_sidecars(tmp_path: Path, name: 
     }
 
 
+def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_path: Path) -> None:
+    write_folder(tmp_path / "sub", 1)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "sub/000.png", "caption": "one"}\n{"file_name": "./sub/../sub/000.png", "caption": "two"}\n'
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nsub/000.png,three\nsub/000.png,one\n")
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "000.png", "caption": ["four", "five"]}')
+    (captions,) = listing(FolderSource(path=str(tmp_path))).values()
+    assert captions == ("one", "two", "four", "five", "three")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
