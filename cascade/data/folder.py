@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +11,8 @@ from typing import Any
 
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
 from cascade.errors import CascadeError
+from cascade.files.table import BadRowError, csv_rows
+from cascade.files.text import NotTextError, read_text
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
@@ -55,11 +55,11 @@ class FolderRecords:
             return self._listed[path]
         for sidecar in (path.with_suffix(".txt"), path.with_suffix(".TXT")):
             try:
-                return caption_variants(sidecar.read_text(encoding="utf-8-sig").splitlines())
+                return caption_variants(read_text(sidecar).split("\n"))
             except FileNotFoundError:
                 continue
-            except UnicodeDecodeError:
-                raise BadRecordError(str(sidecar), "not UTF-8") from None
+            except NotTextError as error:
+                raise BadRecordError(str(sidecar), str(error)) from None
             except OSError as error:
                 raise BadRecordError(str(sidecar), f"cannot be read: {error.strerror}") from None
         return ()
@@ -81,17 +81,35 @@ def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tupl
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CascadeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".csv":
-        try:
-            yield from csv.DictReader(io.StringIO(text, newline=""), restkey="")
-        except csv.Error as error:
-            raise CascadeError(f"{path}: not valid CSV: {error}") from None
-        return
+        text = read_text(path)
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
     # Not `splitlines`, which also cuts at the rarer line ends that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = text.split("\n")
+    yield from _table(lines, path) if path.suffix == ".csv" else _objects(lines, path)
+
+
+def _table(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    rows = csv_rows(lines, str(path))
+    header: list[str] | None = None
+    for line, cells in rows:
+        if isinstance(cells, BadRowError):
+            raise CascadeError(f"{path}, line {line}: {cells}")
+        if header is None:
+            header = [cell.strip() for cell in cells]
+        elif len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        else:
+            raise CascadeError(
+                f"{path}, line {line}: {len(cells)} cells, the header has {len(header)}; put a cell with a separator"
+                " inside it in quotes"
+            )
+
+
+def _objects(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

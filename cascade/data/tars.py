@@ -14,6 +14,7 @@ from typing import BinaryIO
 from cascade.data.dataset import BadRecordError, Record, caption_variants
 from cascade.data.tar_index import Shard, open_shard, split_name
 from cascade.errors import CascadeError
+from cascade.files.text import decoded
 
 _LOOKED_AT = 100  # members, of which what is missing is told
 
@@ -103,7 +104,7 @@ def _variants(text: bytes, column: str | None, origin: str) -> tuple[str, ...]:
     """column: None for lines of text, else the key of a JSON object. Raises BadRecordError for other bytes."""
     try:
         if column is None:
-            return caption_variants(text.decode("utf-8-sig").splitlines())
+            return caption_variants(decoded(text).split("\n"))
         value = json.loads(text)
     except ValueError as error:
         raise BadRecordError(origin, f"its caption is not readable: {error}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.text import NotTextError, lines_of, open_regular, read_text
 from cascade.prompts.disk import in_order
 from cascade.prompts.formats import (
     Lines,
@@ -51,13 +52,14 @@ def count_prompts(source: str) -> int | None:
         from pyarrow import parquet
 
         return int(parquet.read_metadata(path).num_rows)
-    with path.open("rb") as file:
-        return sum(bool(line.strip()) for line in file) - (path.suffix.lower() == ".csv")
+    with _open(source) as file:
+        return sum(bool(line.strip()) for line in lines_of(file)) - (path.suffix.lower() == ".csv")
 
 
 def _numbered_rows(source: str) -> Iterator[Row]:
     if source == STANDARD_INPUT:
-        yield from text_rows(numbered_lines(sys.stdin.buffer))
+        with _readable("standard input"):
+            yield from text_rows(numbered_lines(sys.stdin.buffer))
         return
     ending = Path(source).suffix.lower()
     of_lines: dict[str, Callable[[Lines], Iterator[Row]]] = {
@@ -86,10 +88,12 @@ def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
 
 def _caption(path: Path) -> Values:
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+        text = read_text(path)
     except OSError as error:
         return BadLineError(f"cannot be read: {error.strerror or error}")
-    return {"prompt": text, "id": path.name.removesuffix(_CAPTION)}
+    except NotTextError as error:
+        return BadLineError(str(error))
+    return {"prompt": text.strip(), "id": path.name.removesuffix(_CAPTION)}
 
 
 def _captions(folder: Path) -> Iterator[str]:
@@ -100,7 +104,7 @@ def _captions(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    with _readable(path), Path(path).open("rb") as file:
+    with _readable(path), open_regular(path) as file:
         yield file
 
 
@@ -112,3 +116,5 @@ def _readable(path: str) -> Iterator[None]:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None

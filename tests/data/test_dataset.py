@@ -77,14 +77,31 @@ def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_pat
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; there are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
-        ("metadata.csv", f"file_name,caption\na.png,{'x' * 200_000}\n", "metadata.csv: not valid CSV: field larger"),
+        (
+            "metadata.csv",
+            f"file_name,caption\na.png,{'x' * 200_000}\n",
+            "line 2: not valid CSV: field larger",
+        ),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: expected an object"),
+        ("metadata.csv", "file_name,caption\na.png,a fox, red\n", "line 2: 3 cells, the header has 2"),
+        ("metadata.csv", 'file_name,caption\na.png,"a fox with a 12" hat"\n', "line 2: not valid CSV: ',' expected"),
+        ("metadata.csv", 'file_name,caption\na.png,"a fox\nb.png,two\nc.png,three\n', "metadata.csv:2: the quote"),
+        ("metadata.csv", "file_name,caption\na.png,a\0fox\n", "metadata.csv: holds zero bytes"),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(CascadeError, match=message):
         open_records(FolderSource(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_captions_are_read_in_any_unicode_and_with_any_line_end(tmp_path: Path, encoding: str, end: str) -> None:
+    write_folder(tmp_path, 2, silent=(0, 1))
+    (tmp_path / "000.txt").write_bytes(f"a fox{end}a réd fox{end}".encode(encoding))
+    (tmp_path / "metadata.csv").write_bytes(f"file_name,caption{end}001.png,a stár{end}".encode(encoding))
+    assert list(listing(FolderSource(path=str(tmp_path))).values()) == [("a fox", "a réd fox"), ("a stár",)]
 
 
 @pytest.mark.parametrize(
