@@ -129,7 +129,10 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str |
 
 
 def check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Check that `tensors` have the names and shapes of a network's own. Raises CascadeError, which begins with `origin`."""
+    """Check that `tensors` have the names and shapes of a network's own.
+
+    Raises CascadeError, which begins with `origin` and names the first that differs.
+    """
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     problems += [f"{name} is not in this network" for name in tensors.keys() - own.keys()]
     problems += [

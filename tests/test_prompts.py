@@ -264,6 +264,13 @@ def test_captions_come_in_the_order_of_their_names_whatever_the_folder_says(tmp_
     assert str(last) == f"{tmp_path}/\ufffd.txt: not UTF-8; save the file as UTF-8"
 
 
+def test_hidden_files_are_no_captions_and_endings_may_be_written_large(tmp_path: Path) -> None:
+    for name in ("a.txt", "._a.txt", ".b.txt", "B.TXT", "c.caption", "d.Caption", "e.md"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" if name.startswith(".") else b"a fox")
+    assert [record.id for record in good(read_prompts(str(tmp_path), 0))] == ["B", "a", "c", "d"]
+    assert count_prompts(str(tmp_path)) == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"no table", "damaged, or not Parquet"), (None, "'promt' is not a column")]
 )

@@ -39,11 +39,11 @@ class TextConfig(TextReading):
 
 
 class FolderSource(Settings):
-    """A folder of pictures with captions: sidecar .txt files, or metadata.jsonl / metadata.csv with file_name."""
+    """A folder of pictures with captions: in .txt or .caption files, or metadata.jsonl / metadata.csv with file_name."""
 
     kind: Literal["folder"] = "folder"
     path: str
-    """The folder; searched recursively."""
+    """The folder; searched recursively, linked folders too, hidden ones not."""
     caption_column: str = "caption"
     """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
     weight: Annotated[float, Field(gt=0)] = 1.0

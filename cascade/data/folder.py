@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,27 +15,34 @@ from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, capti
 from cascade.errors import CascadeError
 from cascade.files.table import BadRowError, csv_rows
 from cascade.files.text import NotTextError, read_text
+from cascade.files.walk import Walk, walk
+
+logger = logging.getLogger("cascade.data")
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
+_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name that is too long with another ending is nobody's
 
 
 class FolderRecords:
     """Pictures of a folder and its subfolders, sorted by path.
 
     Captions come from every metadata.jsonl and metadata.csv that lists the picture by `file_name` (relative to it),
-    else from the .txt file of the same name, in which each line that is not empty is one. Several are variants.
+    else from the .txt and .caption files of the same name, in which each line that is not empty is one. Several are
+    variants. Hidden files and folders are no data; problems: what of the rest cannot be read, a line each.
     """
 
     def __init__(self, folder: Path, caption_column: str) -> None:
-        if not folder.is_dir():
-            raise CascadeError(f"data source {folder}: no such folder")
+        found = files_of(folder)
+        self.problems = found.problems
+        if found.problems:
+            logger.warning("data source %s: %d left out, the first: %s", folder, len(found.problems), found.problems[0])
         self._listed: dict[Path, tuple[str, ...]] = {}
         for name in METADATA_NAMES:
-            for path in sorted(folder.rglob(name)):
+            for path in (path for path in found.files if path.name == name):
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        pictures = {path for path in files if not path.is_dir()}
+        pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
         self._paths = sorted(pictures | self._listed.keys())
         if not self._paths:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
@@ -53,16 +62,30 @@ class FolderRecords:
     def _captions_of(self, path: Path) -> tuple[str, ...]:
         if path in self._listed:
             return self._listed[path]
-        for sidecar in (path.with_suffix(".txt"), path.with_suffix(".TXT")):
-            try:
-                return caption_variants(read_text(sidecar).split("\n"))
-            except FileNotFoundError:
-                continue
-            except NotTextError as error:
-                raise BadRecordError(str(sidecar), str(error)) from None
-            except OSError as error:
-                raise BadRecordError(str(sidecar), f"cannot be read: {error.strerror}") from None
-        return ()
+        texts = (_sidecar(path.with_suffix(ending)) for ending in SIDECARS)
+        return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+
+
+def files_of(folder: Path) -> Walk:
+    """What lies below the folder of a source. Raises CascadeError when it is none, or cannot be read."""
+    try:
+        return walk(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CascadeError(f"data source {folder}: no such folder") from None
+    except OSError as error:
+        raise CascadeError(f"data source {folder}: cannot be read: {error.strerror or error}") from None
+
+
+def _sidecar(path: Path) -> str:
+    """The text of a caption's file; empty when there is none. Raises BadRecordError."""
+    try:
+        return read_text(path)
+    except NotTextError as error:
+        raise BadRecordError(str(path), str(error)) from None
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return ""
+        raise BadRecordError(str(path), f"cannot be read: {error.strerror or error}") from None
 
 
 def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tuple[str, ...]]]:

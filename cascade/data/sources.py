@@ -17,7 +17,7 @@ from cascade.config import (
 )
 from cascade.data.dataset import Records
 from cascade.data.decoded import Making, decoded, stamp_of_files
-from cascade.data.folder import FolderRecords
+from cascade.data.folder import FolderRecords, files_of
 from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
 from cascade.data.tables import open_hub_table, open_parquet, open_stream
 from cascade.data.tars import TarRecords
@@ -52,7 +52,7 @@ def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | 
 def _stamp(config: FiniteSource, records: Records) -> str:
     """What changes when the pictures or captions of a source do."""
     if isinstance(config, FolderSource):
-        return stamp_of_files(sorted(path for path in Path(config.path).rglob("*") if path.is_file()))
+        return stamp_of_files(files_of(Path(config.path)).files)
     if isinstance(config, HubSource):
         return str(getattr(records, "fingerprint", len(records)))
     return stamp_of_files(matching_files(config.files))

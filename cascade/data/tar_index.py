@@ -20,11 +20,12 @@ from torch import Tensor
 from cascade.checkpoint import load_tensors, save_tensors
 from cascade.data.dataset import PICTURE_SUFFIXES
 from cascade.errors import CascadeError
+from cascade.files.walk import is_hidden
 
 logger = logging.getLogger("cascade.data")
 
 INDEX_FOLDER = ".cascade-index"
-_INDEX_FORMAT = 2
+_INDEX_FORMAT = 3
 _Place: TypeAlias = tuple[int, int]
 """Start and size of a member's content, in bytes."""
 _NOWHERE: _Place = (-1, 0)
@@ -84,14 +85,15 @@ def _kept(index: Path, stamp: Tensor) -> dict[str, Tensor] | None:
 def _walk(path: Path, caption: str) -> dict[str, Tensor]:
     """The tensors of a shard's index, from the headers of its members.
 
-    They are grouped by key, as WebDataset does: neighbours whose names agree up to the first dot.
+    They are grouped by key, as WebDataset does: neighbours whose names agree up to the first dot. Hidden ones, such as
+    the `._0001.jpg` that a Mac puts between them, are passed over.
     """
     keys: list[bytes] = []
     pictures: list[_Place] = []
     captions: list[list[_Place]] = []
     try:
         with tarfile.open(path, "r:") as tar:  # no compression: what is compressed has no places
-            members = (member for member in tar if member.isfile())
+            members = (member for member in tar if member.isfile() and not is_hidden(member.name))
             for key, group in groupby(members, lambda member: split_name(member.name)[0]):
                 # Only now: the members of a group are gone when the next one is asked for.
                 found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]

@@ -15,6 +15,7 @@ from cascade.data.dataset import BadRecordError, Record, caption_variants
 from cascade.data.tar_index import Shard, open_shard, split_name
 from cascade.errors import CascadeError
 from cascade.files.text import decoded
+from cascade.files.walk import is_hidden
 
 _LOOKED_AT = 100  # members, of which what is missing is told
 
@@ -82,7 +83,8 @@ def _require_captions(shards: Sequence[Shard], ending: str, column: str | None) 
 def _first_endings(path: Path) -> list[str]:
     """The endings of a shard's first members."""
     with tarfile.open(path, "r:") as tar:
-        return sorted({split_name(member.name)[1] for member in islice(tar, _LOOKED_AT) if member.isfile()})
+        seen = (member for member in islice(tar, _LOOKED_AT) if member.isfile() and not is_hidden(member.name))
+        return sorted({split_name(member.name)[1] for member in seen})
 
 
 def _first_objects(shard: Shard) -> list[dict[str, object]]:

@@ -12,6 +12,7 @@ from typing import BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, lines_of, open_regular, read_text
+from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
 from cascade.prompts.formats import (
     Lines,
@@ -26,7 +27,7 @@ from cascade.prompts.formats import (
 from cascade.prompts.record import BadLineError
 
 STANDARD_INPUT = "-"
-_CAPTION = ".txt"
+_CAPTIONS = (".txt", ".caption")
 
 PlacedRow: TypeAlias = tuple[str, Values]
 """(where it stands, to be appended to the name of the source; values or fault)."""
@@ -80,7 +81,7 @@ def _numbered_rows(source: str) -> Iterator[Row]:
 
 
 def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
-    """Each .txt file is one prompt, in the order of the names; its id is the name."""
+    """Each .txt or .caption file is one prompt, in the order of the names; its id is the name without that."""
     with _readable(str(folder)):
         for name in in_order(_captions(folder)):
             yield f"/{name}", _caption(folder / name)
@@ -93,13 +94,14 @@ def _caption(path: Path) -> Values:
         return BadLineError(f"cannot be read: {error.strerror or error}")
     except NotTextError as error:
         return BadLineError(str(error))
-    return {"prompt": text.strip(), "id": path.name.removesuffix(_CAPTION)}
+    return {"prompt": text.strip(), "id": path.stem}
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """Names of the captions, in no order."""
+    """Names of the captions, in no order. Hidden files, such as the `._a.txt` of a Mac, are none."""
     with os.scandir(folder) as entries:
-        yield from (entry.name for entry in entries if entry.name.endswith(_CAPTION))
+        names = (entry.name for entry in entries)
+        yield from (name for name in names if name.lower().endswith(_CAPTIONS) and not is_hidden(name))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from cascade.data.dataset import BadRecordError, Record, caption_variants, encod
 from cascade.data.order import SceneSource, ShuffledSource, StreamSource
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import _stream_records
+from cascade.data.transforms import decode
 from cascade.errors import CascadeError
 
 
@@ -347,6 +348,49 @@ def test_an_uppercase_sidecar_is_found_and_a_folder_is_no_picture(tmp_path: Path
     (tmp_path / "000.TXT").write_text("a fox")
     (tmp_path / "folder.png").mkdir()
     assert listing(FolderSource(path=str(tmp_path))) == {str(tmp_path / "000.png"): ("a fox",)}
+
+
+def test_a_folder_is_read_as_people_and_their_programs_leave_it(tmp_path: Path) -> None:
+    """kohya's captions, a JupyterLab copy, what a Mac adds, a linked folder, newer formats."""
+    data = write_folder(tmp_path / "data", 1, silent=(0,))
+    (data / "000.caption").write_text("a fox")
+    (data / "000.txt").write_text("a red fox\na fox")
+    write_folder(tmp_path / "far", 1)
+    (data / "linked").symlink_to(tmp_path / "far")
+    for name in ("._000.png", ".ipynb_checkpoints/000-checkpoint.png"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_bytes(b"no picture")
+    for ending, format in {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000"}.items():
+        plain_picture(9, 32).save(data / f"1.{ending}", format)
+    found = listing(FolderSource(path=str(data)))
+    assert [Path(origin).relative_to(data).as_posix() for origin in found] == [
+        "000.png",
+        "1.avif",
+        "1.jfif",
+        "1.jp2",
+        "linked/000.png",
+    ]
+    assert [found[str(data / name)] for name in ("000.png", "linked/000.png")] == [
+        ("a red fox", "a fox"),
+        ("picture 0",),
+    ]
+    records = open_records(FolderSource(path=str(data)))
+    assert [decode(records[index]).shape for index in (1, 2, 3)] == [(3, 32, 32)] * 3
+
+
+def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, 1)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    open_records(FolderSource(path=str(tmp_path)))
+    assert f"data source {tmp_path}: 2 left out, the first: {tmp_path}/gone: cannot be read" in caplog.text
+
+
+def test_a_long_name_has_no_longer_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / f"{'x' * 250}.png").write_bytes(encoded(plain_picture(0)))
+    assert list(listing(FolderSource(path=str(tmp_path))).values()) == [()]
 
 
 class BrokenStream:

@@ -105,10 +105,20 @@ def test_a_key_with_two_pictures_is_two_records_and_loses_neither(tmp_path: Path
     assert found == [(one, ("one",)), (two, ("two",)), (one, ("a fox",)), (two, ("a fox",))]
 
 
+def test_members_that_a_mac_leaves_between_split_no_record(tmp_path: Path) -> None:
+    fox = encoded(plain_picture(1))
+    names = ("./._a.png", "./a.png", "./._a.txt", "./a.txt", ".ipynb_checkpoints/b.png", "__MACOSX/._a.png")
+    members(tmp_path / "0.tar", *((name, b"a fox" if name == "./a.txt" else fox) for name in names))
+    records = open_records(source_of(tmp_path))
+    assert [records[index].captions for index in range(len(records))] == [("a fox",)]
+    with pytest.raises(CascadeError, match=r"no member ends in \.cap; there are png, txt; set"):
+        open_records(source_of(tmp_path, caption="cap"))
+
+
 def test_an_index_of_another_layout_is_made_anew(shards: Path) -> None:
     path = shards / "0.tar"
     stat = path.stat()
-    stamp = torch.tensor([2, stat.st_size, stat.st_mtime_ns])
+    stamp = torch.tensor([3, stat.st_size, stat.st_mtime_ns])
     save_tensors(shards / INDEX_FOLDER / "0.tar.txt.safetensors", {"stamp": stamp, "places": torch.zeros(5, 4)})
     assert open_records(source_of(shards))[4].captions[0] == "picture 4"
 
