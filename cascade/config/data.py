@@ -39,7 +39,7 @@ class TextConfig(TextReading):
 
 
 class FolderSource(Settings):
-    """A folder of pictures with captions: in .txt or .caption files, or metadata.jsonl / metadata.csv with file_name."""
+    """A folder of pictures; captions in .txt or .caption files, or in metadata.jsonl / metadata.csv with file_name."""
 
     kind: Literal["folder"] = "folder"
     path: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, 
 from cascade.data.tables import open_hub_table, open_parquet, open_stream
 from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
+from cascade.files.patterns import matching
 
 FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
@@ -79,9 +79,10 @@ def matching_files(patterns: Iterable[str]) -> list[str]:
 
 
 def _files_of(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
-    matches = sorted(path for path in found if Path(path).is_file())
+    matches = matching(pattern)
     if not matches:
         hint = "; it is a folder: give folder/*.parquet" if Path(pattern).is_dir() else ""
+        if "[" in pattern:
+            hint = "; brackets mean any of the letters inside: write [[] for one in a name"
         raise CascadeError(f"data source {pattern}: no file matches{hint}")
     return matches

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_data import encoded, plain_picture, write_folder, write_parquet
+from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
-from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig
+from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
 from cascade.data.order import SceneSource, ShuffledSource, StreamSource
 from cascade.data.sources import open_records, open_source
@@ -18,7 +18,7 @@ from cascade.data.transforms import decode
 from cascade.errors import CascadeError
 
 
-def listing(source: FolderSource | ParquetSource | HubSource) -> dict[str, tuple[str, ...]]:
+def listing(source: FolderSource | ParquetSource | HubSource | WebDatasetSource) -> dict[str, tuple[str, ...]]:
     records = open_records(source)
     return {records[index].origin: records[index].captions for index in range(len(records))}
 
@@ -150,6 +150,41 @@ def test_plain_bytes_in_parquet_are_pictures_too(tmp_path: Path) -> None:
     pq.write_table(pa.table({"png": [encoded(plain_picture(5))], "text": ["five"]}), tmp_path / "raw.parquet")
     source = ParquetSource(files=(str(tmp_path / "raw.parquet"),), image_column="png", caption_column="text")
     assert open_records(source)[0].image == encoded(plain_picture(5))
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[t", "b*", "c?", "{d}", "e,f", "g#h", "m'n\"", "__k__", ".l"])
+def test_a_name_is_no_pattern_where_a_name_is_meant(tmp_path: Path, name: str) -> None:
+    """Beside it stand folders that the name as a pattern would match."""
+    write_parquet(tmp_path / name / "data.parquet", 7, 1)
+    for number, other in enumerate(("a1", "t", "bb", "cc")):
+        write_parquet(tmp_path / other / "data.parquet", number, 1)
+    write_tar(tmp_path / name / "0.tar", 7, 1)
+    write_folder(tmp_path / name, 1)
+    sources: list[FolderSource | ParquetSource | HubSource | WebDatasetSource] = [
+        ParquetSource(files=(f"{tmp_path}/{name}/data.parquet",)),
+        ParquetSource(files=(f"{tmp_path}/{name}/*.parquet",)),
+        WebDatasetSource(files=(f"{tmp_path}/{name}/?.tar",)),
+        FolderSource(path=f"{tmp_path}/{name}"),
+    ]
+    for source, caption in zip(sources, ("picture 7", "picture 7", "picture 7", "picture 0"), strict=True):
+        assert [captions[0] for captions in listing(source).values()] == [caption]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "x::y"])
+def test_a_data_set_in_a_folder_that_the_library_takes_for_a_pattern_is_refused(
+    tmp_path: Path, name: str, streaming: bool
+) -> None:
+    """It would read nothing, or what lies in `bb`."""
+    write_parquet(tmp_path / name / "train.parquet", 7, 1)
+    write_parquet(tmp_path / "bb" / "train.parquet", 0, 1)
+    with pytest.raises(CascadeError, match=r"for a pattern; rename the folder, or read it with kind: parquet"):
+        open_source(HubSource(name=f"{tmp_path}/{name}", streaming=streaming), 8, (0,))
+
+
+def test_brackets_that_match_nothing_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"no file matches; brackets mean any of the letters inside: write \[\[\]"):
+        open_records(ParquetSource(files=(f"{tmp_path}/a[1]/*.parquet",)))
 
 
 def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path: Path) -> None:
