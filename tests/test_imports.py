@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),  # for programs alone
     "settings": {"errors", "files"},
     "config": {"errors", "settings"},
-    "images": {"errors", "transfer"},
+    "images": {"errors", "files", "transfer"},
     "files": {"errors"},
     "seeds": {"errors"},
     "scratch": {"errors"},
