@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.arguments import positive
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 LARGEST_WHOLE = 2048**2
@@ -39,14 +40,15 @@ def read_picture(image: ImageLike) -> Tensor:
         return from_pil(Image.fromarray(image))[None]
     if not isinstance(image, (str, os.PathLike)):
         raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
+    path = expanded(os.fsdecode(image))
     try:
-        with Image.open(image) as opened:
+        with Image.open(path) as opened:
             return from_pil(opened)[None]
     except FileNotFoundError:
-        raise CascadeError(f"{image}: no such file") from None
+        raise CascadeError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "a folder" if Path(image).is_dir() else str(error)
-        raise CascadeError(f"{image}: not a readable picture: {reason}") from None
+        reason = "a folder" if Path(path).is_dir() else str(error)
+        raise CascadeError(f"{path}: not a readable picture: {reason}") from None
 
 
 def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | None) -> tuple[int, int]:

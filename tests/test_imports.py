@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conditioning": {"transfer"},
     "allocator": set(),  # for programs alone
     "settings": {"errors", "files"},
-    "config": {"errors", "settings"},
+    "config": {"errors", "files", "settings"},
     "images": {"errors", "files", "transfer"},
     "files": {"errors"},
     "seeds": {"errors"},
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build", "training"},  # which weights learn
     "preflight": STAGE | {"build", "memory"},
-    "hub": {"errors"},
+    "hub": {"errors", "files"},
     "load": STAGE
     | {
         "hub",

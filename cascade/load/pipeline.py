@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cascade.errors import CascadeError
+from cascade.files.paths import path_of
 from cascade.load.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
@@ -110,6 +111,6 @@ def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) 
     if unknown:
         raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
     return [
-        (folder, Path(adapters[name]) if name in adapters else None)
+        (folder, path_of(adapters[name]) if name in adapters else None)
         for folder, name in zip(folders, names, strict=True)
     ]
