@@ -22,6 +22,9 @@ NETWORKS = {
         channels=(8, 8, 8), blocks=(1, 1, 2), strides=(1, 2, 2), attention=(False,) * 3, patch=2, norm="pixel"
     ),
     "stride first": UNetConfig(channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel"),
+    "resampled by convolution": UNetConfig(
+        channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel", resampling="conv"
+    ),
 }
 
 
@@ -40,6 +43,13 @@ def drawn(stage: Stage, height: int, width: int, tile: int | None) -> Tensor:
     null = cond.with_text(torch.zeros_like(text), mask)
     with torch.inference_mode():
         return stage.sample(cond, null, noise_like(torch.empty(2, 3, height, width), rng), rng, tile=tile)
+
+
+def test_attention_to_text_alone_is_drawn_in_tiles_too() -> None:
+    attends = {"attention": (False, True), "self_attention": False, "text": "attention", "head_dim": 8}
+    plain = convolutional_stage(NETWORKS["stride first"]).config
+    stage = tiny_stage(plain.model_copy(update={"model": plain.model.model_copy(update=attends)}))
+    assert (drawn(stage, 64, 96, None) - drawn(stage, 64, 96, 32)).abs().max() < 2e-5
 
 
 def test_tiles_cover_every_pixel_once_and_see_their_margin_inside_the_picture() -> None:

@@ -1,6 +1,6 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, Fraction, Kind, PositiveInt
+from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction, Kind, PositiveInt
 from cascade.config.data import (
     DataConfig,
     FolderSource,
@@ -34,6 +34,7 @@ from cascade.config.training import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "AugSpread",
     "ConstantSchedule",
     "CosineSchedule",
     "DataConfig",

@@ -13,6 +13,8 @@ FORMAT_VERSION = 1
 
 Kind = Literal["eps", "v", "x", "velocity"]
 """What a network may predict; see `diffusion.parameterization`."""
+AugSpread = Literal["std", "time"]
+"""In what the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

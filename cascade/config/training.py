@@ -52,8 +52,8 @@ class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
     kind: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
-    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
+    """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
+    matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)

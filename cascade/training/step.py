@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import LogitNormalLevels, LossConfig
+from cascade.config import AugSpread, LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.diffusion.noise import diffuse, log_snr_from_std
@@ -88,38 +89,45 @@ def draw_noise(
     enlarged: bool = False,
     purpose: str = "train",
     device: torch.device | None = None,
+    aug_spread: AugSpread = "std",
 ) -> Draw:
     """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
     shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
     picture is noised at the size of the large one. device: where the noise is made; a GPU makes other noise than a CPU,
-    which would take 10 ns a number for it.
+    which would take 10 ns a number for it. aug_spread: see `aug_levels`.
     """
     height, width = shape
     shrink = 1 if enlarged else scale
     small = (3, height // shrink, width // shrink) if scale > 1 else None
     if device is not None and device.type != "cpu":
         seeds = [derive_seed(seed, sample, purpose) for sample in samples]
-        return _drawn_there(seeds, (3, height, width), small, max_aug_level, device)
+        drawn = _drawn_there(seeds, (3, height, width), small, device)
+        return replace(drawn, aug_level=aug_levels(drawn.aug_level, max_aug_level, aug_spread))
     rngs = [generator(seed, sample, purpose) for sample in samples]
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
     eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
     aug_eps = None if small is None else torch.stack([torch.randn(small, generator=rng) for rng in rngs])
-    return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
+    return Draw(uniform[:, 0], eps, aug_levels(uniform[:, 1], max_aug_level, aug_spread), aug_eps)
+
+
+def aug_levels(u: Tensor, most: float, spread: AugSpread) -> Tensor:
+    """Standard deviations in [0, most] of the noise on smaller pictures, from u (B,) uniform in [0, 1).
+
+    spread: they are uniform (`std`), or the times are at which the cosine schedule has them (`time`), where the
+    deviation is sin(pi t / 2). Source for the second: Saharia et al. (2022) sec. 2.4, aug_level ~ U(0, 1).
+    """
+    return u * most if spread == "std" else torch.sin(u * math.asin(most))
 
 
 def _drawn_there(
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    small: tuple[int, ...] | None,
-    max_aug_level: float,
-    device: torch.device,
+    seeds: Sequence[int], shape: tuple[int, ...], small: tuple[int, ...] | None, device: torch.device
 ) -> Draw:
-    """`draw_noise` on a GPU, of views with these seeds below 2^63; u and aug_level are made of their bits."""
+    """`draw_noise` on a GPU, of views with these seeds below 2^63; u and aug_level, both uniform, are of their bits."""
     keys = on_device(torch.tensor(seeds), device)
     u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
     aug_eps = None if small is None else counted_noise(~keys, small)
-    return Draw(u=u, eps=counted_noise(keys, shape), aug_level=level * max_aug_level, aug_eps=aug_eps)
+    return Draw(u=u, eps=counted_noise(keys, shape), aug_level=level, aug_eps=aug_eps)
 
 
 _UNIT = 1 << 24

@@ -202,6 +202,7 @@ class Trainer:
             self.config.data.max_aug_level,
             self.stage.config.model.enlarges_first,
             device=self.accelerator.device,
+            aug_spread=self.config.data.aug_spread,
         ).to(self.accelerator.device)
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 

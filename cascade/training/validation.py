@@ -68,6 +68,7 @@ class Validation:
                 self._data.max_aug_level,
                 stage.config.model.enlarges_first,
                 "validation",
+                aug_spread=self._data.aug_spread,
             ).to(device)
             loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
             losses.append(loss.float())
