@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-from torch import Tensor
-
 from cascade.config import SamplingConfig, StageConfig
 from cascade.errors import CascadeError
 from cascade.settings import parse
@@ -45,13 +42,13 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         changes = stage.presets[preset].model_dump(mode="json", exclude_none=True)
         values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
-        own = value.get(stage.name) if isinstance(value, Mapping) else value
-        if isinstance(own, (np.generic, Tensor)):
+        own: Any = value.get(stage.name) if isinstance(value, Mapping) else value
+        if getattr(own, "ndim", None) == 0:  # a number of NumPy or torch
             own = own.item()
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps takes the place of a list
-            values[setting] = None if own == "none" else own
+            values[setting] = None if isinstance(own, str) and own == "none" else own
     settings = parse(SamplingConfig, values, f"stage {stage.name}")
     total = getattr(stage.schedule, "steps", None)
     if total and settings.timesteps is None and settings.spacing in ("leading", "trailing") and settings.steps > total:

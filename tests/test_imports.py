@@ -28,6 +28,7 @@ LEAVES = {
     "locks",
     "scratch",
     "machine",
+    "device",
     "streaming",
     "transfer",
     "_version",
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"errors", "files", "transfer"},
     "files": {"errors"},
     "seeds": {"errors"},
+    "device": {"errors", "machine"},
     "scratch": {"errors"},
     "streaming": {"errors"},
     "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it

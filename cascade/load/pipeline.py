@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from cascade.device import choose_device, choose_dtype
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
-from cascade.load.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
@@ -35,11 +36,12 @@ def load_pipeline(
     adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    if captions is not None and captions not in get_args(Captions):
+        raise CascadeError(f"captions: {captions!r}; expected one of {', '.join(get_args(Captions))}")
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
-        sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
-        others = [find_stage(source) for source in sources]
+        others = [find_stage(source) for source in _several(super_resolution)]
         check_reading(index.reading, others)
         stage_folders = stage_folders[:1] + others
     target = choose_device(device)
@@ -103,6 +105,14 @@ def assemble(
 def load_encoder(source: str | Path, stages: Iterable[Path], max_length: int | None = None) -> TextEncoder:
     """A text encoder that reads texts as they were read for these stage folders in training; see `assemble`."""
     return TextEncoder.from_pretrained(source, **shared_reading(stages, max_length).model_dump())
+
+
+def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    if isinstance(folders, (str, Path)):
+        return [folders]
+    if not isinstance(folders, Sequence):
+        raise CascadeError(f"super_resolution: {folders!r}; expected a folder, or several")
+    return folders
 
 
 def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
