@@ -296,11 +296,12 @@ class CascadePipeline:
         parts = []
         with running(slot) as stage:
             check_memory(slot.config, size, batch_size, self.device, self.dtype, tile)
+            stage = stage.tiled(tile)
             with watch(stage.name, stage.count_steps(settings), -(-len(pictures) // batch_size)) as watcher:
                 for members, count in padded_batches(len(pictures), batch_size):
                     batch = [pictures[index] for index in members]
                     smaller = None if low is None else low[members]
-                    x = draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, tile, self.device)
+                    x = draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, self.device)
                     if not bool(torch.isfinite(x).all()):
                         raise CascadeError(not_finite(stage.name))
                     parts.append(to_uint8(x[:count]).cpu())

@@ -18,7 +18,7 @@ from cascade.images import contact_sheet, to_float, to_pil
 from cascade.seeds import generator
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
-from cascade.training.step import TrainingBatch, conditions, draw_noise
+from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
 from cascade.transfer import on_device
 
 _CELL = 256
@@ -70,8 +70,8 @@ def _super_resolution_grid(
     cond = _text_only(text, captions, stage.device)
     lows = {place: to_float(on_device(low, stage.device)) for place, low in first.lows.items()}
     batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples), lows)
-    enlarged = stage.config.model.enlarges_first
-    draw = draw_noise(samples, (height, width), stage.scale, config.training.seed, 1.0, enlarged).to(stage.device)
+    noised = stage.noised_size((height, width))
+    draw = draw_noise(samples, (height, width), noised, NoiseSource(config.training.seed, 1.0)).to(stage.device)
     level = torch.full_like(draw.aug_level, stage.config.sampling.aug_level)
     cond = conditions(stage, batch, replace(draw, aug_level=level))
     null = _text_only(text, [""] * len(captions), stage.device)
