@@ -43,6 +43,14 @@ def texts_of(name: str, value: Any) -> list[str]:
     return texts
 
 
+def negatives_of(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    """The negative prompt of each of `count` prompts; an empty one stands for the null text."""
+    negative = texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
+    if len(negative) not in (1, count):
+        raise CascadeError(f"negative_prompt: {len(negative)} for {count} prompts; give one or each its own")
+    return negative * count if len(negative) == 1 else negative
+
+
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each of `count` prompts, drawn where none is given."""
     if seed is None:

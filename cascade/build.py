@@ -32,7 +32,7 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
         case CosineSchedule():
             reference = config.reference_resolution
             shift = schedules.resolution_shift(resolution, reference) if reference else 0.0
-            return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max))
+            return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max), config.offset)
 
 
 IF_NOISE = schedules.DiscreteSchedule(schedules.squared_cosine_betas(1000))

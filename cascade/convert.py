@@ -101,6 +101,8 @@ def _check_reading(reading: TextReading, name: str | Path) -> None:
             f"{name}: reads {reading.max_length} tokens {'with' if reading.padded else 'without'} padding; IF's"
             f" pipelines in diffusers read {theirs.max_length} with padding and would draw other pictures"
         )
+    if reading.null_text != theirs.null_text:
+        raise CascadeError(f"{name}: its null text is zeros; IF's pipelines in diffusers encode the empty prompt")
 
 
 def _tokenizer_class(folder: Path) -> str:

@@ -83,7 +83,10 @@ def control_group_free_bytes(root: Path = Path("/")) -> list[int]:
 def _control_groups(root: Path) -> Iterator[Path]:
     """Folders of our control group and of those around it, whose limits hold for us as well."""
     mounted, listing = root / "sys/fs/cgroup", root / "proc/self/cgroup"
-    for line in listing.read_text().splitlines() if listing.exists() else ():
+    lines: list[str] = []
+    with suppress(OSError):  # not there, or not ours to read
+        lines = listing.read_text().splitlines()
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             top = mounted / controllers

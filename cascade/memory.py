@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import Optimizer, StageConfig, TextConfig, TrainConfig
+from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage
 from cascade.streaming import stored_shapes
+from cascade.training.adafactor import remembered_numbers
 from cascade.training.frozen import freeze
 from cascade.training.lora import add_low_rank
 
@@ -144,10 +145,6 @@ class TrainingMemory:
         return self.weights + self.activations + self.text
 
 
-OPTIMIZER_COPIES: dict[Optimizer, int] = {"adamw": 2, "muon": 1, "adafactor": 0}
-"""Numbers that an optimizer remembers for each weight, at least."""
-
-
 def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = False) -> TrainingMemory:
     """What a step of a run takes at least on each device: counted, without any, by a forward and a backward pass.
 
@@ -156,8 +153,8 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
     training, stage = config.training, build_stage(config.stage, device="meta")
     stage.network.activation_checkpointing = training.activation_checkpointing
     pictures = max(training.batch_size // training.accumulation // processes, 1)
-    whole, learning = trained_bytes(config)
-    weights = whole + learning * (2 + OPTIMIZER_COPIES[training.optimizer.kind])  # their gradients and averages
+    trained = trained_bytes(config)
+    weights = trained.whole + 2 * trained.learning + trained.optimizer  # their gradients and averages
     # Two sizes tell what grows with the pictures from the gradients, which do not.
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
@@ -199,14 +196,42 @@ def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
     return live.peak
 
 
-def trained_bytes(config: TrainConfig) -> tuple[int, int]:
-    """Of a run's weights: of all, with differences of low rank, and of those that learn."""
+@dataclass(frozen=True)
+class TrainedBytes:
+    """Bytes of a run's weights.
+
+    whole: of all, with differences of low rank. learning: of those that learn. optimizer: what that remembers of them,
+    at least.
+    """
+
+    whole: int
+    learning: int
+    optimizer: int
+
+
+def trained_bytes(config: TrainConfig) -> TrainedBytes:
+    """Counted on a network without data."""
     training, network = config.training, build_stage(config.stage, device="meta").network
     if training.lora_rank:
         add_low_rank(network, training.lora_rank, training.lora_layers)
     freeze(network, training.frozen)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return weight_bytes(network), sum(parameter.numel() * parameter.element_size() for parameter in learning)
+    return TrainedBytes(
+        whole=weight_bytes(network),
+        learning=sum(parameter.numel() * parameter.element_size() for parameter in learning),
+        optimizer=sum(optimizer_numbers(training.optimizer.kind, p) * p.element_size() for p in learning),
+    )
+
+
+def optimizer_numbers(kind: str, weight: Tensor) -> int:
+    """How many numbers an optimizer remembers of a weight, at least."""
+    match kind:
+        case "adafactor":
+            return remembered_numbers(weight)
+        case "muon":
+            return weight.numel()
+        case _:
+            return 2 * weight.numel()
 
 
 def weight_bytes(module: nn.Module) -> int:

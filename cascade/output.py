@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 from tqdm import tqdm
 
+from cascade.drawing.task import Step
 from cascade.errors import CascadeError
 from cascade.images import to_float, to_pil
 
@@ -54,12 +55,11 @@ def check_output_type(output_type: str) -> None:
 
 
 class Watcher:
-    """Progress of one stage: a bar, the caller's callback, or neither. Used with `with`."""
+    """Progress of a call: a bar for each stage, the caller's callback, or neither. Used with `with`."""
 
-    def __init__(self, stage: str, steps: int, batches: int, progress: bool, callback: Callback | None) -> None:
-        """steps: of each of the `batches`."""
-        self._stage, self._steps, self._callback = stage, steps, callback
-        self._bar = tqdm(total=steps * batches, desc=stage, unit="step") if progress else None
+    def __init__(self, progress: bool, callback: Callback | None) -> None:
+        self._progress, self._callback = progress, callback
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Watcher:
         return self
@@ -67,10 +67,18 @@ class Watcher:
     def __exit__(self, *_error: object) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
-    def step(self, step: int, x_hat: Tensor) -> None:
+    def step(self, step: Step) -> None:
         """Take note of a finished step."""
+        if self._progress:
+            self._count(step)
+        if self._callback is not None:
+            self._callback(step.stage, step.step, step.steps, step.x_hat)
+
+    def _count(self, step: Step) -> None:
+        if (step.batch, step.step) == (0, 0):
+            self.__exit__()
+            self._bar = tqdm(total=step.steps * step.batches, desc=step.stage, unit="step")
         if self._bar is not None:
             self._bar.update()
-        if self._callback is not None:
-            self._callback(self._stage, step, self._steps, x_hat)

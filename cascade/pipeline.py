@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from cascade.arguments import (
     PerStage,
     check_chain,
     check_text_widths,
+    negatives_of,
     positive,
     prompts_of,
     seeds_of,
     stage_sizes,
-    texts_of,
 )
-from cascade.config import Captions, SamplingConfig
-from cascade.drawing import Picture, Texts, draw_batch, padded_batches
+from cascade.config import Captions
+from cascade.drawing.batch_size import default_batch_size
+from cascade.drawing.engine import Conduct, Engine
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Pass, Task, passes, source_of
 from cascade.errors import CascadeError
-from cascade.images import to_uint8
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_type
 from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, check_memory, memory_told, not_finite, running
+from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
-from cascade.upscaling import ImageLike, fitted, padded, read_picture, route, target_size, tile_of
+from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
 
 
 class CascadePipeline:
@@ -115,7 +116,7 @@ class CascadePipeline:
     @property
     def default_batch_size(self) -> int:
         """Pictures per network call unless the caller says otherwise."""
-        return 1 if self.device.type == "cpu" else 8
+        return default_batch_size(self.device)
 
     @torch.inference_mode()
     def __call__(
@@ -131,7 +132,7 @@ class CascadePipeline:
         width: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
@@ -158,19 +159,35 @@ class CascadePipeline:
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
         sizes = stage_sizes([slot.config for slot in slots], height, width)
-        texts = self.texts(prompts, prompt_embeds, negative_prompt)
+        negative = negatives_of(negative_prompt, len(prompts))
+        embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
-        pictures = [Picture(index, seeds[index], number) for index in range(len(prompts)) for number in numbers]
-        batch_size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
-        watch = partial(Watcher, progress=progress, callback=callback)
-        drawn: dict[int, Tensor] = {}
-        pixels: Tensor | None = None
-        for slot, size in zip(slots, sizes, strict=True):
-            own = settings[slot.config.name]
-            pixels = self._draw(slot, own, size, pictures, batch_size, texts, pixels, watch)
-            drawn[slot.config.resolution] = pixels
+        stages = {slot.config.name: settings[slot.config.name] for slot in slots}
+        tasks = [
+            self.task(
+                Recipe(
+                    prompt=prompts[index],
+                    negative_prompt=negative[index],
+                    seed=seeds[index],
+                    number=number,
+                    height=sizes[-1][0],
+                    width=sizes[-1][1],
+                    stages=stages,
+                ),
+                embeds[index],
+            )
+            for index in range(len(prompts))
+            for number in numbers
+        ]
+        size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        with Watcher(progress, callback) as watcher:
+            drawn = self.engine(Conduct(size, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
+        pixels = {
+            slot.config.resolution: torch.stack([result.pixels[place] for result in drawn])
+            for place, slot in enumerate(slots)
+        }
         return CascadeOutput.of(
-            drawn, output_type, [picture.seed for picture in pictures], [prompts[picture.text] for picture in pictures]
+            pixels, output_type, [task.recipe.seed for task in tasks], [task.recipe.prompt for task in tasks]
         )
 
     @torch.inference_mode()
@@ -184,7 +201,7 @@ class CascadePipeline:
         seed: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
@@ -216,34 +233,29 @@ class CascadePipeline:
         last = configs[places[-1]]
         with memory_told(last.name):  # else it would be known only after all the stages before
             check_memory(last, (height, width), 1, self.device, self.dtype, tile_of(tile, (height, width), last))
-        texts = self.texts([text])
-        watch = partial(Watcher, progress=progress, callback=callback)
-        drawn: dict[int, Tensor] = {}
+        scaled, ways = tuple(pixels.shape[-2:]), list[Pass]()
         for step, place in enumerate(places):
-            slot, picture = self.enlargers[place], Picture(0, own_seed, places[:step].count(place))
-            pixels = self._enlarge(slot, settings[slot.config.name], pixels, picture, texts, tile, watch)
-            if step == len(places) - 1:
-                pixels = fitted(pixels, (height, width))
-            drawn[max(pixels.shape[-2:])] = pixels
-        return CascadeOutput.of(drawn, output_type, [own_seed], [text])
-
-    def _enlarge(
-        self,
-        slot: StageSlot,
-        settings: SamplingConfig,
-        pixels: Tensor,
-        picture: Picture,
-        texts: Texts,
-        tile: int | None,
-        watch: Callable[..., Watcher],
-    ) -> Tensor:
-        """uint8 (1, 3, h, w) of any size -> (1, 3, scale h, scale w)."""
-        scale = slot.config.scale
-        low = padded(pixels, slot.config)
-        size = (low.shape[-2] * scale, low.shape[-1] * scale)
-        side = tile_of(tile, size, slot.config)
-        x = self._draw(slot, settings, size, [picture], 1, texts, low, watch, side)
-        return x[..., : pixels.shape[-2] * scale, : pixels.shape[-1] * scale]
+            slot = self.enlargers[place]
+            scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
+            side = tile_of(tile, scaled, slot.config)
+            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), side))
+        recipe = Recipe(
+            prompt=text,
+            negative_prompt="",
+            seed=own_seed,
+            number=0,
+            height=height,
+            width=width,
+            stages={drawing.slot.config.name: drawing.settings for drawing in ways},
+            source=source_of(pixels[0]),
+        )
+        with Watcher(progress, callback) as watcher:
+            engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
+            (drawn,) = engine.draw_all([Task(recipe, ways, start=pixels[0])])
+        pictures = [picture[None] for picture in drawn.pixels]
+        pictures[-1] = fitted(pictures[-1], (height, width))
+        stages = {max(picture.shape[-2:]): picture for picture in pictures}
+        return CascadeOutput.of(stages, output_type, [own_seed], [text])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one folder: cascade.json, text_encoder/ and a folder a stage, safetensors; atomically.
@@ -276,56 +288,24 @@ class CascadePipeline:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def _draw(
-        self,
-        slot: StageSlot,
-        settings: SamplingConfig,
-        size: tuple[int, int],
-        pictures: Sequence[Picture],
-        batch_size: int,
-        texts: Texts,
-        low: Tensor | None,
-        watch: Callable[..., Watcher],
-        tile: int | None = None,
-    ) -> Tensor:
-        """All pictures of one stage: (B, 3, H, W) uint8, on the CPU. Raises CascadeError for numbers not finite.
+    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, name: str = "") -> Task:
+        """What the engine does for a recipe. text, name: see `Task`. Raises CascadeError for what no stage can draw."""
+        slots = self.slots[: len(recipe.stages)]
+        sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
+        return Task(recipe, passes(slots, sizes, recipe.stages, recipe.number), text=text, name=name)
 
-        Whole numbers pass from stage to stage: the next stage sees exactly the picture that can be saved, and the last
-        bits of float arithmetic do not travel on. With `low_memory` the stage is gone when this returns.
-        """
-        parts = []
-        with running(slot) as stage:
-            check_memory(slot.config, size, batch_size, self.device, self.dtype, tile)
-            stage = stage.tiled(tile)
-            with watch(stage.name, stage.count_steps(settings), -(-len(pictures) // batch_size)) as watcher:
-                for members, count in padded_batches(len(pictures), batch_size):
-                    batch = [pictures[index] for index in members]
-                    smaller = None if low is None else low[members]
-                    x = draw_batch(stage, settings, size, batch, texts, smaller, watcher.step, self.device)
-                    if not bool(torch.isfinite(x).all()):
-                        raise CascadeError(not_finite(stage.name))
-                    parts.append(to_uint8(x[:count]).cpu())
-            return torch.cat(parts)
+    def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
+        """What draws tasks with the stages of this pipeline, where they are now."""
+        return Engine(self.encode, self.device, conduct, shelf)
 
-    def texts(
-        self,
-        prompts: Sequence[str],
-        embeds: TextEmbeddings | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-    ) -> Texts:
-        """Embeddings of the prompts, and of what takes the null text's place for each."""
-        negative = texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        if len(negative) not in (1, len(prompts)):
-            raise CascadeError(f"negative_prompt: {len(negative)} for {len(prompts)} prompts; give one or each its own")
-        with self._text.reading() as encoder:
-            text = embeds if embeds is not None else encoder.encode(prompts)
-            if text.tokens.shape[-1] != encoder.dim:
-                raise CascadeError(f"prompt_embeds: width {text.tokens.shape[-1]}, this cascade reads {encoder.dim}")
-            null = encoder.encode(negative).select([index % len(negative) for index in range(len(prompts))])
-        # Always to the same length: sums over more tokens, masked or not, may differ in their last bits, and a
-        # picture should not depend on how long the other prompts are.
-        length = max(encoder.max_length, text.tokens.shape[1], null.tokens.shape[1])
-        return Texts(text.padded(length), null.padded(length))
+    def _rows(self, embeds: TextEmbeddings | None, count: int) -> list[TextEmbeddings] | list[None]:
+        """The embeddings of each prompt, where they are given. Raises CascadeError for another width."""
+        if embeds is None:
+            return [None] * count
+        width, expected = embeds.tokens.shape[-1], self.text_encoder.dim
+        if width != expected:
+            raise CascadeError(f"prompt_embeds: width {width}, this cascade reads {expected}")
+        return [embeds.select([row]) for row in range(count)]
 
     def slots_until(self, until: int | None) -> list[StageSlot]:
         """The stages up to the one that draws `until` px; all of them for None. Raises CascadeError."""

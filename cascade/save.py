@@ -48,6 +48,7 @@ def write_model(
                 "max_text_length": text_encoder.max_length,
                 "text_padded": text_encoder.padded,
                 "captions": text_encoder.captions,
+                "null_text": text_encoder.null_text,
             },
         )
 

@@ -207,11 +207,6 @@ class Stage:
         return replace(self, network=TiledNetwork(self.network, side, radius))
 
     @property
-    def tile(self) -> int | None:
-        """Side of the squares that the network is given; None: it sees whole pictures."""
-        return self.network.side if isinstance(self.network, TiledNetwork) else None
-
-    @property
     def _residual_scale(self) -> float:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 

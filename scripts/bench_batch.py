@@ -33,7 +33,7 @@ import click
 from measure import load_average
 
 from cascade import CascadePipeline, StageConfig, TextEncoder
-from cascade.batch import DrawOptions, Engine, Output, plan, run_batch
+from cascade.batch import DrawOptions, Output, Planner, run_batch
 from cascade.build import build_stage
 from cascade.config import SamplingConfig, UNetConfig
 from cascade.load import BUNDLED
@@ -83,11 +83,10 @@ def overhead(model: str | None, folder: Path, repeats: int, pictures: int, optio
 
 def network_alone(pipeline: CascadePipeline, path: Path, options: DrawOptions) -> float:
     """Seconds inside the network; the pictures are thrown away."""
-    engine = Engine(pipeline, options)
+    engine, planner = pipeline.engine(options.conduct()), Planner(pipeline, options)
     for record in read_prompts(str(path), 0):
         assert isinstance(record, PromptRecord)
-        for _picture in engine.draw(list(plan(pipeline, record, options).tasks())):
-            pass
+        engine.draw_all([target.task() for target in planner.job(record).targets()])
     return engine.network_seconds
 
 

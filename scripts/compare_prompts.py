@@ -15,11 +15,11 @@ from pathlib import Path
 
 import click
 import torch
-from compare_super_resolution import enlarged
+from compare_super_resolution import drawn
 from torch import Tensor
 
-from cascade.drawing import Texts
-from cascade.evaluation.super_resolution import Pair, measure, read_pairs
+from cascade.drawing.engine import Engine
+from cascade.evaluation.super_resolution import measure, read_pairs
 from cascade.evaluation.tower import load_tower
 from cascade.load import load_encoder, load_stage
 
@@ -53,14 +53,8 @@ def main(path: str, data: str, text_encoder: str, count: int) -> None:
     if config.low_resolution is None:
         raise click.ClickException(f"{path}: a base stage enlarges nothing")
     pairs = read_pairs(Path(data), config.resolution, config.low_resolution, count, seed=0)
-    null = encoder.encode([""])
-
-    def drawn(pair: Pair, text: str) -> Tensor:
-        texts = Texts(encoder.encode([text]), null)
-        settings = config.sampling
-        return enlarged(stage, pair, texts, settings.steps, settings.aug_level, settings.consistency)
-
-    own = [drawn(pair, pair.caption) for pair in pairs]
+    engine = Engine(encoder.encode, torch.device("cpu"))
+    own = drawn(engine, stage, pairs, [pair.caption for pair in pairs])
     ways: dict[str, Callable[[int], str]] = {
         "its own caption": lambda index: pairs[index].caption,
         "another style": lambda index: other_style(pairs[index].caption),
@@ -71,7 +65,7 @@ def main(path: str, data: str, text_encoder: str, count: int) -> None:
     print(f"{len(pairs)} pictures of {data}\n\n| " + " | ".join(columns) + " |")
     print("| --- |" + " ---: |" * (len(columns) - 1))
     for name, text in ways.items():
-        pictures = [drawn(pair, text(index)) for index, pair in enumerate(pairs)]
+        pictures = drawn(engine, stage, pairs, [text(index) for index in range(len(pairs))])
         found = [measure(picture, pair, tower) for picture, pair in zip(pictures, pairs, strict=True)]
         means = [sum(each[key] for each in found) / len(found) for key in FIGURES]
         changes = [difference(picture, before) for picture, before in zip(pictures, own, strict=True)]

@@ -10,7 +10,7 @@ means, rounded to 8 bits, or those of --low-column (scripts/draw_low_pictures.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -19,21 +19,24 @@ import torch
 from torch import Tensor
 
 from cascade import Stage
-from cascade.drawing import Picture, Texts, draw_batch
-from cascade.evaluation.super_resolution import AVERAGED, Pair, measure, read_pairs, resized
+from cascade.drawing.engine import Engine
+from cascade.evaluation.super_resolution import AVERAGED, Pair, enlarged, measure, read_pairs, resized
 from cascade.evaluation.tower import load_tower
-from cascade.images import to_float, to_uint8
 from cascade.load import load_encoder, load_stage
+from cascade.slots import StageSlot
 
 
-@torch.inference_mode()
-def enlarged(stage: Stage, pair: Pair, texts: Texts, steps: int, aug_level: float, rounds: int) -> Tensor:
-    """What a stage makes of a pair's smaller picture, rounded to 8 bits: float (1, 3, H, W)."""
-    changes = {"steps": steps, "aug_level": aug_level, "consistency": rounds}
-    settings = stage.config.sampling.model_copy(update=changes)
-    size = (pair.truth.shape[-2], pair.truth.shape[-1])
-    x = draw_batch(stage, settings, size, [Picture(0, 0, 0)], texts, to_uint8(pair.low))
-    return to_float(to_uint8(x))
+def drawn(
+    engine: Engine, stage: Stage, pairs: Sequence[Pair], captions: Sequence[str], **changes: float
+) -> list[Tensor]:
+    """What a stage makes of the smaller pictures, rounded to 8 bits: float (1, 3, H, W) each.
+
+    changes: of the stage's sampling settings.
+    """
+    settings, slot = stage.config.sampling.model_copy(update=changes), StageSlot.holding(stage)
+    return [
+        enlarged(engine, slot, settings, pair.low, caption, 0) for pair, caption in zip(pairs, captions, strict=True)
+    ]
 
 
 def numbers(text: str) -> list[float]:
@@ -66,9 +69,9 @@ def main(
     assert first.low_resolution is not None, "a base stage enlarges nothing"
     pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, 0, low_column)
     encoder, tower = load_encoder(text_encoder, map(Path, stages)), load_tower()
-    texts = [Texts(encoder.encode([pair.caption]), encoder.encode([""])) for pair in pairs]
+    engine, captions = Engine(encoder.encode, torch.device("cpu")), [pair.caption for pair in pairs]
 
-    def line(name: str, pictures: Iterator[Tensor]) -> None:
+    def line(name: str, pictures: Iterable[Tensor]) -> None:
         found = [measure(picture, pair, tower) for picture, pair in zip(pictures, pairs, strict=True)]
         means = [sum(each[key] for each in found) / len(found) for key in AVERAGED]
         print(f"| {name} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)
@@ -80,9 +83,9 @@ def main(
         line(kind, (resized(pair, kind) for pair in pairs))
     for path, stage in loaded.items():
         for number, level, rounds in product(steps, aug_levels, consistency):
-            both = zip(pairs, texts, strict=True)
+            changes = {"steps": int(number), "aug_level": level, "consistency": int(rounds)}
             name = f"{path}, {number:g} steps, aug {level:g}, consistency {rounds:g}"
-            line(name, (enlarged(stage, pair, text, int(number), level, int(rounds)) for pair, text in both))
+            line(name, drawn(engine, stage, pairs, captions, **changes))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def main(data: Path, model: str | None, out: Path, count: int) -> None:
     """Write the sheet."""
     pipeline = CascadePipeline.from_pretrained(model)
     settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, {})
+    engine = pipeline.engine()
     cells: list[tuple[Image.Image, str]] = []
     for slot in pipeline.enlargers:
         config = slot.config
@@ -37,7 +38,8 @@ def main(data: Path, model: str | None, out: Path, count: int) -> None:
         if path is None:
             raise click.ClickException(f"{data}: no held-out pictures of {config.resolution} px")
         pairs = read_pairs(path, config.resolution, config.low_resolution, count, seed=0)
-        drawn = [enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
+        own = settings[config.name]
+        drawn = [enlarged(engine, slot, own, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         cells += crops(config.name, pairs, drawn)
     sheet = contact_sheet([cell for cell, _ in cells], columns=8, labels=[label for _, label in cells])
     sheet.quantize(256).save(out, optimize=True)

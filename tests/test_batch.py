@@ -17,9 +17,13 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.batch import DrawOptions, Engine, Output, Shelf, Summary, Task, Undrawn, plan, run_batch
+from cascade.batch import DrawOptions, Output, Planner, Summary, Target, plan, run_batch
 from cascade.batch.report import write_grid
-from cascade.drawing import draw_batch
+from cascade.drawing.batches import draw_batch
+from cascade.drawing.engine import Engine
+from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Drawn, Result, Undrawn
+from cascade.images import to_pil
 from cascade.prompts import Failure, PromptRecord, given_prompts
 from cascade.seeds import MAX_SEED
 
@@ -47,8 +51,26 @@ def test_a_line_overrides_the_call(pipeline: CascadePipeline) -> None:
     assert own.settings["sr32"].guidance == 1.0
 
 
-def tasks(pipeline: CascadePipeline, records: Iterable[PromptRecord], call: DrawOptions) -> list[Task]:
-    return [task for record in records for task in plan(pipeline, record, call).tasks()]
+def targets(pipeline: CascadePipeline, records: Iterable[PromptRecord], call: DrawOptions) -> list[Target]:
+    return [target for record in records for target in plan(pipeline, record, call).targets()]
+
+
+def draw(
+    pipeline: CascadePipeline,
+    records: Iterable[PromptRecord],
+    call: DrawOptions,
+    shelf: Shelf | None = None,
+    engine: Engine | None = None,
+) -> list[tuple[Target, Result]]:
+    """Results in the order in which they come, each beside what it was to become."""
+    tasks = {target.task(): target for target in targets(pipeline, records, call)}
+    engine = engine or pipeline.engine(call.conduct(), shelf)
+    return [(tasks[result.task], result) for result in engine.draw(list(tasks))]
+
+
+def pixels_of(result: Result) -> bytes:
+    assert isinstance(result, Drawn)
+    return to_pil(result.pixels[-1][None])[0].tobytes()
 
 
 def batches(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOptions) -> list[int]:
@@ -59,9 +81,9 @@ def batches(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOp
         counts.append(len(arguments[3]))
         return draw_batch(*arguments, **more)
 
-    with patch("cascade.batch.engine.draw_batch", watched):
-        drawn = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
-    assert len(drawn) == len(tasks(pipeline, records, call))
+    with patch("cascade.drawing.engine.draw_batch", watched):
+        drawn = draw(pipeline, records, call)
+    assert len(drawn) == len(targets(pipeline, records, call))
     return counts
 
 
@@ -79,8 +101,8 @@ def test_windows_and_the_disk_change_no_bytes(pipeline: CascadePipeline, tmp_pat
     drawn = []
     for shelf in (None, Shelf(tmp_path)):
         call = options(until=None)
-        results = list(Engine(pipeline, call, shelf=shelf).draw(tasks(pipeline, records, call)))
-        drawn.append({result.task.job.record.index: result.image.tobytes() for result in results})
+        results = draw(pipeline, records, call, shelf)
+        drawn.append({target.job.record.index: pixels_of(result) for target, result in results})
     expected = pipeline([record.prompt for record in records], seed=3).images
     assert drawn == [{index: image.tobytes() for index, image in enumerate(expected)}] * 2
     assert not list(tmp_path.iterdir())
@@ -100,14 +122,14 @@ def test_a_restart_goes_on_from_the_smaller_pictures_that_it_finds(pipeline: Cas
         seen.append(stage.name)
         return draw_batch(stage, *arguments, **more)
 
-    with patch("cascade.batch.engine.draw_batch", dies_in_the_last_stage), pytest.raises(KeyboardInterrupt):
-        list(Engine(pipeline, call, shelf=Shelf(tmp_path)).draw(tasks(pipeline, records, call)))
+    with patch("cascade.drawing.engine.draw_batch", dies_in_the_last_stage), pytest.raises(KeyboardInterrupt):
+        draw(pipeline, records, call, Shelf(tmp_path))
     assert len(list(tmp_path.iterdir())) == 6  # two smaller ones of each
-    with patch("cascade.batch.engine.draw_batch", watched):
-        results = list(Engine(pipeline, call, shelf=Shelf(tmp_path)).draw(tasks(pipeline, records, call)))
+    with patch("cascade.drawing.engine.draw_batch", watched):
+        results = draw(pipeline, records, call, Shelf(tmp_path))
     assert seen == ["sr32"] * 3
     expected = pipeline(["a"] * 3, seed=[0, 1, 2]).images
-    assert [result.image.tobytes() for result in results] == [image.tobytes() for image in expected]
+    assert [pixels_of(result) for _, result in results] == [image.tobytes() for image in expected]
     assert not list(tmp_path.iterdir())
 
 
@@ -115,10 +137,10 @@ def test_each_text_is_encoded_once(pipeline: CascadePipeline, monkeypatch: pytes
     seen: list[str] = []
     encode = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
-    engine = Engine(pipeline, options())
+    engine = pipeline.engine()
     for prompts in (["a", "b", "a"], ["b", "c"]):
         records = [PromptRecord(index, prompt, index) for index, prompt in enumerate(prompts)]
-        assert len(list(engine.draw(tasks(pipeline, records, options())))) == len(prompts)
+        assert len(draw(pipeline, records, options(), engine=engine)) == len(prompts)
     assert seen == ["a", "", "b", "c"]
 
 
@@ -126,10 +148,10 @@ def test_texts_in_use_stay_and_others_make_room(pipeline: CascadePipeline, monke
     seen: list[str] = []
     encode = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
-    monkeypatch.setattr("cascade.batch.engine._KEPT_TEXTS", 2)
-    engine = Engine(pipeline, options())
+    monkeypatch.setattr("cascade.drawing.texts.KEPT", 2)
+    engine = pipeline.engine()
     for index, prompt in enumerate(["a", "b", "c", "a"]):
-        list(engine.draw(tasks(pipeline, [PromptRecord(index, prompt, index)], options())))
+        draw(pipeline, [PromptRecord(index, prompt, index)], options(), engine=engine)
     assert seen == ["a", "", "b", "c", "a"]  # the empty text is what every picture is guided away from
 
 
@@ -142,15 +164,15 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
         return draw_batch(*arguments, **more)
 
     records = [PromptRecord(index, "a", index) for index in range(5)]
-    monkeypatch.setattr("cascade.batch.engine.draw_batch", limited)
-    monkeypatch.setattr("cascade.batch.engine._AUTO_BATCH_ON_CPU", 16)
+    monkeypatch.setattr("cascade.drawing.engine.draw_batch", limited)
+    monkeypatch.setattr("cascade.drawing.batch_size._LARGEST_ON_CPU", 16)
     call = options(batch_size="auto")
-    results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
-    assert [result.batch_sizes["base"] for result in results] == [2] * 5
-    fixed = Engine(pipeline, options(batch_size=2)).draw(tasks(pipeline, records, call))
-    assert [result.image.tobytes() for result in results] == [result.image.tobytes() for result in fixed]
+    results = draw(pipeline, records, call)
+    assert [isinstance(result, Drawn) and result.batch_sizes["base"] for _, result in results] == [2] * 5
+    fixed = draw(pipeline, records, options(batch_size=2))
+    assert [pixels_of(result) for _, result in results] == [pixels_of(result) for _, result in fixed]
     with pytest.raises(CascadeError, match="out of memory in stage base"):
-        list(Engine(pipeline, options(batch_size=4)).draw(tasks(pipeline, records, call)))
+        draw(pipeline, records, options(batch_size=4))
 
 
 def test_the_pieces_of_work_do_not_depend_on_the_memory_that_a_process_finds_free(
@@ -158,9 +180,10 @@ def test_the_pieces_of_work_do_not_depend_on_the_memory_that_a_process_finds_fre
 ) -> None:
     """Or processes would cut the prompts differently, and leave some to nobody."""
     windows = []
-    for pages in (1, 10**9):
-        monkeypatch.setattr("os.sysconf", lambda name, pages=pages: pages if name == "SC_AVPHYS_PAGES" else 4096)
-        windows.append(Engine(pipeline, options(batch_size="auto")).window)
+    for free in (1, 10**13):
+        monkeypatch.setattr("cascade.drawing.batch_size.free_bytes", lambda _device, free=free: free)
+        call = options(batch_size="auto")
+        windows.append(Planner(pipeline, call).window(pipeline.engine(call.conduct()).batch_sizes))
     assert windows == [4, 4]
 
 
@@ -172,13 +195,13 @@ def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
         x[[picture.seed == 1 for picture in arguments[3]]] = float("nan")
         return x
 
-    monkeypatch.setattr("cascade.batch.engine.draw_batch", spoiled)
+    monkeypatch.setattr("cascade.drawing.engine.draw_batch", spoiled)
     call = options(batch_size=2, until=16)
     records = [PromptRecord(index, "a", index) for index in range(4)]
-    results = list(Engine(pipeline, call).draw(tasks(pipeline, records, call)))
-    bad = [result for result in results if isinstance(result, Undrawn)]
-    assert [(result.task.job.record.index, result.reason[:10]) for result in bad] == [(1, "stage base")]
-    assert {result.task.job.record.index for result in results} == {0, 1, 2, 3}
+    results = draw(pipeline, records, call)
+    bad = [(target, result.reason) for target, result in results if isinstance(result, Undrawn)]
+    assert [(target.job.record.index, reason[:10]) for target, reason in bad] == [(1, "stage base")]
+    assert {target.job.record.index for target, _ in results} == {0, 1, 2, 3}
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -196,7 +219,7 @@ def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
 )
 def test_files_are_named_by_number_and_slug(pipeline: CascadePipeline, prompt: str, count: int, stem: str) -> None:
     job = plan(pipeline, PromptRecord(7, prompt, 0), options(num_images=count))
-    assert Task(job, 1).stem == stem
+    assert Target(job, 1).stem == stem
     assert len(stem) <= 60
 
 

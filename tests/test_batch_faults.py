@@ -24,12 +24,12 @@ from pyarrow import parquet
 from torch import Tensor
 
 from cascade import CascadeError
-from cascade.batch import Layout, Output
+from cascade.batch import Finished, Layout, Output
 from cascade.batch.locks import Claims
 from cascade.batch.plan import subfolder
 from cascade.batch.writer import BackgroundWriter
 from cascade.cli import main
-from cascade.drawing import draw_batch
+from cascade.drawing.batches import draw_batch
 
 PROMPTS = [f"a fox in picture {number}" for number in range(6)]
 
@@ -96,9 +96,9 @@ def writing(before: Callable[[int], object]) -> Callable[..., Any]:
     """`Output.write`, before which `before` hears the index."""
     write = Output.write
 
-    def written(output: Output, drawn: Any, entry: Any) -> Any:
-        before(entry["index"])
-        return write(output, drawn, entry)
+    def written(output: Output, finished: Finished) -> Any:
+        before(finished.entry["index"])
+        return write(output, finished)
 
     return written
 
@@ -205,7 +205,7 @@ def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
         return x * (float("nan") if number == 2 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cascade.batch.engine.draw_batch", drawing(after=spoil))
+        patch.setattr("cascade.drawing.engine.draw_batch", drawing(after=spoil))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout) == (1, f"5 pictures in {out}, 1 failed\n")
     assert "numbers that are not finite" in stderr
@@ -226,7 +226,7 @@ def test_sigterm_finishes_the_picture_at_hand_and_the_same_command_continues(
         return x
 
     with monkeypatch.context() as patch:
-        patch.setattr("cascade.batch.engine.draw_batch", drawing(after=terminate))
+        patch.setattr("cascade.drawing.engine.draw_batch", drawing(after=terminate))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout, stderr) == (1, f"3 pictures in {out}\n", "cascade: stopped; the same command continues\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

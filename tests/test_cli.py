@@ -80,7 +80,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cascade.batch.engine.draw_batch", interrupted)
+    monkeypatch.setattr("cascade.drawing.engine.draw_batch", interrupted)
     status, _, err = run(capsys, "generate", "a", "--model", model, "--out", tmp_path / "out")
     assert (status, err.strip()) == (1, "cascade: stopped")
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
-from cascade.drawing import Picture, Texts, draw_batch
+from cascade.drawing.batches import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
@@ -126,11 +126,11 @@ def sample_sheet(config: TrainConfig) -> object:
 
 
 def embeddings(config: TrainConfig) -> object:
-    """What the text encoder gives for two captions."""
+    """What the text encoder gives for no text and two captions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt .* was cut")
         return digest(
-            {"tokens": load_text_encoder(config.text).encode(["a red apple", "Two blue stars: www.stars.com"]).tokens}
+            {"tokens": load_text_encoder(config.text).encode(["", "a red apple", "Two stars: www.stars.com"]).tokens}
         )
 
 
@@ -310,12 +310,16 @@ ROWS: dict[str, Row] = {
     ),
     "stage.schedule[cosine].kind": Row("cosine", noise_levels, ("stage.schedule={kind: linear}",)),
     "stage.schedule[cosine].reference_resolution": Row("32", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[cosine].offset": Row("0.1", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_min": Row("-1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_max": Row("1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.model[unet].channels": Row("[16]", weights),
     "stage.model[unet].blocks": Row("[2]", weights),
     "stage.model[unet].strides": Row("[2]", weights),
     "stage.model[unet].attention": Row("[false]", weights),
+    "stage.model[unet].attention_after": Row("level", weights, ("stage.model.blocks=[2]",)),
+    "stage.model[unet].self_attention": Row("false", weights),
+    "stage.model[unet].resampling": Row("conv", weights, ("stage.model.strides=[2]",)),
     "stage.model[unet].middle_blocks": Row("2", weights),
     "stage.model[unet].patch": Row("2", weights),
     "stage.model[unet].skips": Row("add", weights),
@@ -359,6 +363,7 @@ ROWS: dict[str, Row] = {
     "text.dtype": Row("bfloat16", embeddings, (T5,)),
     "text.padded": Row("true", embeddings, (T5,)),
     "text.captions": Row("deepfloyd", embeddings, (T5,)),
+    "text.null_text": Row("zeros", embeddings, (T5,)),
     "text.cache": Row("WORLD/cache", embeddings, (T5,)),  # the cache stores bf16
     # data
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
@@ -398,6 +403,7 @@ ROWS: dict[str, Row] = {
     "data.flip": Row("1.0", views, (FOLDER,)),
     "data.jitter": Row("0.2", views, (FOLDER,)),
     "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),
+    "data.aug_spread": Row("time", log, (*SUPER_RESOLUTION, "data.max_aug_level=0.9")),
     "data.max_bad_share": Row("1.0", views, ("data.sources=[{kind: folder, path: WORLD/half_broken}]",)),
     "data.workers": Row("1", reading_processes),
     "data.decoded": Row("WORLD/decoded", stored_pictures, (FOLDER,)),

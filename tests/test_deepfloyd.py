@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_if import TEXT_DIM, make_if, make_unet, own_picture, peer_picture
 from torch import Tensor
 
 from cascade import CascadePipeline
-from cascade.batch import Drawn, DrawOptions, Engine, plan
+from cascade.batch import DrawOptions, plan
 from cascade.batch.identity import model_identity
 from cascade.build import IF_NOISE, build_stage
 from cascade.checkpoint import save_stage
@@ -411,16 +412,13 @@ def test_a_batch_run_draws_what_a_call_draws(peers: dict[bool, tuple[Path, Any]]
         peers[False][0], super_resolution=[peers[True][0]], device="cpu", low_memory=low_memory
     )
     steps: list[tuple[str, int, int]] = []
-    engine = Engine(
-        pipeline,
-        DrawOptions(run_seed=0, sampling={"steps": 3}, batch_size=2),
-        on_step=lambda *step: steps.append(step),
-    )
-    tasks = [task for record in given_prompts(prompts, 0) for task in plan(pipeline, record, engine.options).tasks()]
-    seeds = [task.job.record.seed for task in tasks]
-    drawn = {result.task: result.image for result in engine.draw(tasks) if isinstance(result, Drawn)}
-    expected = pipeline(prompts, seed=seeds, steps=3, batch_size=2).images
-    assert [drawn[task].tobytes() for task in tasks] == [image.tobytes() for image in expected]
+    options = DrawOptions(run_seed=0, sampling={"steps": 3}, batch_size=2)
+    engine = pipeline.engine(options.conduct(on_step=lambda step: steps.append((step.stage, step.step, step.steps))))
+    targets = [target for record in given_prompts(prompts, 0) for target in plan(pipeline, record, options).targets()]
+    drawn = engine.draw_all([target.task() for target in targets])
+    seeds = [target.job.record.seed for target in targets]
+    expected = pipeline(prompts, seed=seeds, steps=3, batch_size=2, output_type="np").images
+    assert np.array_equal([result.pixels[-1].permute(1, 2, 0).numpy() for result in drawn], expected)
     assert steps == [(stage, step, 3) for stage in ("base", "sr32") for step in range(3)]
 
 

@@ -25,7 +25,7 @@ from cascade.config import (
     TrainConfig,
     UNetConfig,
 )
-from cascade.drawing import Picture, Texts, draw_batch
+from cascade.drawing.batches import Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import choose_device, choose_dtype
 from cascade.stage import Stage

@@ -32,7 +32,7 @@ LEAVES = {
 }
 CORE = LEAVES | {"models", "diffusion"}
 STAGE = CORE | {"stage"}
-DRAWING = {"arguments", "drawing", "output", "save", "slots", "upscaling"}
+DRAWING = {"arguments", "drawing", "output", "sampling", "save", "slots", "upscaling"}
 
 # Which parts of the package each part may import. A part is a module of the package, or one of its folders.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -53,11 +53,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": LEAVES,
     "data": LEAVES,
     "stage": CORE,
-    "training": STAGE | {"text", "data"},
+    "training": STAGE | {"text", "data", "drawing", "slots"},
     "arguments": LEAVES | {"text"},
-    "output": LEAVES,
+    "output": LEAVES | {"drawing"},
     "slots": STAGE | {"text"},
-    "drawing": STAGE | {"text", "slots"},
+    "drawing": STAGE | {"text", "slots", "upscaling"},
     "save": STAGE | {"text", "slots"},
     "upscaling": STAGE | {"arguments"},
     "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
-    "integrations": STAGE | {"sampling", "prompts", "pipeline", "batch"},
+    "integrations": STAGE | DRAWING | {"prompts", "pipeline", "batch"},
     "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
 }
 # What stands at the top may import everything.

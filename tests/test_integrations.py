@@ -97,10 +97,10 @@ def test_a_row_that_cannot_be_drawn_says_why_and_the_others_go_on(model: Path) -
 
 
 def test_a_picture_that_is_not_finite_has_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascade.drawing import draw_batch
+    from cascade.drawing.batches import draw_batch
 
     monkeypatch.setattr(
-        "cascade.batch.engine.draw_batch", lambda *values, **more: float("nan") * draw_batch(*values, **more)
+        "cascade.drawing.engine.draw_batch", lambda *values, **more: float("nan") * draw_batch(*values, **more)
     )
     (row,) = drawn(model, [{"prompt": "a", "seed": 3}])
     assert (row["seed"], row["number"], row["image"]) == (3, 0, None)

@@ -328,7 +328,7 @@ def test_formats_and_devices_that_cannot_draw_are_refused(model: Path, options: 
 def test_what_cannot_fit_into_memory_is_refused_before_noise_is_drawn(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("cascade.pipeline.padded_batches", None)
+    monkeypatch.setattr("cascade.drawing.batches.noise_like", None)
     with pytest.raises(CascadeError, match=r"^out of memory in stage base: needs more than .* GB, .* GB are free; use"):
         pipeline("a fox", **options)
 

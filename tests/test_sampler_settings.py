@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cascade
-from cascade.batch.manifest import what_made
+from cascade.batch.manifest import made_by
 from cascade.build import build_stage
 from cascade.config import PresetConfig, SamplingConfig, StageConfig, UNetConfig, with_sampler_section
 from cascade.config.samplers import SECTIONS, section
@@ -138,11 +138,11 @@ def test_a_picture_of_an_earlier_version_counts_as_finished() -> None:
     now = SamplingConfig(eta=0.5, steps=7).model_dump(mode="json")
     earlier = now | {"sampler": "ddim", "eta": 0.5, "variance": "posterior"}
     lines = [
-        {"prompt": "a", "negative_prompt": "", "seed": 1, "num_images": 1}
+        {"prompt": "a", "negative_prompt": "", "seed": 1, "number": 0, "num_images": 1}
         | {"settings": {"height": 8, "width": 8, "stages": {"base": stages}}}
         for stages in (now, earlier, earlier | {"eta": 0.25})
     ]
-    assert what_made(lines[0]) == what_made(lines[1]) != what_made(lines[2])
+    assert made_by(lines[0]) == made_by(lines[1]) != made_by(lines[2])
 
 
 # --- a call's own sampler ------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ NETWORKS = {
         channels=(8, 8, 8), blocks=(1, 1, 2), strides=(1, 2, 2), attention=(False,) * 3, patch=2, norm="pixel"
     ),
     "stride first": UNetConfig(channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel"),
+    "resampled by convolution": UNetConfig(
+        channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel", resampling="conv"
+    ),
 }
 
 
@@ -56,6 +59,13 @@ def drawn(stage: Stage, height: int, width: int, tile: int | None) -> Tensor:
     with torch.inference_mode():
         z = noise_like(torch.empty(2, 3, height, width), rng)
         return stage.tiled(tile).sample(cond, null, z, rng)
+
+
+def test_attention_to_text_alone_is_drawn_in_tiles_too() -> None:
+    attends = {"attention": (False, True), "self_attention": False, "text": "attention", "head_dim": 8}
+    plain = convolutional_stage(NETWORKS["stride first"]).config
+    stage = tiny_stage(plain.model_copy(update={"model": plain.model.model_copy(update=attends)}))
+    assert (drawn(stage, 64, 96, None) - drawn(stage, 64, 96, 32)).abs().max() < 2e-5
 
 
 def test_tiles_cover_every_pixel_once_and_see_their_margin_inside_the_picture() -> None:
@@ -151,7 +161,7 @@ def test_what_a_network_has_prepared_of_images_can_be_cropped_and_all_else_is_ke
         assert torch.equal(after, before[:, :, :8, 8:]) if field.name == "low_res" else after is before
 
 
-def test_a_stage_drawn_in_squares_says_so_and_one_drawn_whole_is_the_stage_itself() -> None:
+def test_a_stage_drawn_whole_is_the_stage_itself() -> None:
     stage = convolutional_stage(NETWORKS["levels"])
     assert stage.tiled(None) is stage
-    assert (stage.tile, stage.tiled(32).tile) == (None, 32)
+    assert stage.tiled(32).network is not stage.network

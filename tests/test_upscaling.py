@@ -15,7 +15,7 @@ from PIL import Image
 import cascade
 from cascade import CascadeError, CascadePipeline
 from cascade.config import StageConfig
-from cascade.drawing import Picture, Texts, draw_batch
+from cascade.drawing.batches import Picture, Texts, draw_batch
 from cascade.evaluation.fidelity import consistency
 from cascade.images import back_project, downsample, to_float
 from cascade.load import load_stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cascade.config import with_sampler_section
+from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError
 from cascade.locks import held
 from cascade.scratch import ScratchTable
@@ -134,7 +133,7 @@ class Manifest:
         try:
             entry = json.loads(line)
             key = (int(entry["index"]), int(entry["number"]))
-            what_made(entry)
+            made_by(entry)
             row = (*key, start, len(line) + 1)
         except (ValueError, KeyError, TypeError):
             raise CascadeError(f"{self.path}: a line is damaged: {line[:40]!r}; remove it, or --overwrite") from None
@@ -155,10 +154,9 @@ class Manifest:
         )
 
 
-def what_made(entry: Mapping[str, Any]) -> bytes:
-    """A digest of what the bytes of a picture depend on, from its line."""
-    settings = entry["settings"]
-    made_by = [entry[name] for name in ("prompt", "negative_prompt", "seed", "num_images")]
-    stages = {name: with_sampler_section(values) for name, values in settings["stages"].items()}
-    text = json.dumps([*made_by, settings["height"], settings["width"], stages], sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()[:16]
+def made_by(entry: Mapping[str, Any]) -> tuple[str, int]:
+    """What tells the picture of a line from another one that stands in its place: recipe, and how many have its prompt.
+
+    Raises KeyError or TypeError for what is no line of a manifest.
+    """
+    return Recipe.digest_of(entry), entry["num_images"]

@@ -6,6 +6,7 @@ import io
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +14,66 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from cascade._version import __version__
-from cascade.batch.engine import Drawn
-from cascade.batch.plan import DrawOptions
+from cascade.batch.plan import DrawOptions, Target
 from cascade.checkpoint import read_json
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 
 FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 """File formats and their endings."""
 
-_IN_PICTURE = ("prompt", "negative_prompt", "seed", "number", "num_images", "index", "model", "license", "cascade")
+_ORIGIN = ("num_images", "index", "model", "license", "cascade")
+"""What a picture says of where it comes from, besides its recipe."""
+_TEXTS = {
+    "model",
+    "license",
+    "cascade",
+    *(name for name, field in Recipe.model_fields.items() if field.annotation is str),
+}
+"""What stands in a chunk as it is, where all else is JSON."""
 _JPEG_QUALITY, _WEBP_QUALITY = 95, 95
 _DESCRIPTION = 0x010E  # EXIF's ImageDescription, where viewers show it
 _LONGEST_EXIF = 60_000  # bytes; a JPEG segment ends at 65,535
 
 
-def describe(pipeline: CascadePipeline, drawn: Drawn, options: DrawOptions) -> dict[str, Any]:
-    """What a picture's line of the manifest says of how it was drawn."""
-    task, job, record = drawn.task, drawn.task.job, drawn.task.job.record
-    ran = [slot.config.name for slot in pipeline.slots_until(options.until)]
-    sizes = set(drawn.batch_sizes.values())
-    return {
-        "index": record.index,
-        "id": job.id,
-        "prompt": record.prompt,
-        "negative_prompt": job.negative_prompt,
-        "seed": record.seed,
-        "run_seed": options.run_seed,
-        "number": task.number,
-        "num_images": job.num_images,
-        "model": pipeline.name,
-        "license": pipeline.license,
-        "cascade": __version__,
-        "settings": {
-            "height": drawn.image.height,
-            "width": drawn.image.width,
-            "batch_size": sizes.pop() if len(sizes) == 1 else drawn.batch_sizes,
+@dataclass(frozen=True)
+class Describer:
+    """Says how a pipeline drew a picture of a run."""
+
+    pipeline: CascadePipeline
+    options: DrawOptions
+
+    def __call__(self, target: Target, drawn: Drawn) -> dict[str, Any]:
+        """What a picture's line of the manifest says of how it was drawn."""
+        pipeline, record = self.pipeline, target.job.record
+        recipe = target.recipe.to_json()
+        sizes = set(drawn.batch_sizes.values())
+        settings = {
+            **{name: recipe["settings"][name] for name in ("height", "width")},
+            "batch_size": sizes.pop() if len(sizes) == 1 else dict(drawn.batch_sizes),
             "device": pipeline.device.type,
             "dtype": str(pipeline.dtype).removeprefix("torch."),
-            "stages": {name: job.settings[name].model_dump(mode="json") for name in ran},
-        },
-    }
+            "stages": recipe["settings"]["stages"],
+        }
+        return {
+            "index": record.index,
+            "id": target.job.id,
+            **recipe,
+            "run_seed": self.options.run_seed,
+            "num_images": target.job.num_images,
+            "model": pipeline.name,
+            "license": pipeline.license,
+            "cascade": __version__,
+            "settings": settings,
+        }
 
 
 def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[bytes, bytes | None]:
     """A picture file with its metadata inside, and the metadata as a file beside it where they do not fit."""
     buffer = io.BytesIO()
-    text = json.dumps({name: entry[name] for name in (*_IN_PICTURE, "settings")})
+    text = json.dumps(_inside(entry))
     if format == "png":
         # Runs only: drawn pictures have hardly a string that returns, and looking for them takes most of the time.
         image.save(buffer, format="PNG", pnginfo=_text_chunks(entry), compress_type=zlib.Z_RLE)
@@ -75,12 +89,17 @@ def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[b
     return buffer.getvalue(), None if fits else text.encode()
 
 
+def _inside(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a line of the manifest stands in the picture: its recipe, where it comes from, and the settings."""
+    recipe = [name for name in Recipe.model_fields if name in entry]
+    return {name: entry[name] for name in (*recipe, *_ORIGIN, "settings")}
+
+
 def _text_chunks(entry: Mapping[str, Any]) -> PngInfo:
-    """International text chunks, which hold any Unicode; settings as JSON."""
+    """International text chunks, which hold any Unicode; what is no text as JSON."""
     chunks = PngInfo()
-    for name in _IN_PICTURE:
-        chunks.add_itxt(name, str(entry[name]))
-    chunks.add_itxt("settings", json.dumps(entry["settings"]))
+    for name, value in _inside(entry).items():
+        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
     return chunks
 
 
@@ -110,11 +129,18 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
+    """`_inside`, from JSON or from chunks. Raises KeyError, ValueError or TypeError for what is none."""
     if "all" in text:
         beside = Path(sidecar(str(path)))
         data = read_json(beside) if not text["all"] and beside.exists() else json.loads(text["all"])
     else:
-        data = {name: str(text[name]) for name in _IN_PICTURE} | {"settings": json.loads(text["settings"])}
-    for name in ("seed", "number", "num_images", "index"):
+        data = {name: value if name in _TEXTS else json.loads(value) for name, value in _known(text).items()}
+    for name in ("num_images", "index"):
         data[name] = int(data[name])
-    return {name: data[name] for name in (*_IN_PICTURE, "settings")}
+    Recipe.digest_of(data)
+    return _inside(data)
+
+
+def _known(text: Mapping[str, str]) -> dict[str, str]:
+    """The chunks that are ours; others, such as a camera's, may hold anything."""
+    return {name: str(value) for name, value in text.items() if name in (*Recipe.model_fields, *_ORIGIN, "settings")}

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from cascade.batch.earlier import RUN, EarlierRun, with_seed
-from cascade.batch.engine import Drawn
 from cascade.batch.layout import Layout
 from cascade.batch.manifest import Manifest
-from cascade.batch.pictures import Pictures
+from cascade.batch.pictures import Finished, Pictures
+from cascade.batch.plan import Target
 from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
 from cascade.errors import CascadeError
@@ -138,14 +138,14 @@ class Output:
             self.manifest.refresh()  # another one may have died within it
         return claimed
 
-    def has(self, index: int, number: int, made_by: Mapping[str, Any]) -> bool:
+    def has(self, target: Target) -> bool:
         """Whether a picture is finished and whole: `Pictures.has`."""
-        return self._pictures.has(index, number, made_by)
+        return self._pictures.has(target)
 
-    def write(self, drawn: Drawn, entry: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, finished: Finished) -> dict[str, Any]:
         """Write a picture whole, then its line of the manifest, which is returned."""
         with self._writing():
-            return self._pictures.write(drawn, entry)
+            return self._pictures.write(finished)
 
     def read(self, name: str) -> bytes | None:
         """A picture's file, or None when it is not there. name: as the manifest says it."""

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.batch.engine import Drawn
 from cascade.batch.layout import Layout
-from cascade.batch.manifest import Manifest, what_made
+from cascade.batch.manifest import Manifest, made_by
 from cascade.batch.metadata import FORMATS, encode, sidecar
+from cascade.batch.plan import Target
 from cascade.batch.stores import Store, sha256
+from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
+from cascade.images import to_pil
 
 _OF_THE_FILE = ("file", "stages", "sha256", "seconds")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture to be written. entry: what its line of the manifest says of how it was drawn."""
+
+    target: Target
+    drawn: Drawn
+    entry: Mapping[str, Any]
 
 
 class Pictures:
@@ -24,16 +36,13 @@ class Pictures:
         """folder: for messages."""
         self._folder, self._layout, self._store, self._manifest = folder, layout, store, manifest
 
-    def has(self, index: int, number: int, made_by: Mapping[str, Any]) -> bool:
-        """Whether a picture is finished and whole.
-
-        made_by: prompt, seed and settings, as a line of the manifest would say. Raises CascadeError when another
-        picture stands there.
-        """
-        known = self._manifest.find(index, number)
+    def has(self, target: Target) -> bool:
+        """Whether a picture is finished and whole. Raises CascadeError when another one stands there."""
+        index = target.job.record.index
+        known = self._manifest.find(index, target.number)
         if known is None:
             return False
-        if what_made(known) != what_made(made_by):
+        if made_by(known) != (target.recipe.digest(), target.job.num_images):
             raise CascadeError(
                 f"{self._folder}: {known['file']} was drawn from another prompt, seed or settings than prompt {index}"
                 " of this run; name another folder with --out, or --overwrite"
@@ -43,25 +52,27 @@ class Pictures:
         there = all(self._store.read(name) is not None for name in known.get("stages", {}).values())
         return whole and there and all(self._store.read(name) == text for name, text in self._companions(known).items())
 
-    def write(self, drawn: Drawn, entry: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, finished: Finished) -> dict[str, Any]:
         """Write a picture whole, then its line of the manifest, which is returned. Raises OSError, CascadeError."""
-        task, ending = drawn.task, FORMATS[self._layout.picture_format]
-        index, count = task.job.record.index, task.job.num_images
+        target, entry, ending = finished.target, finished.entry, FORMATS[self._layout.picture_format]
+        index, count = target.job.record.index, target.job.num_images
         files: dict[str, bytes] = {}
         kept: dict[str, str] = {}
-        *smaller, largest = sorted(drawn.stages)
-        for resolution in smaller:
-            kept[str(resolution)] = self._stage_name(index, task.stem, resolution, ending, count)
-            files[kept[str(resolution)]] = encode(drawn.stages[resolution], entry, self._layout.picture_format)[0]
-        file = self._store.name(index, task.stem, ending, count)
-        content, beside = encode(drawn.stages[largest], entry, self._layout.picture_format)
+        *smaller, image = [to_pil(pixels[None])[0] for pixels in finished.drawn.pixels]
+        for slot, picture in zip(target.job.slots, smaller, strict=False):
+            name = self._stage_name(index, target.stem, slot.config.resolution, ending, count)
+            kept[str(slot.config.resolution)] = name
+            files[name] = encode(picture, entry, self._layout.picture_format)[0]
+        file = self._store.name(index, target.stem, ending, count)
+        content, beside = encode(image, entry, self._layout.picture_format)
         if beside is not None:
             files[sidecar(file)] = beside
         files |= self._companions({**entry, "file": file})
         files[file] = content  # last: if it is there, the others are
         self._store.write(files)
         stages = {"stages": kept} if kept else {}
-        line = {**entry, "file": file, **stages, "sha256": sha256(content), "seconds": round(drawn.seconds, 3)}
+        seconds = round(finished.drawn.seconds, 3)
+        line = {**entry, "file": file, **stages, "sha256": sha256(content), "seconds": seconds}
         self._manifest.append(line)
         return line
 

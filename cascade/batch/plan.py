@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cascade.arguments import stage_sizes
 from cascade.config import SamplingConfig
+from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.engine import Conduct
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.task import Task, passes
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import PromptRecord
 from cascade.sampling import resolve_sampling
+from cascade.slots import StageSlot
 
 FILES_PER_FOLDER = 10_000
 """Pictures in one folder, beyond which subfolders begin."""
@@ -24,7 +30,7 @@ class DrawOptions:
 
     run_seed: from which the seeds of the prompts follow, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
-    batch_size: for all stages, or {stage: size}; "auto" begins with what should fit, and halves after an out-of-memory.
+    batch_size: see `cascade.drawing.batch_size.Wish`.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     """
 
@@ -36,18 +42,24 @@ class DrawOptions:
     width: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    batch_size: int | Mapping[str, int] | str | None = None
+    batch_size: Wish = None
     window: int | None = None
     save_stages: bool = False
+
+    def conduct(self, **more: Any) -> Conduct:
+        """How the engine goes about it. more: further fields of `Conduct`."""
+        return Conduct(self.batch_size, keep_stages=self.save_stages, **more)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt with everything settled. settings: what holds for each stage in the end."""
+    """A prompt with everything settled: what the stages in `slots` draw for it, at which sizes, and how."""
 
     record: PromptRecord
     negative_prompt: str
     num_images: int
+    slots: Sequence[StageSlot]
+    sizes: Sequence[tuple[int, int]]
     settings: Mapping[str, SamplingConfig]
 
     @property
@@ -55,17 +67,37 @@ class Job:
         """The line's own id, or its index."""
         return self.record.id or f"{self.record.index:06d}"
 
-    def tasks(self) -> Iterator[Task]:
+    def targets(self) -> Iterator[Target]:
         """Its pictures."""
-        return (Task(self, number) for number in range(self.num_images))
+        return (Target(self, number) for number in range(self.num_images))
 
 
 @dataclass(frozen=True)
-class Task:
-    """One picture: its number among those of the job."""
+class Target:
+    """One picture of a run: its number among those of the job."""
 
     job: Job
     number: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides its bytes."""
+        job, (height, width) = self.job, self.job.sizes[-1]
+        return Recipe(
+            prompt=job.record.prompt,
+            negative_prompt=job.negative_prompt,
+            seed=job.record.seed,
+            number=self.number,
+            height=height,
+            width=width,
+            stages={slot.config.name: job.settings[slot.config.name] for slot in job.slots},
+        )
+
+    def task(self) -> Task:
+        """The same for the engine."""
+        job = self.job
+        way = passes(job.slots, job.sizes, job.settings, self.number)
+        return Task(self.recipe, way, name=str(job.record.index))
 
     @property
     def stem(self) -> str:
@@ -77,13 +109,37 @@ class Task:
         return "-".join(parts)[:_NAME_LENGTH].rstrip("-")
 
 
+class Planner:
+    """Settles what holds for each prompt of a run."""
+
+    def __init__(self, pipeline: CascadePipeline, options: DrawOptions) -> None:
+        """Raises CascadeError for what the call itself asks for and this cascade cannot do: no line is to blame."""
+        self._options = options
+        self._configs = [slot.config for slot in pipeline.slots]
+        resolve_sampling(self._configs, options.preset, options.sampling)
+        self.slots = pipeline.slots_until(options.until)
+        self.sizes = stage_sizes([slot.config for slot in self.slots], options.height, options.width)
+
+    def job(self, record: PromptRecord) -> Job:
+        """What holds for a prompt. Raises CascadeError for settings of its own that this cascade does not allow."""
+        options, own = self._options, {"steps": record.steps, "guidance": record.guidance}
+        overrides = {**options.sampling, **{name: value for name, value in own.items() if value is not None}}
+        settings = resolve_sampling(self._configs, options.preset, overrides)
+        negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
+        count = record.num_images or options.num_images
+        return Job(record, negative or "", count, self.slots, self.sizes, settings)
+
+    def window(self, sizes: BatchSizes) -> int:
+        """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
+        settings = resolve_sampling(self._configs, self._options.preset, self._options.sampling)
+        way = passes(self.slots, self.sizes, settings, number=0)
+        largest = sizes.largest or max(sizes.of(drawing) for drawing in way)
+        return self._options.window or max(1, largest // self._options.num_images)
+
+
 def plan(pipeline: CascadePipeline, record: PromptRecord, options: DrawOptions) -> Job:
-    """Settle what holds for a prompt. Raises CascadeError for settings that this cascade does not allow."""
-    own = {"steps": record.steps, "guidance": record.guidance}
-    overrides = {**options.sampling, **{name: value for name, value in own.items() if value is not None}}
-    settings = resolve_sampling([slot.config for slot in pipeline.slots], options.preset, overrides)
-    negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
-    return Job(record, negative or "", record.num_images or options.num_images, settings)
+    """`Planner.job` of a single prompt."""
+    return Planner(pipeline, options).job(record)
 
 
 def subfolder(index: int, num_images: int) -> str:

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from cascade.batch.engine import Drawn, Engine, Shelf, StoppedError, Undrawn
-from cascade.batch.metadata import describe
+from cascade.batch.metadata import Describer
 from cascade.batch.output import Output
-from cascade.batch.plan import DrawOptions, Job, Task, plan
+from cascade.batch.pictures import Finished
+from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.batch.progress import Progress
 from cascade.batch.writer import BackgroundWriter
+from cascade.drawing.engine import Engine, StoppedError
+from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import Failure, PromptRecord
-from cascade.sampling import resolve_sampling
 
 LOW_MEMORY_WINDOW = 64
 """Prompts that share one loading of the stages when memory is short."""
@@ -54,20 +56,19 @@ def run_batch(
     strict: the first failure ends the run. low_memory: smaller pictures wait on the disk. stop: asked now and then.
     Raises CascadeError for what the call itself asks for, when that is not possible.
     """
-    # What the call itself asks for is checked first: if that is wrong, no line of the file is to blame.
-    resolve_sampling([slot.config for slot in pipeline.slots], options.preset, options.sampling)
-    progress = progress or Progress()
-    shelf = Shelf(output.shelf) if low_memory else None
-    engine = Engine(pipeline, options, shelf=shelf, stop=stop, on_step=progress.step)
+    planner, told = Planner(pipeline, options), progress or Progress()
+    conduct = options.conduct(stop=stop, on_step=lambda step: told.step(step.stage, step.step, step.steps))
+    engine = pipeline.engine(conduct, Shelf(output.shelf) if low_memory else None)
+    window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        run = _Run(engine, output, writer, progress, strict)
+        run = _Run(planner, engine, Describer(pipeline, options), output, writer, told, strict)
         try:
-            for unit, lines in _units(records, output, engine.window):
+            for unit, lines in _units(records, output, window):
                 if stop():
                     raise StoppedError
                 run.summary.last_unit = unit
                 if output.claim(unit):
-                    run.draw_unit(unit, lines, engine.window)
+                    run.draw_unit(unit, lines, window)
         except StoppedError:
             run.summary.stopped = True
     return run.summary
@@ -100,7 +101,9 @@ def _units(records: Iterable[Line], output: Output, window: int) -> Iterator[tup
 class _Run:
     """What the steps of a run share."""
 
+    planner: Planner
     engine: Engine
+    describe: Describer
     output: Output
     writer: BackgroundWriter
     progress: Progress
@@ -113,10 +116,10 @@ class _Run:
         """Draw what is missing of a unit, window by window."""
         for start in range(0, len(lines), window):
             jobs = [job for line in lines[start : start + window] if (job := self._planned(line)) is not None]
-            missing = [task for job in jobs for task in job.tasks() if not self._kept(task)]
-            if missing:
-                for result in self.engine.draw(missing):
-                    self._take(result)
+            targets = [target for job in jobs for target in job.targets() if not self._kept(target)]
+            missing = {target.task(): target for target in targets}
+            for result in self.engine.draw(list(missing)):
+                self._take(missing[result.task], result)
         self.writer.put(lambda: self.output.finish(unit))
 
     def _planned(self, line: Line) -> Job | None:
@@ -124,45 +127,26 @@ class _Run:
             self._fail(line)
             return None
         try:
-            return plan(self.engine.pipeline, line, self.engine.options)
+            return self.planner.job(line)
         except CascadeError as error:
             self._fail(Failure(line.origin, str(error), line.index))
             return None
 
-    def _kept(self, task: Task) -> bool:
-        kept = self.output.has(task.job.record.index, task.number, self.made_by(task))
+    def _kept(self, target: Target) -> bool:
+        kept = self.output.has(target)
         if kept:
             self.summary.kept += 1
             self.progress.kept()
         return kept
 
-    def made_by(self, task: Task) -> dict[str, Any]:
-        """What a line of the manifest would say of how a picture is made."""
-        height, width = self.engine.sizes[-1]
-        job = task.job
-        return {
-            "prompt": job.record.prompt,
-            "negative_prompt": job.negative_prompt,
-            "seed": job.record.seed,
-            "num_images": job.num_images,
-            "settings": {
-                "height": height,
-                "width": width,
-                "stages": {
-                    slot.config.name: job.settings[slot.config.name].model_dump(mode="json")
-                    for slot in self.engine.slots
-                },
-            },
-        }
-
-    def _take(self, result: Drawn | Undrawn) -> None:
+    def _take(self, target: Target, result: Result) -> None:
         if isinstance(result, Undrawn):
-            record = result.task.job.record
-            self._fail(Failure(record.origin, result.reason, record.index), number=result.task.number)
+            record = target.job.record
+            self._fail(Failure(record.origin, result.reason, record.index), number=target.number)
             return
         self.summary.pictures += 1
-        entry = describe(self.engine.pipeline, result, self.engine.options)
-        self.writer.put(lambda: self.progress.picture(self.output.write(result, entry)))
+        picture = Finished(target, result, self.describe(target, result))
+        self.writer.put(lambda: self.progress.picture(self.output.write(picture)))
 
     def _fail(self, failure: Failure, **more: Any) -> None:
         if self.strict:

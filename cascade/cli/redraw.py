@@ -8,6 +8,7 @@ from typing import Any
 import click
 from PIL import Image
 
+from cascade._version import __version__
 from cascade.errors import CascadeError
 
 
@@ -35,37 +36,28 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> 
 
 def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, device: str | None) -> bytes:
     """The file, as the run that wrote it would; the smaller picture of a stage is known by its size."""
-    from cascade.batch import Drawn, DrawOptions, Engine, Job, Task, describe
     from cascade.batch.metadata import encode
-    from cascade.config import SamplingConfig
+    from cascade.drawing.engine import Conduct
+    from cascade.drawing.recipe import Recipe
+    from cascade.drawing.task import Drawn
+    from cascade.images import to_pil
     from cascade.pipeline import CascadePipeline
-    from cascade.prompts import PromptRecord
-    from cascade.settings import parse
 
+    recipe = Recipe.from_json(said, picture)
     settings = said["settings"]
     pipeline = CascadePipeline.from_pretrained(model, device=device or settings["device"], dtype=settings["dtype"])
-    stages = settings["stages"]
-    if pipeline.name != said["model"] or pipeline.stage_names[: len(stages)] != list(stages):
+    if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
-    sampling = {name: parse(SamplingConfig, values, f"{picture}: {name}") for name, values in stages.items()}
-    record = PromptRecord(said["index"], said["prompt"], said["seed"], origin=picture)
-    options = DrawOptions(
-        run_seed=said["seed"],
-        until=pipeline.slots[len(stages) - 1].config.resolution,
-        height=settings["height"],
-        width=settings["width"],
-        batch_size=settings["batch_size"],
-        save_stages=True,
-    )
     with Image.open(picture) as image:
         size = image.size
-    task = Task(Job(record, said["negative_prompt"], said["num_images"], sampling), said["number"])
-    for result in Engine(pipeline, options).draw([task]):
-        if isinstance(result, Drawn):
-            chosen = next((stage for stage in result.stages.values() if stage.size == size), result.image)
-            return encode(chosen, describe(pipeline, result, options), format)[0]
+    engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
+    (result,) = engine.draw([pipeline.task(recipe)])
+    if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
-    raise AssertionError("one task has one result")
+    images = [to_pil(pixels[None])[0] for pixels in result.pixels]
+    chosen = next((image for image in images if image.size == size), images[-1])
+    used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
+    return encode(chosen, {**said, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
 
 
 def _difference(said: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, Fraction, PositiveInt
+from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction, PositiveInt
 from cascade.config.data import (
     Captions,
     DataConfig,
@@ -29,7 +29,6 @@ from cascade.config.training import (
     LogitNormalLevels,
     LossConfig,
     LowRankLayers,
-    Optimizer,
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
@@ -40,6 +39,7 @@ from cascade.diffusion.parameterization import Kind
 
 __all__ = [
     "FORMAT_VERSION",
+    "AugSpread",
     "Captions",
     "ConstantSchedule",
     "CosineSchedule",
@@ -55,7 +55,6 @@ __all__ = [
     "LossConfig",
     "LowRankLayers",
     "ModelConfig",
-    "Optimizer",
     "OptimizerConfig",
     "ParquetSource",
     "PositiveInt",

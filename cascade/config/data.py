@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Fraction, PositiveInt
+from cascade.config.common import AugSpread, Fraction, PositiveInt
 from cascade.settings import Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
@@ -23,6 +23,8 @@ class TextReading(Settings):
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
     captions: Captions = "as_is"
     """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
+    null_text: Literal["encoded", "zeros"] = "encoded"
+    """What networks are given for no text: what the encoder makes of the empty prompt, or zeros, as Imagen has it."""
 
 
 class TextConfig(TextReading):
@@ -147,7 +149,10 @@ class DataConfig(Settings):
     """Largest random shift and zoom, as a share of the size, with white around; for pictures on white. Drawn scenes
     stay as they are."""
     max_aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Super-resolution: noise on the smaller picture is uniform in [0, this]."""
+    """Super-resolution: largest standard deviation of the noise on the smaller picture, which has any from 0 on."""
+    aug_spread: AugSpread = "std"
+    """Super-resolution: that noise is uniform in its standard deviation, or in the time of the cosine schedule, as
+    Imagen and DeepFloyd IF draw it: a seventh of the pictures then have more than 0.97."""
     max_bad_share: Fraction = 0.05
     """Stop when a larger share of the records is broken or has no caption."""
     workers: Annotated[int, Field(ge=0)] = 0

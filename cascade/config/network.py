@@ -22,12 +22,19 @@ class UNetConfig(Settings):
     """Downsampling *before* each level's blocks. Starting with 2 gives the Efficient U-Net of Imagen (fig. A.28)."""
     attention: tuple[bool, ...] = (False, True, True)
     """Whether the blocks of a level are followed by global self-attention (with the text tokens joined in)."""
+    attention_after: Literal["blocks", "level"] = "blocks"
+    """Attention after each block of such a level, or once after the last, as in Imagen's Efficient U-Net."""
+    self_attention: bool = True
+    """Whether attention sees the picture beside the text. Without, each pixel asks the text alone, as in Imagen's 1024
+    stage, the same on crop and whole."""
     middle_blocks: Annotated[int, Field(ge=0)] = 1
     """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
     patch: PositiveInt = 1
     """Space-to-depth factor of the stem: the network works at 1/patch of the resolution."""
-    skips: Literal["concat", "add"] = "concat"
-    """How the way up receives the way down."""
+    resampling: Literal["shuffle", "conv"] = "shuffle"
+    """Between levels: space-to-depth and a 1x1 convolution, or a strided 3x3 one, as Imagen has it; likewise back."""
+    skips: Literal["concat", "add", "level"] = "concat"
+    """How the way up receives the way down: concatenated or added block by block, or added once a `level`."""
     skip_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the skips; Imagen's Efficient U-Net uses 1/sqrt(2)."""
     norm: Literal["group", "pixel"] = "group"
@@ -55,6 +62,8 @@ class UNetConfig(Settings):
                     f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
                     " give one per level"
                 )
+        if any(self.attention) and not self.self_attention and self.text != "attention":
+            raise ValueError(f"self_attention: false leaves attention the text alone; text: {self.text} gives it none")
         if self.embedding_dim % 2:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be even: half sines, half cosines")
         for width, attends in zip(self.channels, self.attention, strict=True):
@@ -85,7 +94,7 @@ class UNetConfig(Settings):
         total, scale = 3.0, self.patch
         for width, blocks, stride in zip(self.channels, self.blocks, self.strides, strict=True):
             scale *= stride
-            total += width * blocks / scale**2
+            total += width * (1 if self.skips == "level" else blocks) / scale**2
         return total
 
     @property
@@ -94,11 +103,13 @@ class UNetConfig(Settings):
 
         The square's edges are multiples of `downsampling`; so is this. Rounded up where a path enters a coarser level.
         """
-        if self.norm == "group" or any(self.attention):
+        if self.norm == "group" or (any(self.attention) and self.self_attention):
             return None
         cell = radius = self.patch  # the head
         cells = []
         for blocks, stride in zip(self.blocks, self.strides, strict=True):
+            if self.resampling == "conv":
+                radius += 2 * cell  # on the way up, and down
             cell *= stride
             cells.append(cell)
             radius = _rounded_up(radius, cell) + 2 * blocks * cell

@@ -1,8 +1,9 @@
 """Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings file.
 
 Common to all: z is (B, C, H, W), drawn from the noise level log_snrs[0]; log_snrs is (N + 1,), increasing; the
-result is (B, C, H, W) at the level log_snrs[N]. A variance that the denoiser gives beside x_hat is used by `ddpm`
-with variance `learned` alone. `on_step(step, x_hat)` is called after each of the N steps.
+result is (B, C, H, W) at the level log_snrs[N], and x itself, as in algorithm 18.2, where that is `CLEAN`. A variance
+that the denoiser gives beside x_hat is used by `ddpm` with variance `learned` alone. `on_step(step, x_hat)` is called
+after each of the N steps.
 
 A new sampler is a function here and a line in `SAMPLERS`. The parameters that it takes by name alone are its own
 settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the first line of its docstring their title.
@@ -10,6 +11,7 @@ settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.noise import (
+    CLEAN,
     Denoiser,
     Estimate,
     alpha,
@@ -60,9 +63,13 @@ def _ignore(step: int, x_hat: Tensor) -> None:
 
 
 def _pairs(z: Tensor, log_snrs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1)."""
+    """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1); infinite after the last step to `CLEAN`.
+
+    In the formulas of a step an infinite log SNR is exactly x: alpha is 1, and what is left of z and of noise is 0.
+    """
     numbers = log_snrs.tolist()
-    levels = on_device(log_snrs.float(), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
+    numbers[-1] = math.inf if numbers[-1] >= CLEAN else numbers[-1]
+    levels = on_device(torch.tensor(numbers), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
     noted = [note_number(level, number) for level, number in zip(levels.unbind(), numbers, strict=True)]
     yield from ((step, *pair) for step, pair in enumerate(pairwise(noted)))
 
@@ -95,13 +102,13 @@ def sample_ddpm(
         estimate = denoise(z, log_snr_t)
         x_hat = x_of(estimate)
         z, spread = posterior(x_hat, z, log_snr_t, log_snr_s)
-        beta = step_beta(log_snr_t, log_snr_s)
-        if variance == "beta":
-            spread = beta
-        elif variance == "learned":
-            assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
-            spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()
         if step < len(log_snrs) - 2:
+            beta = step_beta(log_snr_t, log_snr_s)
+            if variance == "beta":
+                spread = beta
+            elif variance == "learned":
+                assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
+                spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()
             z = z + spread.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
@@ -171,21 +178,27 @@ def sample_dpmpp(
     """DPM-Solver++(2M): second order with one evaluation a step, x_hat extrapolated from the step before.
 
     With lambda = log SNR / 2 and r = h_before / h: x = x_hat + (x_hat - x_before) / (2 r). The last step is of
-    first order, since lambda jumps there. Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
+    first order, since lambda jumps there; so is one after a step so short that its slope would be rounding alone.
+    Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
     """
     x_before: Tensor | None = None
     h_before, length_before = torch.zeros(()), 0.0
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         x_hat = x_of(denoise(z, log_snr_t))
-        h = log_snr_s - log_snr_t
+        h, length = log_snr_s - log_snr_t, number_of(log_snr_s) - number_of(log_snr_t)
         x = x_hat
-        # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.
-        if x_before is not None and step < len(log_snrs) - 2 and length_before > 0:
+        if x_before is not None and step < len(log_snrs) - 2 and length_before > LEAST_SHARE * length:
             x = x_hat + h / (2 * h_before) * (x_hat - x_before)
         z = _move(x, z, log_snr_t, log_snr_s)
-        x_before, h_before, length_before = x_hat, h, number_of(log_snr_s) - number_of(log_snr_t)
+        x_before, h_before, length_before = x_hat, h, length
         on_step(step, x_hat)
     return z
+
+
+LEAST_SHARE = 0.01
+"""Of a step's length in log SNR, that the step before must have to tell a slope: `dpm++` multiplies the difference of
+two x_hat, of which bfloat16 rounds away 4e-3, by half the inverse. A clipped schedule in many steps has some of no
+length at its ends, and joined lists of levels two that differ by rounding alone."""
 
 
 SAMPLERS: Mapping[str, Sampler] = {

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cascade.drawing import Picture, draw_batch
+from cascade.config import SamplingConfig
+from cascade.drawing.engine import Engine
+from cascade.drawing.task import enlarging
 from cascade.errors import CascadeError
 from cascade.evaluation.fidelity import (
     artefacts,
@@ -34,7 +36,7 @@ from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling
 from cascade.seeds import generator
-from cascade.slots import StageSlot, running
+from cascade.slots import StageSlot
 
 PICTURES = 48
 """Held-out pictures for each stage unless the caller says otherwise."""
@@ -71,7 +73,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
     if request.data is None:
         raise CascadeError("--suite sr: needs true pictures; give --data, a folder with test-256.parquet, test.parquet")
     settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, request.sampling)
-    tower, count = load_tower(), request.limit or PICTURES
+    tower, count, engine = load_tower(), request.limit or PICTURES, pipeline.engine()
     figures: list[Figure] = []
     sheet: list[tuple[Image.Image, str]] = []
     notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
@@ -85,10 +87,11 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
             notes.append(f"{config.name} was not measured: no pictures of {config.resolution} px in the data.")
             continue
         pairs = read_pairs(path, config.resolution, config.low_resolution, count, request.seed)
-        drawn = [enlarged(pipeline, slot, settings, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
+        own = settings[config.name]
+        drawn = [enlarged(engine, slot, own, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         figures += _against_truth(config.name, pairs, drawn, tower)
         lows = lows or _base_pictures(pipeline, pairs, request)
-        larger = [enlarged(pipeline, slot, settings, *low, index) for index, low in enumerate(lows)]
+        larger = [enlarged(engine, slot, own, *low, index) for index, low in enumerate(lows)]
         figures += _against_low(config.name, [low for low, _ in lows], larger)
         lows = [(picture, caption) for picture, (_, caption) in zip(larger, lows, strict=True)]
         sheet += crops(config.name, pairs[:_SHOWN], drawn[:_SHOWN])
@@ -154,15 +157,11 @@ def resized(pair: Pair, kind: str) -> Tensor:
 
 
 def enlarged(
-    pipeline: CascadePipeline, slot: StageSlot, settings: dict[str, Any], low: Tensor, caption: str, number: int
+    engine: Engine, slot: StageSlot, settings: SamplingConfig, low: Tensor, caption: str, number: int
 ) -> Tensor:
-    """What a stage makes of a smaller picture, on 8 bits."""
-    texts = pipeline.texts([caption])
-    scale = slot.config.resolution // low.shape[-1]
-    size = (low.shape[-2] * scale, low.shape[-1] * scale)
-    with running(slot) as stage, torch.inference_mode():
-        x = draw_batch(stage, settings[slot.config.name], size, [Picture(0, 0, number)], texts, to_uint8(low))
-    return _rounded(x.cpu())
+    """What a stage makes of a smaller picture (1, 3, h, w) in [-1, 1]: (1, 3, H, W), on 8 bits."""
+    (drawn,) = engine.draw_all([enlarging(slot, to_uint8(low)[0].cpu(), caption, settings, number=number)])
+    return to_float(drawn.pixels[-1][None])
 
 
 def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[tuple[Tensor, str]]:

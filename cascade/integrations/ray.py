@@ -10,12 +10,14 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cascade.batch import Drawn, DrawOptions, Engine, Job, Undrawn, describe, plan
+from cascade.batch import Describer, DrawOptions, Job, Planner, Target
 from cascade.batch.metadata import encode
+from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
+from cascade.images import to_pil
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import COLUMNS, BadLineError, checked, record_of, without_nulls
-from cascade.sampling import SETTINGS, resolve_sampling
+from cascade.sampling import SETTINGS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,39 +37,38 @@ class Drawer:
 
     def __init__(self, model: str | None, load: Mapping[str, Any], options: DrawOptions) -> None:
         """model, load: of `CascadePipeline.from_pretrained`. Raises CascadeError for what no row can mend."""
-        self._pipeline, self._options = CascadePipeline.from_pretrained(model, **load), options
-        resolve_sampling([slot.config for slot in self._pipeline.slots], options.preset, options.sampling)
-        self._engine = Engine(self._pipeline, options)
+        pipeline = CascadePipeline.from_pretrained(model, **load)
+        self._run_seed, self._planner = options.run_seed, Planner(pipeline, options)
+        self._engine, self._describe = pipeline.engine(options.conduct()), Describer(pipeline, options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """A row for each picture, in the order of the prompts; and one for each prompt that cannot be drawn."""
         prompts = table.select([name for name in table.column_names if name in COLUMNS])
         jobs = [self._planned(row) for row in prompts.to_pylist()]
-        tasks = [task for job in jobs if isinstance(job, Job) for task in job.tasks()]
-        drawn = {result.task: result for result in self._engine.draw(tasks)} if tasks else {}
+        targets = {job: list(job.targets()) for job in jobs if isinstance(job, Job)}
+        tasks = {target.task(): target for own in targets.values() for target in own}
+        drawn = {tasks[result.task]: result for result in self._engine.draw(list(tasks))}
         rows: list[int] = []
         added: list[dict[str, Any]] = []
         for row, job in enumerate(jobs):
-            pictures = [self._picture(drawn[task]) for task in job.tasks()] if isinstance(job, Job) else [_failed(job)]
-            rows += [row] * len(pictures)
-            added += pictures
+            own = [_failed(job)] if isinstance(job, str) else [self._picture(at, drawn[at]) for at in targets[job]]
+            rows += [row] * len(own)
+            added += own
         return _joined(table, rows, added)
 
     def _planned(self, row: Mapping[str, Any]) -> Job | str:
         """What is to be drawn for a row, or why it cannot be."""
         try:
-            record = record_of(checked(without_nulls(row)), self._options.run_seed, origin="row")
-            return plan(self._pipeline, record, self._options)
+            return self._planner.job(record_of(checked(without_nulls(row)), self._run_seed, origin="row"))
         except (BadLineError, CascadeError) as error:
             return str(error)
 
-    def _picture(self, result: Drawn | Undrawn) -> dict[str, Any]:
-        task = result.task
-        said = {"number": task.number, "seed": task.job.record.seed}
+    def _picture(self, target: Target, result: Result) -> dict[str, Any]:
+        said = {"number": target.number, "seed": target.job.record.seed}
         if isinstance(result, Undrawn):
             return _failed(result.reason) | said
-        content, _ = encode(result.image, describe(self._pipeline, result, self._options), "png")
-        return {**said, "image": content, "error": None}
+        image = to_pil(result.pixels[-1][None])[0]
+        return {**said, "image": encode(image, self._describe(target, result), "png")[0], "error": None}
 
 
 def generate(

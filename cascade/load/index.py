@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 
@@ -15,7 +15,10 @@ from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
+from cascade.text.embeddings import NullText
 from cascade.text.t5_files import text_weights
+
+NameT = TypeVar("NameT", bound=str)
 
 LARGE_ENCODER = 1_000_000_000
 """From so many weights on a text encoder is a large one. Smaller ones cost little in float32."""
@@ -39,6 +42,7 @@ class ModelIndex:
     max_text_length: int
     text_padded: bool = False
     captions: Captions = "as_is"
+    null_text: NullText = "encoded"
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -53,7 +57,12 @@ class ModelIndex:
     @property
     def reading(self) -> TextReading:
         """How texts become tokens."""
-        return TextReading(max_length=self.max_text_length, padded=self.text_padded, captions=self.captions)
+        return TextReading(
+            max_length=self.max_text_length,
+            padded=self.text_padded,
+            captions=self.captions,
+            null_text=self.null_text,
+        )
 
 
 def read_index(model: str | Path | None = None) -> ModelIndex:
@@ -74,6 +83,7 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
         max_text_length=reading.max_length,
         text_padded=reading.padded,
         captions=reading.captions,
+        null_text=reading.null_text,
     )
 
 
@@ -82,8 +92,12 @@ def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
     length = data.get("max_text_length", 64)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
-    captions = _captions(data.get("captions", "as_is"), path)
-    return TextReading(max_length=length, padded=bool(data.get("text_padded", False)), captions=captions)
+    return TextReading(
+        max_length=length,
+        padded=bool(data.get("text_padded", False)),
+        captions=_one_of(get_args(Captions), data, "captions", "as_is", path),
+        null_text=_one_of(get_args(NullText), data, "null_text", "encoded", path),
+    )
 
 
 def _read_diffusers_index(folder: Path) -> ModelIndex:
@@ -100,12 +114,13 @@ def _read_diffusers_index(folder: Path) -> ModelIndex:
     )
 
 
-def _captions(value: object, path: Path) -> Captions:
-    known: tuple[Captions, ...] = get_args(Captions)
+def _one_of(known: Sequence[NameT], index: Mapping[str, object], key: str, default: NameT, path: Path) -> NameT:
+    """The value of `key`, one of the names that are known."""
+    value = index.get(key, default)
     for name in known:
         if value == name:
             return name
-    raise CascadeError(f"{path}: captions: {value!r}; expected one of {', '.join(known)}")
+    raise CascadeError(f"{path}: {key}: {value!r}; expected one of {', '.join(known)}")
 
 
 def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:

@@ -50,6 +50,7 @@ def load_pipeline(
         max_length=index.max_text_length,
         padded=index.text_padded,
         captions=captions or index.captions,
+        null_text=index.null_text,
         device=target,
         dtype=text_format,
         eight_bit=text_8bit,

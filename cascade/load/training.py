@@ -127,9 +127,7 @@ def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
     """The frozen encoder of a training run, without a cache."""
     source = text_encoder_source(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    return TextEncoder.from_pretrained(
-        source, max_length=config.max_length, padded=config.padded, captions=config.captions, dtype=dtype
-    )
+    return TextEncoder.from_pretrained(source, **config.reading.model_dump(), dtype=dtype)
 
 
 def text_encoder_source(config: TextConfig) -> str | Path:
@@ -139,7 +137,8 @@ def text_encoder_source(config: TextConfig) -> str | Path:
 
 def encoder_settings(config: TextConfig) -> dict[str, object]:
     """The settings that decide what the encoder gives; `cascade encode` writes them into the cache."""
-    return config.model_dump(mode="json", exclude={"cache"})
+    as_before = {"null_text"} if config.null_text == "encoded" else set()  # caches from before it was a setting
+    return config.model_dump(mode="json", exclude={"cache"} | as_before)
 
 
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:

@@ -1,7 +1,8 @@
 """The U-Net of Prince (2023) fig. 18.9 with the text conditioning of Imagen.
 
-Two of its settings make Imagen's Efficient U-Net for super-resolution of it: `strides` that begin with 2 (each level
-downsamples before its blocks and upsamples after them) and most `blocks` at the coarse levels.
+Its settings make Imagen's Efficient U-Net for super-resolution of it: `strides` that begin with 2 (each level
+downsamples before its blocks and upsamples after them), most `blocks` at the coarse levels, `resampling` by
+convolution, and `skips` and attention once a level.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from cascade.config import UNetConfig
 from cascade.models.attention import Attention, KeysValues
 from cascade.models.blocks import (
     Downsample,
+    EnlargingUpsample,
     Normalize,
     ResidualBlock,
+    StridedDownsample,
     Upsample,
     depth_to_space,
     silu,
@@ -56,12 +59,15 @@ class UNetPrepared:
 class Block(nn.Module):
     """A residual block, followed by attention at the levels that have it."""
 
-    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool) -> None:
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool, dropout: float) -> None:
         super().__init__()
-        dropout = config.dropout if attends else 0.0
         self.residual = ResidualBlock(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
         text_dim = config.text_dim if config.text == "attention" else None
-        self.attention = Attention(channels, config.head_dim, text_dim, config.norm, config.groups) if attends else None
+        self.attention: Attention | None = None
+        if attends:
+            self.attention = Attention(
+                channels, config.head_dim, text_dim, config.norm, config.groups, config.self_attention
+            )
 
     def forward(self, h: Tensor, embedding: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W)."""
@@ -76,13 +82,17 @@ class Level(nn.Module):
         super().__init__()
         channels, stride = config.channels[index], config.strides[index]
         outer = config.channels[max(index - 1, 0)]
-        attends = config.attention[index]
+        count, every = config.blocks[index], config.attention_after == "blocks"
+        attends = [config.attention[index] and (every or place == count - 1) for place in range(count)]
         joined = 2 * channels if config.skips == "concat" else channels
         changes = stride > 1 or outer != channels
-        self.down = Downsample(outer, channels, stride) if changes else nn.Identity()
-        self.encode = nn.ModuleList(Block(config, channels, channels, attends) for _ in range(config.blocks[index]))
-        self.decode = nn.ModuleList(Block(config, joined, channels, attends) for _ in range(config.blocks[index]))
-        self.up = Upsample(channels, outer, stride) if changes else nn.Identity()
+        by_conv = config.resampling == "conv"
+        down, up = (StridedDownsample, EnlargingUpsample) if by_conv else (Downsample, Upsample)
+        self.down = down(outer, channels, stride) if changes else nn.Identity()
+        dropout = config.dropout if config.attention[index] else 0.0
+        self.encode = nn.ModuleList(Block(config, channels, channels, each, dropout) for each in attends)
+        self.decode = nn.ModuleList(Block(config, joined, channels, each, dropout) for each in attends)
+        self.up = up(channels, outer, stride) if changes else nn.Identity()
 
     def encoder(self) -> list[Block]:
         """Blocks on the way down."""
@@ -108,9 +118,9 @@ class UNet(Network):
         self.text_pooling = TextPooling(config.text_dim, width) if config.text != "none" else None
         self.stem = nn.Conv2d((PICTURE_CHANNELS + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
         self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.channels)))
+        attends = [config.attention[-1] and index < config.middle_blocks - 1 for index in range(config.middle_blocks)]
         self.middle = nn.ModuleList(
-            Block(config, bottom, bottom, config.attention[-1] and index < config.middle_blocks - 1)
-            for index in range(config.middle_blocks)
+            Block(config, bottom, bottom, each, config.dropout if each else 0.0) for each in attends
         )
         self.head_norm = Normalize(config.channels[0], config.norm, config.groups)
         self.head = zero_init(nn.Conv2d(config.channels[0], PICTURE_CHANNELS * patch**2, 3, padding=1))
@@ -152,17 +162,17 @@ class UNet(Network):
         x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
         x = x.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
         h = self.stem(space_to_depth(x, self.config.patch))
-        skips = []
+        skips: list[list[Tensor]] = []
         for level in self._levels():
             h = level.down(h)
-            for block in level.encoder():
-                h = apply(block, h)
-                skips.append(h)
+            skips.append([h := apply(block, h) for block in level.encoder()])
+            skips[-1] = skips[-1][-1:] if self.config.skips == "level" else skips[-1]
         for block in self._middle():
             h = apply(block, h)
         for level in reversed(self._levels()):
+            from_encoder = skips.pop()
             for block in level.decoder():
-                h = apply(block, self._join(h, skips.pop()))
+                h = apply(block, self._join(h, from_encoder.pop()) if from_encoder else h)
             h = level.up(h)
         return depth_to_space(self.head(silu(self.head_norm(h))), self.config.patch)
 

@@ -86,10 +86,10 @@ def shards(accelerator: Accelerator) -> bool:
 
 def check_shardable(settings: TrainingConfig) -> None:
     """Raises CascadeError for settings whose arithmetic needs whole weights."""
-    if settings.optimizer.kind != "adamw":
+    if settings.optimizer.kind == "muon":
         raise CascadeError(
-            f"training.optimizer.kind: {settings.optimizer.kind} needs whole weights, and FSDP gives each process a"
-            " part; use adamw, or start without FSDP"
+            "training.optimizer.kind: muon needs whole weights, and FSDP gives each process a part; use adamw or"
+            " adafactor, or start without FSDP"
         )
     if settings.lora_rank:
         raise CascadeError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config import OptimizerConfig
+from cascade.training.adafactor import Adafactor
 from cascade.training.sharding import is_sharded, spread_like
 
 
@@ -26,7 +27,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
         case "adamw":
             return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         case "adafactor":
-            return torch.optim.Adafactor(groups, lr=config.learning_rate)
+            return Adafactor(groups, lr=config.learning_rate)
 
 
 class AdamW(torch.optim.AdamW):
@@ -171,8 +172,8 @@ def _beside(parameter: Tensor, value: Tensor) -> Tensor:
 
     Fused AdamW walks both by address: in another layout (ours is channels-last) it would mix up the elements.
     """
+    if is_sharded(parameter) and value.ndim:
+        return spread_like(parameter.detach(), value)
     if value.shape != parameter.shape:
         return value.to(parameter.device)
-    if is_sharded(parameter):
-        return spread_like(parameter.detach(), value)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

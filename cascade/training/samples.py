@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
-from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep
-from cascade.images import contact_sheet, to_float, to_pil
-from cascade.seeds import generator
+from cascade.drawing.engine import Conduct, Engine
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.task import Pass, Result, Task, Undrawn, enlarging
+from cascade.images import contact_sheet, downsample, to_float, to_pil, to_uint8
+from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
-from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
-from cascade.transfer import on_device
 
+logger = logging.getLogger("cascade.training")
 _CELL = 256
 
 
@@ -48,58 +47,68 @@ def first_views(config: TrainConfig) -> Batch:
     return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 
-@torch.inference_mode()
 def _base_grid(
     config: TrainConfig, stage: Stage, text: TextEncoderProtocol, prompts: Sequence[str], on_step: OnStep | None
 ) -> Image.Image:
-    cond = _text_only(text, prompts, stage.device)
-    null = _text_only(text, [""] * len(prompts), stage.device)
-    size = (stage.config.resolution, stage.config.resolution)
-    pictures = _drawn(stage, cond, null, size, config.training.seed, on_step)
-    return contact_sheet(to_pil(pictures), columns=min(8, len(prompts)), labels=prompts, cell=max(96, size[0]))
+    side, settings = stage.config.resolution, stage.config.sampling
+    slot = StageSlot.holding(stage)
+    tasks = []
+    for number, prompt in enumerate(prompts):
+        recipe = Recipe(
+            prompt=prompt,
+            negative_prompt="",
+            seed=config.training.seed,
+            number=number,
+            height=side,
+            width=side,
+            stages={stage.name: settings},
+        )
+        tasks.append(Task(recipe, [Pass(slot, (side, side), settings, number)]))
+    pictures = _drawn(stage, text, tasks, on_step)
+    return contact_sheet(pictures, columns=min(8, len(prompts)), labels=prompts, cell=max(96, side))
 
 
-@torch.inference_mode()
 def _super_resolution_grid(
     config: TrainConfig, stage: Stage, text: TextEncoderProtocol, first: Batch, on_step: OnStep | None
 ) -> Image.Image:
-    images, captions = first.images, first.captions
-    truth = to_float(on_device(images, stage.device))
-    height, width = truth.shape[-2:]
-    samples = list(range(len(captions)))
-    cond = _text_only(text, captions, stage.device)
-    lows = {place: to_float(on_device(low, stage.device)) for place, low in first.lows.items()}
-    batch = TrainingBatch(truth, cond.text, cond.text_mask, samples, torch.arange(len(samples)), len(samples), lows)
-    noised = stage.noised_size((height, width))
-    draw = draw_noise(samples, (height, width), noised, NoiseSource(config.training.seed, 1.0)).to(stage.device)
-    level = torch.full_like(draw.aug_level, stage.config.sampling.aug_level)
-    cond = conditions(stage, batch, replace(draw, aug_level=level))
-    null = _text_only(text, [""] * len(captions), stage.device)
-    null = cond.with_text(null.text, null.text_mask)
-    pictures = _drawn(stage, cond, null, (height, width), config.training.seed, on_step)
-    assert cond.low_res is not None, "a super-resolution stage has a smaller picture"
-    rows = [to_pil(cond.low_res), to_pil(pictures), to_pil(truth)]
-    cells = [image for trio in zip(*rows, strict=True) for image in trio]
-    labels = [label for caption in captions for label in ("low", caption, "truth")]
+    slot, settings = StageSlot.holding(stage), stage.config.sampling
+    lows = _smaller(stage, first)
+    tasks = [
+        enlarging(slot, low, caption, settings, config.training.seed, number)
+        for number, (low, caption) in enumerate(zip(lows, first.captions, strict=True))
+    ]
+    pictures = _drawn(stage, text, tasks, on_step)
+    cells = [image for trio in zip(to_pil(lows), pictures, to_pil(first.images), strict=True) for image in trio]
+    labels = [label for caption in first.captions for label in ("low", caption, "truth")]
     return contact_sheet([_enlarged(cell) for cell in cells], columns=6, labels=labels, cell=_CELL)
 
 
-def _drawn(
-    stage: Stage, cond: Conditioning, null: Conditioning, size: tuple[int, int], seed: int, on_step: OnStep | None
-) -> Tensor:
+def _smaller(stage: Stage, first: Batch) -> Tensor:
+    """(B, 3, h, w) uint8: the smaller pictures of views, their own where they have such, else area means."""
+    height, width = (side // stage.scale for side in first.images.shape[-2:])
+    lows = to_uint8(downsample(to_float(first.images), (height, width)))
+    for place, low in first.lows.items():
+        lows[place] = low
+    return lows
+
+
+def _drawn(stage: Stage, text: TextEncoderProtocol, tasks: Sequence[Task], on_step: OnStep | None) -> list[Image.Image]:
+    """What the stage draws, as it will once it is trained; white where its numbers are not finite."""
+    conduct = Conduct(len(tasks), on_step=None if on_step is None else lambda step: on_step(step.step, step.x_hat))
     was_training = stage.network.training
     stage.network.eval()
     try:
-        rng = [generator(seed, index, stage.name, "sample grid") for index in range(len(cond))]
-        z = noise_like(torch.empty(len(cond), 3, *size, device=stage.device), rng)
-        return stage.sample(cond, null, z, rng, on_step=on_step)
+        results = {result.task: result for result in Engine(text.encode, stage.device, conduct).draw(tasks)}
     finally:
         stage.network.train(was_training)
+    return [_image(results[task]) for task in tasks]
 
 
-def _text_only(text: TextEncoderProtocol, prompts: Sequence[str], device: torch.device) -> Conditioning:
-    embeddings = text.encode(prompts)
-    return Conditioning(embeddings.tokens, embeddings.mask).to(device, torch.float32)
+def _image(result: Result) -> Image.Image:
+    if isinstance(result, Undrawn):
+        logger.warning("sample grid: %s", result.reason)
+        return Image.new("RGB", (result.task.recipe.width, result.task.recipe.height), "white")
+    return to_pil(result.pixels[-1][None])[0]
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import LogitNormalLevels, LossConfig
+from cascade.config import AugSpread, LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.images import downsample, to_float
@@ -82,14 +83,19 @@ def training_batch(
 class NoiseSource:
     """What the noise of a view follows from besides its number.
 
-    purpose: keeps training and validation apart. device: where the noise is made; a GPU makes other noise than a CPU,
-    which would take 10 ns a number for it.
+    aug_spread: see `aug_levels`. purpose: keeps training and validation apart. device: where the noise is made; a GPU
+    makes other noise than a CPU, which would take 10 ns a number for it.
     """
 
     seed: int
     max_aug_level: float
+    aug_spread: AugSpread = "std"
     purpose: str = "train"
     device: torch.device | None = None
+
+    def aug_levels(self, u: Tensor) -> Tensor:
+        """Standard deviations of the noise on smaller pictures, from u (B,) uniform in [0, 1)."""
+        return aug_levels(u, self.max_aug_level, self.aug_spread)
 
 
 def draw_noise(
@@ -106,7 +112,7 @@ def draw_noise(
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
     eps = torch.stack([torch.randn(large, generator=rng) for rng in rngs])
     aug_eps = None if small is None else torch.stack([torch.randn(small, generator=rng) for rng in rngs])
-    return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * source.max_aug_level, aug_eps=aug_eps)
+    return Draw(uniform[:, 0], eps, source.aug_levels(uniform[:, 1]), aug_eps)
 
 
 def _drawn_there(
@@ -121,7 +127,16 @@ def _drawn_there(
     keys = on_device(torch.tensor(seeds), device)
     u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
     aug_eps = None if small is None else counted_noise(~keys, small)
-    return Draw(u=u, eps=counted_noise(keys, large), aug_level=level * source.max_aug_level, aug_eps=aug_eps)
+    return Draw(u, counted_noise(keys, large), source.aug_levels(level), aug_eps)
+
+
+def aug_levels(u: Tensor, most: float, spread: AugSpread) -> Tensor:
+    """Standard deviations in [0, most] of the noise on smaller pictures, from u (B,) uniform in [0, 1).
+
+    spread: they are uniform (`std`), or the times are at which the cosine schedule has them (`time`), where the
+    deviation is sin(pi t / 2). Source for the second: Saharia et al. (2022) sec. 2.4, aug_level ~ U(0, 1).
+    """
+    return u * most if spread == "std" else torch.sin(u * math.asin(most))
 
 
 _UNIT = 1 << 24

@@ -55,7 +55,7 @@ class Validation:
         before_batch: called by every process alike, and may raise.
         """
         losses, levels = [], []
-        source = NoiseSource(SEED, self._data.max_aug_level, "validation")
+        source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
             before_batch()

@@ -139,3 +139,40 @@ def test_muon_steps_are_orthogonal_and_as_large_as_adamws() -> None:
     values = torch.linalg.svdvals(update) / (0.2 * 36**0.5)  # 4 * 3 * 3 columns
     assert values.min() > 0.5
     assert values.max() < 1.5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adafactor_moves_a_flattened_kernel_as_torchs_moves_a_matrix(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 4, 3).to(memory_format=layout)
+    optimizer = build_optimizer(layer, OptimizerConfig(kind="adafactor", learning_rate=0.1, weight_decay=0.1))
+    matrix = torch.nn.Parameter(layer.weight.detach().flatten(1).clone())
+    vector = torch.nn.Parameter(layer.bias.detach().clone())
+    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    reference = torch.optim.Adafactor(groups, lr=0.1)
+    for step in range(1, 5):
+        gradient = 10.0**-step * torch.randn(4, 6, 3, 3)
+        layer.weight.grad, matrix.grad = gradient.to(memory_format=layout), gradient.flatten(1)
+        layer.bias.grad = gradient.sum(dim=(1, 2, 3))
+        vector.grad = layer.bias.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(layer.weight.flatten(1), matrix)
+    torch.testing.assert_close(layer.bias, vector)
+    state = optimizer.state[layer.weight]
+    assert {name: tuple(value.shape) for name, value in state.items() if value.ndim} == {
+        "rows": (4, 1, 1, 1),
+        "columns": (1, 6, 3, 3),
+    }
+
+
+def test_adafactor_reads_no_number_from_the_device() -> None:
+    """A tensor of the meta device has none: reading it raises."""
+    layer = torch.nn.Conv2d(6, 4, 3, device="meta")
+    optimizer = build_optimizer(layer, OptimizerConfig(kind="adafactor", weight_decay=0.1))
+    for parameter in layer.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="meta"):  # torch's reads two for each weight
+        torch.optim.Adafactor(layer.parameters()).step()

@@ -1,14 +1,19 @@
 """One step: its noise belongs to the view, its loss to the picture, and algorithm 18.1 is one of its settings."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from helpers_training import SUPER_RESOLUTION, TEXT_DIM, fill, micro_config
+from reference import chapter18
 
 from cascade.build import build_stage
 from cascade.config import LossConfig, TrainConfig
 from cascade.diffusion.loss import Weighting
+from cascade.diffusion.noise import log_snr_from_std
 from cascade.stage import Stage
 from cascade.training.step import Draw, NoiseSource, TrainingBatch, conditions, draw_noise, noise_levels, training_loss
 
@@ -48,6 +53,15 @@ def test_the_augmentation_level_is_uniform_up_to_its_maximum() -> None:
     assert levels.mean().item() == pytest.approx(0.15, abs=4 * 0.3 / (12 * 2000) ** 0.5)  # 4 standard errors
 
 
+def test_the_augmentation_level_may_be_uniform_in_the_time_of_the_cosine_schedule() -> None:
+    levels = draw_noise(range(2000), (2, 2), (1, 1), NoiseSource(0, 0.9999, "time")).aug_level
+    times = torch.atan(torch.exp(-log_snr_from_std(levels) / 2)) * 2 / torch.pi  # the cosine schedule, inverted
+    for t in (0.1, 0.5, 0.9):
+        share, tolerance = (times < t).double().mean().item(), 4 * (t * (1 - t) / 2000) ** 0.5  # 4 standard errors
+        assert share == pytest.approx(t, abs=tolerance + 0.01)  # t ends at 0.99
+    assert draw_noise(range(2000), (2, 2), (1, 1), NoiseSource(0, 0.3, "time")).aug_level.max() < 0.3
+
+
 @pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
 def test_the_loss_of_a_picture_does_not_depend_on_its_batch(changes: tuple[str, ...]) -> None:
     config = micro_config("unused", *changes, "training.loss.stratified=true")
@@ -68,6 +82,37 @@ def test_stratified_levels_put_one_picture_in_each_part_of_the_distribution() ->
     _, log_snr = training_loss(stage, stage.network, batch, LossConfig(stratified=True), Weighting(), draw)
     t = 2 / torch.pi * torch.atan(torch.exp(-log_snr.flatten() / 2))  # the cosine schedule, inverted
     assert (4 * t).floor().tolist() == [0, 1, 2, 3]
+
+
+def documented_settings() -> tuple[str, ...]:
+    """The assignments of the block that docs/mathematics.md gives for algorithm 18.1."""
+    text = (Path(__file__).parents[2] / "docs" / "mathematics.md").read_text()
+    settings = yaml.safe_load(text.split("## Training")[1].split("```yaml\n")[1].split("```")[0])
+    return tuple(
+        f"{part}.{name}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+        for part, values in settings.items()
+        for name, value in values.items()
+    )
+
+
+def test_the_documented_settings_give_the_loss_of_algorithm_18_1_as_a_mean() -> None:
+    config = micro_config("unused", *documented_settings())
+    stage, batch = stage_of(config), batch_of([1, 2, 3], 3)
+    draw = draw_noise([1, 2, 3], (8, 8), None, NoiseSource(0, 0.0))
+    settings = config.training.loss
+    weighting = Weighting(settings.space, settings.min_snr_gamma, settings.max_weight)
+
+    def network(z: torch.Tensor, _log_snr: torch.Tensor, _cond: object) -> torch.Tensor:
+        return torch.tanh(2 * z) + 0.3
+
+    losses, _ = training_loss(stage, network, batch, settings, weighting, draw)
+    alphas = chapter18.alphas(chapter18.linear_betas(1000, 1e-4, 0.02))
+    steps = (draw.u.double() * 1000).floor().long() + 1  # uniform over 1 .. T
+    expected = [
+        chapter18.loss_18_1(lambda z, _: np.tanh(2 * z) + 0.3, x.double().numpy(), eps.double().numpy(), t, alphas)
+        for x, eps, t in zip(batch.x, draw.eps, steps.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)  # float32 in z and in the square
 
 
 def test_logit_normal_levels_have_their_mean_and_deviation() -> None:

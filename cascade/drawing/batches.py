@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, flatten, to_float
 from cascade.seeds import generator
-from cascade.slots import check_memory
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.transfer import on_device
@@ -51,10 +50,8 @@ def draw_batch(
 
     size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. device: where to
     compute, default where the weights lie; those read layer by layer lie nowhere.
-    Raises MemoryError, before any noise is drawn, for pictures that certainly do not fit.
     """
     device = device or stage.device
-    check_memory(stage.config, size, len(batch), device, next(stage.network.parameters()).dtype, stage.tile)
 
     def rng(purpose: str) -> list[torch.Generator]:
         return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
@@ -72,13 +69,3 @@ def draw_batch(
     z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
     x = flatten(stage.sample(cond, null_cond, z, rng("step"), settings, on_step), settings.flatten)
     return x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
-
-
-def padded_batches(count: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """(members, how many of them are real): a short last batch repeats its last member.
-
-    So that every network call has the same shape, and a picture the same bytes wherever it stands.
-    """
-    for start in range(0, count, batch_size):
-        members = list(range(start, min(start + batch_size, count)))
-        yield members + [members[-1]] * (batch_size - len(members)), len(members)

@@ -1,0 +1,223 @@
+"""The engine: tasks in, pictures out. Whoever wants a picture drawn, wherever it then goes, gives it tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
+from cascade.drawing.texts import Encode, RecentTexts
+from cascade.errors import CascadeError
+from cascade.images import to_uint8
+from cascade.slots import StageSlot, check_memory, not_finite, running
+from cascade.stage import Stage
+from cascade.upscaling import padded
+
+
+class StoppedError(Exception):
+    """The engine was asked to stop; what it yielded before is finished."""
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How an engine goes about its work; nothing here changes a picture, but for the last bits that a batch size does.
+
+    batch_size: see `Wish`. keep_stages: `Drawn.pixels` holds the smaller pictures too. stop: asked between two batches.
+    abort: asked after each step. on_step: called with each step, and may raise.
+    """
+
+    batch_size: Wish = None
+    keep_stages: bool = False
+    stop: Callable[[], bool] = lambda: False
+    abort: Callable[[], bool] = lambda: False
+    on_step: Callable[[Step], None] | None = None
+
+
+@dataclass(eq=False)
+class _Work:
+    """A task under way."""
+
+    task: Task
+    seconds: float
+
+
+Rows = Callable[[Sequence[Task]], Texts]
+
+
+class Engine:
+    """Draws pictures for as long as it lives: of any size, with any settings, by any stages.
+
+    Pictures whose next pass agrees share its batches, all of one shape, so that a picture has the same bytes whatever
+    is drawn with it. Between two stages a picture is whole numbers: the next stage sees exactly the picture that can be
+    saved, and the last bits of float arithmetic do not travel on.
+    """
+
+    def __init__(
+        self, encode: Encode, device: torch.device, conduct: Conduct | None = None, shelf: Shelf | None = None
+    ) -> None:
+        """encode: reads texts. device: where the stages compute. shelf: where smaller pictures wait."""
+        self._device, self._conduct = device, conduct or Conduct()
+        self._texts, self._shelf = RecentTexts(encode), shelf or Shelf()
+        self.batch_sizes = BatchSizes(self._conduct.batch_size, device)
+        self.network_seconds = 0.0
+
+    @torch.inference_mode()
+    def draw(self, tasks: Sequence[Task]) -> Iterator[Result]:
+        """The pictures of `tasks`, each as soon as its last pass is done.
+
+        Each stage is loaded once for all of them. Raises CascadeError when memory does not suffice, StoppedError.
+        """
+        if not tasks:
+            return
+        start = time.perf_counter()
+        texts = self._texts.of(tasks)
+        share = (time.perf_counter() - start) / len(tasks)
+        alive = [_Work(task, share) for task in tasks]
+        for position in range(max(len(task.passes) for task in tasks)):
+            for slot, group in _by_slot(alive, position):
+                for result in self._passed(slot, position, group, texts):
+                    alive = [work for work in alive if work.task is not result.task]
+                    yield result
+        for task in tasks:
+            for position in range(len(task.passes) - 1):
+                self._shelf.drop(_key(task, position))
+
+    def draw_all(self, tasks: Sequence[Task]) -> list[Drawn]:
+        """The pictures of all tasks, in their order. Raises CascadeError for one that cannot be drawn."""
+        drawn: dict[Task, Drawn] = {}
+        for result in self.draw(tasks):
+            if isinstance(result, Undrawn):
+                raise CascadeError(result.reason)
+            drawn[result.task] = result
+        return [drawn[task] for task in tasks]
+
+    def _passed(self, slot: StageSlot, position: int, group: Sequence[_Work], texts: Rows) -> Iterator[Result]:
+        """One stage for all that wait for it; the pictures that end here, one way or the other."""
+        todo = [work for work in group if _is_last(work.task, position) or _key(work.task, position) not in self._shelf]
+        if not todo:
+            return  # a restart finds all of them on the shelf
+        with running(slot) as stage:
+            for batch, pixels in self._batches(stage, position, todo, texts):
+                for work, picture in zip(batch, pixels, strict=True):
+                    if picture is None:
+                        yield Undrawn(work.task, not_finite(stage.name))
+                    elif _is_last(work.task, position):
+                        yield self._finished(work, picture)
+                    else:
+                        self._shelf.put(_key(work.task, position), picture)
+            del stage  # with low_memory it must be gone before the next one is loaded
+
+    def _batches(
+        self, stage: Stage, position: int, todo: Sequence[_Work], texts: Rows
+    ) -> Iterator[tuple[Sequence[_Work], list[Tensor | None]]]:
+        """(pictures, their pixels or None where not finite), batch by batch of equal settings."""
+        for drawing, group in _by_pass(todo, position):
+            rest = group
+            while rest:
+                size = self.batch_sizes.of(drawing)
+                if self._conduct.stop() and len(todo) > size:
+                    raise StoppedError
+                batch, start = rest[:size], time.perf_counter()
+                place = (len(group) - len(rest)) // size, -(-len(group) // size)
+                try:
+                    pixels = self._drawn(stage, drawing, position, [work.task for work in batch], texts, place)
+                except (RuntimeError, MemoryError) as error:
+                    if not self.batch_sizes.halve(drawing, error):
+                        raise
+                    continue
+                self._count(batch, time.perf_counter() - start)
+                yield batch, pixels
+                rest = rest[len(batch) :]
+
+    def _drawn(
+        self, stage: Stage, drawing: Pass, position: int, batch: Sequence[Task], texts: Rows, place: tuple[int, int]
+    ) -> list[Tensor | None]:
+        """One batch, filled to its size with repetitions of its last picture, so that every call has one shape."""
+        height, width = drawing.size
+        size, dtype = self.batch_sizes.of(drawing), next(stage.network.parameters()).dtype
+        check_memory(stage.config, drawing.size, size, self._device, dtype, drawing.tile)  # before any noise is drawn
+        full = [*batch, *[batch[-1]] * (size - len(batch))]
+        low = self._smaller(full, position)
+        if low is not None:
+            low = padded(low, stage.config)
+            height, width = (side * stage.scale for side in low.shape[-2:])
+        steps = stage.count_steps(drawing.settings)
+
+        def on_step(step: int, x_hat: Tensor) -> None:
+            if self._conduct.on_step is not None:
+                x_hat = x_hat[: len(batch), :, : drawing.size[0], : drawing.size[1]]
+                self._conduct.on_step(Step(stage.name, step, steps, *place, batch, x_hat))
+            if self._conduct.abort():
+                raise StoppedError
+
+        pictures = [Picture(row, task.recipe.seed, task.passes[position].number) for row, task in enumerate(full)]
+        x = draw_batch(
+            stage.tiled(drawing.tile),
+            drawing.settings,
+            (height, width),
+            pictures,
+            texts(full),
+            low,
+            on_step,
+            self._device,
+        )[: len(batch), :, : drawing.size[0], : drawing.size[1]]
+        finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
+        pixels = to_uint8(x).cpu()
+        return [picture if good else None for picture, good in zip(pixels, finite, strict=True)]
+
+    def _smaller(self, tasks: Sequence[Task], position: int) -> Tensor | None:
+        """What the pictures begin with: (B, 3, h, w) uint8, None for a base stage."""
+        if position:
+            return torch.stack([self._shelf.get(_key(task, position - 1)) for task in tasks])
+        starts = [task.start for task in tasks if task.start is not None]
+        return torch.stack(starts) if starts else None
+
+    def _finished(self, work: _Work, picture: Tensor) -> Drawn:
+        count = len(work.task.passes)
+        kept = range(count - 1) if self._conduct.keep_stages else ()
+        smaller = [self._shelf.get(_key(work.task, position)) for position in kept]
+        sizes = {drawing.slot.config.name: self.batch_sizes.of(drawing) for drawing in work.task.passes}
+        return Drawn(work.task, [*smaller, picture], work.seconds, sizes)
+
+    def _count(self, batch: Sequence[_Work], seconds: float) -> None:
+        self.network_seconds += seconds
+        for work in batch:
+            work.seconds += seconds / len(batch)
+
+
+def _is_last(task: Task, position: int) -> bool:
+    return position == len(task.passes) - 1
+
+
+def _key(task: Task, position: int) -> str:
+    """Names the picture of a task after a pass by all that made it."""
+    return "-".join(part for part in (task.recipe.digest(), str(position), task.name) if part)
+
+
+def _by_slot(works: Iterable[_Work], position: int) -> list[tuple[StageSlot, list[_Work]]]:
+    """Those that have a pass at `position`, by its stage, in the order in which each first occurs."""
+    groups: dict[int, tuple[StageSlot, list[_Work]]] = {}
+    for work in works:
+        if position < len(work.task.passes):
+            slot = work.task.passes[position].slot
+            groups.setdefault(id(slot), (slot, []))[1].append(work)
+    return list(groups.values())
+
+
+def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list[_Work]]]:
+    """Those whose passes at `position` agree in all but the number, in the order in which each first occurs."""
+    groups: dict[object, tuple[Pass, list[_Work]]] = {}
+    for work in works:
+        own = work.task.passes[position]
+        start = work.task.start if position == 0 else None
+        shape = None if start is None else tuple(start.shape)
+        key = (own.size, own.settings.model_dump_json(), own.tile, shape)
+        groups.setdefault(key, (own, []))[1].append(work)
+    yield from groups.values()

@@ -1,0 +1,44 @@
+"""Where pictures wait between two stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.checkpoint import atomic_file
+
+
+class Shelf:
+    """Pictures on their way from one stage to the next: in memory, or as files that a restart finds again."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._held: dict[str, Tensor] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held if self._folder is None else self._path(key).exists()
+
+    def put(self, key: str, pixels: Tensor) -> None:
+        """pixels: (3, H, W) uint8."""
+        if self._folder is None:
+            self._held[key] = pixels
+        else:
+            with atomic_file(self._path(key)) as temporary, temporary.open("wb") as file:
+                np.save(file, pixels.numpy())
+
+    def get(self, key: str) -> Tensor:
+        """(3, H, W) uint8."""
+        return self._held[key] if self._folder is None else torch.from_numpy(np.load(self._path(key)))
+
+    def drop(self, key: str) -> None:
+        """Forget a picture, if it is there."""
+        self._held.pop(key, None)
+        if self._folder is not None:
+            self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key}.npy"
