@@ -74,11 +74,10 @@ class Recipe(Settings):
         """Our fields of `data`, those of its section `settings` among them."""
         settings = data.get("settings")
         both = {**data, **(settings if isinstance(settings, Mapping) else {})}
-        if isinstance(both.get("stages"), Mapping):
-            both["stages"] = {name: _in_sections(stage) for name, stage in both["stages"].items()}
-        return {name: both[name] for name in cls.model_fields if name in both}
-
-
-def _in_sections(stage: object) -> object:
-    """A stage's settings as they are written today, whichever version wrote them."""
-    return with_sampler_section(stage) if isinstance(stage, Mapping) else stage
+        flat = {name: both[name] for name in cls.model_fields if name in both}
+        if isinstance(flat.get("stages"), Mapping):  # of any version, in today's form
+            flat["stages"] = {
+                name: with_sampler_section(values) if isinstance(values, Mapping) else values
+                for name, values in flat["stages"].items()
+            }
+        return flat
