@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -135,7 +135,7 @@ class CascadePipeline:
         width: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
@@ -204,7 +204,7 @@ class CascadePipeline:
         seed: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,

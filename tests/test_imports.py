@@ -16,7 +16,6 @@ PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
 LEAVES = {
-    "tiles",
     "conditioning",
     "settings",
     "config",

@@ -14,7 +14,6 @@ from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Optimizer = Literal["adamw", "adafactor", "muon"]
 LowRankLayers = Literal["attention", "all"]
 """Layers that learn a difference of low rank: the linear ones of attention, or all linear and convolutional ones."""
 
@@ -55,7 +54,7 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Optimizer = "adamw"
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
     matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
