@@ -15,6 +15,7 @@ from cascade.config import (
 )
 from cascade.diffusion import schedules
 from cascade.models.if_unet import IFUNet
+from cascade.models.network import Network
 from cascade.models.unet import UNet
 from cascade.stage import Stage
 
@@ -38,7 +39,7 @@ IF_NOISE = schedules.DiscreteSchedule(schedules.squared_cosine_betas(1000))
 """The noise levels whose numbers DeepFloyd IF's networks read, whatever schedule a stage is drawn with."""
 
 
-def build_network(config: StageConfig) -> UNet | IFUNet:
+def build_network(config: StageConfig) -> Network:
     """The network of a stage, with fresh weights."""
     low_res_channels = 0 if config.low_resolution is None else 3
     if isinstance(config.model, IFUNetConfig):

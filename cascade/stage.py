@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.loss import Weighting, diffusion_loss
-from cascade.diffusion.noise import Denoiser, Estimate, alpha
+from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, evaluations
 from cascade.diffusion.schedules import (
@@ -26,12 +25,12 @@ from cascade.diffusion.schedules import (
 )
 from cascade.errors import CascadeError
 from cascade.images import upsample, upsample_corners
-from cascade.models.if_unet import IFUNet
-from cascade.models.unet import UNet
+from cascade.models.network import Network
+from cascade.models.tiled import TiledNetwork
 from cascade.streaming import is_streamed, move_streamed
-from cascade.tiles import Tile, in_tiles
+from cascade.transfer import on_device
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+NetworkCall = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Stage:
     """
 
     config: StageConfig
-    network: UNet | IFUNet
+    network: Network
     schedule: NoiseSchedule
 
     @property
@@ -59,17 +58,13 @@ class Stage:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def prepare(self, cond: Conditioning, tile: int | None = None) -> Denoiser:
-        """The denoiser of r for these conditions; text and the smaller picture are read here, once.
-
-        tile: side of the squares that the network is given one at a time; see `sample`.
-        """
+    def prepare(self, cond: Conditioning) -> Denoiser:
+        """The denoiser of r for these conditions; text and the smaller picture are read here, once."""
         dtype = next(self.network.parameters()).dtype
         prepared = self.network.prepare(self.enlarge(cond).to(dtype=dtype))
 
         def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
-            raw = self.network(z, log_snr, prepared) if tile is None else self._tiled(z, log_snr, prepared, tile)
-            output, *spread = raw.float().split(z.shape[1], dim=1)
+            output, *spread = self.network(z, log_snr, prepared).float().split(z.shape[1], dim=1)
             x_hat = to_x(self.config.parameterization, output, z, log_snr)
             return (x_hat, (spread[0] + 1) / 2) if spread else x_hat
 
@@ -83,20 +78,15 @@ class Stage:
         rng: Generators,
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
-        tile: int | None = None,
     ) -> Tensor:
         """Draw pictures from the noise z (B, 3, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
-        tile: the network draws squares of this side, seen with its receptive radius around them; the same pictures up
-        to float32's rounding, in the memory of one square and a few tensors of the whole size.
-        Raises CascadeError for tiles where the network looks at the whole picture, or of a side that it cannot divide.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
-        self.check_tile(tile)
-        guided = denoisers.guide(_Tiled(self, tile), cond, null, settings.guidance, settings.guidance_interval)
+        guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
         picture = limit(denoisers.to_picture(guided, base, scale), settings)
         log_snrs = self.noise_levels(settings)
 
@@ -109,7 +99,7 @@ class Stage:
 
     def loss(
         self,
-        network: Network,
+        network: NetworkCall,
         weighting: Weighting,
         x: Tensor,
         cond: Conditioning,
@@ -161,12 +151,25 @@ class Stage:
         sampler = (settings or self.config.sampling).sampler
         return evaluations(SAMPLERS[sampler.kind], self.noise_levels(settings), **sampler.own)
 
-    def unnoised(self, low_res: Tensor) -> Tensor:
-        """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
-        if not self.config.model.enlarges_first:
-            return low_res
-        height, width = low_res.shape[-2:]
-        return upsample_corners(low_res, (height * self.scale, width * self.scale))
+    def noised_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the noise on the smaller picture, for pictures of `size`; None for a base stage."""
+        if self.config.low_resolution is None:
+            return None
+        height, width = size
+        shrink = 1 if self.config.model.enlarges_first else self.scale
+        return height // shrink, width // shrink
+
+    def see(self, cond: Conditioning, low: Tensor, aug_level: Tensor, eps: Tensor) -> Conditioning:
+        """`cond` with the smaller picture as this stage sees it: noised, and enlarged before that where it wants so.
+
+        low: (B, 3, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is made
+        in float64, which not every GPU has. eps: (B, 3, *noised_size).
+        """
+        if self.config.model.enlarges_first:
+            height, width = low.shape[-2:]
+            low = upsample_corners(low, (height * self.scale, width * self.scale))
+        level = on_device(log_snr_from_std(aug_level)[:, None, None, None], low.device)
+        return replace(cond, low_res=diffuse(low, eps, level), low_res_log_snr=level)
 
     def enlarge(self, cond: Conditioning) -> Conditioning:
         """The conditions with the smaller picture upsampled to this stage's scale."""
@@ -189,41 +192,23 @@ class Stage:
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
-    def check_tile(self, tile: int | None) -> None:
-        """Raises CascadeError for tiles in which this stage cannot draw."""
-        if tile is None:
-            return
-        step = self.config.model.downsampling
-        if self.config.model.receptive_radius is None:
+    def tiled(self, side: int | None) -> Stage:
+        """This stage, whose network is given squares of this side one at a time; None: whole pictures.
+
+        Raises CascadeError where the network looks at the whole picture, or for a side that it cannot divide.
+        """
+        if side is None:
+            return self
+        step, radius = self.config.model.downsampling, self.config.model.receptive_radius
+        if radius is None:
             raise CascadeError(f"tile: stage {self.name} looks at the whole picture; draw it without tiles")
-        if tile < step or tile % step:
-            raise CascadeError(f"tile: {tile}; stage {self.name} expects a multiple of {step}")
-
-    def _tiled(self, z: Tensor, log_snr: Tensor, prepared: Any, tile: int) -> Tensor:
-        """The network's output for z, square by square."""
-        margin, low_res = self.config.model.receptive_radius, prepared.low_res
-        assert margin is not None, "check_tile comes first"
-
-        def draw(part: Tile) -> Tensor:
-            seen = replace(prepared, low_res=None if low_res is None else part.cut(low_res))
-            return self.network(part.cut(z), log_snr, seen)
-
-        return in_tiles(draw, (z.shape[-2], z.shape[-1]), tile, margin)
+        if side < step or side % step:
+            raise CascadeError(f"tile: {side}; stage {self.name} expects a multiple of {step}")
+        return replace(self, network=TiledNetwork(self.network, side, radius))
 
     @property
     def _residual_scale(self) -> float:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
-
-
-@dataclass(frozen=True)
-class _Tiled:
-    """A stage whose network is given squares of a side, or whole pictures."""
-
-    stage: Stage
-    side: int | None
-
-    def prepare(self, cond: Conditioning) -> Denoiser:
-        return self.stage.prepare(cond, self.side)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:

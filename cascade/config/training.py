@@ -7,14 +7,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PositiveInt
+from cascade.config.common import PathText, PositiveInt
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Optimizer = Literal["adamw", "adafactor", "muon"]
 LowRankLayers = Literal["attention", "all"]
 """Layers that learn a difference of low rank: the linear ones of attention, or all linear and convolutional ones."""
 
@@ -55,7 +54,7 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Optimizer = "adamw"
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
     matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -107,7 +106,7 @@ class TrainingConfig(Settings):
     """Arithmetic inside the network; weights stay float32. fp16 needs a GPU, bf16 one since NVIDIA's Ampere."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
@@ -160,7 +159,7 @@ class TrainConfig(Settings):
 
     format: Literal[1] = 1
     """Version of this file's layout."""
-    output: str
+    output: PathText
     """Folder of the run: checkpoints, samples, log and the finished stage."""
     stage: StageConfig
     """What is trained."""

@@ -206,6 +206,8 @@ LEAST_SHARE = 0.01
 """Of a step's length in log SNR, that the step before must have to tell a slope: `dpm++` multiplies the difference of
 two x_hat, of which bfloat16 rounds away 4e-3, by half the inverse. A clipped schedule in many steps has some of no
 length at its ends, and joined lists of levels two that differ by rounding alone."""
+
+
 SAMPLERS: Mapping[str, Sampler] = {
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,

@@ -159,7 +159,14 @@ class Engine:
 
         pictures = [Picture(row, task.recipe.seed, task.passes[position].number) for row, task in enumerate(full)]
         x = draw_batch(
-            stage, drawing.settings, (height, width), pictures, texts(full), low, on_step, drawing.tile, self._device
+            stage.tiled(drawing.tile),
+            drawing.settings,
+            (height, width),
+            pictures,
+            texts(full),
+            low,
+            on_step,
+            self._device,
         )[: len(batch), :, : drawing.size[0], : drawing.size[1]]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from cascade.config import IFUNetConfig
 from cascade.models.checks import check_conditions, check_size
 from cascade.models.convolution import one_generation
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
+from cascade.models.network import Network
 
 StepOf = Callable[[Tensor], Tensor]
 """Log SNR (B, 1, 1, 1) -> number of the step (B,), in which the weights were trained to read it."""
@@ -43,6 +44,10 @@ class IFPrepared:
     text: tuple[KeysValues, ...]
     low_res: Tensor | None
     generation: object
+
+    def crop(self, rows: slice, columns: slice) -> IFPrepared:
+        """The same for a part of the picture."""
+        return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
 
 
 class Level(nn.Module):
@@ -86,7 +91,7 @@ class Middle(nn.Module):
         return [(first, cast(IFAttention, self.attentions[0])), (second, None)]
 
 
-class IFUNet(nn.Module):
+class IFUNet(Network):
     """(z, log SNR, conditions) -> (B, 2 C, H, W): predicted noise, and in [-1, 1] where its log variance lies."""
 
     step_of: StepOf
@@ -99,7 +104,6 @@ class IFUNet(nn.Module):
         self.config = config
         self.step_of = step_of
         self.low_res_channels = low_res_channels
-        self.activation_checkpointing = False
         first, width = config.channels[0], config.embedding_dim
         self.conv_in = nn.Conv2d(image_channels + low_res_channels, first, 3, padding=1)
         self.time_embedding = TwoLayers(first, width)

@@ -8,7 +8,7 @@ convolution, and `skips` and attention once a level.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -33,12 +33,13 @@ from cascade.models.blocks import (
 )
 from cascade.models.checks import check_conditions, check_size
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
+from cascade.models.network import Network
 
 PICTURE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
-class Prepared:
+class UNetPrepared:
     """What a U-Net computes once per picture rather than once per step.
 
     embedding: (B, E) from pooled text and augmentation level. text: keys and values for each attention, in order.
@@ -49,6 +50,10 @@ class Prepared:
     text: tuple[KeysValues | None, ...]
     visible: Tensor | None
     low_res: Tensor | None
+
+    def crop(self, rows: slice, columns: slice) -> UNetPrepared:
+        """The same for a part of the picture."""
+        return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
 
 
 class Block(nn.Module):
@@ -98,7 +103,7 @@ class Level(nn.Module):
         return cast("list[Block]", list(self.decode))
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
 
     def __init__(self, config: UNetConfig, low_res_channels: int = 0) -> None:
@@ -106,7 +111,6 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.low_res_channels = low_res_channels
-        self.activation_checkpointing = False
         width, bottom, patch = config.embedding_dim, config.channels[-1], config.patch
         self.noise_level = NoiseLevelEmbedding(width)
         self.aug_level = NoiseLevelEmbedding(width) if low_res_channels else None
@@ -121,7 +125,7 @@ class UNet(nn.Module):
         self.head_norm = Normalize(config.channels[0], config.norm, config.groups)
         self.head = zero_init(nn.Conv2d(config.channels[0], PICTURE_CHANNELS * patch**2, 3, padding=1))
 
-    def prepare(self, cond: Conditioning) -> Prepared:
+    def prepare(self, cond: Conditioning) -> UNetPrepared:
         """Everything that depends on the conditions alone. cond.low_res: (B, 3, H, W), already upsampled to z's size.
 
         Raises ValueError when a smaller picture is missing or not expected.
@@ -137,9 +141,9 @@ class UNet(nn.Module):
             visible = None if _known_to_be_real(cond.text_mask) else cond.text_mask[:, None, None, :]
         if self.aug_level is not None:
             embedding = embedding + self.aug_level(cond.low_res_log_snr)
-        return Prepared(embedding, tuple(text), visible, cond.low_res)
+        return UNetPrepared(embedding, tuple(text), visible, cond.low_res)
 
-    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Prepared) -> Tensor:
+    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | UNetPrepared) -> Tensor:
         """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C, H, W). H and W: multiples of config.downsampling.
 
         Raises ValueError for any other size.

@@ -58,7 +58,7 @@ from cascade.training.state import (
     remove_unfinished,
     save_state,
 )
-from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
+from cascade.training.step import NoiseSource, TrainingBatch, draw_noise, training_batch, training_loss
 from cascade.training.unread import MOST_UNREAD, Unread, read
 from cascade.training.validation import Validation
 from cascade.training.watch import Watch
@@ -194,16 +194,9 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ready = self.ready(batch)
         height, width = ready.x.shape[-2:]
-        draw = draw_noise(
-            batch.samples,
-            (height, width),
-            self.stage.scale,
-            self.config.training.seed,
-            self.config.data.max_aug_level,
-            self.stage.config.model.enlarges_first,
-            device=self.accelerator.device,
-            aug_spread=self.config.data.aug_spread,
-        ).to(self.accelerator.device)
+        data, device = self.config.data, self.accelerator.device
+        source = NoiseSource(self.config.training.seed, data.max_aug_level, data.aug_spread, device=device)
+        draw = draw_noise(batch.samples, (height, width), self.stage.noised_size((height, width)), source).to(device)
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:

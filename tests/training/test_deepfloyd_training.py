@@ -22,7 +22,7 @@ from cascade.images import downsample, upsample_corners
 from cascade.load import load_stage, load_trainer
 from cascade.settings import parse
 from cascade.stage import Stage
-from cascade.training.step import TrainingBatch, conditions, draw_noise
+from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 
@@ -104,7 +104,7 @@ def test_the_second_stage_sees_the_reduced_enlarged_and_independently_noised_pic
     stage = build_stage(read_stage(folders[True]))
     x = draws(2, 3, 32, 32).clamp(-1, 1)
     batch = TrainingBatch(x, draws(2, 77, TEXT_DIM), torch.ones(2, 77, dtype=torch.bool), [5, 6], torch.arange(2), 2)
-    draw = draw_noise([5, 6], (32, 32), stage.scale, 0, 0.9, enlarged=True)
+    draw = draw_noise([5, 6], (32, 32), stage.noised_size((32, 32)), NoiseSource(0, 0.9))
     cond = conditions(stage, batch, draw)
     assert draw.aug_eps is not None
     assert draw.aug_eps.shape == draw.eps.shape

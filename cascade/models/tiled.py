@@ -1,7 +1,8 @@
 """A large picture drawn in squares: which part of it a network call sees, and which part of its answer is kept.
 
-Exact for networks without attention and without statistics over the picture: a pixel depends on its surroundings up to
-the network's receptive radius alone, so a square that is seen with that much around it gets the pixels of the whole.
+`TiledNetwork` goes around a network, and nobody who calls it knows. Exact for networks without attention and without
+statistics over the picture: a pixel depends on its surroundings up to the network's receptive radius alone, so a square
+that is seen with that much around it gets the pixels of the whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascade.conditioning import Conditioning
+from cascade.models.network import Network, Prepared
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -20,9 +24,9 @@ class Tile:
     kept: tuple[slice, slice]
     seen: tuple[slice, slice]
 
-    def cut(self, picture: Tensor) -> Tensor:
+    def cut(self, image: Tensor) -> Tensor:
         """The part that is seen: (B, C, H, W) -> (B, C, h, w)."""
-        return picture[:, :, *self.seen]
+        return image[:, :, *self.seen]
 
     def keep(self, answer: Tensor) -> Tensor:
         """Of an answer that has the size of `seen`, what is kept."""
@@ -55,3 +59,30 @@ def in_tiles(function: Callable[[Tile], Tensor], size: tuple[int, int], side: in
         result[:, :, *tile.kept] = kept
     assert result is not None, "a picture has at least one tile"
     return result
+
+
+class TiledNetwork(Network):
+    """A network that is given squares of a picture one at a time, each seen with its receptive radius around it.
+
+    Its output is that for the whole picture up to float32's rounding, in the memory of one square and of a few tensors
+    of the whole size.
+    """
+
+    def __init__(self, network: Network, side: int, radius: int) -> None:
+        """side: of the squares, a multiple of what the network divides a picture by. radius: how far it looks."""
+        super().__init__()
+        self.network, self.side, self.radius = network, side, radius
+
+    def prepare(self, cond: Conditioning) -> Prepared:
+        """As the network itself, for the whole picture."""
+        return self.network.prepare(cond)
+
+    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Prepared) -> Tensor:
+        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C', H, W)."""
+        prepared = self.prepare(cond) if isinstance(cond, Conditioning) else cond
+
+        def answer(tile: Tile) -> Tensor:
+            output: Tensor = self.network(tile.cut(z), log_snr, prepared.crop(*tile.seen))
+            return output
+
+        return in_tiles(answer, (z.shape[-2], z.shape[-1]), self.side, self.radius)
