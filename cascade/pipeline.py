@@ -12,20 +12,23 @@ from cascade.arguments import (
     PerStage,
     check_chain,
     check_text_widths,
+    integer,
     negatives_of,
+    one_text,
     positive,
     prompts_of,
     seeds_of,
     stage_sizes,
 )
 from cascade.config import Captions
+from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes, source_of
 from cascade.errors import CascadeError
-from cascade.output import Callback, CascadeOutput, Watcher, check_output_type
+from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
 from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
@@ -149,7 +152,7 @@ class CascadePipeline:
         8 on a GPU; a short last batch is padded. output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W)
         float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
         """
-        check_output_type(output_type)
+        check_wishes(output_type, callback)
         prompts = prompts_of(prompt, prompt_embeds)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
@@ -217,9 +220,9 @@ class CascadePipeline:
         which the network draws, see `Stage.sample`; results above 4 megapixels are drawn in squares of 1024 anyway.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
-        check_output_type(output_type)
+        check_wishes(output_type, callback)
         pixels = read_picture(image)
-        (text,), (own_seed,) = prompts_of(prompt, None), seeds_of(seed, 1)
+        text, (own_seed,) = one_text("prompt", prompt), seeds_of(seed, 1)
         configs = [slot.config for slot in self.enlargers]
         height, width = target_size(configs, (pixels.shape[-2], pixels.shape[-1]), to)
         settings = resolve_sampling(
@@ -271,13 +274,17 @@ class CascadePipeline:
         with model_for_hub(repo, private) as folder:
             self.save_pretrained(folder)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CascadePipeline:
-        """Move the stages to a device and number format. The text encoder moves too, but keeps its own format."""
-        self.device = torch.device(device) if device is not None else self.device
-        self.dtype = dtype or self.dtype
-        self._text.load().to(device=self.device)
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> CascadePipeline:
+        """Move the stages to a device and number format. The text encoder moves too, but keeps its own format.
+
+        Raises CascadeError, before anything moves, for a device or a format that is not there.
+        """
+        target = self.device if device is None else choose_device(device)
+        number_format = choose_dtype(self.dtype if dtype is None else dtype, target)
+        self._text.load().to(device=target)
         shared = self.enlargers is self.slots
-        moved = {id(slot): slot.moved(self.device, self.dtype) for slot in [*self.slots, *self.enlargers]}
+        moved = {id(slot): slot.moved(target, number_format) for slot in [*self.slots, *self.enlargers]}
+        self.device, self.dtype = target, number_format
         self.slots = [moved[id(slot)] for slot in self.slots]
         self.enlargers = self.slots if shared else [moved[id(slot)] for slot in self.enlargers]
         return self
@@ -312,7 +319,7 @@ class CascadePipeline:
         resolutions = [slot.config.resolution for slot in self.slots]
         if until is None:
             return self.slots
-        if until not in resolutions:
+        if integer("until", until) not in resolutions:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
 

@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-from torch import Tensor
-
 from cascade.config import SamplingConfig, StageConfig, complete_sampler
 from cascade.errors import CascadeError
 from cascade.settings import Settings, parse
@@ -49,7 +46,7 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps takes the place of a list
-            values[setting] = None if own == "none" else own
+            values[setting] = None if isinstance(own, str) and own == "none" else own
     values["sampler"] = complete_sampler(values["sampler"], stage.sampling.sampler)
     settings = parse(SamplingConfig, values, f"stage {stage.name}")
     try:
@@ -71,7 +68,7 @@ def _plain(value: Any) -> Any:
     """A setting as JSON has it: no section, no number of NumPy or torch."""
     if isinstance(value, Settings):
         return value.model_dump(mode="json")
-    return value.item() if isinstance(value, (np.generic, Tensor)) else value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _check_name(setting: str, name: object, names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cascade.errors import CascadeError
+from cascade.files.text import NotTextError, read_text
 
 
 class Settings(BaseModel):
@@ -61,13 +62,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises CascadeError for a missing file, wrong YAML, or anything but a mapping."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = yaml.load(read_text(path), Loader=_Loader)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from None
-    except UnicodeDecodeError:
-        raise CascadeError(f"{path}: cannot be read as UTF-8 text; give a YAML file") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError

@@ -190,7 +190,7 @@ def test_a_missing_and_an_unreadable_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match="cannot be read"):
         read_yaml(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
-    with pytest.raises(CascadeError, match="cannot be read"):
+    with pytest.raises(CascadeError, match=r"latin\.yaml: not UTF-8; save the file as UTF-8"):
         read_yaml(tmp_path / "latin.yaml")
 
 

@@ -223,9 +223,9 @@ def test_bfloat16_is_taken_only_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = torch.device("cuda:0")
-    monkeypatch.setattr("cascade.load.device.has_bfloat16", lambda _device: True)
+    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: True)
     assert choose_dtype(None, gpu) == torch.bfloat16
-    without_bfloat16(monkeypatch, "cascade.load.device")
+    without_bfloat16(monkeypatch, "cascade.device")
     for _ in range(2):
         assert choose_dtype(None, gpu) == torch.float32
     assert [record.message for record in caplog.records] == [

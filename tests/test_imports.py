@@ -22,10 +22,12 @@ LEAVES = {
     "images",
     "checkpoint",
     "errors",
+    "files",
     "seeds",
     "locks",
     "scratch",
     "machine",
+    "device",
     "streaming",
     "transfer",
     "_version",
@@ -39,10 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "conditioning": {"transfer"},
     "allocator": set(),  # for programs alone
-    "settings": {"errors"},
-    "config": {"errors", "settings", "diffusion"},  # whose words are settings
-    "images": {"errors", "transfer"},
+    "settings": {"errors", "files"},
+    "config": {"errors", "files", "settings", "diffusion"},  # whose words are settings
+    "images": {"errors", "files", "transfer"},
+    "files": {"errors"},
     "seeds": {"errors"},
+    "device": {"errors", "machine"},
     "scratch": {"errors"},
     "streaming": {"errors"},
     "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
@@ -66,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deepfloyd": STAGE | {"build"},
     "memory": STAGE | {"build", "training"},  # which weights learn
     "preflight": STAGE | {"build", "memory"},
-    "hub": {"errors"},
+    "hub": {"errors", "files"},
     "load": STAGE
     | {
         "hub",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cascade.cli.paths import path_option
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
 from cascade.sampling import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
@@ -62,13 +63,13 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@click.option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
-@click.option(
+@path_option(
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
 )
-@click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@click.option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in a folder with pictures of an earlier run; they go.")
 @click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
 @click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts in a shard of webdataset.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
 from cascade.sampling import per_stage
 
@@ -43,8 +44,8 @@ class Part:
 
 
 @click.command()
-@click.argument("model", required=False)
-@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
+@path_argument("model", required=False)
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) -> int:
     """Show the parts of a cascade: sizes, parameters, arithmetic, licence, and which ways to load it fit here.
@@ -195,10 +196,10 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 
 
 @click.command()
-@click.option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
-@click.option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
+@path_option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
+@path_option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
 @click.option("--adapter", metavar="STAGE=FOLDER,...", help="Low-rank adapters, to be added to stages.")
-@click.option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
+@path_option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
 @click.option("--name", required=True, help="Name of the cascade.")
 @click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format on disk; default: as trained.")
@@ -244,9 +245,9 @@ def _adapters(text: str | None) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("source")
-@click.argument("out")
-@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
+@path_argument("source")
+@path_argument("out")
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
 def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
     """Turn DeepFloyd IF from diffusers' folder layout into ours, or back. Weights stay bit for bit.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
+from cascade.cli.paths import path_argument, path_option
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
 from cascade.sampling import PRESETS, SETTINGS, number, resolve_sampling, threshold_value, whole_number
@@ -24,12 +25,12 @@ _POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@path_argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--prompt", default="", metavar="TEXT", help="What the pictures show.")
 @click.option("--to", type=_POSITIVE, metavar="N", help="Longer side of the result; default: of the last stage.")
 @click.option("--tile", type=_POSITIVE, metavar="N", help="Draw squares of this side one at a time: less memory.")
-@click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@click.option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@path_option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
 @click.option("--overwrite", is_flag=True, help="Replace pictures that are there already.")
 @click.option(
     "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Same seed, same pictures."

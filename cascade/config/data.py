@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import AugSpread, Fraction, PositiveInt
+from cascade.config.common import AugSpread, Fraction, PathText, PositiveInt
 from cascade.settings import Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
@@ -30,11 +30,11 @@ class TextReading(Settings):
 class TextConfig(TextReading):
     """The frozen text encoder of a training run."""
 
-    encoder: str = "bundled"
+    encoder: PathText = "bundled"
     """`bundled`, a folder in transformers' layout, or a hub id such as google/flan-t5-base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
 
     @property
@@ -44,11 +44,11 @@ class TextConfig(TextReading):
 
 
 class FolderSource(Settings):
-    """A folder of pictures with captions: sidecar .txt files, or metadata.jsonl / metadata.csv with file_name."""
+    """A folder of pictures; captions in .txt or .caption files, or in metadata.jsonl / metadata.csv with file_name."""
 
     kind: Literal["folder"] = "folder"
-    path: str
-    """The folder; searched recursively."""
+    path: PathText
+    """The folder; searched recursively, linked folders too, hidden ones not."""
     caption_column: str = "caption"
     """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -59,7 +59,7 @@ class ParquetSource(Settings):
     """Parquet files with an encoded picture and a caption in each row."""
 
     kind: Literal["parquet"] = "parquet"
-    files: tuple[str, ...]
+    files: tuple[PathText, ...]
     """Paths or glob patterns."""
     image_column: str = "image"
     """Column of encoded pictures (bytes, or a struct with `bytes`)."""
@@ -76,7 +76,7 @@ class HubSource(Settings):
     """Any dataset that Hugging Face `datasets` loads, streaming or not."""
 
     kind: Literal["datasets"] = "datasets"
-    name: str
+    name: PathText
     """Hub id, builder name or local folder, as for `datasets.load_dataset`."""
     config: str | None = None
     """Configuration of the dataset."""
@@ -98,7 +98,7 @@ class WebDatasetSource(Settings):
     """WebDataset tar shards on a disk: neighbours 0001.jpg, 0001.txt are a record. Read in place, never unpacked."""
 
     kind: Literal["webdataset"] = "webdataset"
-    files: tuple[str, ...]
+    files: tuple[PathText, ...]
     """Paths or glob patterns of uncompressed tar files. (Shards on a hub: `kind: datasets` with `streaming`.)"""
     caption: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "txt"
     """Ending of the members with captions: `txt`, of which each line is a variant, or `json`."""
@@ -157,7 +157,7 @@ class DataConfig(Settings):
     """Stop when a larger share of the records is broken or has no caption."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode pictures beside the training process."""
-    decoded: str | None = None
+    decoded: PathText | None = None
     """Folder for pictures decoded once, at the stage's `resolution`, and mapped into memory by every process from then
     on: 12 KB each at 64 px. The views are the same. Streams and drawn scenes are not stored. None: no such folder."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PositiveInt
+from cascade.config.common import PathText, PositiveInt
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
@@ -106,7 +106,7 @@ class TrainingConfig(Settings):
     """Arithmetic inside the network; weights stay float32. fp16 needs a GPU, bf16 one since NVIDIA's Ampere."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
@@ -159,7 +159,7 @@ class TrainConfig(Settings):
 
     format: Literal[1] = 1
     """Version of this file's layout."""
-    output: str
+    output: PathText
     """Folder of the run: checkpoints, samples, log and the finished stage."""
     stage: StageConfig
     """What is trained."""

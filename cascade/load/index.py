@@ -13,6 +13,7 @@ from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
 from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded, path_of
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
 from cascade.text.embeddings import NullText
@@ -134,7 +135,7 @@ def find_model(model: str | Path | None) -> Path:
     """The folder of a model: the bundled one, a local folder, or a hub id (downloaded once)."""
     if model is None or model == "bundled":
         return BUNDLED
-    folder = Path(model)
+    folder = path_of(model)
     if folder.is_dir():
         return folder
     if may_be_on_hub(model):
@@ -144,15 +145,16 @@ def find_model(model: str | Path | None) -> Path:
 
 def find_stage(source: str | Path) -> Path:
     """The folder of one stage: itself, `stage` of a training run, or `model/stage` of a cascade."""
+    source = expanded(str(source))
     path = Path(source)
     for candidate in (path, path / "stage"):
         if (candidate / "stage.json").is_file() or deepfloyd.is_diffusers(candidate):
             return candidate
-    parent, _, name = str(source).rpartition("/")
+    parent, _, name = source.rpartition("/")
     reason = ""
     try:
         if parent != "bundled" and may_be_on_hub(source):
-            candidate = download(str(source), text=False)
+            candidate = download(source, text=False)
             if deepfloyd.is_diffusers(candidate):
                 return candidate
         elif parent == "bundled" or Path(parent).is_dir() or may_be_on_hub(parent):

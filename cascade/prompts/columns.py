@@ -98,6 +98,8 @@ def _shown(value: Any) -> str:
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadLineError(f"{column}: expected text, found {_shown(value)}")
+    if "\0" in value:
+        raise BadLineError(f"{column}: holds a zero byte, so it is no text; save the file as UTF-8")
     return well_formed(utf8(value)).strip()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.table import BadRowError
+from cascade.files.table import csv_rows as table_rows
+from cascade.files.text import lines_of
 from cascade.prompts.columns import check_header, from_text, utf8, without_nulls
 from cascade.prompts.record import BadLineError
 
@@ -21,11 +23,9 @@ Row: TypeAlias = tuple[int, Values]
 """(line number, values or fault)."""
 
 
-def numbered_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates."""
-    for line, raw in enumerate(file, start=1):
-        text = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
-        yield line, text.removeprefix("\ufeff") if line == 1 else text
+def numbered_lines(file: BinaryIO) -> Lines:
+    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates. Raises NotTextError."""
+    return enumerate(lines_of(file), start=1)
 
 
 def text_rows(lines: Lines) -> Iterator[Row]:
@@ -58,40 +58,17 @@ def json_rows(lines: Lines) -> Iterator[Row]:
 def csv_rows(lines: Lines, name: str) -> Iterator[Row]:
     """Rows below a header that names the columns. An empty cell counts as not given.
 
-    Raises CascadeError, which begins with `name`, when the header is wrong.
+    Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
     """
-    current = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal current
-        for line, text in lines:
-            current = line
-            yield text + "\n"
-
-    reader = csv.reader(texts())
-    header = _header(reader)
+    rows = table_rows((text for _, text in lines), name)
+    line, header = next(rows, (0, list[str]()))
+    if isinstance(header, BadRowError):
+        raise CascadeError(f"{name}:{line}: {header}")
+    header = [cell.strip() for cell in header]
     if header:
-        check_header(header, f"{name}:{current}")
-    while header:
-        first = current + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield first, BadLineError(f"not valid CSV: {error}")
-            continue
-        if any(cell.strip() for cell in cells):
-            yield first, _csv_row(header, cells)
-
-
-def _header(reader: Iterator[list[str]]) -> list[str]:
-    """The first row that is not blank; empty when there is none, or it is no row."""
-    try:
-        rows = ([cell.strip() for cell in cells] for cells in reader)
-        return next((cells for cells in rows if any(cells)), [])
-    except csv.Error:
-        return ["not valid CSV"]
+        check_header(header, f"{name}:{line}")
+    for line, cells in rows:
+        yield line, BadLineError(str(cells)) if isinstance(cells, BadRowError) else _csv_row(header, cells)
 
 
 def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:

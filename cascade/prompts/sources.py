@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.text import NotTextError, lines_of, open_regular, read_text
+from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
 from cascade.prompts.formats import (
     Lines,
@@ -25,7 +27,7 @@ from cascade.prompts.formats import (
 from cascade.prompts.record import BadLineError
 
 STANDARD_INPUT = "-"
-_CAPTION = ".txt"
+_CAPTIONS = (".txt", ".caption")
 
 PlacedRow: TypeAlias = tuple[str, Values]
 """(where it stands, to be appended to the name of the source; values or fault)."""
@@ -51,13 +53,14 @@ def count_prompts(source: str) -> int | None:
         from pyarrow import parquet
 
         return int(parquet.read_metadata(path).num_rows)
-    with path.open("rb") as file:
-        return sum(bool(line.strip()) for line in file) - (path.suffix.lower() == ".csv")
+    with _open(source) as file:
+        return sum(bool(line.strip()) for line in lines_of(file)) - (path.suffix.lower() == ".csv")
 
 
 def _numbered_rows(source: str) -> Iterator[Row]:
     if source == STANDARD_INPUT:
-        yield from text_rows(numbered_lines(sys.stdin.buffer))
+        with _readable("standard input"):
+            yield from text_rows(numbered_lines(sys.stdin.buffer))
         return
     ending = Path(source).suffix.lower()
     of_lines: dict[str, Callable[[Lines], Iterator[Row]]] = {
@@ -78,7 +81,7 @@ def _numbered_rows(source: str) -> Iterator[Row]:
 
 
 def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
-    """Each .txt file is one prompt, in the order of the names; its id is the name."""
+    """Each .txt or .caption file is one prompt, in the order of the names; its id is the name without that."""
     with _readable(str(folder)):
         for name in in_order(_captions(folder)):
             yield f"/{name}", _caption(folder / name)
@@ -86,21 +89,24 @@ def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
 
 def _caption(path: Path) -> Values:
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+        text = read_text(path)
     except OSError as error:
         return BadLineError(f"cannot be read: {error.strerror or error}")
-    return {"prompt": text, "id": path.name.removesuffix(_CAPTION)}
+    except NotTextError as error:
+        return BadLineError(str(error))
+    return {"prompt": text.strip(), "id": path.stem}
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """Names of the captions, in no order."""
+    """Names of the captions, in no order. Hidden files, such as the `._a.txt` of a Mac, are none."""
     with os.scandir(folder) as entries:
-        yield from (entry.name for entry in entries if entry.name.endswith(_CAPTION))
+        names = (entry.name for entry in entries)
+        yield from (name for name in names if name.lower().endswith(_CAPTIONS) and not is_hidden(name))
 
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    with _readable(path), Path(path).open("rb") as file:
+    with _readable(path), open_regular(path) as file:
         yield file
 
 
@@ -112,3 +118,5 @@ def _readable(path: str) -> Iterator[None]:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoint import atomic_folder, load_tensors, save_tensors
+from cascade.checkpoint import atomic_folder, check_names, load_tensors, save_tensors
 from cascade.config import LowRankLayers
 from cascade.errors import CascadeError
 from cascade.models.attention import Attention
@@ -63,7 +63,8 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
 def merge_adapter(network: nn.Module, folder: Path) -> None:
     """Add the differences of an adapter's folder to a network's weights.
 
-    Raises CascadeError when there is none, it is damaged, or it was made for another network.
+    Raises CascadeError when there is none, it is damaged, it was made for another network, or lacks a tensor: peft
+    leaves what it is not given at random numbers.
     """
     peft = _peft()
     if not (folder / "adapter_config.json").is_file():
@@ -76,12 +77,15 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
         raise CascadeError(f"{folder}: was made for another network, which has {unknown[0]}")
     try:
         peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), network)
+        check_names(peft.get_peft_model_state_dict(network), tensors, f"{folder}: ")
         peft.set_peft_model_state_dict(network, tensors)
         # Layer by layer: peft's own `merge_and_unload` wants a model with the config of a language model.
         for name, layer in list(network.named_modules()):
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
                 layer.merge()
                 network.set_submodule(name, layer.get_base_layer())
+    except CascadeError:
+        raise
     except Exception as error:  # peft raises nearly everything for settings and shapes that do not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CascadeError(f"{folder}: does not fit this network: {reason}") from error
