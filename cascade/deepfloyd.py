@@ -260,6 +260,8 @@ def unet_settings(config: StageConfig) -> dict[str, Any]:
 def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig, variance: str) -> dict[str, Any]:
     """scheduler_config.json."""
     variances = {"learned": "learned_range", "posterior": "fixed_small", "beta": "fixed_large"}
+    if variance not in variances:
+        raise CascadeError(f"sampler.variance: diffusers has no {variance}; choose {', '.join(variances)}")
     dynamic = isinstance(sampling.threshold, float)
     return {
         "_class_name": "DDPMScheduler",

@@ -453,6 +453,7 @@ ROWS: dict[str, Row] = {
 SAMPLERS = {
     "[ddpm].kind": ("ddpm", "ddim"),
     "[ddpm].variance": ("beta", "ddpm"),
+    "[ddpm].gamma": ("1.0", "ddpm, variance: between"),
     "[ddim].kind": ("ddim", "heun"),
     "[ddim].eta": ("1.0", "ddim"),
     "[heun].kind": ("heun", "ddim"),

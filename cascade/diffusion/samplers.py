@@ -52,8 +52,11 @@ class Option:
 
 
 Variance = Annotated[
-    Literal["posterior", "beta", "learned"],
-    Option("sigma_t^2: of the posterior, beta_t, or between them where the network says (`if_unet`)."),
+    Literal["posterior", "beta", "between", "learned"],
+    Option("sigma_t^2: of the posterior, beta_t, or between: where `gamma` says, or a network (`learned`, IF's)."),
+]
+Gamma = Annotated[
+    float, Option("`between`: the share of the way from the posterior's log variance to beta's, as in Imagen.", 0, 1)
 ]
 Eta = Annotated[float, Option("0 is deterministic, 1 adds as much noise as `ddpm`.", 0, 1)]
 
@@ -91,12 +94,14 @@ def sample_ddpm(
     on_step: OnStep = _ignore,
     *,
     variance: Variance = "posterior",
+    gamma: Gamma = 0.3,
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
-    (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances,
-    Nichol & Dhariwal (2021) eq. 15 for what lies between.
+    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma of
+    the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15;
+    Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between, and Saharia
+    et al. (2022), whose gamma is one number.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
@@ -106,6 +111,8 @@ def sample_ddpm(
             beta = step_beta(log_snr_t, log_snr_s)
             if variance == "beta":
                 spread = beta
+            elif variance == "between":
+                spread = spread ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
             elif variance == "learned":
                 assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
                 spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()

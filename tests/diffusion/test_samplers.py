@@ -193,6 +193,27 @@ def test_large_variance_is_beta() -> None:
     assert seen[1].var().item() == pytest.approx(1 - a[0] / a[1], rel=4 * np.sqrt(2e-4))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_the_logarithm_of_a_variance_between_lies_a_share_gamma_of_the_way_from_the_posteriors_to_betas(
+    gamma: float,
+) -> None:
+    log_snrs = torch.tensor([-1.0, 1.0, 1.0, CLEAN])  # a step of no length adds no noise
+    seen: list[Tensor] = []
+
+    def denoise(z: Tensor, _: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.zeros_like(z)
+
+    z = torch.zeros(1, 1, 200, 200)
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance="between", gamma=gamma)
+    a = alphas_of(log_snrs)
+    beta = 1 - a[0] / a[1]
+    posterior = beta * (1 - a[1]) / (1 - a[0])  # 4.4 times smaller
+    # 4 standard errors of a variance over 4 * 10^4 values
+    assert seen[1].var().item() == pytest.approx(posterior ** (1 - gamma) * beta**gamma, rel=4 * np.sqrt(0.5e-4))
+    assert torch.equal(seen[2], seen[1])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_watcher_sees_every_step_and_its_x_hat(sampler: Callable[..., Tensor]) -> None:
     seen: list[tuple[int, Tensor]] = []
