@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cascade.config import SamplingConfig, StageConfig, complete_sampler
@@ -31,8 +31,7 @@ def resolve_sampling(
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
         if _by_stage(setting, value):
-            for name in value:
-                _check_name(setting, name, names)
+            check_stages(setting, value, names)
     return {stage.name: _resolve(stage, preset, overrides) for stage in stages}
 
 
@@ -69,6 +68,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Settings):
         return value.model_dump(mode="json")
     return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def check_stages(setting: str, given: Iterable[object], names: Sequence[str]) -> None:
+    """Raises CascadeError for a stage that is not one of `names`."""
+    for name in given:
+        _check_name(setting, name, names)
 
 
 def _check_name(setting: str, name: object, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from cascade.config import SamplingConfig
 from cascade.drawing.batch_size import BatchSizes, Wish
 from cascade.drawing.engine import Conduct
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.task import Task, passes
+from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import PromptRecord
 from cascade.sampling import resolve_sampling
@@ -95,9 +95,8 @@ class Target:
 
     def task(self) -> Task:
         """The same for the engine."""
-        job = self.job
-        way = passes(job.slots, job.sizes, job.settings, self.number)
-        return Task(self.recipe, way, name=str(job.record.index))
+        recipe, job = self.recipe, self.job
+        return Task(recipe, passes(job.slots, job.sizes, recipe), name=str(job.record.index))
 
     @property
     def stem(self) -> str:
@@ -132,8 +131,9 @@ class Planner:
     def window(self, sizes: BatchSizes) -> int:
         """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
         settings = resolve_sampling(self._configs, self._options.preset, self._options.sampling)
-        way = passes(self.slots, self.sizes, settings, number=0)
-        largest = sizes.largest or max(sizes.of(drawing) for drawing in way)
+        each = zip(self.slots, self.sizes, strict=True)
+        way = [Pass(slot, size, settings[slot.config.name], number=0) for slot, size in each]
+        largest = sizes.largest or max(map(sizes.of, way))
         return self._options.window or max(1, largest // self._options.num_images)
 
 
