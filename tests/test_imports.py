@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,42 @@ def test_the_trainer_brings_accelerate_only() -> None:
     assert imported & HEAVY == {"accelerate"}
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["generate", "--help"], ["train", "--help"], ["nothing"]]
+)
+def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from cascade.cli import main\n"
+        f"main({arguments!r})\n"
+        "print(*{'torch', 'numpy', 'PIL', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_the_public_names_are_there_although_they_are_imported_late() -> None:
+    code = (
+        "import cascade; print(cascade.Stage.__module__, 'Stage' in dir(cascade)); from cascade import *; CascadeError"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "cascade.stage True\n"
+    with pytest.raises(AttributeError, match="module 'cascade' has no attribute 'Sage'"):
+        _ = cascade.Sage
+
+
+@pytest.mark.parametrize("package", ["torch", "click"])
+def test_ctrl_c_while_something_loads_is_one_line(package: str, tmp_path: Path) -> None:
+    """`click` is asked for before there is a program that could be told to stop, `torch` within a command."""
+    (tmp_path / f"{package}.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+    command = [sys.executable, "-m", "cascade", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", "cascade: stopped")
+
+
 def test_importing_cascade_asks_no_network() -> None:
     """Any connection or look-up of a name would end the process."""
     code = (
@@ -226,7 +263,8 @@ def test_importing_cascade_asks_no_network() -> None:
 def test_the_public_names_are_complete_and_typed() -> None:
     """Every name that the package imports for its users is in `__all__`; their parameters and results have types."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    imported = {name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "cascade" in str(node.module)]
+    imported = {name.name for node in ours for name in node.names}
     assert set(cascade.__all__) == imported
     assert cascade.__all__ == sorted(cascade.__all__)
     for name in cascade.__all__:
