@@ -44,8 +44,7 @@ class Gallery:
         try:
             for path in (self._trash, self._temporary):
                 path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.state / f"lock-{PART}", None)
-            self._lock.acquire()
+            self._lock = _locked(self.state / f"lock-{PART}")
             self._manifest = self._opened(self.folder / f"manifest-{PART}.jsonl")
         except OSError as error:
             raise self._unwritable(error) from None
@@ -201,6 +200,16 @@ class Gallery:
 
     def _unwritable(self, error: OSError) -> CascadeError:
         return CascadeError(f"{self.folder}: cannot be written: {error.strerror or error}; name another with --out")
+
+
+def _locked(path: Path) -> RunLock:
+    lock = RunLock(path, None)
+    try:
+        lock.acquire()
+    except CascadeError:
+        lock.close()
+        raise
+    return lock
 
 
 def _files(entry: Mapping[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -94,8 +95,9 @@ class Guard:
         if self._rules.key is None or scope["path"] in _OPEN:
             return
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else _cookie(headers)
-        if not hmac.compare_digest(given.encode(), self._rules.key.encode()):
+        key = self._rules.key
+        given, wanted = (bearer.strip(), key) if scheme.lower() == "bearer" else (_cookie(headers), _cookie_of(key))
+        if not hmac.compare_digest(given.encode(), wanted.encode()):
             raise _RefusedError(401, "give the key of this server as `Authorization: Bearer KEY`, or open /?key=KEY")
 
     async def _is_login(self, scope: Message, send: Send) -> bool:
@@ -104,7 +106,7 @@ class Guard:
         key = self._rules.key
         if scope["path"] != "/" or not given or key is None or not hmac.compare_digest(given[0].encode(), key.encode()):
             return False
-        cookie = f"{COOKIE}={key}; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000"
+        cookie = f"{COOKIE}={_cookie_of(key)}; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000"
         await _answer(send, 303, {}, {"location": "/", "set-cookie": cookie})
         return True
 
@@ -154,6 +156,11 @@ def _headers(scope: Message) -> dict[str, str]:
             raise _RefusedError(400, f"header {key} is there twice")
         headers[key] = value.decode("latin-1")
     return headers
+
+
+def _cookie_of(key: str) -> str:
+    """What a browser keeps in place of the key, which may have letters that no cookie has."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _cookie(headers: Mapping[str, str]) -> str:

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_model import make_tiny_cascade
 from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
 from cascade.server.events import Event
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_cascade(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipeline(model: Path) -> CascadePipeline:
-    return CascadePipeline.from_pretrained(model, device="cpu")
-
-
-@pytest.fixture
-def server(pipeline: CascadePipeline, tmp_path: Path) -> Iterator[Live]:
-    with live(lambda: pipeline, tmp_path / "out") as running:
-        yield running
 
 
 class Gate:
