@@ -88,7 +88,7 @@ class Engine:
                     yield result
         for task in tasks:
             for position in range(len(task.passes) - 1):
-                self._shelf.drop(_key(task, position))
+                self._shelf.drop(shelf_key(task, position))
 
     def draw_all(self, tasks: Sequence[Task]) -> list[Drawn]:
         """The pictures of all tasks, in their order. Raises CascadeError for one that cannot be drawn."""
@@ -101,7 +101,7 @@ class Engine:
 
     def _passed(self, slot: StageSlot, position: int, group: Sequence[_Work], texts: Rows) -> Iterator[Result]:
         """One stage for all that wait for it; the pictures that end here, one way or the other."""
-        todo = [work for work in group if _is_last(work.task, position) or _key(work.task, position) not in self._shelf]
+        todo = [work for work in group if _is_last(work.task, position) or not self._is_waiting(work.task, position)]
         if not todo:
             return  # a restart finds all of them on the shelf
         with running(slot) as stage:
@@ -112,8 +112,12 @@ class Engine:
                     elif _is_last(work.task, position):
                         yield self._finished(work, picture)
                     else:
-                        self._shelf.put(_key(work.task, position), picture)
+                        self._shelf.put(shelf_key(work.task, position), picture)
             del stage  # with low_memory it must be gone before the next one is loaded
+
+    def _is_waiting(self, task: Task, position: int) -> bool:
+        """Whether what a pass gives lies on the shelf already."""
+        return shelf_key(task, position) in self._shelf
 
     def _batches(
         self, stage: Stage, position: int, todo: Sequence[_Work], texts: Rows
@@ -175,14 +179,14 @@ class Engine:
     def _smaller(self, tasks: Sequence[Task], position: int) -> Tensor | None:
         """What the pictures begin with: (B, 3, h, w) uint8, None for a base stage."""
         if position:
-            return torch.stack([self._shelf.get(_key(task, position - 1)) for task in tasks])
+            return torch.stack([self._shelf.get(shelf_key(task, position - 1)) for task in tasks])
         starts = [task.start for task in tasks if task.start is not None]
         return torch.stack(starts) if starts else None
 
     def _finished(self, work: _Work, picture: Tensor) -> Drawn:
         count = len(work.task.passes)
         kept = range(count - 1) if self._conduct.keep_stages else ()
-        smaller = [self._shelf.get(_key(work.task, position)) for position in kept]
+        smaller = [self._shelf.get(shelf_key(work.task, position)) for position in kept]
         sizes = {drawing.slot.config.name: self.batch_sizes.of(drawing) for drawing in work.task.passes}
         edit = work.task.edit
         return Drawn(work.task, [*smaller, edit.finished(picture) if edit else picture], work.seconds, sizes)
@@ -216,8 +220,8 @@ def _is_last(task: Task, position: int) -> bool:
     return position == len(task.passes) - 1
 
 
-def _key(task: Task, position: int) -> str:
-    """Names the picture of a task after a pass by all that made it."""
+def shelf_key(task: Task, position: int) -> str:
+    """Names the picture of a task after a pass on the shelf, by all that made it."""
     return "-".join(part for part in (task.recipe.digest(), str(position), task.name) if part)
 
 
