@@ -19,8 +19,8 @@ from cascade.upscaling import ImageLike, read_mask, read_picture
 DEFAULT_STRENGTH = 0.85
 """Of a picture without a mask; with one, what is drawn anew is drawn from nothing."""
 ANEW = 0.7
-"""Strength of the first stage from which the larger ones begin with noise alone. It moves shapes from about there on, and
-the old shapes would shine through a larger stage that began with them; below it, they keep the picture's detail."""
+"""Strength of the first stage from which the larger ones begin with noise alone. It moves shapes from about there on,
+and the old shapes would shine through a larger stage that began with them; below it, they keep the picture's detail."""
 
 
 @dataclass(frozen=True)
