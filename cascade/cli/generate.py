@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import click
 from cascade.cli.paths import path_option
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.sampling import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
 
@@ -291,7 +291,7 @@ class Request:
 
 
 def _event(name: str, **values: Any) -> str:
-    return json.dumps({"event": name, **values}, ensure_ascii=False)
+    return json_text({"event": name, **values})
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from PIL import Image
 
 from cascade._version import __version__
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture
 
 
 def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> int:
@@ -48,7 +48,7 @@ def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, d
     pipeline = CascadePipeline.from_pretrained(model, device=device or settings["device"], dtype=settings["dtype"])
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
-    with Image.open(picture) as image:
+    with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
     (result,) = engine.draw([pipeline.task(recipe)])

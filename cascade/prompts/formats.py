@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.parquet import parquet_told
 from cascade.files.table import BadRowError
 from cascade.files.table import csv_rows as table_rows
 from cascade.files.text import lines_of
@@ -82,12 +83,10 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
 
 def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with parquet_told(name):
         table = parquet.ParquetFile(file)
         check_header(table.schema_arrow.names, name)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
         yield from enumerate(map(without_nulls, rows), start=1)
-    except ArrowException as error:
-        raise CascadeError(f"{name}: damaged, or not Parquet: {str(error).splitlines()[0]}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.parquet import parquet_told
 from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
 from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
@@ -52,7 +53,8 @@ def count_prompts(source: str) -> int | None:
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
-        return int(parquet.read_metadata(path).num_rows)
+        with parquet_told(source):
+            return int(parquet.read_metadata(path).num_rows)
     with _open(source) as file:
         return sum(bool(line.strip()) for line in lines_of(file)) - (path.suffix.lower() == ".csv")
 
