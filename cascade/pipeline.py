@@ -144,6 +144,7 @@ class CascadePipeline:
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
         strength: PerStage[float] = None,
+        extend: Mapping[str, int] | None = None,
         resampling: int = 1,
         variation: tuple[int, float] | None = None,
         batch_size: int | None = None,
@@ -156,10 +157,10 @@ class CascadePipeline:
         seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
         to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
         the stage). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is drawn anew,
-        elsewhere every bit stays; strength, resampling, variation: see `cascade.drawing.changes.Changes`. batch_size:
-        pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded. output_type: PIL,
-        NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for arguments that do
-        not fit.
+        elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes.Changes`.
+        batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
+        output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
+        arguments that do not fit.
         """
         check_wishes(output_type, callback)
         prompts = prompts_of(prompt, prompt_embeds)
@@ -171,7 +172,7 @@ class CascadePipeline:
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
         configs = [slot.config for slot in slots]
-        changes = Changes(image, mask, strength, resampling, variation)
+        changes = Changes(image, mask, strength, extend, resampling, variation)
         asked = height is not None or width is not None
         edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))

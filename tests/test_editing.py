@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
+from cascade.cli import main
 from cascade.drawing.edit import Box, Edit, edit_of, extended
 
 NOISE = np.random.default_rng(0)
@@ -174,3 +176,72 @@ def test_changes_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(CascadeError, match=message):
         pipeline("a fox", **arguments)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("m") / "tiny")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with picture.png and mask.png."""
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    Image.fromarray(mask(32, 32, HOLE)).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def generate(model: Path, folder: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
+    """(status, the last line of the manifest) of a run in `folder`/out."""
+    call = ["generate", *arguments, "--model", model, "--out", folder / "out", "--device", "cpu"]
+    status = main(list(map(str, call)))
+    lines = (folder / "out/manifest.jsonl").read_text().splitlines()
+    return status, json.loads(lines[-1])
+
+
+def pixels_of(path: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(path))
+
+
+def test_the_command_changes_a_picture_and_says_from_what(model: Path, files: Path) -> None:
+    call = ["a fox", "--seed", 3, "--image", files / "picture.png", "--mask", files / "mask.png"]
+    status, line = generate(model, files, *call)
+    assert status == 0
+    assert len(line["image"]) == len(line["mask"]) == 64
+    given, white = pixels_of(files / "picture.png"), pixels_of(files / "mask.png")
+    changed = pixels_of(files / "out" / line["file"])
+    assert np.array_equal(changed[white == 0], given[white == 0])
+    again = ["generate", "--from-image", files / "out" / line["file"], "--model", model, "--out", files / "again"]
+    assert main(list(map(str, again))) == 2, "the picture is not in the picture"
+    assert main(list(map(str, [*again, "--image", files / "picture.png", "--mask", files / "mask.png"]))) == 0
+    assert (files / "again" / line["file"]).read_bytes() == (files / "out" / line["file"]).read_bytes()
+
+
+def test_a_run_with_another_picture_is_another_run(
+    model: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["a fox", "--seed", 3, "--strength", 0.5, "--image", files / "picture.png"]
+    assert generate(model, files, *call)[0] == 0
+    assert generate(model, files, *call)[0] == 0
+    Image.fromarray(picture()).save(files / "picture.png")
+    assert generate(model, files, *call)[0] == 2
+    assert "was drawn from another prompt, seed or settings" in capsys.readouterr().err
+
+
+def test_lines_of_a_prompt_file_change_pictures_of_their_own(model: Path, files: Path) -> None:
+    rows = [{"prompt": "a fox", "image": str(files / "picture.png"), "strength": {"sr32": 0}}, {"prompt": "a box"}]
+    (files / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, line = generate(model, files, "--prompts", files / "p.jsonl", "--seed", 3)
+    assert (status, line["prompt"], "image" in line) == (0, "a box", False)
+    assert np.array_equal(pixels_of(next((files / "out").glob("000000*.png"))), pixels_of(files / "picture.png"))
+
+
+def test_the_command_draws_beyond_a_picture(model: Path, files: Path) -> None:
+    call = ["a fox", "--seed", 3, "--image", files / "picture.png", "--extend", "left=16,right=16"]
+    status, line = generate(model, files, *call)
+    changed = pixels_of(files / "out" / line["file"])
+    assert (status, changed.shape) == (0, (32, 64, 3))
+    assert np.array_equal(changed[:, 16:48], pixels_of(files / "picture.png"))

@@ -16,84 +16,15 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {
-    "conditioning",
-    "settings",
-    "config",
-    "images",
-    "checkpoint",
-    "errors",
-    "files",
-    "seeds",
-    "locks",
-    "scratch",
-    "machine",
-    "device",
-    "streaming",
-    "transfer",
-    "_version",
-}
-CORE = LEAVES | {"models", "diffusion"}
-STAGE = CORE | {"stage"}
-DRAWING = {"arguments", "drawing", "output", "sampling", "save", "slots", "upscaling"}
-
-# Which parts of the package each part may import. A part is a module of the package, or one of its folders.
-MAY_IMPORT: dict[str, set[str]] = {
-    **{leaf: set() for leaf in LEAVES},
-    "conditioning": {"transfer"},
-    "allocator": set(),  # for programs alone
-    "settings": {"errors", "files"},
-    "config": {"errors", "files", "settings", "diffusion"},  # whose words are settings
-    "images": {"errors", "files", "transfer"},
-    "files": {"errors"},
-    "seeds": {"errors"},
-    "device": {"errors", "machine"},
-    "scratch": {"errors"},
-    "streaming": {"errors"},
-    "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
-    "sampling": {"errors", "settings", "config"},
-    "prompts": LEAVES | {"text", "sampling"},
-    "models": LEAVES,
-    "diffusion": {"transfer"},
-    "text": LEAVES,
-    "data": LEAVES,
-    "stage": CORE,
-    "training": STAGE | {"text", "data", "drawing", "slots"},
-    "arguments": LEAVES | {"text"},
-    "output": LEAVES | {"drawing"},
-    "slots": STAGE | {"text"},
-    "drawing": STAGE | {"text", "slots", "upscaling"},
-    "save": STAGE | {"text", "slots"},
-    "upscaling": STAGE | {"arguments"},
-    "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
-    "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
-    "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
-    "deepfloyd": STAGE | {"build"},
-    "memory": STAGE | {"build", "training"},  # which weights learn
-    "preflight": STAGE | {"build", "memory"},
-    "hub": {"errors", "files"},
-    "load": STAGE
-    | {
-        "hub",
-        "memory",
-        "text",
-        "data",
-        "sampling",
-        "pipeline",
-        "training",
-        "evaluation",
-        "build",
-        "deepfloyd",
-        "preflight",
-        "slots",
-    },
-    "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
-    "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
-    "integrations": STAGE | DRAWING | {"prompts", "pipeline", "batch"},
-    "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
-}
-# What stands at the top may import everything.
-TOP = {"cli", "__main__"}
+LAYERS = (
+    "errors _version values transfer files seeds locks scratch machine device allocator settings streaming hub images",
+    "conditioning config checkpoint diffusion models text data stage build deepfloyd",
+    "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight load",
+    "batch convert integrations server cli __init__ __main__",
+)
+"""Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
+parts of its own layer and of those before it, and no circle of parts is closed."""
+LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts.split()}
 # The one late import against the direction: CascadePipeline.from_pretrained.
 EXCEPTED = {("pipeline", "load")}
 
@@ -128,24 +59,16 @@ def imported_parts(path: Path) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("cascade.")} - {part_of(path)}
 
 
-@pytest.mark.parametrize("path", modules(), ids=dotted)
-def test_imports_point_one_way(path: Path) -> None:
-    part = part_of(path)
-    if part in TOP:
-        return
-    assert part in MAY_IMPORT, f"{part} is new: say in this table what it may import"
-    forbidden = {other for other in imported_parts(path) - MAY_IMPORT[part] if (part, other) not in EXCEPTED}
-    assert not forbidden, f"{dotted(path)} must not import {', '.join(sorted(forbidden))}"
-
-
-def test_the_table_itself_has_no_circle() -> None:
-    """Parts that import none but parts already placed are placed, until all are."""
-    placed: set[str] = set(LEAVES)
-    rest = {part: others - {part} for part, others in MAY_IMPORT.items() if part not in LEAVES}
-    while ready := {part for part, others in rest.items() if others <= placed}:
+def test_imports_point_down_and_close_no_circle() -> None:
+    edges = {(part_of(path), other) for path in modules() for other in imported_parts(path)} - EXCEPTED
+    unplaced = {part for edge in edges for part in edge} - LAYER.keys()
+    assert not unplaced, "new: name them in a layer"
+    assert not {(part, other) for part, other in edges if LAYER[part] < LAYER[other]}, "these point up"
+    rest, placed = set(LAYER), set[str]()
+    while ready := {part for part in rest if all(other in placed for one, other in edges if one == part)}:
         placed |= ready
-        rest = {part: others for part, others in rest.items() if part not in ready}
-    assert not rest
+        rest -= ready
+    assert not rest, "a circle, and what stands on it"
 
 
 def test_networks_know_no_schedules_and_samplers_no_text() -> None:

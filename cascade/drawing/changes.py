@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from cascade.arguments import PerStage, common_step, integer, positive
 from cascade.config import StageConfig
-from cascade.drawing.edit import Edit, digest_of, edit_of
+from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
 from cascade.errors import CascadeError
 from cascade.sampling import check_stages
 from cascade.seeds import MAX_SEED
@@ -22,7 +24,8 @@ DEFAULT_STRENGTH = 0.6
 class Changes:
     """A picture to be changed, and how.
 
-    image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is drawn anew. strength: in
+    image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is drawn anew. extend: pixels to
+    add at its sides in place of a mask, {"left": 64}, of `left`, `top`, `right` and `bottom`. strength: in
     [0, 1], one for all stages or {stage: value}: 0 gives the picture back, 1 ignores it. resampling: how often each
     step is taken where a mask keeps a part. variation: (seed, share in [0, 1]), other noise to start from and how far
     on the way to it; this one needs no picture.
@@ -31,6 +34,7 @@ class Changes:
     image: ImageLike | None = None
     mask: ImageLike | None = None
     strength: PerStage[float] = None
+    extend: Mapping[str, int] | None = None
     resampling: int = 1
     variation: tuple[int, float] | None = None
 
@@ -43,12 +47,11 @@ class Changes:
         """
         said = self._variation()
         if self.image is None:
-            for name in ("mask", "strength"):
+            for name in ("mask", "strength", "extend"):
                 if getattr(self, name) is not None:
                     raise CascadeError(f"{name}: there is no picture to change; give one as image")
             return None, size, said
-        image = read_picture(self.image)[0]
-        mask = None if self.mask is None else read_mask(self.mask)
+        image, mask = self._pictures(self.image)
         fitting = fitting_size(stages, (image.shape[-2], image.shape[-1]))
         edit, size = edit_of(image, mask, [size] if asked else [size, fitting])
         said |= {
@@ -58,6 +61,16 @@ class Changes:
             "resampling": positive("resampling", self.resampling),
         }
         return edit, size, said
+
+    def _pictures(self, given: ImageLike) -> tuple[Tensor, Tensor | None]:
+        """The picture (3, H, W) uint8 and its mask (H, W), the canvas around it included."""
+        image = read_picture(given)[0]
+        if self.extend is None:
+            return image, None if self.mask is None else read_mask(self.mask)
+        if self.mask is not None:
+            raise CascadeError("extend: there is a mask already; give one of the two")
+        check_stages("extend", self.extend, SIDES, "side")
+        return extended(image, **{side: integer(f"extend.{side}", pixels) for side, pixels in self.extend.items()})
 
     def _variation(self) -> dict[str, Any]:
         if self.variation is None:
@@ -69,7 +82,7 @@ class Changes:
 
     def _strengths(self, stages: Sequence[str]) -> dict[str, float]:
         """By stage; those with full strength are left out."""
-        default = DEFAULT_STRENGTH if self.mask is None else 1.0
+        default = DEFAULT_STRENGTH if self.mask is None and self.extend is None else 1.0
         if isinstance(self.strength, Mapping):
             check_stages("strength", self.strength, stages)
             given = {name: self.strength.get(name, 1.0) for name in stages}

@@ -114,6 +114,9 @@ def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return reduced if smaller == tuple(size) else upsample(reduced, size)
 
 
+SIDES = ("left", "top", "right", "bottom")
+
+
 def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
     """A larger canvas around a picture (3, H, W) uint8, and the mask of what is to be drawn: (3, H', W'), (H', W').
 
