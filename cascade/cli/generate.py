@@ -65,7 +65,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .tsv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
 @path_option(
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."

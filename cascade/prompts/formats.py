@@ -56,12 +56,13 @@ def json_rows(lines: Lines) -> Iterator[Row]:
                 yield line, BadLineError("expected a JSON string or object")
 
 
-def csv_rows(lines: Lines, name: str) -> Iterator[Row]:
+def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[Row]:
     """Rows below a header that names the columns. An empty cell counts as not given.
 
+    separator: what stands between cells; None: commas, semicolons or tabs, whichever the header has.
     Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
     """
-    rows = table_rows((text for _, text in lines), name)
+    rows = table_rows((text for _, text in lines), name, separator)
     line, header = next(rows, (0, list[str]()))
     if isinstance(header, BadRowError):
         raise CascadeError(f"{name}:{line}: {header}")
