@@ -46,12 +46,12 @@ def draw_batch(
     on_step: OnStep | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
+    """One batch of one stage: (B, C, H, W) float32, in about [-1, 1].
 
-    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. device: where to
+    size: height and width. low: (B, C, h, w) uint8, the smaller pictures; None for a base stage. device: where to
     compute, default where the weights lie; those read layer by layer lie nowhere.
     """
-    device = device or stage.device
+    device, shape = device or stage.device, (stage.config.channels, *size)
 
     def rng(purpose: str) -> list[torch.Generator]:
         return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
@@ -60,12 +60,12 @@ def draw_batch(
     own, null = texts.own.select(rows), texts.null.select(rows)
     cond = Conditioning(own.tokens, own.mask)
     if low is not None:
-        noised = stage.noised_size(size)
+        noised = stage.noised_shape(shape)
         assert noised is not None, "a base stage sees no smaller picture"
-        eps = noise_like(torch.empty(len(batch), low.shape[1], *noised), rng("augment"))
+        eps = noise_like(torch.empty(len(batch), *noised), rng("augment"))
         cond = stage.see(cond, to_float(low), torch.full((len(batch),), settings.aug_level), eps)
     cond = cond.to(device)
     null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
-    z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
+    z = noise_like(torch.empty(len(batch), *shape, device=device), rng("start"))
     x = flatten(stage.sample(cond, null_cond, z, rng("step"), settings, on_step), settings.flatten)
     return x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
