@@ -102,14 +102,15 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
         for name, wanted in (("height", height), ("width", width)):
             pixels, rest = divmod((last if wanted is None else integer(name, wanted)) * stage.resolution, last)
             if rest or pixels % stage.geometry.divisor or pixels < 1:
-                step = _common_step(stages)
+                step = common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
             pair.append(pixels)
         sizes.append((pair[0], pair[1]))
     return sizes
 
 
-def _common_step(stages: Sequence[StageConfig]) -> int:
+def common_step(stages: Sequence[StageConfig]) -> int:
+    """What height and width of the last stage must be multiples of, in pixels."""
     last = stages[-1].resolution
     steps = [stage.geometry.divisor * last // stage.resolution for stage in stages]
     return math.lcm(*steps)

@@ -23,10 +23,12 @@ from cascade.arguments import (
 from cascade.config import Captions
 from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import default_batch_size
+from cascade.drawing.changes import Changes
+from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Pass, Task, passes, source_of
+from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
 from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
 from cascade.sampling import resolve_sampling
@@ -139,6 +141,12 @@ class CascadePipeline:
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
+        image: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        strength: PerStage[float] = None,
+        extend: Mapping[str, int] | None = None,
+        resampling: int = 1,
+        variation: tuple[int, float] | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -148,9 +156,11 @@ class CascadePipeline:
 
         seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
         to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
-        the stage). preset: "fast", "default" or "best". batch_size: pictures per network call, default 1 on a CPU and
-        8 on a GPU; a short last batch is padded. output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W)
-        float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
+        the stage). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is drawn anew,
+        elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes.Changes`.
+        batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
+        output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
+        arguments that do not fit.
         """
         check_wishes(output_type, callback)
         prompts = prompts_of(prompt, prompt_embeds)
@@ -161,7 +171,10 @@ class CascadePipeline:
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        sizes = stage_sizes([slot.config for slot in slots], height, width)
+        configs = [slot.config for slot in slots]
+        changes = Changes(image, mask, strength, extend, resampling, variation)
+        asked = height is not None or width is not None
+        edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
@@ -173,18 +186,20 @@ class CascadePipeline:
                     negative_prompt=negative[index],
                     seed=seeds[index],
                     number=number,
-                    height=sizes[-1][0],
-                    width=sizes[-1][1],
+                    height=size[0],
+                    width=size[1],
                     stages=stages,
+                    **said,
                 ),
                 embeds[index],
+                edit,
             )
             for index in range(len(prompts))
             for number in numbers
         ]
-        size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
         with Watcher(progress, callback) as watcher:
-            drawn = self.engine(Conduct(size, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
+            drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
         pixels = {
             slot.config.resolution: torch.stack([result.pixels[place] for result in drawn])
             for place, slot in enumerate(slots)
@@ -241,7 +256,7 @@ class CascadePipeline:
             slot = self.enlargers[place]
             scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
             side = tile_of(tile, scaled, slot.config)
-            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), side))
+            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
         recipe = Recipe(
             prompt=text,
             negative_prompt="",
@@ -250,7 +265,7 @@ class CascadePipeline:
             height=height,
             width=width,
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
-            source=source_of(pixels[0]),
+            source=digest_of(pixels[0]),
         )
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
@@ -295,11 +310,11 @@ class CascadePipeline:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, name: str = "") -> Task:
-        """What the engine does for a recipe. text, name: see `Task`. Raises CascadeError for what no stage can draw."""
+    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, edit: Edit | None = None) -> Task:
+        """What the engine does for a recipe. text, edit: see `Task`. Raises CascadeError for what no stage can draw."""
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe.stages, recipe.number), text=text, name=name)
+        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """What draws tasks with the stages of this pipeline, where they are now."""

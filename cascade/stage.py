@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, StageConfig
 from cascade.diffusion import denoisers
+from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
 from cascade.diffusion.loss import Weighting, diffusion_loss
 from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
 from cascade.diffusion.parameterization import to_x
@@ -78,24 +79,34 @@ class Stage:
         rng: Generators,
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Draw pictures from the noise z (B, C, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
+        known: what the pictures start from, and which of their pixels stay.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
         guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
         picture = limit(denoisers.to_picture(guided, base, scale), settings)
         log_snrs = self.noise_levels(settings)
+        if known is not None:
+            log_snrs = levels_from(self.schedule, log_snrs, known.strength)
+            if len(log_snrs) == 1:
+                return known.x
+            z = start_from(known, (known.x - base) / scale, z, log_snrs[:1, None, None, None].to(z.device))
+            picture = picture if known.mask is None else keep_known(picture, known.x, known.mask)
+        denoise = denoisers.to_residual(picture, base, scale)
 
         def report(step: int, r: Tensor) -> None:
             if on_step is not None:
                 on_step(step, base + scale * r)
 
-        r = run_sampler(settings, denoisers.to_residual(picture, base, scale), z, log_snrs, rng, report)
-        return base + scale * r
+        if known is not None and known.rounds > 1:
+            return base + scale * sample_repaint(denoise, z, log_snrs, rng, report, known.rounds)
+        return base + scale * run_sampler(settings, denoise, z, log_snrs, rng, report)
 
     def loss(
         self,

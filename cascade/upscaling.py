@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -48,6 +49,19 @@ def read_picture(image: ImageLike) -> Tensor:
     path = expanded(os.fsdecode(image))
     with _told(path), Image.open(path) as opened:
         return _decoded(opened, path)
+
+
+def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
+    """A mask, its file, or NumPy bool or uint8 (H, W) -> float32 (H, W): 1 where white, 0 where black.
+
+    Raises CascadeError for what is none of these, or cannot be read.
+    """
+    if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype in (np.bool_, np.uint8) and 0 not in mask.shape:
+        values = torch.from_numpy(np.ascontiguousarray(mask)).float()
+        return values if mask.dtype == np.bool_ else values / 255
+    if isinstance(mask, np.ndarray):
+        raise CascadeError(f"{name}: an array {mask.dtype} of shape {mask.shape}; expected bool or uint8 (H, W)")
+    return read_picture(mask)[0].float().mean(0).div(255)
 
 
 def _decoded(image: Image.Image, name: str) -> Tensor:

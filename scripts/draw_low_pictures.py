@@ -33,7 +33,7 @@ from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
 from cascade.diffusion.noise import CLEAN, diffuse, noise_like
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
 from cascade.load import load_encoder, load_stage
 from cascade.seeds import generator
@@ -64,7 +64,9 @@ def smaller(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: in
         return to_uint8(redrawn(stage, downsample(truth, config.resolution), texts, log_snr, steps, rng))
     low = to_uint8(downsample(truth, config.low_resolution))
     batch = [Picture(place, 0, number) for place, number in enumerate(numbers)]
-    return to_uint8(draw_batch(stage, config.sampling, (config.resolution, config.resolution), batch, texts, low))
+    return to_uint8(
+        draw_batch(stage, Inputs(config.sampling, (config.resolution, config.resolution), batch, texts, low))
+    )
 
 
 def picture_of(row: Row) -> Tensor:

@@ -30,7 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
@@ -108,7 +108,7 @@ def enlarged(config: TrainConfig) -> object:
     """A picture drawn from a smaller one."""
     stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
     low = torch.randint(256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    picture = draw_batch(stage, config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low)
+    picture = draw_batch(stage, Inputs(config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low))
     return digest({"picture": picture})
 
 

@@ -25,7 +25,7 @@ from cascade.config import (
     TrainConfig,
     UNetConfig,
 )
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import choose_device, choose_dtype
 from cascade.stage import Stage
@@ -112,11 +112,13 @@ def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> None:
     with torch.no_grad(), OnDevice() as mode:
         x = draw_batch(
             stage.tiled(tile),
-            SamplingConfig(**{"steps": 3, "guidance": 2.0, "aug_level": 0.1} | settings),
-            (side, side),
-            [Picture(0, 1, 0), Picture(1, 1, 1)],
-            Texts(embeddings(), embeddings()),
-            low,
+            Inputs(
+                SamplingConfig(**{"steps": 3, "guidance": 2.0, "aug_level": 0.1} | settings),
+                (side, side),
+                [Picture(0, 1, 0), Picture(1, 1, 1)],
+                Texts(embeddings(), embeddings()),
+                low,
+            ),
             lambda _step, _x_hat: waits.append(len(mode.waits)),
         )
     assert x.is_meta

@@ -264,6 +264,17 @@ def test_captions_come_in_the_order_of_their_names_whatever_the_folder_says(tmp_
     assert str(last) == f"{tmp_path}/\ufffd.txt: not UTF-8; save the file as UTF-8"
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CascadeError, match=rf"{name}: cannot be read: a pipe or a device, no file; pipe into `-`"):
+        read_prompts(str(tmp_path / name), 0)
+    (tmp_path / "captions").mkdir()
+    os.mkfifo(tmp_path / "captions" / "a.txt")
+    (failure,) = read_prompts(str(tmp_path / "captions"), 0)
+    assert str(failure).endswith("a.txt: cannot be read: a pipe or a device, no file")
+
+
 def test_hidden_files_are_no_captions_and_endings_may_be_written_large(tmp_path: Path) -> None:
     for name in ("a.txt", "._a.txt", ".b.txt", "B.TXT", "c.caption", "d.Caption", "e.md"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7" if name.startswith(".") else b"a fox")

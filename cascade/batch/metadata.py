@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -108,10 +108,11 @@ def sidecar(file: str) -> str:
     return f"{file}.json"
 
 
-def read_metadata(path: str | Path) -> tuple[dict[str, Any], str]:
+def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     """(what `encode` wrote into a picture, its format). Raises CascadeError when it is no picture of ours."""
+    path = picture if isinstance(picture, (str, Path)) else "picture"
     try:
-        with Image.open(path) as image:
+        with Image.open(picture) as image:
             format = str(image.format).lower()
             if format == "png":
                 image.load()
@@ -124,7 +125,7 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], str]:
         raise CascadeError(f"{path}: not a readable picture: {error}") from None
     try:
         return _parsed(Path(path), text), format
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise CascadeError(f"{path}: does not say how it was drawn; expected a picture of `cascade generate`") from None
 
 

@@ -16,6 +16,7 @@ from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
+from cascade.cli.serve import serve, studio
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
@@ -37,7 +38,7 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, upscale, train, encode, evaluate, check_data, plot, info, assemble, convert):
+for command in (generate, studio, serve, upscale, train, encode, evaluate, check_data, plot, info, assemble, convert):
     program.add_command(command)
 
 

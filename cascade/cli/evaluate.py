@@ -13,10 +13,9 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
-from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
-from cascade.sampling import number, whole_number
 from cascade.seeds import MAX_SEED
+from cascade.values import number, whole_number
 
 if TYPE_CHECKING:
     from cascade.evaluation.report import Request, Suite
@@ -69,7 +68,7 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 @path_option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, f"One of {', '.join(SAMPLERS)}.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures per call.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")

@@ -12,7 +12,7 @@ import click
 
 from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
-from cascade.sampling import per_stage
+from cascade.values import per_stage
 
 if TYPE_CHECKING:
     from cascade.config import SamplingConfig, StageConfig

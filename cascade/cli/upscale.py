@@ -12,10 +12,9 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
-from cascade.diffusion.samplers import SAMPLERS
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, SETTINGS, number, resolve_sampling, threshold_value, whole_number
 from cascade.seeds import MAX_SEED
+from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
 if TYPE_CHECKING:
     from cascade.output import CascadeOutput
@@ -37,7 +36,7 @@ _POSITIVE = click.IntRange(min=1)
 )
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 2 or sr256=4,sr1024=2.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, f"One of {', '.join(SAMPLERS)}.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
@@ -66,6 +65,7 @@ def upscale(
     cascade upscale out/*.png --to 4096 --tile 512
     """
     from cascade.pipeline import CascadePipeline
+    from cascade.sampling import resolve_sampling
 
     targets = _targets(images, Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)

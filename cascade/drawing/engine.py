@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cascade.diffusion.editing import Known
 from cascade.drawing.batch_size import BatchSizes, Wish
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
 from cascade.drawing.texts import Encode, RecentTexts
@@ -87,7 +88,7 @@ class Engine:
                     yield result
         for task in tasks:
             for position in range(len(task.passes) - 1):
-                self._shelf.drop(_key(task, position))
+                self._shelf.drop(shelf_key(task, position))
 
     def draw_all(self, tasks: Sequence[Task]) -> list[Drawn]:
         """The pictures of all tasks, in their order. Raises CascadeError for one that cannot be drawn."""
@@ -100,7 +101,7 @@ class Engine:
 
     def _passed(self, slot: StageSlot, position: int, group: Sequence[_Work], texts: Rows) -> Iterator[Result]:
         """One stage for all that wait for it; the pictures that end here, one way or the other."""
-        todo = [work for work in group if _is_last(work.task, position) or _key(work.task, position) not in self._shelf]
+        todo = [work for work in group if _is_last(work.task, position) or not self._is_waiting(work.task, position)]
         if not todo:
             return  # a restart finds all of them on the shelf
         with running(slot) as stage:
@@ -111,8 +112,12 @@ class Engine:
                     elif _is_last(work.task, position):
                         yield self._finished(work, picture)
                     else:
-                        self._shelf.put(_key(work.task, position), picture)
+                        self._shelf.put(shelf_key(work.task, position), picture)
             del stage  # with low_memory it must be gone before the next one is loaded
+
+    def _is_waiting(self, task: Task, position: int) -> bool:
+        """Whether what a pass gives lies on the shelf already."""
+        return shelf_key(task, position) in self._shelf
 
     def _batches(
         self, stage: Stage, position: int, todo: Sequence[_Work], texts: Rows
@@ -157,17 +162,16 @@ class Engine:
             if self._conduct.abort():
                 raise StoppedError
 
-        pictures = [Picture(row, task.recipe.seed, task.passes[position].number) for row, task in enumerate(full)]
-        x = draw_batch(
-            stage.tiled(drawing.tile),
+        inputs = Inputs(
             drawing.settings,
             (height, width),
-            pictures,
+            [_picture(row, task, position) for row, task in enumerate(full)],
             texts(full),
             low,
-            on_step,
-            self._device,
-        )[: len(batch), :, : drawing.size[0], : drawing.size[1]]
+            _known(full, drawing),
+        )
+        x = draw_batch(stage.tiled(drawing.tile), inputs, on_step, self._device)
+        x = x[: len(batch), :, : drawing.size[0], : drawing.size[1]]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()
         return [picture if good else None for picture, good in zip(pixels, finite, strict=True)]
@@ -175,16 +179,17 @@ class Engine:
     def _smaller(self, tasks: Sequence[Task], position: int) -> Tensor | None:
         """What the pictures begin with: (B, 3, h, w) uint8, None for a base stage."""
         if position:
-            return torch.stack([self._shelf.get(_key(task, position - 1)) for task in tasks])
+            return torch.stack([self._shelf.get(shelf_key(task, position - 1)) for task in tasks])
         starts = [task.start for task in tasks if task.start is not None]
         return torch.stack(starts) if starts else None
 
     def _finished(self, work: _Work, picture: Tensor) -> Drawn:
         count = len(work.task.passes)
         kept = range(count - 1) if self._conduct.keep_stages else ()
-        smaller = [self._shelf.get(_key(work.task, position)) for position in kept]
+        smaller = [self._shelf.get(shelf_key(work.task, position)) for position in kept]
         sizes = {drawing.slot.config.name: self.batch_sizes.of(drawing) for drawing in work.task.passes}
-        return Drawn(work.task, [*smaller, picture], work.seconds, sizes)
+        edit = work.task.edit
+        return Drawn(work.task, [*smaller, edit.finished(picture) if edit else picture], work.seconds, sizes)
 
     def _count(self, batch: Sequence[_Work], seconds: float) -> None:
         self.network_seconds += seconds
@@ -192,12 +197,31 @@ class Engine:
             work.seconds += seconds / len(batch)
 
 
+def _picture(row: int, task: Task, position: int) -> Picture:
+    recipe = task.recipe
+    other = (recipe.variation_seed, recipe.variation) if recipe.variation else None
+    return Picture(row, recipe.seed, task.passes[position].number, other)
+
+
+def _known(tasks: Sequence[Task], drawing: Pass) -> Known | None:
+    """What is known of pictures that all are changed ones, or all are new."""
+    each = [
+        task.edit.known(drawing.size, drawing.strength, task.recipe.resampling)
+        for task in tasks
+        if task.edit is not None
+    ]
+    if not each:
+        return None
+    masks = [known.mask for known in each if known.mask is not None]
+    return replace(each[0], x=torch.cat([known.x for known in each]), mask=torch.cat(masks) if masks else None)
+
+
 def _is_last(task: Task, position: int) -> bool:
     return position == len(task.passes) - 1
 
 
-def _key(task: Task, position: int) -> str:
-    """Names the picture of a task after a pass by all that made it."""
+def shelf_key(task: Task, position: int) -> str:
+    """Names the picture of a task after a pass on the shelf, by all that made it."""
     return "-".join(part for part in (task.recipe.digest(), str(position), task.name) if part)
 
 
@@ -216,8 +240,10 @@ def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list
     groups: dict[object, tuple[Pass, list[_Work]]] = {}
     for work in works:
         own = work.task.passes[position]
-        start = work.task.start if position == 0 else None
+        task = work.task
+        start = task.start if position == 0 else None
         shape = None if start is None else tuple(start.shape)
-        key = (own.size, own.settings.model_dump_json(), own.tile, shape)
+        edit = None if task.edit is None else (task.edit.mask is not None, own.strength, task.recipe.resampling)
+        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit)
         groups.setdefault(key, (own, []))[1].append(work)
     yield from groups.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import stat
@@ -26,14 +27,18 @@ class NotTextError(ValueError):
     """Why bytes are no text; to stand behind the name of the file, so without it."""
 
 
+class NoFileError(OSError):
+    """What a path names is neither file nor folder."""
+
+
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file, for reading. Raises OSError, also for a pipe or a device, where reading might wait for ever."""
+    """A file, for reading. Raises OSError: NoFileError for a pipe or a device, where reading might wait for ever."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
         return open(handle, "rb")  # noqa: PTH123 - of what is open already; raises IsADirectoryError
     os.close(handle)
-    raise OSError(0, "a pipe or a device, no file")
+    raise NoFileError(errno.EINVAL, "a pipe or a device, no file")
 
 
 def read_text(path: str | Path) -> str:

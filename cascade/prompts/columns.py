@@ -12,9 +12,9 @@ from typing import Any
 
 from cascade.errors import CascadeError
 from cascade.prompts.record import BadLineError
-from cascade.sampling import number, per_stage, whole_number
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
+from cascade.values import number, per_stage, whole_number
 
 _MOST = 1_000_000  # steps, or pictures of one prompt
 _LARGEST_EXACT = 2**53  # beyond it a float64 no longer holds every whole number
@@ -49,7 +49,7 @@ def from_text(column: str, cell: str) -> Any:
         match column:
             case "seed" | "num_images":
                 return whole_number(cell)
-            case "guidance":
+            case "guidance" | "strength":
                 return per_stage(cell, number)
             case "steps":
                 return per_stage(cell, whole_number)
@@ -125,6 +125,12 @@ def _weight(column: str, value: Any) -> float:
     return float(value)
 
 
+def _share(column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadLineError(f"{column}: expected a number from 0 to 1, found {_shown(value)}")
+    return float(value)
+
+
 def _each_stage(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     """`check` for one value, or for each of {stage: value}."""
 
@@ -149,6 +155,9 @@ _COLUMNS: dict[str, Callable[[str, Any], Any]] = {
     "num_images": _at_least_one,
     "guidance": _each_stage(_weight),
     "steps": _each_stage(_at_least_one),
+    "image": _text,
+    "mask": _text,
+    "strength": _each_stage(_share),
 }
 
 COLUMNS = tuple(_COLUMNS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
-from cascade.files.text import NotTextError, lines_of, open_regular, read_text
+from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
 from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
 from cascade.prompts.formats import (
@@ -106,8 +106,13 @@ def _captions(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    with _readable(path), open_regular(path) as file:
-        yield file
+    with _readable(path):
+        try:
+            file = open_regular(path)
+        except NoFileError as error:
+            raise CascadeError(f"{path}: cannot be read: {error.strerror}; pipe into `-`, for standard input") from None
+        with file:
+            yield file
 
 
 @contextmanager

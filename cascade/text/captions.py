@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import html
 import re
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-from cascade.config import Captions
+if TYPE_CHECKING:
+    from cascade.config import Captions
 
 _ENDINGS = "com|co|ru|net|org|edu|gov|it"
 _SUFFIXES = "jpe?g|png|bmp|webp|eps|pdf|apk|mp4"

@@ -1,6 +1,7 @@
 """Records from every kind of source, and the order of their uses."""
 
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -421,6 +422,15 @@ def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     open_records(FolderSource(path=str(tmp_path)))
     assert f"data source {tmp_path}: 2 left out, the first: {tmp_path}/gone: cannot be read" in caplog.text
+
+
+def test_a_pipe_beside_a_picture_or_in_the_place_of_a_list_is_not_waited_for(tmp_path: Path) -> None:
+    write_folder(tmp_path, 1, silent=(0,))
+    os.mkfifo(tmp_path / "000.txt")
+    with pytest.raises(BadRecordError, match=r"000\.txt: cannot be read: a pipe or a device, no file"):
+        open_records(FolderSource(path=str(tmp_path)))[0]
+    os.mkfifo(tmp_path / "metadata.csv")
+    assert len(open_records(FolderSource(path=str(tmp_path)))) == 1
 
 
 def test_a_long_name_has_no_longer_one_beside_it(tmp_path: Path) -> None:

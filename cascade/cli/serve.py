@@ -1,0 +1,141 @@
+"""`cascade studio` and `cascade serve`: a page and an HTTP API in front of one engine."""
+
+from __future__ import annotations
+
+import os
+import threading
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cascade.errors import CascadeError
+
+if TYPE_CHECKING:
+    from cascade.pipeline import CascadePipeline
+    from cascade.server.guard import Rules
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PORT = 7860
+_KEY = "CASCADE_API_KEY"
+_OTHER_PORTS = 20  # that the page tries; a program expects the API where it was told
+
+_OPTIONS = (
+    click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
+    click.option("--out", default="out", show_default=True, metavar="FOLDER", help="The gallery."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
+    click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any that is free."),
+    click.option("--allowed-host", multiple=True, metavar="NAME", help="A further name under which others reach us."),
+    click.option("--no-auth", is_flag=True, help="Let everyone in who reaches --host, without a key."),
+    click.option("--most-waiting", type=click.IntRange(min=1), default=500, show_default=True, help="Pictures."),
+    click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one."),
+    click.option("--dtype", help="float32, bfloat16 or float16; default: as the device has it."),
+    click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time."),
+)
+
+
+def _with_options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_with_options
+@click.option("--no-browser", is_flag=True, help="Only say where the page is.")
+def studio(no_browser: bool, **values: Any) -> int:
+    """Draw with a page on this machine, which your browser shows.
+
+    Pictures go into the folder --out, which `cascade generate` can draw into, too. No request leaves this machine.
+    """
+    return Request(**values, page=True, browser=not no_browser).run()
+
+
+@click.command()
+@_with_options
+def serve(**values: Any) -> int:
+    """Answer HTTP requests for pictures: our own API, OpenAI's images API, and AUTOMATIC1111's txt2img.
+
+    Listens on this machine alone; for others give --host, and a key in the environment variable CASCADE_API_KEY.
+    """
+    return Request(**values, page=False, browser=False).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for; one field an option."""
+
+    model: str | None
+    out: str
+    host: str
+    port: int
+    allowed_host: tuple[str, ...]
+    no_auth: bool
+    most_waiting: int
+    device: str | None
+    dtype: str | None
+    low_memory: bool
+    page: bool
+    browser: bool
+
+    def run(self) -> int:
+        """Serve until somebody ends it; the exit status."""
+        rules = self._rules()
+        from cascade.server.app import make_app
+        from cascade.server.gallery import Gallery
+        from cascade.server.queue import Queue
+        from cascade.server.run import Server, listening
+
+        with listening(self.host, self.port, _OTHER_PORTS if self.page and self.port else 0) as own:
+            gallery = Gallery(self.out)
+            queue = Queue(self._load, gallery, most_waiting=self.most_waiting)
+            address = self._address(own.getsockname()[1], rules)
+            app = make_app(queue, rules, page=self.page, card=self._card())
+            queue.start()
+            try:
+                Server(app, queue, lambda: self._say(address)).run([own])
+            finally:
+                queue.close()
+                gallery.close()
+        return 0
+
+    def _rules(self) -> Rules:
+        """Raises CascadeError when the extra is missing, and for an open door that nobody asked for."""
+        try:
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401 - to say so before anything is loaded
+
+            from cascade.server.guard import Rules, is_loopback
+        except ImportError as error:
+            raise CascadeError(f"{error.name} is not installed; pip install 'cascade-diffusion[studio]'") from None
+        key = os.environ.get(_KEY) or None
+        if not is_loopback(self.host) and key is None and not self.no_auth:
+            raise CascadeError(
+                f"--host {self.host}: others could draw here; set {_KEY} to a key that they need, or give --no-auth"
+            )
+        return Rules(hosts=(*self.allowed_host, self.host), key=None if self.no_auth else key)
+
+    def _load(self) -> CascadePipeline:
+        from cascade.pipeline import CascadePipeline
+
+        return CascadePipeline.from_pretrained(
+            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory
+        )
+
+    def _card(self) -> Path | None:
+        from cascade.load import find_model
+
+        return find_model(self.model)
+
+    def _address(self, port: int, rules: Rules) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        key = f"?key={rules.key}" if rules.key and self.page else ""
+        return f"http://{host}:{port}/{key}"
+
+    def _say(self, address: str) -> None:
+        click.echo(f"{'studio' if self.page else 'serving'} at {address} - pictures in {self.out}; Ctrl-C ends it")
+        if self.browser:
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

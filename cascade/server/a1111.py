@@ -1,0 +1,119 @@
+"""AUTOMATIC1111's API as far as its clients need it to draw: txt2img, progress, interrupt, and what may be chosen.
+
+Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Names that mean nothing here are ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, Field
+
+from cascade.server.asked import Asked
+from cascade.server.queue import Queue
+from cascade.server.waited import drawn_size, finished, pictures_of, submitted
+from cascade.settings import parse
+
+_SAMPLERS = {"DPM++ 2M": "dpm++", "DDIM": "ddim", "Heun": "heun", "DDPM": "ddpm"}
+"""Their names for ours; with another one the stages draw with their own."""
+
+
+class TextToImage(BaseModel):
+    """The body of txt2img."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = -1
+    batch_size: int = Field(default=1, ge=1)
+    n_iter: int = Field(default=1, ge=1)
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int = Field(default=512, ge=1)
+    height: int = Field(default=512, ge=1)
+    sampler_name: str | None = None
+
+    def asked(self, queue: Queue) -> Asked:
+        """The same as a job; steps and guidance are the base stage's. Raises CascadeError."""
+        pipeline = queue.pipeline
+        base, sampler = pipeline.stage_names[0], _SAMPLERS.get(self.sampler_name or "")
+        values = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": None if self.seed < 0 else self.seed,
+            "num_images_per_prompt": self.batch_size * self.n_iter,
+            "steps": None if self.steps is None else {base: self.steps},
+            "guidance": None if self.cfg_scale is None else {base: self.cfg_scale},
+            "sampler": None if sampler is None else {base: sampler},
+            **drawn_size(pipeline, self.height, self.width),
+        }
+        return parse(Asked, values, "request")
+
+
+def a1111_router(queue: Queue) -> APIRouter:
+    """`/sdapi/v1`."""
+    router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+    @router.post("/txt2img")
+    async def txt2img(body: TextToImage, request: Request) -> dict[str, Any]:
+        """Draw and wait."""
+        job = await submitted(queue, await run_in_threadpool(body.asked, queue), request)
+        await finished(queue, job, request)
+        files = await run_in_threadpool(pictures_of, queue, job, (body.height, body.width), "png")
+        said = {"seed": job.asked.seed, "all_seeds": [job.asked.seed] * len(files), "prompt": body.prompt}
+        return {
+            "images": [base64.b64encode(file).decode() for file in files],
+            "parameters": body.model_dump(),
+            "info": json.dumps({**said, "width": body.width, "height": body.height, "sd_model_name": _name(queue)}),
+        }
+
+    @router.post("/img2img")
+    def img2img() -> None:
+        """Not yet."""
+        raise HTTPException(501, "this server draws pictures; it does not edit them yet")
+
+    @router.get("/progress")
+    def progress() -> dict[str, Any]:
+        """Of the job that is drawn now; 0 when nothing is."""
+        under_way = [job for job in queue.jobs() if job.progress and not job.over]
+        newest = next(iter(under_way[0].progress.values()), None) if under_way else None
+        return {
+            "progress": newest.fraction if newest else 0.0,
+            "eta_relative": queue.seconds_left(),
+            "state": {"job_count": len(under_way), "interrupted": False},
+            "current_image": newest.preview.partition(",")[2] if newest and newest.preview else None,
+        }
+
+    @router.post("/interrupt")
+    def interrupt() -> dict[str, Any]:
+        """Stop what is drawn now."""
+        for job in queue.jobs():
+            if job.progress and not job.over:
+                queue.stop(job)
+        return {}
+
+    @router.get("/options")
+    def options() -> dict[str, Any]:
+        """What is chosen."""
+        return {"sd_model_checkpoint": _name(queue)}
+
+    @router.get("/sd-models")
+    def models() -> list[dict[str, Any]]:
+        """The one model that is loaded."""
+        return [{"title": _name(queue), "model_name": _name(queue), "hash": None, "sha256": None, "filename": ""}]
+
+    @router.get("/samplers")
+    def samplers() -> list[dict[str, Any]]:
+        """Those that there are, under their names."""
+        return [{"name": name, "aliases": [own], "options": {}} for name, own in _SAMPLERS.items()]
+
+    return router
+
+
+def _name(queue: Queue) -> str:
+    return queue.pipeline.name

@@ -1,0 +1,195 @@
+"""Our own API: jobs, the news of them, the gallery. `/openapi.json` describes it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+
+from cascade.batch import read_metadata
+from cascade.server.asked import Asked, asked_of
+from cascade.server.card import model_card
+from cascade.server.pictures import checked_size
+from cascade.server.queue import Queue
+from cascade.settings import Settings
+
+KEEP_ALIVE_SECONDS = 15.0
+_FOREVER = "private, max-age=31536000, immutable"  # a picture's name follows from what is in it
+_TYPES = {"png": "image/png", "webp": "image/webp", "jpg": "image/jpeg"}
+
+
+class Star(Settings):
+    """Whether a picture is marked."""
+
+    starred: bool
+
+
+def client_of(request: Request) -> str:
+    """Who asks: a tab says so itself, so that each gets its turn; others are known by their address."""
+    return request.headers.get("x-cascade-client", request.client.host if request.client else "")[:64]
+
+
+def jobs_router(queue: Queue, card: Path | None) -> APIRouter:
+    """Ask, watch, stop. card: the folder of the model's card."""
+    router = APIRouter(prefix="/api", tags=["jobs"])
+
+    @router.get("/model")
+    def model() -> dict[str, Any]:
+        """The model at hand and what a call of it may say; waits while it is loaded."""
+        return model_card(queue.pipeline, card)
+
+    @router.post("/jobs", status_code=202)
+    def ask(asked: Asked, request: Request) -> dict[str, Any]:
+        """Have pictures drawn."""
+        return queue.submit(asked, client_of(request)).to_json()
+
+    @router.get("/jobs")
+    def jobs() -> dict[str, Any]:
+        """What waits, is drawn, and was drawn lately."""
+        return {"jobs": [job.to_json() for job in queue.jobs()]}
+
+    @router.get("/jobs/{id}")
+    def job(id: str) -> dict[str, Any]:
+        """One of them."""
+        with found("job"):
+            return queue.job(id).to_json()
+
+    @router.delete("/jobs/{id}")
+    def stop(id: str) -> dict[str, Any]:
+        """Stop it; what is there of it is kept."""
+        with found("job"):
+            job = queue.job(id)
+        queue.stop(job)
+        return job.to_json()
+
+    @router.get("/events")
+    async def events() -> StreamingResponse:
+        """Server-sent events: `state` first, then `step`, `picture`, `job` and `model` as they come."""
+        return StreamingResponse(news(queue), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    return router
+
+
+async def news(queue: Queue) -> AsyncIterator[str]:
+    """What `/api/events` sends."""
+    with queue.hub.watching() as watcher:
+        yield _event("state", state_of(queue))
+        while not watcher.closed:
+            events = await watcher.next(KEEP_ALIVE_SECONDS)
+            if watcher.missed:
+                watcher.missed = False
+                yield _event("state", state_of(queue))
+            for event in events:
+                yield _event(event.kind, event.data)
+            if not events:
+                yield ": still here\n\n"
+
+
+def state_of(queue: Queue) -> dict[str, Any]:
+    """Everything that somebody who comes now must know."""
+    loaded = queue.worker.pipeline
+    error = loaded.exception() if loaded.done() else None
+    return {
+        "ready": loaded.done() and error is None,
+        "error": "" if error is None else str(error),
+        "jobs": [job.to_json() for job in queue.jobs()],
+    }
+
+
+def gallery_router(queue: Queue) -> APIRouter:
+    """What was drawn."""
+    router, gallery = APIRouter(prefix="/api", tags=["gallery"]), queue.gallery
+
+    @router.get("/pictures")
+    def pictures(
+        search: Annotated[str, Query(max_length=500)] = "",
+        starred: bool = False,
+        before: Annotated[str | None, Query(max_length=16)] = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 60,
+    ) -> dict[str, Any]:
+        """The newest first; `before`: only those older than this one."""
+        return gallery.page(search, starred, before, limit)
+
+    @router.get("/pictures/{id}")
+    def picture(id: str) -> dict[str, Any]:
+        """What is known of a picture."""
+        with found("picture"):
+            return gallery.get(id)
+
+    @router.get("/pictures/{id}/asked")
+    def asked(id: str) -> dict[str, Any]:
+        """What to ask for to have it drawn again."""
+        with found("picture"):
+            return asked_of(gallery.said(id), [slot.config for slot in queue.pipeline.slots])
+
+    @router.get("/pictures/{id}/file")
+    def file(id: str, download: bool = False) -> Response:
+        """The picture, which says in itself how it was drawn."""
+        with found("picture"):
+            name, content = gallery.read(id)
+        kind = "attachment" if download else "inline"
+        headers = {"cache-control": _FOREVER, "content-disposition": f'{kind}; filename="{_plain(name)}"'}
+        return Response(content, media_type=_TYPES.get(name.rpartition(".")[2], "image/png"), headers=headers)
+
+    @router.get("/pictures/{id}/thumbnail")
+    def thumbnail(id: str) -> Response:
+        """A small WebP."""
+        with found("picture"):
+            return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
+
+    @router.put("/pictures/{id}/star")
+    def star(id: str, star: Star) -> dict[str, Any]:
+        """Mark it, or no longer."""
+        with found("picture"):
+            return gallery.star(id, star.starred)
+
+    @router.delete("/pictures/{id}", status_code=204)
+    def delete(id: str) -> None:
+        """Put it aside, for good when the server ends."""
+        with found("picture"):
+            gallery.delete(id)
+
+    @router.post("/pictures/{id}/restore")
+    def restore(id: str) -> dict[str, Any]:
+        """Bring back what was deleted."""
+        with found("picture"):
+            return gallery.restore(id)
+
+    @router.post("/read")
+    async def read(picture: UploadFile) -> dict[str, Any]:
+        """What a picture of ours says of itself, as one would ask for it."""
+        content = await picture.read()
+        return await run_in_threadpool(_asked_in, content, queue)
+
+    return router
+
+
+def _asked_in(content: bytes, queue: Queue) -> dict[str, Any]:
+    checked_size(content)
+    said, _ = read_metadata(io.BytesIO(content))
+    return asked_of(said, [slot.config for slot in queue.pipeline.slots])
+
+
+@contextmanager
+def found(kind: str) -> Iterator[None]:
+    """What is not there is not found."""
+    try:
+        yield
+    except KeyError:
+        raise HTTPException(404, f"no such {kind}") from None
+
+
+def _plain(name: str) -> str:
+    """A file's name that may stand in a header."""
+    return "".join(letter for letter in name if (letter.isalnum() and letter.isascii()) or letter in "-._")
+
+
+def _event(kind: str, data: Mapping[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"

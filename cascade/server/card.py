@@ -1,0 +1,60 @@
+"""What the page offers: the model's stages and settings, and the examples and style words of its card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from cascade._version import __version__
+from cascade.arguments import common_step
+from cascade.config import SamplingConfig
+from cascade.pipeline import CascadePipeline
+from cascade.sampling import resolve_sampling
+from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
+from cascade.values import PRESETS, SETTINGS
+
+
+def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]:
+    """Everything that a form needs to know of a model. folder: where its README.md lies."""
+    configs = [slot.config for slot in pipeline.slots]
+    presets = ["default", *(name for name in PRESETS if any(name in config.presets for config in configs))]
+    said = {} if folder is None else front_matter(folder / "README.md")
+    resolved = {name: resolve_sampling(configs, name, {}) for name in presets}
+    return {
+        "name": pipeline.name,
+        "license": pipeline.license,
+        "version": __version__,
+        "device": pipeline.device.type,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "stages": [
+            {"name": config.name, "resolution": config.resolution, "multiple": common_step(configs[: place + 1])}
+            for place, config in enumerate(configs)
+        ],
+        "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
+        "samplers": list(get_args(SamplingConfig.model_fields["sampler"].annotation)),
+        "examples": [str(example["text"]) for example in said.get("widget", []) if "text" in example],
+        "styles": [str(style) for style in said.get("styles", [])],
+        "limits": {"prompt": LONGEST_PROMPT, "pictures": MOST_PICTURES, "pixels": MOST_PIXELS},
+    }
+
+
+def front_matter(path: Path) -> Mapping[str, Any]:
+    """The YAML between two lines of dashes at the top of a model card, as the Hugging Face hub reads it; else nothing.
+
+    `widget` there holds example prompts ({"text": ...}), `styles` words of style.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        head = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+        said = yaml.safe_load(head)
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return said if isinstance(said, Mapping) else {}
+
+
+def _shown(settings: SamplingConfig) -> dict[str, Any]:
+    values = settings.model_dump(mode="json")
+    return {name: values[name] for name in SETTINGS}

@@ -1,0 +1,172 @@
+"""What all manifests of a folder say, newest picture first: a table on the disk, so that memory stays flat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.batch.manifest import made_by
+from cascade.scratch import ScratchTable
+
+_ORDER = "ORDER BY drawn DESC, id DESC"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture that a manifest names. drawn: when, in seconds since 1970."""
+
+    id: str
+    file: str
+    drawn: float
+    entry: dict[str, Any]
+
+
+@dataclass
+class _Read:
+    """How far a manifest has been read. inode: of the file; a run that ends replaces it."""
+
+    inode: int
+    end: int = 0
+
+
+def picture_id(entry: Mapping[str, Any]) -> str:
+    """Names a picture to the outside, by its file and what is in it: no path from there ever reaches the disk."""
+    return hashlib.sha256(f"{entry['file']} {entry['sha256']}".encode()).hexdigest()[:16]
+
+
+class Catalogue:
+    """The pictures of a folder, whoever drew them and while they are drawn. Threads may take turns."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, _Read] = {}
+        self._lock = threading.RLock()
+        self._table = ScratchTable(
+            "CREATE TABLE pictures (id TEXT PRIMARY KEY, file TEXT, manifest TEXT, start INTEGER, length INTEGER,"
+            " drawn REAL, words TEXT, starred INTEGER DEFAULT 0, deleted INTEGER DEFAULT 0)"
+        )
+        self._table.execute("CREATE INDEX by_time ON pictures (drawn, id)")
+
+    def close(self) -> None:
+        self._table.close()
+
+    def refresh(self, stars: Collection[str]) -> None:
+        """Read what was added to any manifest since. stars: the names of pictures that are starred."""
+        with self._lock:
+            for path in sorted(self._folder.glob("manifest*.jsonl")):
+                self._refresh(path, stars)
+
+    def find(self, id: str) -> Row | None:
+        """A picture by its name."""
+        return next(self._rows("WHERE id = ?", (id,)), None)
+
+    def rows(self, words: list[str], starred: bool, before: str | None) -> Iterator[Row]:
+        """Those with all words in prompt, id or seed. before: only older ones than this."""
+        conditions, values = self._conditions(words, starred)
+        with self._lock:
+            known = self._table.execute("SELECT drawn FROM pictures WHERE id = ?", (before or "",)).fetchone()
+        if known is not None:
+            conditions.append("(drawn, id) < (?, ?)")
+            values += [known[0], before]
+        return self._rows(f"WHERE {' AND '.join(conditions)} {_ORDER}", tuple(values))
+
+    def count(self, words: list[str], starred: bool) -> int:
+        """How many there are of these."""
+        conditions, values = self._conditions(words, starred)
+        statement = f"SELECT COUNT(*) FROM pictures WHERE {' AND '.join(conditions)}"
+        with self._lock:
+            return int(self._table.execute(statement, tuple(values)).fetchone()[0])
+
+    def star(self, id: str, starred: bool) -> None:
+        """Remember a picture as starred, or no longer."""
+        with self._lock:
+            self._table.execute("UPDATE pictures SET starred = ? WHERE id = ?", (int(starred), id))
+
+    def hide(self, id: str, hidden: bool) -> None:
+        """Leave a picture out, or no longer; `find` still knows it."""
+        with self._lock:
+            self._table.execute("UPDATE pictures SET deleted = ? WHERE id = ?", (int(hidden), id))
+
+    def _learn(self, row: Row, manifest: Path, start: int, length: int) -> None:
+        """Take in a picture. start, length: of its line."""
+        words = f"{row.entry.get('prompt', '')} {row.entry.get('id', '')} {row.entry.get('seed', '')}".lower()
+        values = (row.id, row.file, str(manifest), start, length, row.drawn, words)
+        with self._lock:
+            self._table.execute(
+                "INSERT INTO pictures (id, file, manifest, start, length, drawn, words) VALUES (?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET manifest = excluded.manifest, start = excluded.start,"
+                " length = excluded.length, drawn = excluded.drawn",
+                values,
+            )
+
+    def _conditions(self, words: list[str], starred: bool) -> tuple[list[str], list[Any]]:
+        conditions = ["deleted = 0", *["starred = 1"] * starred, *["instr(words, ?) > 0"] * len(words)]
+        return conditions, [word.lower() for word in words]
+
+    def _rows(self, where: str, values: tuple[Any, ...]) -> Iterator[Row]:
+        with self._lock:
+            statement = f"SELECT id, file, drawn, manifest, start, length FROM pictures {where}"
+            cursor = self._table.execute(statement, values)
+        while True:
+            with self._lock:
+                found = cursor.fetchone()
+            if found is None:
+                return
+            id, file, drawn, *place = found
+            entry = _line(*place)
+            if entry is not None:
+                yield Row(id, file, drawn, entry)
+
+    def _refresh(self, path: Path, stars: Collection[str]) -> None:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(handle)
+            known = self._read.get(path)
+            if known is None or known.inode != status.st_ino or status.st_size < known.end:
+                self._table.execute("DELETE FROM pictures WHERE manifest = ?", (str(path),))
+                known = self._read[path] = _Read(status.st_ino)
+            file.seek(known.end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # it is being written
+                self._take(path, line, known.end, stars)
+                known.end += len(line)
+
+    def _take(self, path: Path, line: bytes, start: int, stars: Collection[str]) -> None:
+        try:
+            entry = json.loads(line)
+            id, file = picture_id(entry), str(entry["file"])
+            made_by(entry)
+        except (ValueError, KeyError, TypeError):
+            return  # not a line of ours; the command line says so when it continues
+        self._learn(Row(id, file, self._drawn(file, path), entry), path, start, len(line))
+        if id in stars:
+            self.star(id, True)
+
+    def _drawn(self, file: str, manifest: Path) -> float:
+        path = self._folder / stored_in(file)
+        return (path if path.exists() else manifest).stat().st_mtime
+
+
+def stored_in(file: str) -> str:
+    """The file on the disk that holds a file of a manifest: itself, or a tar."""
+    return file.partition("/")[0] if ".tar/" in file else file
+
+
+def _line(manifest: str, start: int, length: int) -> dict[str, Any] | None:
+    """A line of a manifest; None when the file has changed since."""
+    try:
+        with Path(manifest).open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(length))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,118 @@
+"""The queue that everyone shares: jobs are drawn one after the other, can be stopped, and outlast a restart."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import CascadeError
+from cascade.pipeline import CascadePipeline
+from cascade.server.asked import Asked
+from cascade.server.events import Event, Hub
+from cascade.server.gallery import Gallery
+from cascade.server.jobs import Job, State
+from cascade.server.waiting import WaitingLine
+from cascade.server.worker import Worker
+from cascade.settings import parse
+
+logger = logging.getLogger("cascade.server")
+MOST_WAITING = 500
+"""Pictures that may wait unless the caller says otherwise."""
+_REMEMBERED = 100  # jobs that are over and still told of
+
+
+class Queue:
+    """Jobs of all clients. `load` gives the pipeline, in the thread that draws: a page is there before it."""
+
+    def __init__(
+        self, load: Callable[[], CascadePipeline], gallery: Gallery, *, most_waiting: int = MOST_WAITING
+    ) -> None:
+        self.hub, self.gallery = Hub(), gallery
+        self.line = WaitingLine(most_waiting)
+        self.worker = Worker(load, self.line, gallery, self.hub)
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._kept = gallery.state / "queue.json"
+
+    def start(self) -> None:
+        """Begin; what an earlier process left undone is taken up again as soon as the model is there."""
+        self.worker.pipeline.add_done_callback(lambda _: self._resume())
+        self.worker.start()
+
+    def close(self) -> None:
+        """Stop after the step at hand, and write down what is not done."""
+        self.worker.close()
+        self.hub.close()
+        left = [{"asked": job.asked.to_json(), "missing": sorted(job.missing)} for job in self.jobs() if not job.over]
+        if left:
+            self._kept.write_text(json.dumps(left), encoding="utf-8")
+
+    @property
+    def pipeline(self) -> CascadePipeline:
+        """The model; waits while it is loaded. Raises what went wrong with that."""
+        return self.worker.pipeline.result()
+
+    def submit(self, asked: Asked, client: str) -> Job:
+        """Have something drawn. Raises CascadeError for what cannot be, FullError when too much waits."""
+        return self._enter(asked.settled(), client)
+
+    def stop(self, job: Job) -> None:
+        """Draw no more of a job; what is there of it is kept."""
+        job.stopping = not job.over
+        for piece in self.line.drop(job):
+            job.settle(piece.target.number)
+        self.hub.publish(Event("job", job.to_json(), f"job {job.id}"))
+
+    def job(self, id: str) -> Job:
+        """By its name. Raises KeyError."""
+        with self._lock:
+            return self._jobs[id]
+
+    def jobs(self) -> list[Job]:
+        """Those under way, and some that are over, the oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    def seconds_left(self) -> float:
+        """Until everything is drawn that waits now, about."""
+        open = [(job, len(job.missing)) for job in self.jobs() if not job.over]
+        pace = self.worker.pace
+        return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
+
+    def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
+        pipeline = self.pipeline
+        with self._lock:
+            job = Job(asked, asked.plan(pipeline, self.gallery.next_index()), client)
+            job.missing = job.missing if missing is None else missing
+            self.line.put(job)
+            self._jobs[job.id] = job
+            over = [id for id, other in self._jobs.items() if other.over]
+            for id in over[:-_REMEMBERED]:
+                del self._jobs[id]
+        self.hub.publish(Event("job", job.to_json(), f"job {job.id}"))
+        return job
+
+    def _resume(self) -> None:
+        if not self._kept.exists() or self.worker.pipeline.exception() is not None:
+            return
+        for left in _read(self._kept):
+            try:
+                self._enter(parse(Asked, left["asked"], str(self._kept)), "earlier", set(left["missing"]))
+            except (CascadeError, KeyError, TypeError) as error:
+                logger.warning("%s: not taken up again: %s", self._kept, error)
+        self._kept.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        logger.warning("%s: not readable: %s", path, error)
+        return []
+
+
+__all__ = ["MOST_WAITING", "Queue", "State"]

@@ -1,0 +1,102 @@
+"""One round of the engine: pictures of one or several jobs that share its batches, watched step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from cascade.batch import Target
+from cascade.drawing.batch_size import BatchSizes
+from cascade.drawing.engine import shelf_key
+from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Drawn, Step, Task
+from cascade.server.events import Event, Hub
+from cascade.server.jobs import Progress
+from cascade.server.pace import Pace, steps_of
+from cascade.server.previews import data_url
+from cascade.server.waiting import Piece
+
+
+class WatchedShelf(Shelf):
+    """A shelf that says when a smaller picture is done."""
+
+    def __init__(self, on_put: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._on_put = on_put
+
+    def put(self, key: str, pixels: Tensor) -> None:
+        super().put(key, pixels)
+        self._on_put(key, pixels)
+
+    def clear(self) -> None:
+        """Forget everything: after a stop nobody comes for it."""
+        for key in tuple(self._held):
+            self.drop(key)
+
+
+class Round:
+    """The pieces that the engine has in hand, and the news of them."""
+
+    def __init__(self, pieces: Sequence[Piece], hub: Hub, pace: Pace) -> None:
+        self.tasks = {piece.target.task(): piece for piece in pieces}
+        self._hub, self._pace = hub, pace
+        self._places = {
+            shelf_key(task, position): (task, position)
+            for task in self.tasks
+            for position in range(len(task.passes) - 1)
+        }
+        self._smaller: dict[Task, tuple[int, Tensor]] = {}
+        self._fractions: dict[Task, float] = {}
+        self._before = time.perf_counter()
+
+    def abandoned(self) -> bool:
+        """Whether nobody wants any of these any more."""
+        return all(piece.job.stopping for piece in self.tasks.values())
+
+    def step(self, step: Step) -> None:
+        """A step is done: say so, with what there is to see."""
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        for row, task in enumerate(step.tasks):
+            position = next(at for at, own in enumerate(task.passes) if own.slot.config.name == step.stage)
+            if row == 0:
+                self._pace.learn(task.passes[position], seconds)
+            preview = data_url(step.x_hat[row]) if self._hub.watched else ""
+            self._say(task, self._progress(task, position, step.step, step.steps, preview))
+
+    def smaller(self, key: str, pixels: Tensor) -> None:
+        """A picture is through a stage that is not its last."""
+        task, position = self._places[key]
+        self._smaller[task] = (position, pixels)
+        steps = steps_of(task.passes[position])
+        preview = data_url(pixels) if self._hub.watched else ""
+        self._say(task, self._progress(task, position, steps - 1, steps, preview))
+
+    def left_over(self, task: Task, sizes: BatchSizes) -> tuple[Target, Drawn] | None:
+        """What there is of a picture that was stopped: the last stage's that it passed, which is a picture too."""
+        if task not in self._smaller:
+            return None
+        position, pixels = self._smaller[task]
+        plan, count = self.tasks[task].target.job, position + 1
+        smaller = Target(replace(plan, slots=plan.slots[:count], sizes=plan.sizes[:count]), task.recipe.number)
+        drawn = smaller.task()
+        used = {own.slot.config.name: sizes.of(own) for own in drawn.passes}
+        return smaller, Drawn(drawn, [pixels], self._pace.seconds(drawn.passes), used)
+
+    def _progress(self, task: Task, position: int, step: int, steps: int, preview: str) -> Progress:
+        stage, total = task.passes[position], self._pace.seconds(task.passes)
+        done = self._pace.seconds(task.passes[:position]) + self._pace.of(stage) * (step + 1)
+        # The pace is learnt meanwhile, and nobody likes to see a bar go back.
+        fraction = self._fractions[task] = max(self._fractions.get(task, 0.0), min(1.0, done / total))
+        left = max(0.0, total - done) if self._pace.knows(task.passes) else None
+        return Progress(stage.slot.config.name, step, steps, fraction, left, preview)
+
+    def _say(self, task: Task, progress: Progress) -> None:
+        job, number = self.tasks[task].job, task.recipe.number
+        job.progress[number] = progress
+        self._hub.publish(
+            Event("step", {"job": job.id, "number": number, **progress.to_json()}, f"step {job.id} {number}")
+        )

@@ -1,0 +1,107 @@
+"""The pictures that wait, in the order in which they are drawn: everyone who asks gets a turn."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cascade.batch import Target
+from cascade.errors import CascadeError
+from cascade.server.jobs import Job, State
+
+
+class FullError(CascadeError):
+    """So much waits already that nothing more is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A picture of a job."""
+
+    job: Job
+    target: Target
+
+    @property
+    def agreement(self) -> object:
+        """Equal where pictures can share a batch at each stage."""
+        plan = self.job.plan
+        return tuple(plan.sizes), tuple(plan.settings[slot.config.name].model_dump_json() for slot in plan.slots)
+
+
+class WaitingLine:
+    """Pieces of many clients. Whoever was served last is at the end; several threads put, one takes."""
+
+    def __init__(self, most: int, linger_seconds: float = 0.005) -> None:
+        """most: pieces that may wait. linger_seconds: for others to join a batch that is not full."""
+        self._most, self._linger = most, linger_seconds
+        self._clients: dict[str, deque[Piece]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(map(len, self._clients.values()))
+
+    def put(self, job: Job) -> None:
+        """Let all that a job lacks wait. Raises FullError."""
+        pieces = [Piece(job, target) for target in job.targets()]
+        with self._changed:
+            if len(self) + len(pieces) > self._most:
+                raise FullError(f"{len(self)} pictures wait already, and {self._most} may; try again later")
+            self._clients.setdefault(job.client, deque()).extend(pieces)
+            self._changed.notify()
+
+    def drop(self, job: Job) -> list[Piece]:
+        """Take out what waits of a job."""
+        with self._changed:
+            pieces = self._clients.get(job.client, deque())
+            dropped = [piece for piece in pieces if piece.job is job]
+            self._keep(job.client, deque(piece for piece in pieces if piece.job is not job))
+            return dropped
+
+    def take(self, most: int) -> list[Piece]:
+        """Up to `most` pieces that agree, as soon as there are any; none once the line is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(self._clients.values()))
+        if most > 1 and len(self) < most:
+            time.sleep(self._linger)  # requests that came at the same moment join
+        with self._changed:
+            if self._closed:
+                return []
+            batch: list[Piece] = []
+            for piece in self._in_turn():
+                if len(batch) < most and (not batch or piece.agreement == batch[0].agreement):
+                    batch.append(piece)
+            for piece in batch:
+                self._serve(piece)
+            return batch
+
+    def close(self) -> None:
+        """Give out nothing more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _in_turn(self) -> Iterator[Piece]:
+        """The first of each client, then the second of each, and so on."""
+        for place in range(max(map(len, self._clients.values()), default=0)):
+            for pieces in self._clients.values():
+                if place < len(pieces):
+                    yield pieces[place]
+
+    def _serve(self, piece: Piece) -> None:
+        client = piece.job.client
+        pieces = self._clients.pop(client)
+        pieces.remove(piece)
+        piece.job.state = State.DRAWING
+        self._keep(client, pieces)
+
+    def _keep(self, client: str, pieces: deque[Piece]) -> None:
+        """What is left of a client, in its place, or at the end if it has none."""
+        if pieces:
+            self._clients[client] = pieces
+        else:
+            self._clients.pop(client, None)

@@ -1,0 +1,143 @@
+"""The one thread that draws: it owns the pipeline and the engine, and takes from the line what comes next."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cascade.batch import Describer, Finished, Target
+from cascade.drawing.engine import Conduct, Engine, StoppedError
+from cascade.drawing.task import Drawn, Result, Step, Undrawn
+from cascade.errors import CascadeError
+from cascade.pipeline import CascadePipeline
+from cascade.server.events import Event, Hub
+from cascade.server.gallery import Gallery
+from cascade.server.jobs import Job
+from cascade.server.pace import Pace
+from cascade.server.round import Round, WatchedShelf
+from cascade.server.waiting import Piece, WaitingLine
+
+logger = logging.getLogger("cascade.server")
+
+
+@dataclass
+class Counts:
+    """Since the start, for those who measure."""
+
+    drawn: int = 0
+    failed: int = 0
+    stopped: int = 0
+    seconds: float = 0.0
+
+
+class Worker:
+    """Draws until it is closed. pipeline: set once the model is loaded."""
+
+    def __init__(self, load: Callable[[], CascadePipeline], line: WaitingLine, gallery: Gallery, hub: Hub) -> None:
+        self.pipeline: Future[CascadePipeline] = Future()
+        self.counts, self.pace = Counts(), Pace()
+        self._load, self._line, self._gallery, self._hub = load, line, gallery, hub
+        self._round: Round | None = None
+        self._shelf = WatchedShelf(self._put)
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="draws", daemon=True)
+
+    def start(self) -> None:
+        """Load the model, then draw; both in the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the step at hand; what is not finished keeps its place."""
+        self._closing = True
+        self._line.close()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether anything would still be drawn."""
+        return self._thread.is_alive()
+
+    def _work(self) -> None:
+        try:
+            pipeline = self._load()
+        except Exception as error:  # told to everyone who asks
+            logger.error("%s", error)
+            self.pipeline.set_exception(error)
+            return
+        self.pipeline.set_result(pipeline)
+        engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
+        while pieces := self._line.take(pipeline.default_batch_size):
+            start = time.perf_counter()
+            self._draw(engine, Round(pieces, self._hub, self.pace))
+            self.counts.seconds += time.perf_counter() - start
+
+    def _draw(self, engine: Engine, round: Round) -> None:
+        self._round = round
+        for job in {piece.job: None for piece in round.tasks.values()}:
+            self._hub.publish(Event("job", job.to_json(), f"job {job.id}"))
+        open = dict(round.tasks)
+        try:
+            for result in engine.draw(list(round.tasks)):
+                self._take(open.pop(result.task), result)
+        except StoppedError:
+            for task, piece in open.items():
+                self._stopped(piece, round.left_over(task, engine.batch_sizes))
+        except CascadeError as error:
+            self._fail(list(open.values()), str(error))
+        except Exception:
+            logger.exception("a picture could not be drawn")
+            self._fail(list(open.values()), "an internal error; the server's log has more")
+        finally:
+            self._shelf.clear()
+
+    def _take(self, piece: Piece, result: Result) -> None:
+        if isinstance(result, Undrawn):
+            self._fail([piece], result.reason)
+        else:
+            self._keep(piece, piece.target, result)
+            self.counts.drawn += 1
+            self._settle(piece)
+
+    def _keep(self, piece: Piece, target: Target, drawn: Drawn) -> None:
+        """Into the gallery. Raises CascadeError when it cannot be written."""
+        job = piece.job
+        describe = Describer(self.pipeline.result(), job.asked.options())
+        picture = self._gallery.write(Finished(target, drawn, describe(target, drawn)))
+        job.pictures[target.number] = picture
+        self._hub.publish(Event("picture", {"job": job.id, "number": target.number, "picture": picture}))
+
+    def _stopped(self, piece: Piece, left_over: tuple[Target, Drawn] | None) -> None:
+        """Stopped by whoever asked: keep what is there. By the end of the server: it is drawn another time."""
+        if not piece.job.stopping:
+            return
+        self.counts.stopped += 1
+        if left_over is not None:
+            self._keep(piece, *left_over)
+        self._settle(piece)
+
+    def _fail(self, pieces: list[Piece], reason: str) -> None:
+        for piece in pieces:
+            self.counts.failed += 1
+            self._settle(piece, reason)
+
+    def _settle(self, piece: Piece, error: str = "") -> None:
+        job: Job = piece.job
+        job.settle(piece.target.number, error)
+        self._hub.publish(Event("job", job.to_json(), f"job {job.id}"))
+
+    def _abandoned(self) -> bool:
+        return self._closing or (self._round is not None and self._round.abandoned())
+
+    def _step(self, step: Step) -> None:
+        assert self._round is not None, "the engine draws rounds"
+        self._round.step(step)
+
+    def _put(self, key: str, pixels: Tensor) -> None:
+        assert self._round is not None, "the engine draws rounds"
+        self._round.smaller(key, pixels)

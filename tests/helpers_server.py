@@ -1,0 +1,85 @@
+"""A server in this process, on a free port, over the tiny cascade; and what tests ask of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cascade import CascadePipeline
+from cascade.server.app import make_app
+from cascade.server.gallery import Gallery
+from cascade.server.guard import Rules
+from cascade.server.queue import Queue
+from cascade.server.run import Server, listening
+
+Load = Callable[[], CascadePipeline]
+
+
+@dataclass
+class Live:
+    """A server that runs. client: speaks to it."""
+
+    address: str
+    queue: Queue
+    gallery: Gallery
+    client: httpx.Client
+
+    def draw(self, prompt: str = "a fox", **asked: Any) -> dict[str, Any]:
+        """A job, once it is over."""
+        answer = self.client.post("/api/jobs", json={"prompt": prompt, **asked})
+        assert answer.status_code == 202, answer.text
+        return self.over(answer.json()["id"])
+
+    def over(self, id: str) -> dict[str, Any]:
+        """A job, once it is over."""
+        self.queue.job(id).result.result(60)
+        return self.client.get(f"/api/jobs/{id}").json()
+
+    def events(self, until: Callable[[str, dict[str, Any]], bool]) -> list[tuple[str, dict[str, Any]]]:
+        """The news up to the first for which `until` holds."""
+        events: list[tuple[str, dict[str, Any]]] = []
+        with self.client.stream("GET", "/api/events", timeout=60) as answer:
+            kind = ""
+            for line in answer.iter_lines():
+                name, _, value = line.partition(": ")
+                if name == "event":
+                    kind = value
+                elif name == "data":
+                    events.append((kind, json.loads(value)))
+                    if until(*events[-1]):
+                        break
+        return events
+
+
+@contextmanager
+def live(
+    load: Load, folder: Path, *, rules: Rules | None = None, card: Path | None = None, **queue_options: Any
+) -> Iterator[Live]:
+    """A server whose gallery is `folder`."""
+    gallery = Gallery(folder)
+    queue = Queue(load, gallery, **queue_options)
+    started = threading.Event()
+    with listening("127.0.0.1", 0) as own:
+        server = Server(make_app(queue, rules or Rules(), page=True, card=card), queue, started.set)
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.run, args=([own],))
+        queue.start()
+        thread.start()
+        assert started.wait(30)
+        address = f"http://127.0.0.1:{own.getsockname()[1]}"
+        try:
+            with httpx.Client(base_url=address, timeout=60) as client:
+                yield Live(address, queue, gallery, client)
+        finally:
+            queue.hub.close()
+            server.should_exit = True
+            thread.join(20)
+            queue.close()
+            gallery.close()
