@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from cascade.models.if_unet import IFUNetConfig
+from cascade.models.transformer import TransformerConfig
 from cascade.models.unet import UNetConfig
 
 
@@ -16,6 +17,8 @@ def _kind_of_model(value: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Annotated[UNetConfig, Tag("unet")] | Annotated[IFUNetConfig, Tag("if_unet")],
+    Annotated[UNetConfig, Tag("unet")]
+    | Annotated[IFUNetConfig, Tag("if_unet")]
+    | Annotated[TransformerConfig, Tag("transformer")],
     Discriminator(_kind_of_model),
 ]
