@@ -209,10 +209,9 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ready = self.ready(batch)
-        height, width = ready.x.shape[-2:]
-        data, device = self.config.data, self.accelerator.device
+        shape, data, device = ready.x.shape[1:], self.config.data, self.accelerator.device
         source = NoiseSource(self.config.training.seed, data.max_aug_level, data.aug_spread, device=device)
-        draw = draw_noise(batch.samples, (height, width), self.stage.noised_size((height, width)), source).to(device)
+        draw = draw_noise(batch.samples, shape, self.stage.noised_shape(shape), source).to(device)
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:

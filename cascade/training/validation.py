@@ -60,8 +60,8 @@ class Validation:
         for batch in self._batches:
             before_batch()
             ready = training_batch(batch, text, device, first=0, batch_size=total)
-            height, width = ready.x.shape[-2:]
-            draw = draw_noise(batch.samples, (height, width), stage.noised_size((height, width)), source).to(device)
+            shape = ready.x.shape[1:]
+            draw = draw_noise(batch.samples, shape, stage.noised_shape(shape), source).to(device)
             loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
             losses.append(loss.float())
             levels.append(level.flatten())
