@@ -15,11 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.build import IF_NOISE
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
+from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"

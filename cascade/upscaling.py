@@ -101,7 +101,7 @@ def _doublings(longest: int, stage: StageConfig) -> float:
 
 def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     """The smaller picture with its last rows and columns repeated, until the network can divide the larger one."""
-    step = stage.model.downsampling
+    step = stage.geometry.divisor
     multiple = step // math.gcd(step, stage.scale)
     bottom, right = (-side % multiple for side in pixels.shape[-2:])
     # In float, because uint8 has no kernel for this; the values stay whole.
@@ -117,6 +117,6 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:
     """The side of the squares in which a picture of `size` is drawn; None: in one piece."""
-    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.model.receptive_radius is not None:
+    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.geometry.receptive_radius is not None:
         return DEFAULT_TILE
     return tile

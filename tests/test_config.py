@@ -249,11 +249,9 @@ def test_settings_cannot_be_changed() -> None:
         StageConfig(name="base", resolution=64).name = "other"  # type: ignore[misc]
 
 
-def test_downsampling_counts_the_stem_and_all_strides() -> None:
-    model = StageConfig.model_validate(
-        {"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}}
-    ).model
-    assert model.downsampling == 8
+def test_the_divisor_counts_the_stem_and_all_strides() -> None:
+    stage = StageConfig.model_validate({"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}})
+    assert stage.geometry.divisor == 8
 
 
 def test_a_crop_must_suit_both_the_scale_and_the_depth() -> None:

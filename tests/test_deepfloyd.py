@@ -16,7 +16,7 @@ from torch import Tensor
 from cascade import CascadePipeline
 from cascade.batch import DrawOptions, plan
 from cascade.batch.identity import model_identity
-from cascade.build import IF_NOISE, build_stage
+from cascade.build import build_stage
 from cascade.checkpoint import save_stage
 from cascade.cli import main
 from cascade.conditioning import Conditioning
@@ -28,6 +28,7 @@ from cascade.errors import CascadeError
 from cascade.load import load_stage, read_index
 from cascade.memory import stage_memory
 from cascade.models.convolution import Convolution
+from cascade.models.if_unet import IF_NOISE
 from cascade.prompts import given_prompts
 from cascade.stage import Stage, count_parameters
 
@@ -480,4 +481,4 @@ def test_the_least_memory_of_a_network_call_is_no_more_than_it_takes(peers: dict
     for folder, _ in peers.values():
         config = read_stage(folder)
         taken = stage_memory(config).activations / 4 / (2 * config.resolution**2)  # with guidance two of each
-        assert 0.05 * taken < config.model.least_activations < taken
+        assert 0.05 * taken < config.geometry.least_activations < taken

@@ -94,7 +94,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
 @path_option("--image", metavar="FILE", help="A picture to change, see docs/editing.md.")
 @path_option("--mask", metavar="FILE", help="White where the picture is drawn anew; elsewhere every bit stays.")
-@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.6, with a mask 1.")
+@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.85, with a mask 1.")
 @for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
 @click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
 @click.option(

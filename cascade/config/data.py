@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import AugSpread, Fraction, PathText, PositiveInt
-from cascade.settings import Settings
+from cascade.config.common import AugSpread, Fraction, PathText
+from cascade.settings import PositiveInt, Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
 """How captions are cleaned; see `cascade.text.captions`."""
