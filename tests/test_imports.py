@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
     "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
     "integrations": STAGE | DRAWING | {"prompts", "pipeline", "batch"},
+    "server": STAGE | DRAWING | {"text", "prompts", "pipeline", "batch", "load"},
     "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
 }
 # What stands at the top may import everything.
