@@ -4,16 +4,23 @@ from cascade import CascadePipeline
 CascadePipeline.from_pretrained()("a red apple", seed=7).images[0].save("apple.png")
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cascade._version import __version__
-from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TrainConfig
-from cascade.errors import CascadeError
-from cascade.load import load_train_config
-from cascade.output import CascadeOutput
-from cascade.pipeline import CascadePipeline
-from cascade.stage import Stage
-from cascade.text.embeddings import TextEmbeddings
-from cascade.text.t5 import TextEncoder
+
+if TYPE_CHECKING:
+    from cascade.conditioning import Conditioning
+    from cascade.config import StageConfig, TrainConfig
+    from cascade.errors import CascadeError
+    from cascade.load import load_train_config
+    from cascade.output import CascadeOutput
+    from cascade.pipeline import CascadePipeline
+    from cascade.stage import Stage
+    from cascade.text.embeddings import TextEmbeddings
+    from cascade.text.t5 import TextEncoder
 
 __all__ = [
     "CascadeError",
@@ -28,3 +35,29 @@ __all__ = [
     "__version__",
     "load_train_config",
 ]
+
+_MODULES = {
+    "CascadeError": "errors",
+    "CascadeOutput": "output",
+    "CascadePipeline": "pipeline",
+    "Conditioning": "conditioning",
+    "Stage": "stage",
+    "StageConfig": "config",
+    "TextEmbeddings": "text.embeddings",
+    "TextEncoder": "text.t5",
+    "TrainConfig": "config",
+    "load_train_config": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first asked for: the program can say its version without torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

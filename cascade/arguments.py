@@ -34,9 +34,18 @@ def prompts_of(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None
     return prompts
 
 
+def one_text(name: str, value: Any) -> str:
+    """A string, or a list of one."""
+    texts = texts_of(name, value)
+    if len(texts) != 1:
+        raise CascadeError(f"{name}: {len(texts)} texts; expected one")
+    return texts[0]
+
+
 def texts_of(name: str, value: Any) -> list[str]:
     """A string, or several, as a list."""
-    texts: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    texts: list[Any] = list(value) if several else [value]
     for text in texts:
         if not isinstance(text, str):
             raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
@@ -55,14 +64,16 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each of `count` prompts, drawn where none is given."""
     if seed is None:
         return [fresh_seed() for _ in range(count)]
-    given: list[Any] = list(seed) if isinstance(seed, (Sequence, np.ndarray)) else [seed] * count
+    value: Any = seed
+    several = value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    given: list[Any] = list(value) if several else [value] * count
     if len(given) != count:
         raise CascadeError(f"seed: {len(given)} seeds for {count} prompts; give one, or one for each prompt")
     # Plain numbers, because noise follows from how a seed is written: NumPy's 1 and ours must be the same.
-    seeds = [integer("seed", value) for value in given]
-    for value in seeds:
-        if not 0 <= value <= MAX_SEED:
-            raise CascadeError(f"seed: {value}; expected a whole number in 0..{MAX_SEED}")
+    seeds = [integer("seed", one) for one in given]
+    for number in seeds:
+        if not 0 <= number <= MAX_SEED:
+            raise CascadeError(f"seed: {number}; expected a whole number in 0..{MAX_SEED}")
     return seeds
 
 
@@ -90,7 +101,7 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
         pair = []
         for name, wanted in (("height", height), ("width", width)):
             pixels, rest = divmod((last if wanted is None else integer(name, wanted)) * stage.resolution, last)
-            if rest or pixels % stage.model.downsampling or pixels < 1:
+            if rest or pixels % stage.geometry.divisor or pixels < 1:
                 step = common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
             pair.append(pixels)
@@ -99,9 +110,9 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
 
 
 def common_step(stages: Sequence[StageConfig]) -> int:
-    """Of which number heights and widths of the last stage's pictures must be multiples."""
+    """What height and width of the last stage must be multiples of, in pixels."""
     last = stages[-1].resolution
-    steps = [stage.model.downsampling * last // stage.resolution for stage in stages]
+    steps = [stage.geometry.divisor * last // stage.resolution for stage in stages]
     return math.lcm(*steps)
 
 

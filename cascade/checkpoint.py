@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.settings import parse
 
 _READING = "text"
@@ -83,7 +84,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -124,6 +125,15 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
     """Fill a module, casting to its number format. Raises CascadeError naming a missing, extra or misshapen weight."""
     own = module.state_dict()
+    check_names(own, tensors, f"{origin}: ")
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=_on_meta(module))
+
+
+def check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Check that `tensors` have the names and shapes of a network's own.
+
+    Raises CascadeError, which begins with `origin` and names the first that differs.
+    """
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     problems += [f"{name} is not in this network" for name in tensors.keys() - own.keys()]
     problems += [
@@ -133,8 +143,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str |
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CascadeError(f"{origin}: {min(problems)}{more}; the weights belong to other settings")
-    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=_on_meta(module))
+        raise CascadeError(f"{origin}{min(problems)}{more}; the weights belong to other settings")
 
 
 def save_stage(

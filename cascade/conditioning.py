@@ -31,6 +31,10 @@ class Conditioning:
     def __len__(self) -> int:
         return self.text.shape[0]
 
+    def joined(self, other: Conditioning) -> Conditioning:
+        """This batch with another behind it, as guidance evaluates conditions and null conditions in one call."""
+        return concatenate([self, other])
+
     def with_text(self, text: Tensor, text_mask: Tensor) -> Conditioning:
         """The same picture conditions under another text: how the null or a negative prompt takes its place."""
         return replace(self, text=text, text_mask=text_mask)

@@ -10,6 +10,7 @@ from cascade import deepfloyd
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded, path_of
 from cascade.hub import download, may_be_on_hub
 from cascade.load import ModelIndex, find_stage, read_config, read_index, read_reading, read_weights
 
@@ -29,7 +30,7 @@ def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str 
     a stage folder. To diffusers: a cascade of one stage becomes `out` itself, of several a folder each below it.
     Raises CascadeError for an `out` that exists and for a network that is not IF's.
     """
-    out = Path(out)
+    out, source = path_of(out), expanded(str(source))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CascadeError(f"{out}: exists already; name a new or empty folder")
     if (Path(source) / "stage.json").is_file():
@@ -38,7 +39,7 @@ def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str 
         with atomic_folder(out) as temporary:
             deepfloyd.write_stage(temporary, config, read_weights(source)[0])
         return [config.name]
-    folder = download(str(source), text=False) if may_be_on_hub(source) else Path(source)  # a second stage needs no T5
+    folder = download(source, text=False) if may_be_on_hub(source) else Path(source)  # a second stage needs no T5
     if _is_second_stage(folder):
         config = deepfloyd.read_stage(folder)
         save_stage(out, config, deepfloyd.read_weights(folder), reading=deepfloyd.READING)
@@ -101,6 +102,8 @@ def _check_reading(reading: TextReading, name: str | Path) -> None:
             f"{name}: reads {reading.max_length} tokens {'with' if reading.padded else 'without'} padding; IF's"
             f" pipelines in diffusers read {theirs.max_length} with padding and would draw other pictures"
         )
+    if reading.null_text != theirs.null_text:
+        raise CascadeError(f"{name}: its null text is zeros; IF's pipelines in diffusers encode the empty prompt")
 
 
 def _tokenizer_class(folder: Path) -> str:

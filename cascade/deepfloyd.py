@@ -15,11 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.build import IF_NOISE
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
+from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
@@ -49,6 +49,18 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None, "timestep"),
 }
 """What every IF network has in its unet/config.json."""
+_SCHEDULER_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+"""What diffusers' DDPMScheduler takes for a setting that its file does not have."""
 _REQUIRED = (
     "block_out_channels",
     "layers_per_block",
@@ -70,9 +82,9 @@ def is_diffusers(folder: str | Path) -> bool:
 def read_license(folder: Path) -> str:
     """The licence that the model card names, or that of the published weights."""
     card = folder / "README.md"
-    found = (
-        re.search(r"^license(?:_name)?:\s*(\S.*)$", card.read_text(encoding="utf-8"), re.M) if card.exists() else None
-    )
+    # Other people's, in whatever encoding: what is not UTF-8 in it is not in the line that is looked for.
+    text = card.read_bytes().decode("utf-8", "replace") if card.is_file() else ""
+    found = re.search(r"^license(?:_name)?:\s*(\S.*)$", text, re.M)
     return found[1].strip() if found and found[1].strip() != "other" else LICENSE
 
 
@@ -120,9 +132,11 @@ def write_stage(
     write_json(folder / "unet" / "config.json", settings)
     save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
     enlarges = config.low_resolution is not None
-    schedulers = {"scheduler": _scheduler(config.schedule, config.sampling)}
+    # A sampler of ours without the choice draws with what the network predicts beside; so does diffusers.
+    variance = config.sampling.sampler.own.get("variance", "learned")
+    schedulers = {"scheduler": _scheduler(config.schedule, config.sampling, variance)}
     if enlarges:
-        schedulers["image_noising_scheduler"] = _scheduler(config.schedule, SamplingConfig(threshold=None))
+        schedulers["image_noising_scheduler"] = _scheduler(config.schedule, SamplingConfig(threshold=None), "posterior")
     for name, scheduler in schedulers.items():
         (folder / name).mkdir()
         write_json(folder / name / "scheduler_config.json", scheduler)
@@ -182,23 +196,23 @@ def _noise(scheduler: Mapping[str, Any], folder: Path, enlarges: bool) -> dict[s
     """Schedule and sampling settings from scheduler_config.json."""
     path = folder / "scheduler" / "scheduler_config.json"
     variances = {"learned_range": "learned", "fixed_small": "posterior", "fixed_large": "beta"}
+    scheduler = {**_SCHEDULER_DEFAULTS, **scheduler}
     for setting, allowed in (
         ("beta_schedule", ("squaredcos_cap_v2",)),
         ("prediction_type", ("epsilon",)),
         ("timestep_spacing", ("leading", "trailing")),
         ("variance_type", tuple(variances)),
     ):
-        value = scheduler.get(setting, "leading" if setting == "timestep_spacing" else None)
+        value = scheduler[setting]
         if value not in allowed:
             raise CascadeError(f"{path}: {setting}: {value!r}; expected {' or '.join(map(str, allowed))}")
-    dynamic, clips = scheduler.get("thresholding", False), scheduler.get("clip_sample", True)
+    dynamic, clips = scheduler["thresholding"], scheduler["clip_sample"]
     return {
-        "schedule": {"kind": "squared_cosine", "steps": scheduler.get("num_train_timesteps", 1000)},
+        "schedule": {"kind": "squared_cosine", "steps": scheduler["num_train_timesteps"]},
         "sampling": {
-            "sampler": "ddpm",
+            "sampler": {"kind": "ddpm", "variance": variances[scheduler["variance_type"]]},
             "steps": 50 if enlarges else 100,
-            "spacing": scheduler.get("timestep_spacing", "leading"),
-            "variance": variances[scheduler["variance_type"]],
+            "spacing": scheduler["timestep_spacing"],
             "guidance": 4.0 if enlarges else 7.0,
             "threshold": scheduler["dynamic_thresholding_ratio"] if dynamic else "clip" if clips else None,
             "threshold_maximum": float(scheduler["sample_max_value"]) if dynamic else None,
@@ -256,16 +270,18 @@ def unet_settings(config: StageConfig) -> dict[str, Any]:
     }
 
 
-def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig) -> dict[str, Any]:
+def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig, variance: str) -> dict[str, Any]:
     """scheduler_config.json."""
     variances = {"learned": "learned_range", "posterior": "fixed_small", "beta": "fixed_large"}
+    if variance not in variances:
+        raise CascadeError(f"sampler.variance: diffusers has no {variance}; choose {', '.join(variances)}")
     dynamic = isinstance(sampling.threshold, float)
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": schedule.steps,
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "epsilon",
-        "variance_type": variances[sampling.variance],
+        "variance_type": variances[variance],
         "clip_sample": sampling.threshold == "clip",
         "thresholding": dynamic,
         "dynamic_thresholding_ratio": sampling.threshold if dynamic else 0.995,

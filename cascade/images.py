@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from cascade.files.picture import over_white, straight
 from cascade.transfer import on_device
 
 WHITE = 255
@@ -33,33 +33,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """PIL picture of any mode -> uint8 (3, H, W), upright as EXIF says, transparency over white.
-
-    Gray of 16 bits keeps its upper byte. Modes `I` and `F` (int32, float32) do not say what white is, so their largest
-    value does: up to 1 (`F` alone) white is 1, up to 255 it is 255, and above that 65535; what lies outside is clipped.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_gray_bytes(np.asarray(image), image.mode))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    """PIL picture of any mode -> uint8 (3, H, W), sRGB, upright, transparency over white; see `files.picture`."""
     # A copy, because torch wants memory that it may write to.
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(over_white(straight(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _gray_bytes(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
-    """Gray of more than 8 bits as uint8, which PIL's own conversion would cut off at 255; see `from_pil`."""
-    if mode.startswith("I;"):
-        return (values >> 8).astype(np.uint8)
-    numbers = np.nan_to_num(values.astype(np.float64))
-    largest = numbers.max()
-    if mode == "F" and largest <= 1:
-        numbers = (numbers * 255).round()
-    elif largest > 255:
-        numbers = numbers // 256
-    return numbers.clip(0, 255).astype(np.uint8)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -6,7 +6,7 @@ import math
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
-from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TextConfig, TrainConfig
 from cascade.models.convolution import Convolution
-from cascade.stage import Stage
+from cascade.stage import Stage, blank_call
 from cascade.streaming import stored_shapes
+from cascade.training.adafactor import remembered_numbers
 from cascade.training.frozen import freeze
 from cascade.training.lora import add_low_rank
 
@@ -110,14 +110,9 @@ def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) 
     stage = build_stage(config, device="meta")
     batch = pictures * (1 if config.sampling.guidance == 1 else 2)
     with torch.device("meta"), torch.inference_mode():
-        picture = torch.zeros(batch, 3, config.resolution, config.resolution)
-        level = torch.zeros(batch, 1, 1, 1)
-        text = torch.zeros(batch, text_tokens, config.model.text_dim)
-        cond = Conditioning(text, torch.ones(batch, text_tokens, dtype=torch.bool))
-        if config.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        z, level, cond = blank_call(config, batch, text_tokens)
         with LiveBytes() as live:
-            stage.network(picture, level, stage.network.prepare(cond))
+            stage.network(z, level, stage.network.prepare(cond))
     convolutions = [module for module in stage.network.modules() if isinstance(module, Convolution)]
     transformed = {
         dtype: sum(convolution.transformed_bytes(getattr(torch, dtype)) for convolution in convolutions)
@@ -144,10 +139,6 @@ class TrainingMemory:
         return self.weights + self.activations + self.text
 
 
-OPTIMIZER_COPIES = {"adamw": 2, "muon": 1, "adafactor": 0}
-"""Numbers that an optimizer remembers for each weight, at least."""
-
-
 def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = False) -> TrainingMemory:
     """What a step of a run takes at least on each device: counted, without any, by a forward and a backward pass.
 
@@ -156,8 +147,8 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
     training, stage = config.training, build_stage(config.stage, device="meta")
     stage.network.activation_checkpointing = training.activation_checkpointing
     pictures = max(training.batch_size // training.accumulation // processes, 1)
-    whole, learning = trained_bytes(config)
-    weights = whole + learning * (2 + OPTIMIZER_COPIES[training.optimizer.kind])  # their gradients and averages
+    trained = trained_bytes(config)
+    weights = trained.whole + 2 * trained.learning + trained.optimizer  # their gradients and averages
     # Two sizes tell what grows with the pictures from the gradients, which do not.
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
@@ -179,19 +170,13 @@ def _text_bytes(config: TextConfig) -> int:
 
 def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
     """Most bytes that a forward and backward pass makes on tensors without data."""
-    size = config.data.crop or config.stage.resolution
     # A word and the end of the text at least: IF normalizes over the tokens, and of one token there is nothing to
     # normalize where a group has one channel.
     tokens = config.text.max_length if config.text.padded else 2
     with torch.device("meta"):
-        picture = torch.zeros(pictures, 3, size, size)
-        level = torch.zeros(pictures, 1, 1, 1)
-        text = torch.zeros(pictures, tokens, config.stage.model.text_dim)
-        cond = Conditioning(text, torch.ones(pictures, tokens, dtype=torch.bool))
-        if config.stage.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        z, level, cond = blank_call(config.stage, pictures, tokens, config.data.crop)
         with LiveBytes() as live, _FusedAttention():
-            loss = stage.network(picture, level, cond).square().mean()
+            loss = stage.network(z, level, cond).square().mean()
             # Given the tensor itself, torch would turn the mode off meanwhile, and with activation checkpointing find
             # another attention when it computes again.
             torch.autograd.backward(get_gradient_edge(loss))
@@ -199,14 +184,42 @@ def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
     return live.peak
 
 
-def trained_bytes(config: TrainConfig) -> tuple[int, int]:
-    """Of a run's weights: of all, with differences of low rank, and of those that learn."""
+@dataclass(frozen=True)
+class TrainedBytes:
+    """Bytes of a run's weights.
+
+    whole: of all, with differences of low rank. learning: of those that learn. optimizer: what that remembers of them,
+    at least.
+    """
+
+    whole: int
+    learning: int
+    optimizer: int
+
+
+def trained_bytes(config: TrainConfig) -> TrainedBytes:
+    """Counted on a network without data."""
     training, network = config.training, build_stage(config.stage, device="meta").network
     if training.lora_rank:
         add_low_rank(network, training.lora_rank, training.lora_layers)
     freeze(network, training.frozen)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return weight_bytes(network), sum(parameter.numel() * parameter.element_size() for parameter in learning)
+    return TrainedBytes(
+        whole=weight_bytes(network),
+        learning=sum(parameter.numel() * parameter.element_size() for parameter in learning),
+        optimizer=sum(optimizer_numbers(training.optimizer.kind, p) * p.element_size() for p in learning),
+    )
+
+
+def optimizer_numbers(kind: str, weight: Tensor) -> int:
+    """How many numbers an optimizer remembers of a weight, at least."""
+    match kind:
+        case "adafactor":
+            return remembered_numbers(weight)
+        case "muon":
+            return weight.numel()
+        case _:
+            return 2 * weight.numel()
 
 
 def weight_bytes(module: nn.Module) -> int:

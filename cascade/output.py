@@ -48,8 +48,10 @@ def as_type(pixels: Tensor, output_type: str) -> Any:
             return to_float(pixels)
 
 
-def check_output_type(output_type: str) -> None:
-    """Raises CascadeError for a type that pictures do not come in."""
+def check_wishes(output_type: str, callback: Callback | None) -> None:
+    """Raises CascadeError for a type that pictures do not come in, and for a callback that cannot be called."""
+    if callback is not None and not callable(callback):
+        raise CascadeError(f"callback: {callback!r}; expected a function (stage, step, steps, x_hat)")
     if output_type not in ("pil", "np", "pt"):
         raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
 

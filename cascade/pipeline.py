@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,24 +12,29 @@ from cascade.arguments import (
     PerStage,
     check_chain,
     check_text_widths,
+    integer,
     negatives_of,
+    one_text,
     positive,
     prompts_of,
     seeds_of,
     stage_sizes,
 )
+from cascade.config import Captions
+from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import default_batch_size
+from cascade.drawing.changes import Changes
+from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Pass, Task, passes, source_of
+from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
-from cascade.output import Callback, CascadeOutput, Watcher, check_output_type
+from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
 from cascade.sampling import resolve_sampling
 from cascade.save import model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
-from cascade.text.captions import Captions
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
@@ -132,10 +137,16 @@ class CascadePipeline:
         width: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
+        image: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        strength: PerStage[float] = None,
+        extend: Mapping[str, int] | None = None,
+        resampling: int = 1,
+        variation: tuple[int, float] | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -145,11 +156,13 @@ class CascadePipeline:
 
         seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
         to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
-        the stage). preset: "fast", "default" or "best". batch_size: pictures per network call, default 1 on a CPU and
-        8 on a GPU; a short last batch is padded. output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W)
-        float32 in [-1, 1]. Raises CascadeError for arguments that do not fit.
+        the stage). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is drawn anew,
+        elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes.Changes`.
+        batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
+        output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
+        arguments that do not fit.
         """
-        check_output_type(output_type)
+        check_wishes(output_type, callback)
         prompts = prompts_of(prompt, prompt_embeds)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
@@ -158,7 +171,10 @@ class CascadePipeline:
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        sizes = stage_sizes([slot.config for slot in slots], height, width)
+        configs = [slot.config for slot in slots]
+        changes = Changes(image, mask, strength, extend, resampling, variation)
+        asked = height is not None or width is not None
+        edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
@@ -170,18 +186,20 @@ class CascadePipeline:
                     negative_prompt=negative[index],
                     seed=seeds[index],
                     number=number,
-                    height=sizes[-1][0],
-                    width=sizes[-1][1],
+                    height=size[0],
+                    width=size[1],
                     stages=stages,
+                    **said,
                 ),
                 embeds[index],
+                edit,
             )
             for index in range(len(prompts))
             for number in numbers
         ]
-        size = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
         with Watcher(progress, callback) as watcher:
-            drawn = self.engine(Conduct(size, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
+            drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
         pixels = {
             slot.config.resolution: torch.stack([result.pixels[place] for result in drawn])
             for place, slot in enumerate(slots)
@@ -201,7 +219,7 @@ class CascadePipeline:
         seed: int | None = None,
         steps: PerStage[int] = None,
         guidance: PerStage[float] = None,
-        sampler: PerStage[str] = None,
+        sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
         preset: str | None = None,
@@ -217,9 +235,9 @@ class CascadePipeline:
         which the network draws, see `Stage.sample`; results above 4 megapixels are drawn in squares of 1024 anyway.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
-        check_output_type(output_type)
+        check_wishes(output_type, callback)
         pixels = read_picture(image)
-        (text,), (own_seed,) = prompts_of(prompt, None), seeds_of(seed, 1)
+        text, (own_seed,) = one_text("prompt", prompt), seeds_of(seed, 1)
         configs = [slot.config for slot in self.enlargers]
         height, width = target_size(configs, (pixels.shape[-2], pixels.shape[-1]), to)
         settings = resolve_sampling(
@@ -238,7 +256,7 @@ class CascadePipeline:
             slot = self.enlargers[place]
             scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
             side = tile_of(tile, scaled, slot.config)
-            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), side))
+            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
         recipe = Recipe(
             prompt=text,
             negative_prompt="",
@@ -247,7 +265,7 @@ class CascadePipeline:
             height=height,
             width=width,
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
-            source=source_of(pixels[0]),
+            source=digest_of(pixels[0]),
         )
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
@@ -271,13 +289,17 @@ class CascadePipeline:
         with model_for_hub(repo, private) as folder:
             self.save_pretrained(folder)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CascadePipeline:
-        """Move the stages to a device and number format. The text encoder moves too, but keeps its own format."""
-        self.device = torch.device(device) if device is not None else self.device
-        self.dtype = dtype or self.dtype
-        self._text.load().to(device=self.device)
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> CascadePipeline:
+        """Move the stages to a device and number format. The text encoder moves too, but keeps its own format.
+
+        Raises CascadeError, before anything moves, for a device or a format that is not there.
+        """
+        target = self.device if device is None else choose_device(device)
+        number_format = choose_dtype(self.dtype if dtype is None else dtype, target)
+        self._text.load().to(device=target)
         shared = self.enlargers is self.slots
-        moved = {id(slot): slot.moved(self.device, self.dtype) for slot in [*self.slots, *self.enlargers]}
+        moved = {id(slot): slot.moved(target, number_format) for slot in [*self.slots, *self.enlargers]}
+        self.device, self.dtype = target, number_format
         self.slots = [moved[id(slot)] for slot in self.slots]
         self.enlargers = self.slots if shared else [moved[id(slot)] for slot in self.enlargers]
         return self
@@ -288,11 +310,11 @@ class CascadePipeline:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, name: str = "") -> Task:
-        """What the engine does for a recipe. text, name: see `Task`. Raises CascadeError for what no stage can draw."""
+    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, edit: Edit | None = None) -> Task:
+        """What the engine does for a recipe. text, edit: see `Task`. Raises CascadeError for what no stage can draw."""
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe.stages, recipe.number), text=text, name=name)
+        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """What draws tasks with the stages of this pipeline, where they are now."""
@@ -312,7 +334,7 @@ class CascadePipeline:
         resolutions = [slot.config.resolution for slot in self.slots]
         if until is None:
             return self.slots
-        if until not in resolutions:
+        if integer("until", until) not in resolutions:
             raise CascadeError(f"until: no stage draws {until} px; choose one of {', '.join(map(str, resolutions))}")
         return self.slots[: resolutions.index(until) + 1]
 

@@ -15,7 +15,7 @@ import torch
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
 from cascade.machine import free_bytes
-from cascade.memory import OPTIMIZER_COPIES, TrainingMemory, trained_bytes, training_memory
+from cascade.memory import TrainingMemory, trained_bytes, training_memory
 
 
 def check_run(config: TrainConfig, processes: int = 1, sharded: bool = False) -> None:
@@ -50,11 +50,11 @@ def check_disk(config: TrainConfig) -> None:
 
 def run_bytes(config: TrainConfig) -> int:
     """The most that a run's folder holds at once, without samples and log."""
-    whole, learning = trained_bytes(config)
-    checkpoint = whole + learning * (1 + OPTIMIZER_COPIES[config.training.optimizer.kind])
-    adapter = learning if config.training.lora_rank else 0
+    trained = trained_bytes(config)
+    checkpoint = trained.whole + trained.learning + trained.optimizer
+    adapter = trained.learning if config.training.lora_rank else 0
     # Of the stage and of the adapter the old folder stays until the new one is there.
-    return checkpoint * (config.training.keep_checkpoints + 1) + 2 * (whole + adapter)
+    return checkpoint * (config.training.keep_checkpoints + 1) + 2 * (trained.whole + adapter)
 
 
 def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisible: int = 1) -> None:

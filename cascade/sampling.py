@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config import SamplingConfig, StageConfig, complete_sampler
 from cascade.errors import CascadeError
-from cascade.settings import parse
-
-T = TypeVar("T")
-PRESETS = ("fast", "default", "best")
-SETTINGS = ("steps", "guidance", "sampler", "aug_level", "threshold")
-"""What a call may set: one value for all stages, or {stage: value}."""
+from cascade.settings import Settings, parse
+from cascade.values import PRESETS
 
 
 def resolve_sampling(
@@ -33,9 +25,8 @@ def resolve_sampling(
         raise CascadeError(f"preset: no stage of this cascade defines {preset!r}; leave it out, or give steps instead")
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
-        if isinstance(value, Mapping):
-            for name in value:
-                _check_name(setting, name, names)
+        if _by_stage(setting, value):
+            check_stages(setting, value, names)
     return {stage.name: _resolve(stage, preset, overrides) for stage in stages}
 
 
@@ -45,64 +36,44 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         changes = stage.presets[preset].model_dump(mode="json", exclude_none=True)
         values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
-        own = value.get(stage.name) if isinstance(value, Mapping) else value
-        if isinstance(own, (np.generic, Tensor)):
-            own = own.item()
+        own = _plain(value.get(stage.name) if _by_stage(setting, value) else value)
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps takes the place of a list
-            values[setting] = None if own == "none" else own
+            values[setting] = None if isinstance(own, str) and own == "none" else own
+    values["sampler"] = complete_sampler(values["sampler"], stage.sampling.sampler)
     settings = parse(SamplingConfig, values, f"stage {stage.name}")
+    try:
+        stage.check_sampler(settings.sampler)
+    except ValueError as error:
+        raise CascadeError(f"stage {stage.name}: {error}") from None
     total = getattr(stage.schedule, "steps", None)
     if total and settings.timesteps is None and settings.spacing in ("leading", "trailing") and settings.steps > total:
         raise CascadeError(f"stage {stage.name}: steps: {settings.steps}; its schedule has only {total}")
     return settings
 
 
-def _check_name(setting: str, name: object, names: Sequence[str]) -> None:
+def _by_stage(setting: str, value: Any) -> bool:
+    """Whether this is {stage: value}. A sampler's section is a mapping too, {kind: ddim, eta: 0.5}."""
+    return isinstance(value, Mapping) and not (setting == "sampler" and "kind" in value)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: no section, no number of NumPy or torch."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json")
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def check_stages(setting: str, given: Iterable[object], names: Sequence[str], what: str = "stage") -> None:
+    """Raises CascadeError for a stage, or whatever else is meant, that is not one of `names`."""
+    for name in given:
+        _check_name(setting, name, names, what)
+
+
+def _check_name(setting: str, name: object, names: Sequence[str], what: str) -> None:
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise CascadeError(f"{setting}: no stage is called {name!r}; this cascade has {', '.join(names)}{hint}")
-
-
-def per_stage(text: str, convert: Callable[[str], T]) -> T | dict[str, T]:
-    """What `20` or `base=20,sr256=4` stands for: one value for all stages, or {stage: value}. Raises ValueError."""
-    if "=" not in text:
-        return convert(text.strip())
-    values: dict[str, T] = {}
-    for part in text.split(","):
-        name, separator, value = (piece.strip() for piece in part.partition("="))
-        if not separator or not name or name in values:
-            raise ValueError(f"{text!r}; expected one value, or each stage once as in base=20,sr256=4")
-        values[name] = convert(value)
-    return values
-
-
-def whole_number(text: str) -> int:
-    """Raises ValueError with a readable reason."""
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text[:40]!r} is not a whole number") from None
-
-
-def number(text: str) -> float:
-    """A finite number. Raises ValueError with a readable reason."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]!r} is not a number")
-    return value
-
-
-def threshold_value(text: str) -> float | str:
-    """A quantile, `clip` or `none`. Raises ValueError with a readable reason."""
-    if text in ("clip", "none"):
-        return text
-    try:
-        return number(text)
-    except ValueError:
-        raise ValueError(f"{text[:40]!r}; expected a quantile such as 0.995, clip or none") from None
+        where = "this cascade has" if what == "stage" else "there are"
+        raise CascadeError(f"{setting}: no {what} is called {name!r}; {where} {', '.join(names)}{hint}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MAX_SEED = 2**63 - 1
 
@@ -16,6 +18,8 @@ def generator(*key: int | str) -> torch.Generator:
     SHA-256 of the key's text, so neighbouring keys share no structure and the numbers are the same on
     every machine; Python's own `hash` changes from run to run.
     """
+    import torch  # late: the command line knows seeds before it needs torch
+
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 

@@ -8,12 +8,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascade.errors import CascadeError
+from cascade.files.text import NotTextError, read_text
+
+PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):
@@ -61,13 +64,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises CascadeError for a missing file, wrong YAML, or anything but a mapping."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = yaml.load(read_text(path), Loader=_Loader)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from None
-    except UnicodeDecodeError:
-        raise CascadeError(f"{path}: cannot be read as UTF-8 text; give a YAML file") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
@@ -153,7 +156,8 @@ def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
         case "union_tag_not_found":
             return f"{dotted}.kind is missing"
         case "union_tag_invalid":
-            return _not_one_of(f"{dotted}.kind", first["ctx"]["tag"], first["ctx"]["expected_tags"])
+            name = f"{dotted}.kind" if isinstance(first["input"], dict) else dotted  # or the section's name alone
+            return _not_one_of(name, first["ctx"]["tag"], first["ctx"]["expected_tags"])
         case "literal_error" if len(mistakes) == 1 and isinstance(first["input"], str):
             return _not_one_of(dotted, first["input"], first["ctx"]["expected"])
     wanted = " or ".join(mistake["msg"].removeprefix("Input should be ") for mistake in mistakes)

@@ -93,12 +93,12 @@ def check_memory(
     tile: int | None = None,
 ) -> None:
     """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
-    at_once = math.prod(size)
+    geometry, at_once = stage.geometry, math.prod(size)
     if tile is not None:
-        seen = tile + 2 * (stage.model.receptive_radius or 0)
+        seen = tile + 2 * (geometry.receptive_radius or 0)
         at_once = min(at_once, seen**2)
-    picture = 3 * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
-    needed = batch_size * (picture + at_once * stage.model.least_activations * dtype.itemsize)
+    picture = stage.channels * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
+    needed = batch_size * (picture + at_once * geometry.least_activations * dtype.itemsize)
     free = free_bytes(device)
     if needed > free:
         raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")

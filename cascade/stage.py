@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, StageConfig
 from cascade.diffusion import denoisers
+from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
 from cascade.diffusion.loss import Weighting, diffusion_loss
-from cascade.diffusion.noise import Denoiser, Estimate, alpha
+from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
 from cascade.diffusion.parameterization import to_x
-from cascade.diffusion.samplers import Generators, OnStep, sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
+from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, evaluations
 from cascade.diffusion.schedules import (
     DiscreteSchedule,
     NoiseSchedule,
@@ -26,12 +26,12 @@ from cascade.diffusion.schedules import (
 )
 from cascade.errors import CascadeError
 from cascade.images import upsample, upsample_corners
-from cascade.models.if_unet import IFUNet
-from cascade.models.unet import UNet
+from cascade.models.network import Network
+from cascade.models.tiled import TiledNetwork
 from cascade.streaming import is_streamed, move_streamed
-from cascade.tiles import Tile, in_tiles
+from cascade.transfer import on_device
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+NetworkCall = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Stage:
     """
 
     config: StageConfig
-    network: UNet | IFUNet
+    network: Network
     schedule: NoiseSchedule
 
     @property
@@ -59,17 +59,13 @@ class Stage:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def prepare(self, cond: Conditioning, tile: int | None = None) -> Denoiser:
-        """The denoiser of r for these conditions; text and the smaller picture are read here, once.
-
-        tile: side of the squares that the network is given one at a time; see `sample`.
-        """
+    def prepare(self, cond: Conditioning) -> Denoiser:
+        """The denoiser of r for these conditions; text and the smaller picture are read here, once."""
         dtype = next(self.network.parameters()).dtype
         prepared = self.network.prepare(self.enlarge(cond).to(dtype=dtype))
 
         def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
-            raw = self.network(z, log_snr, prepared) if tile is None else self._tiled(z, log_snr, prepared, tile)
-            output, *spread = raw.float().split(z.shape[1], dim=1)
+            output, *spread = self.network(z, log_snr, prepared).float().split(z.shape[1], dim=1)
             x_hat = to_x(self.config.parameterization, output, z, log_snr)
             return (x_hat, (spread[0] + 1) / 2) if spread else x_hat
 
@@ -83,40 +79,45 @@ class Stage:
         rng: Generators,
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
-        tile: int | None = None,
+        known: Known | None = None,
     ) -> Tensor:
-        """Draw pictures from the noise z (B, 3, H, W), whose size they have: float32, about [-1, 1].
+        """Draw pictures from the noise z (B, C, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
-        tile: the network draws squares of this side, seen with its receptive radius around them; the same pictures up
-        to float32's rounding, in the memory of one square and a few tensors of the whole size.
-        Raises CascadeError for tiles where the network looks at the whole picture, or of a side that it cannot divide.
+        known: what the pictures start from, and which of their pixels stay.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
-        self.check_tile(tile)
-        guided = denoisers.guide(_Tiled(self, tile), cond, null, settings.guidance, settings.guidance_interval)
+        guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
         picture = limit(denoisers.to_picture(guided, base, scale), settings)
         log_snrs = self.noise_levels(settings)
+        if known is not None:
+            log_snrs = levels_from(self.schedule, log_snrs, known.strength)
+            if len(log_snrs) == 1:
+                return known.x
+            z = start_from(known, (known.x - base) / scale, z, log_snrs[:1, None, None, None].to(z.device))
+            picture = picture if known.mask is None else keep_known(picture, known.x, known.mask)
+        denoise = denoisers.to_residual(picture, base, scale)
 
         def report(step: int, r: Tensor) -> None:
             if on_step is not None:
                 on_step(step, base + scale * r)
 
-        r = run_sampler(settings, denoisers.to_residual(picture, base, scale), z, log_snrs, rng, report)
-        return base + scale * r
+        if known is not None and known.rounds > 1:
+            return base + scale * sample_repaint(denoise, z, log_snrs, rng, report, known.rounds)
+        return base + scale * run_sampler(settings, denoise, z, log_snrs, rng, report)
 
     def loss(
         self,
-        network: Network,
+        network: NetworkCall,
         weighting: Weighting,
         x: Tensor,
         cond: Conditioning,
         log_snr: Tensor,
         eps: Tensor,
     ) -> Tensor:
-        """Training loss of each picture x (B, 3, H, W): (B,). `network` is this stage's, perhaps wrapped."""
+        """Training loss of each picture x (B, C, H, W): (B,). `network` is this stage's, perhaps wrapped."""
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
         r = (x - base) / self._residual_scale
         seen = self.enlarge(cond)
@@ -153,12 +154,33 @@ class Stage:
         """Sampling steps, N. Raises CascadeError as `noise_levels` does."""
         return len(self.noise_levels(settings)) - 1
 
-    def unnoised(self, low_res: Tensor) -> Tensor:
-        """The smaller picture (B, 3, h, w), or (B, 3, H, W) where the network wants it enlarged before the noise."""
-        if not self.config.model.enlarges_first:
-            return low_res
-        height, width = low_res.shape[-2:]
-        return upsample_corners(low_res, (height * self.scale, width * self.scale))
+    def evaluations(self, settings: SamplingConfig | None = None) -> list[float]:
+        """Log SNR of each evaluation of the denoiser while a picture is drawn. Raises CascadeError as `noise_levels`.
+
+        Each is one call of the network, or two where guidance acts.
+        """
+        sampler = (settings or self.config.sampling).sampler
+        return evaluations(SAMPLERS[sampler.kind], self.noise_levels(settings), **sampler.own)
+
+    def noised_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """(C, h, w) of the noise on the smaller picture, for pictures of shape (C, H, W); None for a base stage."""
+        if self.config.low_resolution is None:
+            return None
+        *channels, height, width = shape
+        shrink = 1 if self.config.model.enlarges_first else self.scale
+        return *channels, height // shrink, width // shrink
+
+    def see(self, cond: Conditioning, low: Tensor, aug_level: Tensor, eps: Tensor) -> Conditioning:
+        """`cond` with the smaller picture as this stage sees it: noised, and enlarged before that where it wants so.
+
+        low: (B, C, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is made
+        in float64, which not every GPU has. eps: (B, *noised_shape).
+        """
+        if self.config.model.enlarges_first:
+            height, width = low.shape[-2:]
+            low = upsample_corners(low, (height * self.scale, width * self.scale))
+        level = on_device(log_snr_from_std(aug_level)[:, None, None, None], low.device)
+        return replace(cond, low_res=diffuse(low, eps, level), low_res_log_snr=level)
 
     def enlarge(self, cond: Conditioning) -> Conditioning:
         """The conditions with the smaller picture upsampled to this stage's scale."""
@@ -170,7 +192,7 @@ class Stage:
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """What r is measured from: zero, or the upsampled smaller picture with its signal scaled back to 1."""
         if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
-            return torch.zeros(len(cond), 3, *size, device=cond.text.device)
+            return torch.zeros(len(cond), self.config.channels, *size, device=cond.text.device)
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
@@ -181,41 +203,37 @@ class Stage:
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
-    def check_tile(self, tile: int | None) -> None:
-        """Raises CascadeError for tiles in which this stage cannot draw."""
-        if tile is None:
-            return
-        step = self.config.model.downsampling
-        if self.config.model.receptive_radius is None:
+    def tiled(self, side: int | None) -> Stage:
+        """This stage, whose network is given squares of this side one at a time; None: whole pictures.
+
+        Raises CascadeError where the network looks at the whole picture, or for a side that it cannot divide.
+        """
+        if side is None:
+            return self
+        step, radius = self.config.geometry.divisor, self.config.geometry.receptive_radius
+        if radius is None:
             raise CascadeError(f"tile: stage {self.name} looks at the whole picture; draw it without tiles")
-        if tile < step or tile % step:
-            raise CascadeError(f"tile: {tile}; stage {self.name} expects a multiple of {step}")
-
-    def _tiled(self, z: Tensor, log_snr: Tensor, prepared: Any, tile: int) -> Tensor:
-        """The network's output for z, square by square."""
-        margin, low_res = self.config.model.receptive_radius, prepared.low_res
-        assert margin is not None, "check_tile comes first"
-
-        def draw(part: Tile) -> Tensor:
-            seen = replace(prepared, low_res=None if low_res is None else part.cut(low_res))
-            return self.network(part.cut(z), log_snr, seen)
-
-        return in_tiles(draw, (z.shape[-2], z.shape[-1]), tile, margin)
+        if side < step or side % step:
+            raise CascadeError(f"tile: {side}; stage {self.name} expects a multiple of {step}")
+        return replace(self, network=TiledNetwork(self.network, side, radius))
 
     @property
     def _residual_scale(self) -> float:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 
 
-@dataclass(frozen=True)
-class _Tiled:
-    """A stage whose network is given squares of a side, or whole pictures."""
+def blank_call(
+    config: StageConfig, pictures: int, text_tokens: int, side: int | None = None
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """A call of a stage's network, all zeros: (z, log SNR, conditions), for counting what it takes.
 
-    stage: Stage
-    side: int | None
-
-    def prepare(self, cond: Conditioning) -> Denoiser:
-        return self.stage.prepare(cond, self.side)
+    side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
+    """
+    side = side or config.resolution
+    z, level = torch.zeros(pictures, config.channels, side, side), torch.zeros(pictures, 1, 1, 1)
+    text = torch.zeros(pictures, text_tokens, config.model.text_dim)
+    cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool))
+    return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
@@ -231,16 +249,9 @@ def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
 def run_sampler(
     settings: SamplingConfig, denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep
 ) -> Tensor:
-    """The sampler that the settings name."""
-    match settings.sampler:
-        case "ddpm":
-            return sample_ddpm(denoise, z, log_snrs, rng, on_step, variance_of=settings.variance)
-        case "ddim":
-            return sample_ddim(denoise, z, log_snrs, rng, on_step, eta=settings.eta)
-        case "heun":
-            return sample_heun(denoise, z, log_snrs, rng, on_step)
-        case "dpm++":
-            return sample_dpmpp(denoise, z, log_snrs, rng, on_step)
+    """The sampler that the settings name, with its own settings."""
+    sampler = settings.sampler
+    return SAMPLERS[sampler.kind](denoise, z, log_snrs, rng, on_step, **sampler.own)
 
 
 def count_parameters(module: nn.Module) -> int:

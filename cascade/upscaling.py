@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from cascade.arguments import positive
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded
+from cascade.files.picture import open_picture, picture_told
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 LARGEST_WHOLE = 2048**2
@@ -32,21 +34,32 @@ def read_picture(image: ImageLike) -> Tensor:
     Raises CascadeError for what is none of these, or cannot be read.
     """
     if isinstance(image, Image.Image):
-        return from_pil(image)[None]
+        if 0 in image.size:
+            raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
+        with picture_told("image"):
+            return from_pil(image)[None]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
             raise CascadeError(f"image: an array {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3 or 4)")
         return from_pil(Image.fromarray(image))[None]
     if not isinstance(image, (str, os.PathLike)):
         raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
-    try:
-        with Image.open(image) as opened:
-            return from_pil(opened)[None]
-    except FileNotFoundError:
-        raise CascadeError(f"{image}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "a folder" if Path(image).is_dir() else str(error)
-        raise CascadeError(f"{image}: not a readable picture: {reason}") from None
+    path = expanded(os.fsdecode(image))
+    with picture_told(path), open_picture(path) as opened:
+        return from_pil(opened)[None]
+
+
+def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
+    """A mask, its file, or NumPy bool or uint8 (H, W) -> float32 (H, W): 1 where white, 0 where black.
+
+    Raises CascadeError for what is none of these, or cannot be read.
+    """
+    if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype in (np.bool_, np.uint8) and 0 not in mask.shape:
+        values = torch.from_numpy(np.ascontiguousarray(mask)).float()
+        return values if mask.dtype == np.bool_ else values / 255
+    if isinstance(mask, np.ndarray):
+        raise CascadeError(f"{name}: an array {mask.dtype} of shape {mask.shape}; expected bool or uint8 (H, W)")
+    return read_picture(mask)[0].float().mean(0).div(255)
 
 
 def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | None) -> tuple[int, int]:
@@ -88,7 +101,7 @@ def _doublings(longest: int, stage: StageConfig) -> float:
 
 def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     """The smaller picture with its last rows and columns repeated, until the network can divide the larger one."""
-    step = stage.model.downsampling
+    step = stage.geometry.divisor
     multiple = step // math.gcd(step, stage.scale)
     bottom, right = (-side % multiple for side in pixels.shape[-2:])
     # In float, because uint8 has no kernel for this; the values stay whole.
@@ -104,6 +117,6 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:
     """The side of the squares in which a picture of `size` is drawn; None: in one piece."""
-    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.model.receptive_radius is not None:
+    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.geometry.receptive_radius is not None:
         return DEFAULT_TILE
     return tile

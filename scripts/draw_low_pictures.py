@@ -32,8 +32,8 @@ from cascade.checkpoint import atomic_file
 from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
-from cascade.diffusion.noise import diffuse, noise_like
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.diffusion.noise import CLEAN, diffuse, noise_like
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
 from cascade.load import load_encoder, load_stage
 from cascade.seeds import generator
@@ -50,7 +50,8 @@ def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int,
     unprompted = cond.with_text(null.tokens, null.mask)
     guided = denoisers.guide(stage, cond, unprompted, settings.guidance, settings.guidance_interval)
     z = diffuse(low, noise_like(low, rng), torch.full((len(low), 1, 1, 1), log_snr))
-    levels = torch.linspace(log_snr, float(stage.noise_levels()[-1]), steps + 1)
+    levels = torch.linspace(log_snr, float(stage.schedule.log_snr(torch.zeros(()))), steps + 1)
+    levels[-1] = CLEAN
     return run_sampler(settings, limit(guided, settings), z, levels, rng, lambda _step, _x: None)
 
 
@@ -63,7 +64,9 @@ def smaller(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: in
         return to_uint8(redrawn(stage, downsample(truth, config.resolution), texts, log_snr, steps, rng))
     low = to_uint8(downsample(truth, config.low_resolution))
     batch = [Picture(place, 0, number) for place, number in enumerate(numbers)]
-    return to_uint8(draw_batch(stage, config.sampling, (config.resolution, config.resolution), batch, texts, low))
+    return to_uint8(
+        draw_batch(stage, Inputs(config.sampling, (config.resolution, config.resolution), batch, texts, low))
+    )
 
 
 def picture_of(row: Row) -> Tensor:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from cascade import CascadePipeline, Stage
+from cascade.diffusion.samplers import SAMPLERS, evaluations
 from cascade.evaluation import art, scenes
 from cascade.evaluation.report import Report, Request
 from cascade.slots import StageSlot
@@ -43,17 +45,22 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """How many steps make so many calls."""
-        return (self.calls + 1) // 2 if self.sampler == "heun" else self.calls
+        """The most steps that make no more than so many calls."""
+        return next(steps for steps in range(self.calls, 0, -1) if calls_of(self.sampler, steps) <= self.calls)
 
     @property
     def calls_made(self) -> int:
-        """Heun's method calls the network twice a step, but once in the last: always an odd number."""
-        return 2 * self.steps - 1 if self.sampler == "heun" else self.calls
+        """How many calls those steps make: Heun's method, for one, cannot make an even number."""
+        return calls_of(self.sampler, self.steps)
 
     def sampling(self) -> Mapping[str, Any]:
         """As arguments of the pipeline."""
         return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
+
+
+def calls_of(sampler: str, steps: int) -> int:
+    """Evaluations of the denoiser in so many steps."""
+    return len(evaluations(SAMPLERS[sampler], torch.linspace(-8, 8, steps + 1)))
 
 
 def settings(
@@ -125,8 +132,8 @@ def main(
     pipeline = CascadePipeline.from_pretrained(model)
     stage = pipeline.slots[0].load()
     default = stage.config.sampling
-    most = 2 * default.steps - 1 if default.sampler == "heun" else default.steps
-    own = Setting(default.sampler, most, default.guidance, default.guidance_interval)
+    kind = default.sampler.kind
+    own = Setting(kind, calls_of(kind, default.steps), default.guidance, default.guidance_interval)
     lines = list(settings(own, split(samplers, str), split(calls, int), split(guidances, float), list(intervals)))
     rows = []
     for line in lines:

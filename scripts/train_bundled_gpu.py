@@ -35,8 +35,8 @@ from cascade.build import build_stage
 from cascade.checkpoint import load_weights, save_tensors, write_json
 from cascade.conditioning import Conditioning
 from cascade.config import FORMAT_VERSION, StageConfig
+from cascade.device import choose_device
 from cascade.errors import CascadeError
-from cascade.load.device import choose_device
 from cascade.stage import Stage
 from cascade.training.interrupt import stop_signals
 

@@ -32,7 +32,10 @@ On the command line, `section.name=value` changes a setting: `cascade train base
 
 def reference() -> str:
     """The whole page."""
-    return HEAD + "".join(section(kind, path) for path, kind in sections(TrainConfig, ""))
+    first: dict[type[Settings], str] = {}
+    for path, kind in sections(TrainConfig, ""):
+        first.setdefault(kind, path)
+    return HEAD + "".join(section(kind, path) for kind, path in first.items())
 
 
 def sections(kind: type[Settings], path: str) -> Iterator[tuple[str, type[Settings]]]:
@@ -48,13 +51,15 @@ def section(kind: type[Settings], path: str) -> str:
     """Heading, description and table of one section."""
     choice = kind.model_fields.get("kind")
     title = f"{path}: {{kind: {choice.default}}}" if choice and path else path or "The file"
-    lines = [f"\n## {title}\n", f"{(kind.__doc__ or '').strip()}\n", "| setting | type | default | meaning |"]
-    lines.append("| --- | --- | --- | --- |")
+    lines = [f"\n## {title}\n", (kind.__doc__ or "").strip()]
+    rows = []
     for name, field in kind.model_fields.items():
         if name != "kind" or not path.count(".") or len(get_args(field.annotation)) > 1:
-            lines.append(
+            rows.append(
                 f"| `{name}` | {describe(field)} | {default(field)} | {' '.join((field.description or '').split())} |"
             )
+    if rows:
+        lines += ["", "| setting | type | default | meaning |", "| --- | --- | --- | --- |", *rows]
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +88,8 @@ def type_name(annotation: Any) -> str:
     if origin is dict:
         return f"mapping from {type_name(arguments[0])} to {type_name(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return "section"
+        kind = annotation.model_fields.get("kind")
+        return f"`{{kind: {kind.default}}}`" if kind and len(get_args(kind.annotation)) == 1 else "section"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(annotation, str(annotation))
 

@@ -12,7 +12,6 @@ from helpers_text import make_tiny_t5
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
 
@@ -132,7 +131,5 @@ def own_picture(stage: Stage, text_encoder: Path, low: Tensor | None = None, **c
     settings = stage.config.sampling.model_copy(update={"steps": 10} | changes)
     z = torch.randn(1, 3, size, size, generator=rng)
     if low is not None:
-        level = log_snr_from_std(torch.full((1, 1, 1, 1), settings.aug_level))
-        noised = diffuse(stage.unnoised(low), torch.randn(1, 3, size, size, generator=rng), level)
-        cond = Conditioning(cond.text, cond.text_mask, noised, level)
+        cond = stage.see(cond, low, torch.tensor([settings.aug_level]), torch.randn(1, 3, size, size, generator=rng))
     return stage.sample(cond, cond.with_text(null.text, null.text_mask), z, [rng], settings)

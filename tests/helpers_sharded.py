@@ -51,7 +51,7 @@ def train_sharded(
     assert run.run(resume=resume)
     network = run.stage.network
     states = run.optimizer.optimizer.state.values()
-    memory = [value for state in states for name, value in state.items() if name.startswith("exp_avg")]
+    memory = [value for state in states for name, value in state.items() if name != "step"]
     proof = {
         "processes": run.accelerator.num_processes,
         "units": sum(isinstance(module, FSDPModule) for module in network.modules()),

@@ -78,7 +78,7 @@ def batches(pipeline: CascadePipeline, records: list[PromptRecord], call: DrawOp
     counts: list[int] = []
 
     def watched(*arguments: Any, **more: Any) -> Any:
-        counts.append(len(arguments[3]))
+        counts.append(len(arguments[1].pictures))
         return draw_batch(*arguments, **more)
 
     with patch("cascade.drawing.engine.draw_batch", watched):
@@ -159,7 +159,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def limited(*arguments: Any, **more: Any) -> Any:
-        if len(arguments[3]) > 2:
+        if len(arguments[1].pictures) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw_batch(*arguments, **more)
 
@@ -192,7 +192,7 @@ def test_a_picture_that_is_not_finite_is_marked_and_others_go_on(
 ) -> None:
     def spoiled(*arguments: Any, **more: Any) -> Any:
         x = draw_batch(*arguments, **more)
-        x[[picture.seed == 1 for picture in arguments[3]]] = float("nan")
+        x[[picture.seed == 1 for picture in arguments[1].pictures]] = float("nan")
         return x
 
     monkeypatch.setattr("cascade.drawing.engine.draw_batch", spoiled)

@@ -100,7 +100,7 @@ def whole(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_the_same_command_again_draws_nothing_and_says_what_is_there(
     model: Path, prompts: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade.batch.engine.Engine.draw", None)
+    monkeypatch.setattr("cascade.drawing.engine.draw_batch", None)
     status, stdout, stderr = run(capsys, *call(model, prompts, whole))
     assert (status, stdout) == (1, f"25 pictures in {whole}, 25 of them from before, 1 failed\n")
     assert stderr == f"{prompts}:22: 'sed' is not a column; did you mean seed?\n"

@@ -30,7 +30,7 @@ from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
 from cascade.models.blocks import ResidualBlock
@@ -108,7 +108,7 @@ def enlarged(config: TrainConfig) -> object:
     """A picture drawn from a smaller one."""
     stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
     low = torch.randint(256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    picture = draw_batch(stage, config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low)
+    picture = draw_batch(stage, Inputs(config.stage.sampling, (8, 8), [Picture(0, 0, 0)], Texts(text, text), low))
     return digest({"picture": picture})
 
 
@@ -126,11 +126,11 @@ def sample_sheet(config: TrainConfig) -> object:
 
 
 def embeddings(config: TrainConfig) -> object:
-    """What the text encoder gives for two captions."""
+    """What the text encoder gives for no text and two captions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt .* was cut")
         return digest(
-            {"tokens": load_text_encoder(config.text).encode(["a red apple", "Two blue stars: www.stars.com"]).tokens}
+            {"tokens": load_text_encoder(config.text).encode(["", "a red apple", "Two stars: www.stars.com"]).tokens}
         )
 
 
@@ -310,12 +310,16 @@ ROWS: dict[str, Row] = {
     ),
     "stage.schedule[cosine].kind": Row("cosine", noise_levels, ("stage.schedule={kind: linear}",)),
     "stage.schedule[cosine].reference_resolution": Row("32", noise_levels, ("stage.schedule={kind: cosine}",)),
+    "stage.schedule[cosine].offset": Row("0.1", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_min": Row("-1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.schedule[cosine].log_snr_max": Row("1.0", noise_levels, ("stage.schedule={kind: cosine}",)),
     "stage.model[unet].channels": Row("[16]", weights),
     "stage.model[unet].blocks": Row("[2]", weights),
     "stage.model[unet].strides": Row("[2]", weights),
     "stage.model[unet].attention": Row("[false]", weights),
+    "stage.model[unet].attention_after": Row("level", weights, ("stage.model.blocks=[2]",)),
+    "stage.model[unet].self_attention": Row("false", weights),
+    "stage.model[unet].resampling": Row("conv", weights, ("stage.model.strides=[2]",)),
     "stage.model[unet].middle_blocks": Row("2", weights),
     "stage.model[unet].patch": Row("2", weights),
     "stage.model[unet].skips": Row("add", weights),
@@ -340,20 +344,16 @@ ROWS: dict[str, Row] = {
     "stage.model[if_unet].head_dim": Row("4", network_output, IF),
     "stage.model[if_unet].pooling_heads": Row("4", network_output, IF),
     "stage.model[if_unet].groups": Row("2", network_output, IF),
-    "stage.sampling.sampler": Row("heun", drawn),
     "stage.sampling.steps": Row("3", drawn),
     "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
     "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),
     "stage.sampling.threshold_maximum": Row("1.0", drawn, ("stage.sampling.threshold=0.9",)),
-    "stage.sampling.variance": Row("beta", drawn, ("stage.sampling.sampler=ddpm",)),
-    "stage.sampling.eta": Row("1.0", drawn),
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),
     "stage.sampling.flatten": Row("0.5", enlarged, SUPER_RESOLUTION),
-    "stage.presets[].sampler": Row("heun", drawn_fast),
     "stage.presets[].steps": Row("3", drawn_fast),
     "stage.presets[].guidance": Row("3.0", drawn_fast),
     "stage.presets[].aug_level": Row("0.3", drawn_fast, SUPER_RESOLUTION),
@@ -363,6 +363,7 @@ ROWS: dict[str, Row] = {
     "text.dtype": Row("bfloat16", embeddings, (T5,)),
     "text.padded": Row("true", embeddings, (T5,)),
     "text.captions": Row("deepfloyd", embeddings, (T5,)),
+    "text.null_text": Row("zeros", embeddings, (T5,)),
     "text.cache": Row("WORLD/cache", embeddings, (T5,)),  # the cache stores bf16
     # data
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
@@ -402,6 +403,7 @@ ROWS: dict[str, Row] = {
     "data.flip": Row("1.0", views, (FOLDER,)),
     "data.jitter": Row("0.2", views, (FOLDER,)),
     "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),
+    "data.aug_spread": Row("time", log, (*SUPER_RESOLUTION, "data.max_aug_level=0.9")),
     "data.max_bad_share": Row("1.0", views, ("data.sources=[{kind: folder, path: WORLD/half_broken}]",)),
     "data.workers": Row("1", reading_processes),
     "data.decoded": Row("WORLD/decoded", stored_pictures, (FOLDER,)),
@@ -446,6 +448,24 @@ ROWS: dict[str, Row] = {
     "training.keep_checkpoints": Row("3", files, ("training.save_every=1",)),
     "training.trackers": Row("[tensorboard]", files),
 }
+
+
+SAMPLERS = {
+    "[ddpm].kind": ("ddpm", "ddim"),
+    "[ddpm].variance": ("beta", "ddpm"),
+    "[ddpm].gamma": ("1.0", "ddpm, variance: between"),
+    "[ddim].kind": ("ddim", "heun"),
+    "[ddim].eta": ("1.0", "ddim"),
+    "[heun].kind": ("heun", "ddim"),
+    "[dpm++].kind": ("dpm++", "ddim"),
+}
+"""Another value of each setting of a sampler, and the sampler that it is compared with."""
+
+for _field, (_value, _sampler) in SAMPLERS.items():
+    for _section, _observe in (("stage.sampling", drawn), ("stage.presets[]", drawn_fast)):
+        _place = _section.replace("[]", ".fast")
+        _base = (f"{_place}.sampler={{kind: {_sampler}}}", f"{_place}.steps=3")
+        ROWS[f"{_section}.sampler{_field}"] = Row(_value, _observe, _base)
 
 
 def held_out(row: Row) -> Row:
@@ -496,7 +516,7 @@ def key_of(field: str) -> str:
     if not bracket:
         return field
     place = {"data.sources": ".0", "training.validation.sources": ".0", "stage.presets": ".fast"}.get(start, "")
-    return start + place + rest.partition("]")[2]
+    return start + place + key_of(rest.partition("]")[2])
 
 
 def test_every_field_has_a_row_and_every_row_a_field() -> None:

@@ -25,7 +25,7 @@ from cascade.config import (
     TrainConfig,
     UNetConfig,
 )
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import choose_device, choose_dtype
 from cascade.stage import Stage
@@ -111,14 +111,15 @@ def drawn(stage: Stage, tile: int | None = None, **settings: Any) -> None:
         low = torch.zeros(2, 3, side // stage.scale, side // stage.scale, dtype=torch.uint8)
     with torch.no_grad(), OnDevice() as mode:
         x = draw_batch(
-            stage,
-            SamplingConfig(**{"steps": 3, "guidance": 2.0, "aug_level": 0.1} | settings),
-            (side, side),
-            [Picture(0, 1, 0), Picture(1, 1, 1)],
-            Texts(embeddings(), embeddings()),
-            low,
+            stage.tiled(tile),
+            Inputs(
+                SamplingConfig(**{"steps": 3, "guidance": 2.0, "aug_level": 0.1} | settings),
+                (side, side),
+                [Picture(0, 1, 0), Picture(1, 1, 1)],
+                Texts(embeddings(), embeddings()),
+                low,
+            ),
             lambda _step, _x_hat: waits.append(len(mode.waits)),
-            tile,
         )
     assert x.is_meta
     assert x.shape == (2, 3, side, side)
@@ -224,9 +225,9 @@ def test_bfloat16_is_taken_only_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = torch.device("cuda:0")
-    monkeypatch.setattr("cascade.load.device.has_bfloat16", lambda _device: True)
+    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: True)
     assert choose_dtype(None, gpu) == torch.bfloat16
-    without_bfloat16(monkeypatch, "cascade.load.device")
+    without_bfloat16(monkeypatch, "cascade.device")
     for _ in range(2):
         assert choose_dtype(None, gpu) == torch.float32
     assert [record.message for record in caplog.records] == [

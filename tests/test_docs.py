@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -45,22 +46,39 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_configuration_reference_follows_the_types():
-    path = ROOT / "scripts" / "write_config_reference.py"
-    spec = importlib.util.spec_from_file_location("write_config_reference", path)
+def script(name: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == module.reference()
+    return module
 
 
-def test_the_tree_in_the_readme_names_every_module():
+def test_the_configuration_reference_follows_the_types():
+    reference = script("write_config_reference").reference()
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference
+
+
+def test_the_tree_of_the_architecture_is_that_of_the_files():
+    """`python scripts/write_tree.py` writes it again."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page == script("write_tree").page()
+    assert "`engine.py` The engine: tasks in, pictures out" in page
+
+
+def test_the_evening_of_the_readme_is_nine_files():
+    """That they are there, `test_links_between_documents_lead_somewhere` sees."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = [path for path in (ROOT / "cascade").rglob("*.py") if path.stat().st_size > 0]
-    files += list((ROOT / "scripts").glob("*.py"))
-    missing = [str(path.relative_to(ROOT)) for path in files if path.name not in readme]
-    assert missing == []
+    evening = readme.partition("## Read the code in an evening")[2].partition("\n## ")[0]
+    files = [ROOT / target for target in re.findall(r"\]\((cascade/[^)]+\.py)\)", evening)]
+    assert len(files) == 9
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 2500
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_links_between_documents_lead_somewhere():
@@ -94,6 +112,18 @@ def test_the_fine_tuning_tutorial_runs(checkout: Path):
     run("python fine_tune.py", checkout)
     run("python scripts/draw_fine_tune.py --until 64 --out sheet.png", checkout)
     assert size(checkout / "sheet.png")[0] > 8 * 128
+
+
+@pytest.mark.slow
+def test_the_commands_on_changing_pictures_run(checkout: Path):
+    Image.new("RGB", (256, 256), "yellow").save(checkout / "taxi.png")
+    Image.linear_gradient("L").point(lambda value: 255 * (value > 200)).save(checkout / "mask.png")
+    for command in commands("docs/editing.md"):
+        run(command, checkout)
+    (checkout / "edit.py").write_text("\n".join(commands("docs/editing.md", "python")), encoding="utf-8")
+    run("python edit.py", checkout)
+    assert size(checkout / "windows.png") == (256, 256)
+    assert size(checkout / "wide.png")[0] > 256
 
 
 @pytest.mark.slow

@@ -112,22 +112,6 @@ def test_contact_sheet_wants_a_label_for_every_picture() -> None:
         contact_sheet([Image.new("RGB", (2, 2))] * 2, columns=2, labels=["one"])
 
 
-@pytest.mark.parametrize(
-    ("values", "dtype", "expected"),
-    [
-        ([0, 7, 255], np.int32, [0, 7, 255]),
-        ([-5, 257, 65535], np.int32, [0, 1, 255]),
-        ([0.0, 0.2, 1.0], np.float32, [0, 51, 255]),
-        ([0.0, 51.0, 255.0], np.float32, [0, 51, 255]),
-        ([0.0, 257.0, 65535.0], np.float32, [0, 1, 255]),
-    ],
-)
-def test_gray_that_does_not_say_what_white_is_goes_by_its_largest_value(
-    values: list[float], dtype: type, expected: list[int]
-) -> None:
-    assert from_pil(Image.fromarray(np.array([values], dtype=dtype)))[0].tolist() == [expected]
-
-
 def test_flattening_removes_grain_and_keeps_an_edge() -> None:
     clean = torch.full((1, 3, 32, 32), -0.5)
     clean[..., 16:] = 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,82 +16,15 @@ import cascade
 PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
-LEAVES = {
-    "tiles",
-    "conditioning",
-    "settings",
-    "config",
-    "images",
-    "checkpoint",
-    "errors",
-    "seeds",
-    "locks",
-    "scratch",
-    "machine",
-    "streaming",
-    "transfer",
-    "_version",
-}
-CORE = LEAVES | {"models", "diffusion"}
-STAGE = CORE | {"stage"}
-DRAWING = {"arguments", "drawing", "output", "sampling", "save", "slots", "upscaling"}
-
-# Which parts of the package each part may import. A part is a module of the package, or one of its folders.
-MAY_IMPORT: dict[str, set[str]] = {
-    **{leaf: set() for leaf in LEAVES},
-    "conditioning": {"transfer"},
-    "allocator": set(),  # for programs alone
-    "settings": {"errors"},
-    "config": {"errors", "settings"},
-    "images": {"errors", "transfer"},
-    "seeds": {"errors"},
-    "scratch": {"errors"},
-    "streaming": {"errors"},
-    "checkpoint": {"errors", "settings", "config"},  # a stage folder holds the settings that made it
-    "sampling": {"errors", "settings", "config"},
-    "prompts": LEAVES | {"text", "sampling"},
-    "models": LEAVES,
-    "diffusion": LEAVES,
-    "text": LEAVES,
-    "data": LEAVES,
-    "stage": CORE,
-    "training": STAGE | {"text", "data", "drawing", "slots"},
-    "arguments": LEAVES | {"text"},
-    "output": LEAVES | {"drawing"},
-    "slots": STAGE | {"text"},
-    "drawing": STAGE | {"text", "slots", "upscaling"},
-    "save": STAGE | {"text", "slots"},
-    "upscaling": STAGE | {"arguments"},
-    "evaluation": STAGE | DRAWING | {"text", "data", "sampling", "pipeline"},
-    "pipeline": STAGE | DRAWING | {"text", "data", "sampling"},
-    "build": STAGE | {"text", "data", "pipeline", "training", "evaluation"},
-    "deepfloyd": STAGE | {"build"},
-    "memory": STAGE | {"build", "training"},  # which weights learn
-    "preflight": STAGE | {"build", "memory"},
-    "hub": {"errors"},
-    "load": STAGE
-    | {
-        "hub",
-        "memory",
-        "text",
-        "data",
-        "sampling",
-        "pipeline",
-        "training",
-        "evaluation",
-        "build",
-        "deepfloyd",
-        "preflight",
-        "slots",
-    },
-    "batch": STAGE | DRAWING | {"text", "data", "sampling", "prompts", "pipeline", "evaluation", "build", "load"},
-    "convert": STAGE | {"text", "pipeline", "build", "load", "deepfloyd", "hub"},
-    "integrations": STAGE | DRAWING | {"prompts", "pipeline", "batch"},
-    "server": STAGE | DRAWING | {"text", "prompts", "pipeline", "batch", "load"},
-    "__init__": STAGE | {"text", "output", "pipeline", "load"},  # the public names
-}
-# What stands at the top may import everything.
-TOP = {"cli", "__main__"}
+LAYERS = (
+    "errors _version values transfer files seeds locks scratch machine device allocator settings streaming hub images",
+    "conditioning config checkpoint diffusion models text data stage build deepfloyd",
+    "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight load",
+    "batch convert integrations server cli __init__ __main__",
+)
+"""Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
+parts of its own layer and of those before it, and no circle of parts is closed."""
+LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts.split()}
 # The one late import against the direction: CascadePipeline.from_pretrained.
 EXCEPTED = {("pipeline", "load")}
 
@@ -125,33 +59,47 @@ def imported_parts(path: Path) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("cascade.")} - {part_of(path)}
 
 
-@pytest.mark.parametrize("path", modules(), ids=dotted)
-def test_imports_point_one_way(path: Path) -> None:
-    part = part_of(path)
-    if part in TOP:
-        return
-    assert part in MAY_IMPORT, f"{part} is new: say in this table what it may import"
-    forbidden = {other for other in imported_parts(path) - MAY_IMPORT[part] if (part, other) not in EXCEPTED}
-    assert not forbidden, f"{dotted(path)} must not import {', '.join(sorted(forbidden))}"
-
-
-def test_the_table_itself_has_no_circle() -> None:
-    """Parts that import none but parts already placed are placed, until all are."""
-    placed: set[str] = set(LEAVES)
-    rest = {part: others - {part} for part, others in MAY_IMPORT.items() if part not in LEAVES}
-    while ready := {part for part, others in rest.items() if others <= placed}:
+def test_imports_point_down_and_close_no_circle() -> None:
+    edges = {(part_of(path), other) for path in modules() for other in imported_parts(path)} - EXCEPTED
+    unplaced = {part for edge in edges for part in edge} - LAYER.keys()
+    assert not unplaced, "new: name them in a layer"
+    assert not {(part, other) for part, other in edges if LAYER[part] < LAYER[other]}, "these point up"
+    rest, placed = set(LAYER), set[str]()
+    while ready := {part for part in rest if all(other in placed for one, other in edges if one == part)}:
         placed |= ready
-        rest = {part: others for part, others in rest.items() if part not in ready}
-    assert not rest
+        rest -= ready
+    assert not rest, "a circle, and what stands on it"
+
+
+READS_STEP_NUMBERS = "if_unet"  # DeepFloyd IF's network, which was trained on the numbers of one schedule's steps
 
 
 def test_networks_know_no_schedules_and_samplers_no_text() -> None:
     for path in modules():
         source = path.read_text()
         if part_of(path) == "models":
-            assert "schedule" not in "".join(imported_parts(path)), path
-        if path.name in ("samplers.py", "noise.py", "loss.py", "schedules.py", "parameterization.py"):
+            assert ("diffusion" in imported_parts(path)) == (path.stem == READS_STEP_NUMBERS), path
+        if part_of(path) == "diffusion":
             assert "import Conditioning" not in source, path
+
+
+MATHEMATICS_MAY_USE = {"torch", *sys.stdlib_module_names}
+
+
+def test_the_mathematics_imports_torch_alone() -> None:
+    """Neither a formula nor a module of ours that it leans on needs anything else: no settings, text or files."""
+    seen: set[str] = set()
+    waiting = {dotted(path) for path in (PACKAGE / "diffusion").glob("*.py")}
+    files = {dotted(path): path for path in modules()}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        names = [name for node in ast.walk(ast.parse(files[module].read_text())) for name in imported_names(node)]
+        outside = {name.partition(".")[0] for name in names} - {"cascade"}
+        assert outside <= MATHEMATICS_MAY_USE, f"{module} imports {', '.join(sorted(outside - MATHEMATICS_MAY_USE))}"
+        ours = {name if name in files else name.rpartition(".")[0] for name in names if name.startswith("cascade.")}
+        waiting |= ours - seen
+    assert {module for module in seen if not module.startswith("cascade.diffusion")} == {"cascade.transfer"}
 
 
 LOADED = """
@@ -190,6 +138,42 @@ def test_the_trainer_brings_accelerate_only() -> None:
     assert imported & HEAVY == {"accelerate"}
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["generate", "--help"], ["train", "--help"], ["nothing"]]
+)
+def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from cascade.cli import main\n"
+        f"main({arguments!r})\n"
+        "print(*{'torch', 'numpy', 'PIL', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_the_public_names_are_there_although_they_are_imported_late() -> None:
+    code = (
+        "import cascade; print(cascade.Stage.__module__, 'Stage' in dir(cascade)); from cascade import *; CascadeError"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "cascade.stage True\n"
+    with pytest.raises(AttributeError, match="module 'cascade' has no attribute 'Sage'"):
+        _ = cascade.Sage
+
+
+@pytest.mark.parametrize("package", ["torch", "click"])
+def test_ctrl_c_while_something_loads_is_one_line(package: str, tmp_path: Path) -> None:
+    """`click` is asked for before there is a program that could be told to stop, `torch` within a command."""
+    (tmp_path / f"{package}.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+    command = [sys.executable, "-m", "cascade", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", "cascade: stopped")
+
+
 def test_importing_cascade_asks_no_network() -> None:
     """Any connection or look-up of a name would end the process."""
     code = (
@@ -205,7 +189,8 @@ def test_importing_cascade_asks_no_network() -> None:
 def test_the_public_names_are_complete_and_typed() -> None:
     """Every name that the package imports for its users is in `__all__`; their parameters and results have types."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    imported = {name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "cascade" in str(node.module)]
+    imported = {name.name for node in ours for name in node.names}
     assert set(cascade.__all__) == imported
     assert cascade.__all__ == sorted(cascade.__all__)
     for name in cascade.__all__:

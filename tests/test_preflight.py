@@ -186,8 +186,8 @@ def test_a_wrong_run_ends_before_its_first_step(
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("training.frozen=[levels]",), ("training.lora_rank=2",)],
-    ids=["plain", "frozen", "lora"],
+    [(), ("training.frozen=[levels]",), ("training.lora_rank=2",), ("training.optimizer.kind=adafactor",)],
+    ids=["plain", "frozen", "lora", "adafactor"],
 )
 def test_what_the_disk_must_hold_is_what_a_run_leaves_and_a_checkpoint_more(
     tmp_path: Path, changes: tuple[str, ...]

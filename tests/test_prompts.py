@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 import resource
@@ -114,6 +117,78 @@ def test_bad_csv_rows_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     ]
 
 
+def test_a_quote_inside_a_cell_in_quotes_is_told_and_never_lost(tmp_path: Path) -> None:
+    table = 'prompt,seed\n"a fox with a 12" hat",1\na 12" hat,2\n"a 12"" hat",3\n'
+    records = read(tmp_path, "p.csv", table)
+    assert [(record.prompt, record.seed) for record in good(records)] == [('a 12" hat', 2), ('a 12" hat', 3)]
+    (failure,) = bad(records)
+    assert failure.startswith("2: not valid CSV: ',' expected after '\"'; a cell in quotes ends with one")
+
+
+@pytest.mark.parametrize("later", ["a star,2\n", '"a star, red",2\n'])
+def test_a_quote_that_is_not_closed_is_refused_with_the_line_where_it_began(tmp_path: Path, later: str) -> None:
+    """Which of the rows below were meant to be rows cannot be known: none of them is swallowed or drawn."""
+    table = 'prompt,seed\na dog,0\n"two\nlines",5\n' + '"a fox,1\n' + later * 300
+    (tmp_path / "p.csv").write_text(table)
+    records = read_prompts(str(tmp_path / "p.csv"), 0)
+    assert [next(records).origin.rpartition(":")[2] for _ in range(2)] == ["2", "3"]
+    with pytest.raises(CascadeError, match=r"p\.csv:5: the quote that begins a cell here is not followed by one"):
+        next(records)
+
+
+def test_the_line_of_an_unclosed_quote_is_that_of_its_cell(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('prompt,negative_prompt\n"two ""\nlines", a 12" hat\n"a\n","b\nc,d\n')
+    with pytest.raises(CascadeError, match=r"p\.csv:5: the quote"):
+        list(read_prompts(str(tmp_path / "p.csv"), 0))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_are_read_in_any_unicode_and_with_any_line_end(tmp_path: Path, encoding: str, end: str) -> None:
+    foxes = [f"a fóx {number} " + "in a field of wheat " * 50 for number in range(200)]
+    for name, lines in {
+        "p.txt": foxes,
+        "p.csv": ["prompt,seed", *(f"{fox},1" for fox in foxes)],
+        "p.jsonl": [json.dumps(fox, ensure_ascii=False) for fox in foxes],
+    }.items():
+        content = end.join(lines).encode(encoding)
+        if encoding == "utf-32":
+            assert content.startswith(b"\xff\xfe\0\0")
+        assert [record.prompt for record in good(read(tmp_path, name, content))] == [fox.strip() for fox in foxes]
+        assert count_prompts(str(tmp_path / name)) == 200
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "a.txt").write_bytes(end.join(["a fox", "réd"]).encode(encoding))
+    (caption,) = good(read_prompts(str(tmp_path / "captions"), 0))
+    assert caption.prompt == "a fox\nréd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("日本語の狐\n赤い星\n".encode("utf-16-le"), "holds zero bytes"),
+        ("prompt\n".encode("utf-16") + b"\0", "not UTF-16; save the file as UTF-8"),
+        (b"PK\3\4\0\0\0\0\0\0\n", "holds zero bytes"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_and_never_drawn(tmp_path: Path, content: bytes, message: str) -> None:
+    for name in ("p.txt", "p.jsonl", "p.csv"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CascadeError, match=rf"{name}: {message}"):
+            list(read_prompts(str(tmp_path / name), 0))
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "a.txt").write_bytes(content)
+    (failure,) = read_prompts(str(tmp_path / "captions"), 0)
+    assert message in str(failure)
+
+
+def test_a_zero_byte_further_down_costs_its_line(tmp_path: Path) -> None:
+    for name, line in {"p.txt": b"a\0b", "p.jsonl": rb'"a\u0000b"', "p.csv": b"a\0b"}.items():
+        lines = [b'"a star"' if name == "p.jsonl" else b"prompt"] * 1000
+        records = read(tmp_path, name, b"\n".join([*lines, line, lines[0]]))
+        assert len(good(records)) == len(records) - 1
+        assert bad(records) == ["1001: prompt: holds a zero byte, so it is no text; save the file as UTF-8"]
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv"])
 def test_a_file_without_prompts_is_refused_at_once(tmp_path: Path, name: str, content: str) -> None:
@@ -190,6 +265,78 @@ def test_captions_come_in_the_order_of_their_names_whatever_the_folder_says(tmp_
     assert [record.id for record in good(records)] == [name.decode().removesuffix(".txt") for name in names[:-1]]
     # A name that is not UTF-8 cannot be an id; it is told as far as it can be shown.
     assert str(last) == f"{tmp_path}/\ufffd.txt: not UTF-8; save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CascadeError, match=rf"{name}: cannot be read: a pipe or a device, no file; pipe into `-`"):
+        read_prompts(str(tmp_path / name), 0)
+    (tmp_path / "captions").mkdir()
+    os.mkfifo(tmp_path / "captions" / "a.txt")
+    (failure,) = read_prompts(str(tmp_path / "captions"), 0)
+    assert str(failure).endswith("a.txt: cannot be read: a pipe or a device, no file")
+
+
+TABLE = [["prompt", "seed"], ["a fox, red; and old", "7"], ["a star", "1.0"]]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("p.csv", ","), ("p.csv", ";"), ("p.csv", "\t"), ("p.tsv", "\t")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_are_read_with_the_separator_that_their_header_has(
+    tmp_path: Path, name: str, separator: str, packed: bool
+) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=separator).writerows(TABLE)
+    content = buffer.getvalue().encode()
+    name, content = (f"{name}.gz", gzip.compress(content)) if packed else (name, content)
+    found = good(read(tmp_path, name, content))
+    assert [(record.prompt, record.seed) for record in found] == [("a fox, red; and old", 7), ("a star", 1)]
+    assert count_prompts(str(tmp_path / name)) == 2
+
+
+def test_a_tsv_of_one_column_may_hold_commas(tmp_path: Path) -> None:
+    assert [record.prompt for record in good(read(tmp_path, "p.tsv", "prompt\na fox, red\n"))] == ["a fox, red"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "seed"), [("7.0", 7), ("7.", 7), (" 7.000 ", 7), ("7.5", None), (".0", None), ("1e3", None)]
+)
+def test_a_whole_number_may_be_written_as_a_spreadsheet_does(tmp_path: Path, cell: str, seed: int | None) -> None:
+    (record,) = read(tmp_path, "p.csv", f"prompt,seed\na fox,{cell}\n")
+    assert getattr(record, "seed", None) == seed
+
+
+@pytest.mark.parametrize("name", ["p.txt.gz", "p.ndjson", "p.jsonl.gz", "P.TXT"])
+def test_files_may_be_packed_and_called_otherwise(tmp_path: Path, name: str) -> None:
+    lines = b'"a fox"\n"a star"\n' if "json" in name else b"a fox\na star\n"
+    found = good(read(tmp_path, name, gzip.compress(lines) if name.endswith(".gz") else lines))
+    assert [record.prompt for record in found] == ["a fox", "a star"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"a fox\n" * 9999)[:60], b""])
+def test_a_damaged_packed_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.txt.gz").write_bytes(content)
+    with pytest.raises(CascadeError, match=r"p\.txt\.gz: (cannot be read|no prompts in it)"):
+        list(read_prompts(str(tmp_path / "p.txt.gz"), 0))
+
+
+def test_a_folder_of_parquet_parts_is_one_list_of_prompts(tmp_path: Path) -> None:
+    for name, prompts in {"part-1": ["c"], "part-0": ["a", ""]}.items():
+        parquet.write_table(pa.table({"prompt": prompts}), tmp_path / f"{name}.parquet")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "._part-0.parquet").write_bytes(b"no table")
+    records = list(read_prompts(str(tmp_path), 0))
+    assert [record.prompt for record in good(records)] == ["a", "c"]
+    assert str(records[1]) == f"{tmp_path}/part-0.parquet:2: prompt is missing"
+    assert count_prompts(str(tmp_path)) == 3
+
+
+def test_hidden_files_are_no_captions_and_endings_may_be_written_large(tmp_path: Path) -> None:
+    for name in ("a.txt", "._a.txt", ".b.txt", "B.TXT", "c.caption", "d.Caption", "e.md"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" if name.startswith(".") else b"a fox")
+    assert [record.id for record in good(read_prompts(str(tmp_path), 0))] == ["B", "a", "c", "d"]
+    assert count_prompts(str(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(

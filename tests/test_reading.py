@@ -22,6 +22,7 @@ from cascade.errors import CascadeError
 from cascade.load import assemble, load_encoder, load_train_config, load_trainer, read_index, read_reading
 
 PADDED = TextReading(max_length=150, padded=True, captions="deepfloyd")
+ZEROS = TextReading(max_length=150, null_text="zeros")
 TERMS = {"name": "mine", "license": "CC0-1.0"}
 
 
@@ -67,6 +68,17 @@ def test_the_assembled_cascade_reads_text_as_the_training_run_did(tmp_path: Path
     encoder = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu").text_encoder
     assert encoder.encode(["A RED circle"]).tokens.shape[1] == 150
     assert read_reading(tmp_path / "model" / "base") == PADDED
+
+
+def test_zeros_as_null_text_go_from_the_run_into_the_cascade_and_its_pipeline(tmp_path: Path, t5: Path) -> None:
+    run = train(tmp_path, t5, **ZEROS.model_dump())
+    assert read_reading(run / "stage") == ZEROS
+    assemble(t5, [run], **TERMS).save_pretrained(tmp_path / "model")
+    assert read_index(tmp_path / "model").reading == ZEROS
+    encoder = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu").text_encoder
+    assert not encoder.encode([""]).tokens.any()
+    with pytest.raises(CascadeError, match="null_text=encoded"):
+        assemble(t5, [run, *write_stages(tmp_path, None, TextReading(max_length=150))[1:]], **TERMS)
 
 
 def test_pictures_of_an_assembled_cascade_are_those_of_the_cascade_its_stages_come_from(

@@ -43,6 +43,12 @@ CHANGES: list[dict[str, Any]] = [
     {"height": 16},
     {"width": 16},
     {"source": "ab"},
+    {"image": "ab"},
+    {"mask": "ab"},
+    {"strength": {"base": 0.5}},
+    {"resampling": 2},
+    {"variation": 0.5},
+    {"variation_seed": 3},
     {"stages": {"base": SamplingConfig(steps=3)}},
     {"stages": {"sr16": SamplingConfig(steps=2)}},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ from cascade.diffusion.noise import alpha, diffuse, noise_like
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import OnStep, sample_ddim
 from cascade.diffusion.schedules import log_snr_grid
-from cascade.images import upsample
+from cascade.images import upsample, upsample_corners
+from cascade.settings import parse
 from cascade.stage import Stage, count_parameters
 
 MODEL: dict[str, Any] = {
@@ -113,8 +115,8 @@ def test_a_perfect_denoiser_draws_its_picture(sampler: str, path: str, monkeypat
     picture = normal(2, 3, 16, 16, seed=4).clamp(-1, 1)
     base = ours.origin(cond, (16, 16))
     r = (picture - base) / (0.25 if path == "residual" else 1.0)
-    monkeypatch.setattr(Stage, "prepare", lambda _stage, _cond, _tile: lambda _z, _log_snr: r)
-    settings = PLAIN.model_copy(update={"sampler": sampler, "threshold": "clip"})
+    monkeypatch.setattr(Stage, "prepare", lambda _stage, _cond: lambda _z, _log_snr: r)
+    settings = SamplingConfig(sampler=sampler, steps=4, threshold="clip")  # type: ignore[arg-type]
     drawn = draw(ours, cond, settings)
     # log SNR ends at 20: noise of 4.5e-5 times the largest of 1536 normal numbers
     torch.testing.assert_close(drawn, picture, rtol=0, atol=2e-4)
@@ -128,6 +130,35 @@ def test_residual_is_measured_from_the_upsampled_picture_with_its_signal_at_one(
     noised = replace(cond, low_res=diffuse(clean, torch.zeros_like(clean), cond.low_res_log_snr))
     torch.testing.assert_close(stage(8, path="residual").origin(noised, (16, 16)), upsample(clean, (16, 16)))
     assert not stage(8).origin(noised, (16, 16)).any()
+
+
+def test_a_stage_sees_the_smaller_picture_with_noise_of_the_given_deviation_under_the_same_text() -> None:
+    text, low, eps = conditions(), normal(2, 3, 8, 8, seed=9).clamp(-1, 1), normal(2, 3, 8, 8, seed=10)
+    std = torch.tensor([0.0, 0.6])
+    seen = stage(8).see(text, low, std, eps)
+    assert seen.text is text.text
+    assert seen.text_mask is text.text_mask
+    torch.testing.assert_close(seen.low_res, torch.stack([low[0], 0.8 * low[1] + 0.6 * eps[1]]), rtol=0, atol=2e-4)
+    assert seen.low_res_log_snr is not None
+    assert seen.low_res_log_snr.flatten().tolist() == pytest.approx([20.0, 2 * math.log(0.8 / 0.6)])
+
+
+def test_the_noise_on_a_smaller_picture_has_its_size_and_that_of_the_large_one_where_it_is_enlarged_first() -> None:
+    network = {"kind": "if_unet", "channels": [32], "blocks": [1], "attention": [False], "head_dim": 8}
+    enlarges_first = replace(
+        stage(8),
+        config=parse(
+            StageConfig,
+            {"name": "s", "resolution": 16, "low_resolution": 8, "model": network}
+            | {"schedule": {"kind": "squared_cosine"}},
+            "here",
+        ),
+    )
+    shapes = [each.noised_shape((3, 32, 16)) for each in (stage(), stage(8), enlarges_first)]
+    assert shapes == [None, (3, 16, 8), (3, 32, 16)]
+    low = normal(1, 3, 16, 8, seed=9)
+    seen = enlarges_first.see(conditions(1), low, torch.zeros(1), torch.zeros(1, 3, 32, 16))
+    torch.testing.assert_close(seen.low_res, upsample_corners(low, (32, 16)))
 
 
 @pytest.mark.parametrize("path", ["picture", "residual"])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from helpers_model import tiny_stage, tiny_stage_config
 from torch import Tensor
 
+from cascade.build import build_network
 from cascade.conditioning import Conditioning
-from cascade.config import UNetConfig
+from cascade.config import IFUNetConfig, ModelConfig, SquaredCosineSchedule, StageConfig, UNetConfig
 from cascade.diffusion.noise import noise_like
 from cascade.errors import CascadeError
 from cascade.memory import LiveBytes
+from cascade.models.tiled import in_tiles, tiles
 from cascade.seeds import generator
 from cascade.stage import Stage
-from cascade.tiles import in_tiles, tiles
 
 NETWORKS = {
     "patch": UNetConfig(channels=(8,), blocks=(1,), strides=(1,), attention=(False,), patch=4, norm="pixel"),
@@ -22,7 +25,22 @@ NETWORKS = {
         channels=(8, 8, 8), blocks=(1, 1, 2), strides=(1, 2, 2), attention=(False,) * 3, patch=2, norm="pixel"
     ),
     "stride first": UNetConfig(channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel"),
+    "resampled by convolution": UNetConfig(
+        channels=(8, 8), blocks=(1, 1), strides=(2, 2), attention=(False,) * 2, norm="pixel", resampling="conv"
+    ),
 }
+
+
+IF_NETWORK = IFUNetConfig(
+    channels=(32,),
+    blocks=(1,),
+    attention=(True,),
+    embedding_dim=32,
+    text_dim=32,
+    context_dim=32,
+    head_dim=8,
+    pooling_heads=4,
+)
 
 
 def convolutional_stage(model: UNetConfig, path: str = "residual") -> Stage:
@@ -39,7 +57,15 @@ def drawn(stage: Stage, height: int, width: int, tile: int | None) -> Tensor:
     cond = Conditioning(text, mask, low, torch.full((2, 1, 1, 1), 5.0))
     null = cond.with_text(torch.zeros_like(text), mask)
     with torch.inference_mode():
-        return stage.sample(cond, null, noise_like(torch.empty(2, 3, height, width), rng), rng, tile=tile)
+        z = noise_like(torch.empty(2, 3, height, width), rng)
+        return stage.tiled(tile).sample(cond, null, z, rng)
+
+
+def test_attention_to_text_alone_is_drawn_in_tiles_too() -> None:
+    attends = {"attention": (False, True), "self_attention": False, "text": "attention", "head_dim": 8}
+    plain = convolutional_stage(NETWORKS["stride first"]).config
+    stage = tiny_stage(plain.model_copy(update={"model": plain.model.model_copy(update=attends)}))
+    assert (drawn(stage, 64, 96, None) - drawn(stage, 64, 96, 32)).abs().max() < 2e-5
 
 
 def test_tiles_cover_every_pixel_once_and_see_their_margin_inside_the_picture() -> None:
@@ -68,7 +94,7 @@ def test_a_picture_in_tiles_equals_the_whole_up_to_rounding(name: str, path: str
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(name: str) -> None:
     stage = convolutional_stage(NETWORKS[name])
-    radius = stage.config.model.receptive_radius
+    radius = stage.config.geometry.receptive_radius
     assert radius is not None
     side = 4 * radius
     low, level = torch.zeros(1, 3, side // 4, side // 4), torch.zeros(1, 1, 1, 1)
@@ -79,7 +105,7 @@ def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(n
         before = denoise(z, level)
         z[..., side // 2, side // 2] = 100.0
         changed = (denoise(z, level) - before).abs().amax(dim=(0, 1)) > 0  # type: ignore[operator]
-    step = stage.config.model.downsampling
+    step = stage.config.geometry.divisor
     reached = (changed.nonzero() // step - side // 2 // step).abs().max() * step  # in whole squares
     assert reached <= radius
     assert reached > radius - 3 * step
@@ -88,7 +114,7 @@ def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(n
 def test_with_too_little_around_them_tiles_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = convolutional_stage(NETWORKS["levels"])
     whole = drawn(stage, 64, 64, None)
-    monkeypatch.setattr(UNetConfig, "receptive_radius", 8)
+    monkeypatch.setattr(UNetConfig, "_receptive_radius", lambda *_: 8)
     assert (whole - drawn(stage, 64, 64, 32)).abs().max() > 1e-3
 
 
@@ -119,4 +145,23 @@ def test_memory_in_tiles_grows_by_a_few_tensors_of_the_picture_alone() -> None:
 )
 def test_tiles_that_would_change_the_picture_are_refused(model: UNetConfig, tile: int, message: str) -> None:
     with pytest.raises(CascadeError, match=message):
-        convolutional_stage(model).check_tile(tile)
+        convolutional_stage(model).tiled(tile)
+
+
+@pytest.mark.parametrize("model", [NETWORKS["levels"], IF_NETWORK], ids=["unet", "if_unet"])
+def test_what_a_network_has_prepared_of_images_can_be_cropped_and_all_else_is_kept(model: ModelConfig) -> None:
+    network = build_network(
+        StageConfig(name="sr", resolution=16, low_resolution=8, model=model, schedule=SquaredCosineSchedule())
+    )
+    cond = Conditioning(torch.ones(1, 2, model.text_dim), torch.ones(1, 2, dtype=torch.bool))
+    whole = network.prepare(replace(cond, low_res=torch.rand(1, 3, 16, 16), low_res_log_snr=torch.zeros(1, 1, 1, 1)))
+    part = whole.crop(slice(0, 8), slice(8, 16))
+    for field in fields(whole):  # type: ignore[arg-type]
+        before, after = getattr(whole, field.name), getattr(part, field.name)
+        assert torch.equal(after, before[:, :, :8, 8:]) if field.name == "low_res" else after is before
+
+
+def test_a_stage_drawn_whole_is_the_stage_itself() -> None:
+    stage = convolutional_stage(NETWORKS["levels"])
+    assert stage.tiled(None) is stage
+    assert stage.tiled(32).network is not stage.network

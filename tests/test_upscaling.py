@@ -15,7 +15,7 @@ from PIL import Image
 import cascade
 from cascade import CascadeError, CascadePipeline
 from cascade.config import StageConfig
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.evaluation.fidelity import consistency
 from cascade.images import back_project, downsample, to_float
 from cascade.load import load_stage
@@ -254,7 +254,7 @@ def test_a_bundled_stage_draws_the_picture_that_it_is_given(name: str) -> None:
     lows = [bars(32, across) for across in (False, True)]
     with torch.inference_mode():
         drawn = [
-            draw_batch(stage, stage.config.sampling, (128, 128), [Picture(0, 0, 0)], Texts(empty, empty), low)
+            draw_batch(stage, Inputs(stage.config.sampling, (128, 128), [Picture(0, 0, 0)], Texts(empty, empty), low))
             for low in lows
         ]
     for picture, own, other in zip(drawn, lows, reversed(lows), strict=True):

@@ -230,7 +230,7 @@ TRAINING = [
     Case("config missing", "train {folder}/none.yaml", "none.yaml: no such file"),
     Case("config is a folder", "train {folder}", "cannot be read: Is a directory; give a YAML file"),
     Case("config is empty", TRAIN, "config.yaml: expected settings as `name: value`, found nothing", written("config.yaml", "")),
-    Case("config is no text", TRAIN, "config.yaml: cannot be read as UTF-8 text; give a YAML file", lambda world: (world.folder / "config.yaml").write_bytes(b"\x89PNG")),
+    Case("config is no text", TRAIN, "config.yaml: not UTF-8; save the file as UTF-8", lambda world: (world.folder / "config.yaml").write_bytes(b"\x89PNG")),
     Case("YAML broken", TRAIN, "config.yaml: not valid YAML", written("config.yaml", "a: [1\nb: }")),
     Case("YAML a list", TRAIN, "config.yaml: expected settings as `name: value`, found list", written("config.yaml", "- a")),
     Case("unknown setting", TRAIN + "training.stepz=3", "training.stepz is not a setting; did you mean training.steps?", good_settings),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade.arguments import stage_sizes
 from cascade.config import SamplingConfig
 from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.changes import Changes
+from cascade.drawing.edit import Edit
 from cascade.drawing.engine import Conduct
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.task import Task, passes
+from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import PromptRecord
 from cascade.sampling import resolve_sampling
@@ -30,7 +32,8 @@ class DrawOptions:
 
     run_seed: from which the seeds of the prompts follow, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
-    batch_size: see `cascade.drawing.batch_size.Wish`.
+    batch_size: see `cascade.drawing.batch_size.Wish`. changes: a picture to be changed, and how; a line may name its
+    own.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     """
 
@@ -45,6 +48,7 @@ class DrawOptions:
     batch_size: Wish = None
     window: int | None = None
     save_stages: bool = False
+    changes: Changes = field(default_factory=Changes)
 
     def conduct(self, **more: Any) -> Conduct:
         """How the engine goes about it. more: further fields of `Conduct`."""
@@ -53,7 +57,10 @@ class DrawOptions:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt with everything settled: what the stages in `slots` draw for it, at which sizes, and how."""
+    """A prompt with everything settled: what the stages in `slots` draw for it, at which sizes, and how.
+
+    edit: the picture that is changed. changes: what the recipe says of it.
+    """
 
     record: PromptRecord
     negative_prompt: str
@@ -61,6 +68,8 @@ class Job:
     slots: Sequence[StageSlot]
     sizes: Sequence[tuple[int, int]]
     settings: Mapping[str, SamplingConfig]
+    edit: Edit | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -91,13 +100,13 @@ class Target:
             height=height,
             width=width,
             stages={slot.config.name: job.settings[slot.config.name] for slot in job.slots},
+            **job.changes,
         )
 
     def task(self) -> Task:
         """The same for the engine."""
-        job = self.job
-        way = passes(job.slots, job.sizes, job.settings, self.number)
-        return Task(self.recipe, way, name=str(job.record.index))
+        recipe, job = self.recipe, self.job
+        return Task(recipe, passes(job.slots, job.sizes, recipe), edit=job.edit, name=str(job.record.index))
 
     @property
     def stem(self) -> str:
@@ -127,13 +136,27 @@ class Planner:
         settings = resolve_sampling(self._configs, options.preset, overrides)
         negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
         count = record.num_images or options.num_images
-        return Job(record, negative or "", count, self.slots, self.sizes, settings)
+        edit, size, said = self._changes(record)
+        sizes = self.sizes
+        if size != sizes[-1]:
+            sizes = stage_sizes([slot.config for slot in self.slots], *size)
+        return Job(record, negative or "", count, self.slots, sizes, settings, edit, said)
+
+    def _changes(self, record: PromptRecord) -> tuple[Edit | None, tuple[int, int], dict[str, Any]]:
+        """Those of the line, where it has any, else the call's."""
+        own = {name: getattr(record, name) for name in ("image", "mask", "strength")}
+        changes = replace(self._options.changes, **{name: value for name, value in own.items() if value is not None})
+        if changes.image is None and changes == self._options.changes == Changes():
+            return None, self.sizes[-1], {}
+        asked = self._options.height is not None or self._options.width is not None
+        return changes.resolve([slot.config for slot in self.slots], self.sizes[-1], asked)
 
     def window(self, sizes: BatchSizes) -> int:
         """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
         settings = resolve_sampling(self._configs, self._options.preset, self._options.sampling)
-        way = passes(self.slots, self.sizes, settings, number=0)
-        largest = sizes.largest or max(sizes.of(drawing) for drawing in way)
+        each = zip(self.slots, self.sizes, strict=True)
+        way = [Pass(slot, size, settings[slot.config.name], number=0) for slot, size in each]
+        largest = sizes.largest or max(map(sizes.of, way))
         return self._options.window or max(1, largest // self._options.num_images)
 
 

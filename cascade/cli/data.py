@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cascade.cli.paths import path_argument, path_option
 from cascade.cli.train import find_config
 from cascade.text.captions import prepare_caption
 
@@ -22,10 +23,10 @@ _SHOWN = 60  # characters of a caption before its cut
 
 
 @click.command("check-data")
-@click.argument("config")
+@path_argument("config")
 @click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--limit", type=click.IntRange(min=1), help="Records to look at, spread evenly; default: all of them.")
-@click.option("--sheet", type=click.Path(dir_okay=False), default="check-data.png", show_default=True)
+@path_option("--sheet", default="check-data.png", show_default=True)
 @click.option("--views", type=click.IntRange(min=1), default=24, show_default=True, help="Pictures on the sheet.")
 def check_data(config: str, assignments: tuple[str, ...], limit: int | None, sheet: str, views: int) -> int:
     """Look at the data of a training run, held-out data too: counts, sizes, bad records, caption lengths, copies.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
+from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
-from cascade.sampling import number, whole_number
 from cascade.seeds import MAX_SEED
+from cascade.values import number, whole_number
 
 if TYPE_CHECKING:
     from cascade.evaluation.report import Request, Suite
@@ -55,19 +56,19 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 
 
 @click.command()
-@click.argument("model", required=False)
+@path_argument("model", required=False)
 @click.option("--suite", type=click.Choice(tuple(SUITES)), required=True, help="What is measured.")
-@click.option("--out", default="evaluation", show_default=True, metavar="FOLDER", help="Where the report goes.")
+@path_option("--out", default="evaluation", show_default=True, metavar="FOLDER", help="Where the report goes.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of prompts and noise.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Pictures at most; default: the suite's own.")
-@click.option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
+@path_option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
 @click.option("--until", type=click.IntRange(min=1), metavar="SIZE", help="Side of the largest drawings measured.")
 @click.option("--further", type=click.IntRange(min=1), metavar="N", help="Drawings of each further style of the data.")
-@click.option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
-@click.option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
+@path_option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
+@path_option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures per call.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")

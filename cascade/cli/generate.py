@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cascade.cli.paths import path_option
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
+from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
+from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
     from cascade.batch import DrawOptions, Layout, Output, Progress, Summary
+    from cascade.drawing.changes import Changes
     from cascade.pipeline import CascadePipeline
 
 
-def for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable[[Any], Any]:
+def for_stages(
+    name: str, convert: Callable[[str], Any], help: str, metavar: str = "[STAGE=]VALUE,..."
+) -> Callable[[Any], Any]:
     """An option that takes `20` for all stages, or `base=20,sr256=4`."""
 
     def read(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Any:
@@ -32,7 +36,7 @@ def for_stages(name: str, convert: Callable[[str], Any], help: str) -> Callable[
         except ValueError as error:
             raise click.BadParameter(f"{error}.") from None
 
-    return click.option(name, callback=read, metavar="[STAGE=]VALUE,...", help=help)
+    return click.option(name, callback=read, metavar=metavar, help=help)
 
 
 _POSITIVE = click.IntRange(min=1)
@@ -61,13 +65,13 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@click.option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .tsv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
-@click.option(
+@path_option(
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
 )
-@click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@click.option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in a folder with pictures of an earlier run; they go.")
 @click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
 @click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts in a shard of webdataset.")
@@ -79,7 +83,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--negative-prompt", metavar="TEXT", help="What the pictures should not be like.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
@@ -88,6 +92,14 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--width", type=_POSITIVE, help="Of the pictures, in pixels.")
 @click.option("--save-stages", is_flag=True, help="Keep the smaller pictures too, in FOLDER/stages.")
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
+@path_option("--image", metavar="FILE", help="A picture to change, see docs/editing.md.")
+@path_option("--mask", metavar="FILE", help="White where the picture is drawn anew; elsewhere every bit stays.")
+@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.85, with a mask 1.")
+@for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
+@click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
+@click.option(
+    "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Go this far to another seed's noise."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
 @click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
@@ -109,7 +121,9 @@ def generate(**values: Any) -> int:
 
         if request.prompts or request.file:
             raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
-        return redraw(request.from_image, model=request.model, out=request.out, device=request.device)
+        return redraw(
+            request.from_image, model=request.model, out=request.out, device=request.device, changes=request.changes()
+        )
     if bool(request.prompts) == bool(request.file):
         raise CascadeError("give either prompts or --prompts FILE")
     if request.html and request.format == "webdataset":
@@ -146,6 +160,12 @@ class Request:
     height: int | None
     width: int | None
     save_stages: bool
+    image: str | None
+    mask: str | None
+    strength: float | dict[str, float] | None
+    extend: dict[str, int] | None
+    resampling: int
+    variation: tuple[int, float] | None
     grid: bool
     device: str | None
     dtype: str | None
@@ -227,7 +247,16 @@ class Request:
             batch_size=self.batch_size,
             window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
             save_stages=self.save_stages,
+            changes=self.changes(),
         )
+
+    def changes(self) -> Changes:
+        """The picture to be changed, and how."""
+        from cascade.drawing.changes import Changes
+
+        if self.extend is not None and not isinstance(self.extend, dict):
+            raise CascadeError("--extend: expected sides, such as left=64,top=32")
+        return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
 
     def _progress(self) -> Progress:
         from cascade.batch import Bar, JsonLog, Progress
@@ -289,7 +318,7 @@ class Request:
 
 
 def _event(name: str, **values: Any) -> str:
-    return json.dumps({"event": name, **values}, ensure_ascii=False)
+    return json_text({"event": name, **values})
 
 
 @contextmanager

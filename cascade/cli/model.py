@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
-from cascade.sampling import per_stage
+from cascade.values import per_stage
 
 if TYPE_CHECKING:
     from cascade.config import SamplingConfig, StageConfig
@@ -43,8 +44,8 @@ class Part:
 
 
 @click.command()
-@click.argument("model", required=False)
-@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
+@path_argument("model", required=False)
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) -> int:
     """Show the parts of a cascade: sizes, parameters, arithmetic, licence, and which ways to load it fit here.
@@ -112,8 +113,7 @@ def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
 
 def network_calls(stage: Stage, settings: SamplingConfig) -> int:
     """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    levels = stage.noise_levels(settings).tolist()
-    evaluated = levels[:-1] + (levels[1:-1] if settings.sampler == "heun" else [])
+    evaluated = stage.evaluations(settings)
     if settings.guidance == 1:
         return len(evaluated)
     low, high = settings.guidance_interval or (float("-inf"), float("inf"))
@@ -128,19 +128,13 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cascade.conditioning import Conditioning
+    from cascade.stage import blank_call
 
-    network, config = stage.network, stage.config
     with torch.device("meta"), torch.inference_mode():
-        picture = torch.zeros(1, 3, config.resolution, config.resolution)
-        level = torch.zeros(1, 1, 1, 1)
-        text = torch.zeros(1, text_tokens, config.model.text_dim)
-        cond = Conditioning(text, torch.ones(1, text_tokens, dtype=torch.bool))
-        if config.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
-        prepared = network.prepare(cond)
+        z, level, cond = blank_call(stage.config, 1, text_tokens)
+        prepared = stage.network.prepare(cond)
         with FlopCounterMode(display=False) as counter:
-            network(picture, level, prepared)
+            stage.network(z, level, prepared)
     return counter.get_total_flops() / 1e9
 
 
@@ -196,10 +190,10 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 
 
 @click.command()
-@click.option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
-@click.option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
+@path_option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
+@path_option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
 @click.option("--adapter", metavar="STAGE=FOLDER,...", help="Low-rank adapters, to be added to stages.")
-@click.option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
+@path_option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
 @click.option("--name", required=True, help="Name of the cascade.")
 @click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format on disk; default: as trained.")
@@ -245,9 +239,9 @@ def _adapters(text: str | None) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("source")
-@click.argument("out")
-@click.option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
+@path_argument("source")
+@path_argument("out")
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
 def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
     """Turn DeepFloyd IF from diffusers' folder layout into ours, or back. Weights stay bit for bit.
 

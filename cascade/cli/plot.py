@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from cascade.cli.paths import path_argument, path_option
+
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="curves.png", show_default=True)
-def plot(runs: tuple[Path, ...], out: Path) -> int:
+@path_argument("runs", nargs=-1, required=True)
+@path_option("--out", default="curves.png", show_default=True)
+def plot(runs: tuple[str, ...], out: str) -> int:
     """Draw what runs logged: loss, loss by noise level, learning rate, gradient norm, pictures per second.
 
     RUNS are folders of training runs; each is a line in every panel. Needs no server and no display.
@@ -22,8 +24,8 @@ def plot(runs: tuple[Path, ...], out: Path) -> int:
     from cascade.checkpoint import atomic_file
     from cascade.training.plot import draw_curves, read_curves
 
-    figure = draw_curves({str(run): read_curves(run) for run in runs})
+    figure = draw_curves({run: read_curves(Path(run)) for run in runs})
     with atomic_file(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-    click.echo(f"{len(runs)} runs: {out}" if len(runs) > 1 else str(out))
+    click.echo(f"{len(runs)} runs: {out}" if len(runs) > 1 else out)
     return 0

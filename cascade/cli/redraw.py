@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from PIL import Image
 
 from cascade._version import __version__
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture
+
+if TYPE_CHECKING:
+    from cascade.drawing.changes import Changes
+    from cascade.drawing.edit import Edit
+    from cascade.drawing.recipe import Recipe
+    from cascade.pipeline import CascadePipeline
 
 
-def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> int:
+def redraw(picture: str, *, model: str | None, out: str, device: str | None, changes: Changes) -> int:
     """Draw `picture` again into the folder `out`, to the same bytes; the exit status.
 
-    Raises CascadeError when it says nothing of itself, or was drawn by another model.
+    changes: names the picture that it was made from, where it was made from one. Raises CascadeError when it says
+    nothing of itself, or was drawn by another model.
     """
     from cascade.batch import read_metadata
 
@@ -23,7 +31,7 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> 
     target = Path(out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
-    content = _drawn(said, format, picture, model, device)
+    content = _drawn(said, format, picture, _Where(model, device, changes))
     same = content == Path(picture).read_bytes()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +42,16 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None) -> 
     return 0 if same else 1
 
 
-def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, device: str | None) -> bytes:
+@dataclass(frozen=True)
+class _Where:
+    """What the command line says besides the picture."""
+
+    model: str | None
+    device: str | None
+    changes: Changes
+
+
+def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> bytes:
     """The file, as the run that wrote it would; the smaller picture of a stage is known by its size."""
     from cascade.batch.metadata import encode
     from cascade.drawing.engine import Conduct
@@ -45,19 +62,36 @@ def _drawn(said: dict[str, Any], format: str, picture: str, model: str | None, d
 
     recipe = Recipe.from_json(said, picture)
     settings = said["settings"]
-    pipeline = CascadePipeline.from_pretrained(model, device=device or settings["device"], dtype=settings["dtype"])
+    pipeline = CascadePipeline.from_pretrained(
+        where.model, device=where.device or settings["device"], dtype=settings["dtype"]
+    )
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
-    with Image.open(picture) as image:
+    with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
-    (result,) = engine.draw([pipeline.task(recipe)])
+    (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, where.changes))])
     if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
     images = [to_pil(pixels[None])[0] for pixels in result.pixels]
     chosen = next((image for image in images if image.size == size), images[-1])
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     return encode(chosen, {**said, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+
+
+def _edit(recipe: Recipe, pipeline: CascadePipeline, picture: str, changes: Changes) -> Edit | None:
+    """The change that a picture was made by. Raises CascadeError when the command line names another one, or none."""
+    if not recipe.image:
+        return None
+    if changes.image is None:
+        raise CascadeError(
+            f"{picture}: was made from another picture; name that with --image, and the mask with --mask"
+        )
+    configs = [slot.config for slot in pipeline.slots[: len(recipe.stages)]]
+    edit, _, own = changes.resolve(configs, (recipe.height, recipe.width), asked=True)
+    if (own["image"], own["mask"]) != (recipe.image, recipe.mask):
+        raise CascadeError(f"{picture}: was made from another picture or mask than --image and --mask name")
+    return edit
 
 
 def _difference(said: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.allocator import keep_freed_memory
+from cascade.cli.paths import path_argument
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _LAUNCHER = "accelerate"
 
 
 @click.command()
-@click.argument("config")
+@path_argument("config")
 @click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint.")
 def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
@@ -54,7 +55,7 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
 
 
 @click.command()
-@click.argument("config")
+@path_argument("config")
 @click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Captions at a time.")
 @click.option("--device", help="cpu, cuda, ...; default: the GPU if there is one.")

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
+from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
-from cascade.sampling import PRESETS, SETTINGS, number, resolve_sampling, threshold_value, whole_number
+from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
+from cascade.text.captions import well_formed
+from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
 if TYPE_CHECKING:
     from cascade.output import CascadeOutput
@@ -23,19 +26,19 @@ _POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@path_argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--prompt", default="", metavar="TEXT", help="What the pictures show.")
 @click.option("--to", type=_POSITIVE, metavar="N", help="Longer side of the result; default: of the last stage.")
 @click.option("--tile", type=_POSITIVE, metavar="N", help="Draw squares of this side one at a time: less memory.")
-@click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@click.option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@path_option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
 @click.option("--overwrite", is_flag=True, help="Replace pictures that are there already.")
 @click.option(
     "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Same seed, same pictures."
 )
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 2 or sr256=4,sr1024=2.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
-@for_stages("--sampler", str, "ddpm, ddim, heun or dpm++.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
@@ -64,6 +67,7 @@ def upscale(
     cascade upscale out/*.png --to 4096 --tile 512
     """
     from cascade.pipeline import CascadePipeline
+    from cascade.sampling import resolve_sampling
 
     targets = _targets(images, Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
@@ -112,7 +116,7 @@ def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mappi
         raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
     asked = {"source_sha256": source, **options}
     if target.exists() and not overwrite:
-        if _asked_before(target) == json.loads(json.dumps(asked)):
+        if _is_of(target, json.loads(json.dumps(asked))):
             return "kept"
         raise CascadeError(f"{target}: is there already, and not from this call; --overwrite, or name another --out")
     result = pipeline.upscale(image, **options)
@@ -149,24 +153,27 @@ def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> Non
 
     chunks = PngInfo()
     for name, value in entry.items():
-        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
     try:
         with atomic_file(target) as temporary:
             result.images[0].save(temporary, format="PNG", pnginfo=chunks)
         line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
         with (target.parent / "manifest.jsonl").open("a", encoding="utf-8") as manifest:
-            manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+            manifest.write(json_text(line) + "\n")
     except OSError as error:
         raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def _asked_before(target: Path) -> Any:
-    """What an earlier call asked for, by the picture that it left; None if it says nothing of the kind."""
-    from PIL import Image
+def _is_of(target: Path, asked: Any) -> bool:
+    """Whether a whole picture stands there that an earlier call was asked for in the same way."""
+    from cascade.files.picture import open_picture
 
     try:
-        with Image.open(target) as image:
-            image.load()
-            return json.loads(getattr(image, "text", {}).get("upscale", "null"))
-    except (OSError, ValueError, SyntaxError):
-        return None
+        # However large it is: only one that says that it is ours is decoded.
+        with open_picture(target, limited=False) as image:
+            ours = bool(json.loads(image.info.get("upscale", "null")) == asked)
+            if ours:
+                image.load()
+            return ours
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError):
+        return False

@@ -1,7 +1,8 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, Fraction, Kind, PositiveInt
+from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction
 from cascade.config.data import (
+    Captions,
     DataConfig,
     FolderSource,
     HubSource,
@@ -12,7 +13,7 @@ from cascade.config.data import (
     TextReading,
     WebDatasetSource,
 )
-from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
+from cascade.config.network import ModelConfig
 from cascade.config.noise import (
     ConstantSchedule,
     CosineSchedule,
@@ -20,20 +21,29 @@ from cascade.config.noise import (
     ScheduleConfig,
     SquaredCosineSchedule,
 )
-from cascade.config.stage import PresetConfig, SamplingConfig, StageConfig
+from cascade.config.samplers import SamplerConfig, complete_sampler, with_sampler_section
+from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.config.training import (
     EMAConfig,
     LogitNormalLevels,
     LossConfig,
+    LowRankLayers,
     OptimizerConfig,
     TrainConfig,
     TrainingConfig,
     UniformLevels,
     ValidationConfig,
 )
+from cascade.diffusion.parameterization import Kind
+from cascade.models.if_unet import IFUNetConfig
+from cascade.models.unet import UNetConfig
+from cascade.settings import PositiveInt
 
 __all__ = [
     "FORMAT_VERSION",
+    "AugSpread",
+    "Captions",
     "ConstantSchedule",
     "CosineSchedule",
     "DataConfig",
@@ -46,11 +56,13 @@ __all__ = [
     "LinearSchedule",
     "LogitNormalLevels",
     "LossConfig",
+    "LowRankLayers",
     "ModelConfig",
     "OptimizerConfig",
     "ParquetSource",
     "PositiveInt",
     "PresetConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "ScenesSource",
     "ScheduleConfig",
@@ -65,4 +77,6 @@ __all__ = [
     "UniformLevels",
     "ValidationConfig",
     "WebDatasetSource",
+    "complete_sampler",
+    "with_sampler_section",
 ]

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+
+from cascade.files.paths import expanded
 
 FORMAT_VERSION = 1
 """Version of every file that is written from these settings; `cascade.load` reads this one."""
 
-Kind = Literal["eps", "v", "x", "velocity"]
-"""What a network may predict; see `diffusion.parameterization`."""
-PositiveInt = Annotated[int, Field(gt=0)]
+AugSpread = Literal["std", "time"]
+"""In what the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError("is empty; name a file or folder")
+    return expanded(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path, or the name of something on the hub: not empty, `~` at its beginning the home folder."""

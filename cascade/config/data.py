@@ -7,8 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Fraction, PositiveInt
-from cascade.settings import Settings
+from cascade.config.common import AugSpread, Fraction, PathText
+from cascade.settings import PositiveInt, Settings
+
+Captions = Literal["as_is", "lower", "deepfloyd"]
+"""How captions are cleaned; see `cascade.text.captions`."""
 
 
 class TextReading(Settings):
@@ -18,18 +21,20 @@ class TextReading(Settings):
     """Tokens kept of a caption; longer ones are cut with a warning."""
     padded: bool = False
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
-    captions: Literal["as_is", "lower", "deepfloyd"] = "as_is"
+    captions: Captions = "as_is"
     """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
+    null_text: Literal["encoded", "zeros"] = "encoded"
+    """What networks are given for no text: what the encoder makes of the empty prompt, or zeros, as Imagen has it."""
 
 
 class TextConfig(TextReading):
     """The frozen text encoder of a training run."""
 
-    encoder: str = "bundled"
+    encoder: PathText = "bundled"
     """`bundled`, a folder in transformers' layout, or a hub id such as google/flan-t5-base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
 
     @property
@@ -39,11 +44,11 @@ class TextConfig(TextReading):
 
 
 class FolderSource(Settings):
-    """A folder of pictures with captions: sidecar .txt files, or metadata.jsonl / metadata.csv with file_name."""
+    """A folder of pictures; captions in .txt or .caption files, or in metadata.jsonl / metadata.csv with file_name."""
 
     kind: Literal["folder"] = "folder"
-    path: str
-    """The folder; searched recursively."""
+    path: PathText
+    """The folder; searched recursively, linked folders too, hidden ones not."""
     caption_column: str = "caption"
     """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -54,7 +59,7 @@ class ParquetSource(Settings):
     """Parquet files with an encoded picture and a caption in each row."""
 
     kind: Literal["parquet"] = "parquet"
-    files: tuple[str, ...]
+    files: tuple[PathText, ...]
     """Paths or glob patterns."""
     image_column: str = "image"
     """Column of encoded pictures (bytes, or a struct with `bytes`)."""
@@ -71,7 +76,7 @@ class HubSource(Settings):
     """Any dataset that Hugging Face `datasets` loads, streaming or not."""
 
     kind: Literal["datasets"] = "datasets"
-    name: str
+    name: PathText
     """Hub id, builder name or local folder, as for `datasets.load_dataset`."""
     config: str | None = None
     """Configuration of the dataset."""
@@ -93,7 +98,7 @@ class WebDatasetSource(Settings):
     """WebDataset tar shards on a disk: neighbours 0001.jpg, 0001.txt are a record. Read in place, never unpacked."""
 
     kind: Literal["webdataset"] = "webdataset"
-    files: tuple[str, ...]
+    files: tuple[PathText, ...]
     """Paths or glob patterns of uncompressed tar files. (Shards on a hub: `kind: datasets` with `streaming`.)"""
     caption: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "txt"
     """Ending of the members with captions: `txt`, of which each line is a variant, or `json`."""
@@ -144,12 +149,15 @@ class DataConfig(Settings):
     """Largest random shift and zoom, as a share of the size, with white around; for pictures on white. Drawn scenes
     stay as they are."""
     max_aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Super-resolution: noise on the smaller picture is uniform in [0, this]."""
+    """Super-resolution: largest standard deviation of the noise on the smaller picture, which has any from 0 on."""
+    aug_spread: AugSpread = "std"
+    """Super-resolution: that noise is uniform in its standard deviation, or in the time of the cosine schedule, as
+    Imagen and DeepFloyd IF draw it: a seventh of the pictures then have more than 0.97."""
     max_bad_share: Fraction = 0.05
     """Stop when a larger share of the records is broken or has no caption."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode pictures beside the training process."""
-    decoded: str | None = None
+    decoded: PathText | None = None
     """Folder for pictures decoded once, at the stage's `resolution`, and mapped into memory by every process from then
     on: 12 KB each at 64 px. The views are the same. Streams and drawn scenes are not stored. None: no such folder."""
 

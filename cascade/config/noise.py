@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PositiveInt
-from cascade.settings import Settings
+from cascade.diffusion.noise import LOG_SNR_RANGE
+from cascade.settings import PositiveInt, Settings
 
-LogSnr = Annotated[float, Field(ge=-20, le=20)]  # diffusion.noise.LOG_SNR_RANGE
+LogSnr = Annotated[float, Field(ge=LOG_SNR_RANGE[0], le=LOG_SNR_RANGE[1])]
 
 
 class ConstantSchedule(Settings):
@@ -50,6 +50,9 @@ class CosineSchedule(Settings):
     kind: Literal["cosine"] = "cosine"
     reference_resolution: PositiveInt | None = None
     """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
+    offset: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Time by which the cosine starts early, so that the first steps have some noise; 0.008 in Nichol & Dhariwal (2021)
+    and Imagen."""
     log_snr_min: LogSnr = -20.0
     """Log SNR at t = 1 is clipped to this."""
     log_snr_max: LogSnr = 20.0

@@ -1,83 +1,22 @@
-"""A stage: how it draws, its presets, and all that stage.json holds."""
+"""A stage: its network, its noise, what the network predicts and how it draws; all that stage.json holds."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Fraction, Kind, PositiveInt
-from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
-from cascade.config.noise import CosineSchedule, ScheduleConfig, SquaredCosineSchedule
-from cascade.settings import Settings
+from cascade.config.network import ModelConfig
+from cascade.config.noise import CosineSchedule, ScheduleConfig
+from cascade.config.samplers import SamplerConfig
+from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.diffusion.parameterization import Kind
+from cascade.models.network import Geometry
+from cascade.models.unet import UNetConfig
+from cascade.settings import PositiveInt, Settings
 
-StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
-NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
-
-
-class SamplingConfig(Settings):
-    """How a stage draws unless the caller says otherwise."""
-
-    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] = "ddim"
-    """`ddpm` is algorithm 18.2; the others reach the same quality in fewer steps."""
-    steps: StepCount = 50
-    """Number of sampling steps (Heun calls the network twice in each but the last)."""
-    spacing: Literal["t", "log_snr", "leading", "trailing"] = "t"
-    """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
-    schedule, of which the first or the last is met."""
-    timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None
-    """Discrete schedules: the steps themselves, numbered from 0, high noise first, or one of DeepFloyd IF's lists, in
-    place of `steps` and `spacing`."""
-    variance: Literal["posterior", "beta", "learned"] = "posterior"
-    """Variance sigma_t^2 of `ddpm`: of the posterior, beta_t, or between them where the network says (`if_unet`)."""
-    eta: Fraction = 0.0
-    """`ddim`: 0 is deterministic, 1 adds as much noise as `ddpm`."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of classifier-free guidance, 1 = none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
-    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["clip"] | None = "clip"
-    """Dynamic thresholding at a quantile such as 0.995 (Imagen), static `clip` to [-1, 1], or none."""
-    threshold_maximum: Annotated[float, Field(ge=1)] | None = None
-    """Dynamic thresholding divides by no more than this. None: no cap."""
-    aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Super-resolution: standard deviation of the noise on the smaller picture."""
-    consistency: Annotated[int, Field(ge=0)] = 0
-    """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
-    smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
-
-    flatten: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """After the last step, neighbours whose colours differ by less than about this, in [-1, 1], are averaged: the grain
-    that a small network leaves in flat art goes, edges stay. Not for photographs. 0: nothing is."""
-
-    @model_validator(mode="after")
-    def _descending(self) -> Self:
-        if isinstance(self.timesteps, tuple) and (
-            not self.timesteps or any(after >= before for before, after in pairwise(self.timesteps))
-        ):
-            raise ValueError("timesteps must fall from step to step, from high noise to low, such as [999, 500, 0]")
-        return self
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
-            low, high = self.guidance_interval
-            raise ValueError(f"guidance_interval [{low:g}, {high:g}] is empty; give the smaller log SNR first")
-        return self
-
-
-class PresetConfig(Settings):
-    """What a named preset changes in `sampling`."""
-
-    sampler: Literal["ddpm", "ddim", "heun", "dpm++"] | None = None
-    """See sampling.sampler."""
-    steps: StepCount | None = None
-    """See sampling.steps."""
-    guidance: Annotated[float, Field(ge=0)] | None = None
-    """See sampling.guidance."""
-    aug_level: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """See sampling.aug_level."""
+PICTURE_CHANNELS = 3
+"""Red, green, blue: of what a stage draws and of the smaller picture that it starts from."""
 
 
 class StageConfig(Settings):
@@ -114,16 +53,36 @@ class StageConfig(Settings):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
             raise ValueError("path: residual needs low_resolution, the smaller picture it differs from")
-        if isinstance(self.model, IFUNetConfig) and not isinstance(self.schedule, SquaredCosineSchedule):
-            raise ValueError("model.kind: if_unet needs schedule.kind: squared_cosine, whose steps it was trained on")
-        if self.sampling.variance == "learned" and not isinstance(self.model, IFUNetConfig):
-            raise ValueError("sampling.variance: learned needs model.kind: if_unet, which predicts it")
-        if self.resolution % self.model.downsampling:
+        needed = self.model.needs_schedule
+        if needed not in (None, self.schedule.kind):
             raise ValueError(
-                f"resolution {self.resolution} is not a multiple of {self.model.downsampling},"
+                f"model.kind: {self.model.kind} needs schedule.kind: {needed}, whose steps it was trained on"
+            )
+        self.check_sampler(self.sampling.sampler)
+        if self.resolution % self.geometry.divisor:
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of {self.geometry.divisor},"
                 " by which the model divides it"
             )
         return self
+
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        """Raises ValueError for a sampler that needs a variance which this stage's network does not predict."""
+        if sampler.own.get("variance") == "learned" and not self.model.predicts_variance:
+            raise ValueError(
+                f"sampler.variance: learned needs a network that predicts it, which model.kind: {self.model.kind} does"
+                " not; choose posterior, beta or between"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of its pictures; nothing else says how many they have."""
+        return PICTURE_CHANNELS
+
+    @property
+    def geometry(self) -> Geometry:
+        """How its network lies over a picture."""
+        return self.model.geometry(self.channels)
 
     @property
     def scale(self) -> int:

@@ -7,12 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import Kind, PositiveInt
+from cascade.config.common import PathText
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
-from cascade.settings import Settings
+from cascade.diffusion.parameterization import Kind
+from cascade.settings import PositiveInt, Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+LowRankLayers = Literal["attention", "all"]
+"""Layers that learn a difference of low rank: the linear ones of attention, or all linear and convolutional ones."""
 
 
 class UniformLevels(Settings):
@@ -52,8 +55,8 @@ class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
     kind: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """`adamw`; `adafactor` (less memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers' matrices
-    and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
+    """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
+    matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
@@ -83,7 +86,7 @@ class ValidationConfig(Settings):
     """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """The held-out pictures."""
+    """The held-out pictures, in the sections of data.sources."""
     every: PositiveInt = 1000
     """Steps between validations; there is one after the last step too."""
     batches: PositiveInt = 8
@@ -103,14 +106,14 @@ class TrainingConfig(Settings):
     """Arithmetic inside the network; weights stay float32. fp16 needs a GPU, bf16 one since NVIDIA's Ampere."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
     `adapter` holds them apart. 0: train all weights."""
-    lora_layers: Literal["attention", "all"] = "attention"
+    lora_layers: LowRankLayers = "attention"
     """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -156,7 +159,7 @@ class TrainConfig(Settings):
 
     format: Literal[1] = 1
     """Version of this file's layout."""
-    output: str
+    output: PathText
     """Folder of the run: checkpoints, samples, log and the finished stage."""
     stage: StageConfig
     """What is trained."""
@@ -178,7 +181,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = math.lcm(scale, self.stage.model.downsampling)
+            step = math.lcm(scale, self.stage.geometry.divisor)
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

@@ -10,7 +10,11 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
+)
+"""What is taken for a picture. One that this Pillow cannot read is a bad record: counted, and named."""
+
 
 EncodedPicture = bytes | Path | Image.Image | Tensor | None
 """Bytes or the path of a file, a picture of PIL, or uint8 (3, H, W), decoded already."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import errno
 import json
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,26 +13,36 @@ from typing import Any
 
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
 from cascade.errors import CascadeError
+from cascade.files.table import BadRowError, csv_rows
+from cascade.files.text import NotTextError, read_text
+from cascade.files.walk import Walk, walk
+
+logger = logging.getLogger("cascade.data")
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
+_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name that is too long with another ending is nobody's
 
 
 class FolderRecords:
     """Pictures of a folder and its subfolders, sorted by path.
 
-    Captions come from a metadata.jsonl or metadata.csv with `file_name` (relative to it) where one lists the
-    picture, else from the .txt file of the same name, in which each line that is not empty is a variant.
+    Captions come from every metadata.jsonl and metadata.csv that lists the picture by `file_name` (relative to it),
+    else from the .txt and .caption files of the same name, in which each line that is not empty is one. Several are
+    variants. Hidden files and folders are no data; problems: what of the rest cannot be read, a line each.
     """
 
     def __init__(self, folder: Path, caption_column: str) -> None:
-        if not folder.is_dir():
-            raise CascadeError(f"data source {folder}: no such folder")
+        found = files_of(folder)
+        self.problems = found.problems
+        if found.problems:
+            logger.warning("data source %s: %d left out, the first: %s", folder, len(found.problems), found.problems[0])
         self._listed: dict[Path, tuple[str, ...]] = {}
         for name in METADATA_NAMES:
-            for path in sorted(folder.rglob(name)):
-                self._listed.update(_read_metadata(path, caption_column))
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        pictures = {path for path in files if not path.is_dir()}
+            for path in (path for path in found.files if path.name == name):
+                for picture, captions in _read_metadata(path, caption_column):
+                    self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
+        pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
         self._paths = sorted(pictures | self._listed.keys())
         if not self._paths:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
@@ -51,45 +62,77 @@ class FolderRecords:
     def _captions_of(self, path: Path) -> tuple[str, ...]:
         if path in self._listed:
             return self._listed[path]
-        for sidecar in (path.with_suffix(".txt"), path.with_suffix(".TXT")):
-            try:
-                return caption_variants(sidecar.read_text(encoding="utf-8-sig").splitlines())
-            except FileNotFoundError:
-                continue
-            except UnicodeDecodeError:
-                raise BadRecordError(str(sidecar), "not UTF-8") from None
-            except OSError as error:
-                raise BadRecordError(str(sidecar), f"cannot be read: {error.strerror}") from None
-        return ()
+        texts = (_sidecar(path.with_suffix(ending)) for ending in SIDECARS)
+        return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
 
 
-def _read_metadata(path: Path, caption_column: str) -> dict[Path, tuple[str, ...]]:
-    """Captions by picture path. Raises CascadeError for lines and columns that are not as they should be."""
+def files_of(folder: Path) -> Walk:
+    """What lies below the folder of a source. Raises CascadeError when it is none, or cannot be read."""
+    try:
+        return walk(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CascadeError(f"data source {folder}: no such folder") from None
+    except OSError as error:
+        raise CascadeError(f"data source {folder}: cannot be read: {error.strerror or error}") from None
+
+
+def _sidecar(path: Path) -> str:
+    """The text of a caption's file; empty when there is none. Raises BadRecordError."""
+    try:
+        return read_text(path)
+    except NotTextError as error:
+        raise BadRecordError(str(path), str(error)) from None
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return ""
+        raise BadRecordError(str(path), f"cannot be read: {error.strerror or error}") from None
+
+
+def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """(picture, captions) of each line. Raises CascadeError for lines and columns that are not as they should be."""
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
     for column in ("file_name", caption_column):
         if rows and column not in columns:
             raise CascadeError(f"{path}: no column {column!r}; there are {', '.join(columns)}")
-    return {
-        path.parent / str(row["file_name"]): caption_variants(row.get(caption_column))
-        for row in rows
-        if row.get("file_name")
-    }
+    for row in rows:
+        if row.get("file_name"):
+            # One name for a picture, however a line writes it: `./a.png`, `sub/../a.png`.
+            name = os.path.normpath(str(row["file_name"]))
+            yield path.parent / name, caption_variants(row.get(caption_column))
 
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CascadeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    if path.suffix == ".csv":
-        try:
-            yield from csv.DictReader(io.StringIO(text, newline=""), restkey="")
-        except csv.Error as error:
-            raise CascadeError(f"{path}: not valid CSV: {error}") from None
-        return
+        text = read_text(path)
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
     # Not `splitlines`, which also cuts at the rarer line ends that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = text.split("\n")
+    yield from _table(lines, path) if path.suffix == ".csv" else _objects(lines, path)
+
+
+def _table(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    rows = csv_rows(lines, str(path))
+    header: list[str] | None = None
+    for line, cells in rows:
+        if isinstance(cells, BadRowError):
+            raise CascadeError(f"{path}, line {line}: {cells}")
+        if header is None:
+            header = [cell.strip() for cell in cells]
+        elif len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        else:
+            raise CascadeError(
+                f"{path}, line {line}: {len(cells)} cells, the header has {len(header)}; put a cell with a separator"
+                " inside it in quotes"
+            )
+
+
+def _objects(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

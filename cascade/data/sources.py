@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from cascade.config import (
 )
 from cascade.data.dataset import Records
 from cascade.data.decoded import Making, decoded, stamp_of_files
-from cascade.data.folder import FolderRecords
+from cascade.data.folder import FolderRecords, files_of
 from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
 from cascade.data.tables import open_hub_table, open_parquet, open_stream
 from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
+from cascade.files.patterns import matching
 
 FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
@@ -52,7 +52,7 @@ def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | 
 def _stamp(config: FiniteSource, records: Records) -> str:
     """What changes when the pictures or captions of a source do."""
     if isinstance(config, FolderSource):
-        return stamp_of_files(sorted(path for path in Path(config.path).rglob("*") if path.is_file()))
+        return stamp_of_files(files_of(Path(config.path)).files)
     if isinstance(config, HubSource):
         return str(getattr(records, "fingerprint", len(records)))
     return stamp_of_files(matching_files(config.files))
@@ -79,9 +79,10 @@ def matching_files(patterns: Iterable[str]) -> list[str]:
 
 
 def _files_of(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
-    matches = sorted(path for path in found if Path(path).is_file())
+    matches = matching(pattern)
     if not matches:
         hint = "; it is a folder: give folder/*.parquet" if Path(pattern).is_dir() else ""
+        if "[" in pattern:
+            hint = "; brackets mean any of the letters inside: write [[] for one in a name"
         raise CascadeError(f"data source {pattern}: no file matches{hint}")
     return matches

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from cascade.config import DataConfig, HubSource, ScenesSource, SourceConfig, StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records
+from cascade.data.folder import FolderRecords
 from cascade.data.loader import Views
 from cascade.data.order import SceneSource
 from cascade.data.sources import open_records
@@ -86,7 +87,9 @@ def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: in
     chosen = range(len(finite)) if limit is None else _spread(len(finite), limit)
     examined = _Examined(finite, look)
     findings = read_by_workers(examined, chosen, data.workers) if data.workers else map(examined.__getitem__, chosen)
-    return _sum(Survey(_name(source), len(finite)), findings)
+    found = _sum(Survey(_name(source), len(finite)), findings)
+    found.problems += finite.problems if isinstance(finite, FolderRecords) else []
+    return found
 
 
 def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import glob
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cascade.config import HubSource, ParquetSource
@@ -69,7 +71,8 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
     if total == 0:
         raise CascadeError(f"data source {' '.join(config.files)}: there are no rows")
     table = _quietly(
-        lambda: datasets.load_dataset("parquet", data_files=files, split="train", columns=wanted),
+        # The library takes each for a pattern.
+        lambda: datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train", columns=wanted),
         " ".join(config.files),
     )
     for column in pictures:
@@ -129,10 +132,24 @@ def _stream_batches(stream: Any, name: str, skip: int) -> Iterator[dict[str, Any
 def _load_hub(config: HubSource) -> Any:
     import datasets
 
+    _check_name(Path(config.name))
     return _quietly(
         lambda: datasets.load_dataset(config.name, config.config, split=config.split, streaming=config.streaming),
         config.name,
     )
+
+
+def _check_name(folder: Path) -> None:
+    """Raises CascadeError for a folder whose name the library takes for a pattern, and would read others in its place.
+
+    It looks at where a link leads, so that a link with a plain name is no way out.
+    """
+    whole = str(folder.resolve()) if folder.is_dir() else ""
+    if glob.has_magic(whole) or "::" in whole:
+        raise CascadeError(
+            f"data source {folder}: `datasets` takes `*`, `?`, `[` and `::` in {whole} for a pattern; rename the"
+            " folder, or read it with kind: parquet, webdataset or folder"
+        )
 
 
 def _quietly(load: Callable[[], Any], name: str) -> Any:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioning, concatenate
 from cascade.diffusion.noise import Denoiser, Estimate, number_of, with_x, x_of
 
 
-class ConditionalDenoiser(Protocol):
+class Joinable(Protocol):
+    """A batch of conditions, whatever they are. `cascade.conditioning.Conditioning` is one."""
+
+    def joined(self, other: Self) -> Self:
+        """This batch with another behind it."""
+
+
+Conditions = TypeVar("Conditions", bound=Joinable)
+_Seen = TypeVar("_Seen", bound=Joinable, contravariant=True)
+
+
+class ConditionalDenoiser(Protocol[_Seen]):
     """A denoiser that also sees conditions. A `Stage` is one."""
 
-    def prepare(self, cond: Conditioning) -> Denoiser:
+    def prepare(self, cond: _Seen) -> Denoiser:
         """The denoiser for these conditions; what does not change between steps is computed here, once."""
 
 
 def guide(
-    model: ConditionalDenoiser,
-    cond: Conditioning,
-    null: Conditioning,
+    model: ConditionalDenoiser[Conditions],
+    cond: Conditions,
+    null: Conditions,
     weight: float | Tensor,
     interval: tuple[float, float] | None = None,
 ) -> Denoiser:
@@ -37,7 +47,7 @@ def guide(
     """
     if not isinstance(weight, Tensor) and weight == 1:
         return model.prepare(cond)
-    both = model.prepare(concatenate([cond, null]))
+    both = model.prepare(cond.joined(null))
 
     def guided(z: Tensor, log_snr: Tensor) -> Estimate:
         estimate = both(torch.cat([z, z]), torch.cat([log_snr, log_snr]))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.config import Kind
-from cascade.diffusion.noise import LOG_SNR_RANGE, diffuse, posterior
-from cascade.diffusion.parameterization import log_weight_in_x, target, to_x
+from cascade.diffusion.noise import CLEAN, diffuse, posterior
+from cascade.diffusion.parameterization import Kind, log_weight_in_x, target, to_x
 from cascade.diffusion.schedules import NoiseSchedule, ReverseStep
 
 
@@ -81,21 +80,36 @@ def variational_bits(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr
     log_variance = torch.lerp(step.small, step.large, place)
     ratio = step.small - log_variance
     divergence = 0.5 * (ratio.exp() - 1 - ratio + (true_mean - mean).square() * (-log_variance).exp())
-    nats = torch.where(step.before >= LOG_SNR_RANGE[1], -log_likelihood(x, mean, log_variance), divergence)
+    nats = torch.where(step.before >= CLEAN, -log_likelihood(x, mean, log_variance), divergence)
     return nats.mean(dim=(1, 2, 3)) / math.log(2)
 
 
 def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log of the probability that a Gaussian gives to the bin of x, one of 256 levels in [-1, 1]; shaped like x.
 
-    The outermost bins reach to infinity. Source: Ho et al. (2020) eq. 13.
+    The outermost bins reach to infinity. Source: Ho et al. (2020) eq. 13. Far from the mean, where the cumulative
+    distribution is 1 but for rounding, or 0, the mirrored bin's logarithms are subtracted instead: right in float32 at
+    any distance, with a gradient.
     """
     scale = (-0.5 * log_variance).exp()
-    above = torch.special.ndtr((x - mean + 1 / 255) * scale)
-    below = torch.special.ndtr((x - mean - 1 / 255) * scale)
-    above = torch.where(x > 0.999, torch.ones_like(above), above)
-    below = torch.where(x < -0.999, torch.zeros_like(below), below)
-    return (above - below).clamp(min=1e-12).log()
+    above = torch.where(x > 0.999, _EDGE, (x - mean + 1 / 255) * scale)
+    below = torch.where(x < -0.999, -_EDGE, (x - mean - 1 / 255) * scale)
+    mirrored = above + below > 0
+    above, below = torch.where(mirrored, -below, above), torch.where(mirrored, -above, below)
+    around = torch.special.ndtr(above) - torch.special.ndtr(below)  # a bin that the mean lies in or next to
+    log_above, log_below = (_log_lower_tail(end.clamp(max=0)) for end in (above, below))
+    beyond = log_above + torch.log(-torch.expm1((log_below - log_above).clamp(max=-_LEAST)))
+    return torch.where(above > 0, around.clamp(min=_LEAST).log(), beyond)
+
+
+_EDGE = 1e4
+"""As many standard deviations as stand for infinity, whose gradient would not be a number."""
+_LEAST = 1e-12
+
+
+def _log_lower_tail(x: Tensor) -> Tensor:
+    """Log of the probability that a standard normal number is below x <= 0. torch's own `log_ndtr` is not for MPS."""
+    return torch.special.erfcx(-x / math.sqrt(2)).log() - math.log(2) - x.square() / 2
 
 
 def uniform_levels(schedule: NoiseSchedule, u: Tensor) -> Tensor:

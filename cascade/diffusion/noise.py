@@ -26,6 +26,9 @@ Denoiser = Callable[[Tensor, Tensor], Estimate]
 LOG_SNR_RANGE = (-20.0, 20.0)
 """Log SNR is clipped to this wherever a formula would reach infinity; at the ends 2e-9 of signal or noise is left."""
 
+CLEAN = LOG_SNR_RANGE[1]
+"""Log SNR of a picture without noise: where a sampler's last level is this or more, it ends at x itself."""
+
 
 def x_of(estimate: Estimate) -> Tensor:
     """The x_hat of an estimate."""

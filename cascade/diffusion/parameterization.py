@@ -11,11 +11,15 @@ t = sqrt(1-alpha) / (sqrt(alpha) + sqrt(1-alpha)), so `velocity` needs no second
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from cascade.config import Kind
 from cascade.diffusion.noise import alpha, one_minus_alpha
+
+Kind = Literal["eps", "v", "x", "velocity"]
+"""What a network may predict."""
 
 
 def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:

@@ -1,21 +1,29 @@
-"""Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings.
+"""Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings file.
 
 Common to all: z is (B, C, H, W), drawn from the noise level log_snrs[0]; log_snrs is (N + 1,), increasing; the
-result is (B, C, H, W) at the level log_snrs[N]. A variance that the denoiser gives beside x_hat is used by `ddpm`
-with variance `learned` alone. `on_step(step, x_hat)` is called after each of the N steps.
+result is (B, C, H, W) at the level log_snrs[N], and x itself, as in algorithm 18.2, where that is `CLEAN`. A variance
+that the denoiser gives beside x_hat is used by `ddpm` with variance `learned` alone. `on_step(step, x_hat)` is called
+after each of the N steps.
+
+A new sampler is a function here and a line in `SAMPLERS`. The parameters that it takes by name alone are its own
+settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the first line of its docstring their title.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from cascade.diffusion.noise import (
+    CLEAN,
     Denoiser,
+    Estimate,
     alpha,
     noise_like,
     note_number,
@@ -30,6 +38,27 @@ from cascade.transfer import on_device
 
 Generators = Sequence[torch.Generator]
 OnStep = Callable[[int, Tensor], None]
+Sampler = Callable[..., Tensor]
+"""(denoise, z, log_snrs, rng, on_step, *, its own settings) -> the result."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a sampler's own setting means, and the least and the greatest value of a number."""
+
+    meaning: str
+    least: float | None = None
+    greatest: float | None = None
+
+
+Variance = Annotated[
+    Literal["posterior", "beta", "between", "learned"],
+    Option("sigma_t^2: of the posterior, beta_t, or between: where `gamma` says, or a network (`learned`, IF's)."),
+]
+Gamma = Annotated[
+    float, Option("`between`: the share of the way from the posterior's log variance to beta's, as in Imagen.", 0, 1)
+]
+Eta = Annotated[float, Option("0 is deterministic, 1 adds as much noise as `ddpm`.", 0, 1)]
 
 
 def _ignore(step: int, x_hat: Tensor) -> None:
@@ -37,9 +66,13 @@ def _ignore(step: int, x_hat: Tensor) -> None:
 
 
 def _pairs(z: Tensor, log_snrs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1)."""
+    """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1); infinite after the last step to `CLEAN`.
+
+    In the formulas of a step an infinite log SNR is exactly x: alpha is 1, and what is left of z and of noise is 0.
+    """
     numbers = log_snrs.tolist()
-    levels = on_device(log_snrs.float(), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
+    numbers[-1] = math.inf if numbers[-1] >= CLEAN else numbers[-1]
+    levels = on_device(torch.tensor(numbers), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
     noted = [note_number(level, number) for level, number in zip(levels.unbind(), numbers, strict=True)]
     yield from ((step, *pair) for step, pair in enumerate(pairwise(noted)))
 
@@ -59,26 +92,31 @@ def sample_ddpm(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    variance_of: Literal["posterior", "beta", "learned"] = "posterior",
+    *,
+    variance: Variance = "posterior",
+    gamma: Gamma = 0.3,
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance_of: sigma_t^2 is that of the `posterior`, or `beta`, or lies between the two where the denoiser says
-    (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances,
-    Nichol & Dhariwal (2021) eq. 15 for what lies between.
+    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma of
+    the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15;
+    Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between, and Saharia
+    et al. (2022), whose gamma is one number.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
         x_hat = x_of(estimate)
-        z, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
-        beta = step_beta(log_snr_t, log_snr_s)
-        if variance_of == "beta":
-            variance = beta
-        elif variance_of == "learned":
-            assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
-            variance = torch.lerp(variance.log(), beta.log(), estimate[1]).exp()
+        z, spread = posterior(x_hat, z, log_snr_t, log_snr_s)
         if step < len(log_snrs) - 2:
-            z = z + variance.sqrt() * noise_like(z, rng)
+            beta = step_beta(log_snr_t, log_snr_s)
+            if variance == "beta":
+                spread = beta
+            elif variance == "between":
+                spread = spread ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
+            elif variance == "learned":
+                assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
+                spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()
+            z = z + spread.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
     return z
 
@@ -89,7 +127,8 @@ def sample_ddim(
     log_snrs: Tensor,
     rng: Generators,
     on_step: OnStep = _ignore,
-    eta: float = 0.0,
+    *,
+    eta: Eta = 0.0,
 ) -> Tensor:
     """DDIM: first order. eta 0 is deterministic; eta 1 has the posterior's variance, hence is DDPM.
 
@@ -146,18 +185,48 @@ def sample_dpmpp(
     """DPM-Solver++(2M): second order with one evaluation a step, x_hat extrapolated from the step before.
 
     With lambda = log SNR / 2 and r = h_before / h: x = x_hat + (x_hat - x_before) / (2 r). The last step is of
-    first order, since lambda jumps there. Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
+    first order, since lambda jumps there; so is one after a step so short that its slope would be rounding alone.
+    Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
     """
     x_before: Tensor | None = None
     h_before, length_before = torch.zeros(()), 0.0
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         x_hat = x_of(denoise(z, log_snr_t))
-        h = log_snr_s - log_snr_t
+        h, length = log_snr_s - log_snr_t, number_of(log_snr_s) - number_of(log_snr_t)
         x = x_hat
-        # A clipped schedule in many steps has some of no length at its ends, from which no slope can be had.
-        if x_before is not None and step < len(log_snrs) - 2 and length_before > 0:
+        if x_before is not None and step < len(log_snrs) - 2 and length_before > LEAST_SHARE * length:
             x = x_hat + h / (2 * h_before) * (x_hat - x_before)
         z = _move(x, z, log_snr_t, log_snr_s)
-        x_before, h_before, length_before = x_hat, h, number_of(log_snr_s) - number_of(log_snr_t)
+        x_before, h_before, length_before = x_hat, h, length
         on_step(step, x_hat)
     return z
+
+
+LEAST_SHARE = 0.01
+"""Of a step's length in log SNR, that the step before must have to tell a slope: `dpm++` multiplies the difference of
+two x_hat, of which bfloat16 rounds away 4e-3, by half the inverse. A clipped schedule in many steps has some of no
+length at its ends, and joined lists of levels two that differ by rounding alone."""
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddpm": sample_ddpm,
+    "ddim": sample_ddim,
+    "heun": sample_heun,
+    "dpm++": sample_dpmpp,
+}
+"""By the names that settings give them."""
+
+
+def evaluations(sampler: Sampler, log_snrs: Tensor, **own: Any) -> list[float]:
+    """Log SNR of each evaluation of the denoiser that a sampler makes on its way over log_snrs (N + 1,), in order.
+
+    own: the sampler's own settings. Found by letting it run on one number, with a denoiser that only takes notes.
+    """
+    seen: list[float] = []
+
+    def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
+        seen.append(number_of(log_snr))
+        return torch.zeros_like(z), torch.zeros_like(z)  # a variance too, for the sampler that asks for one
+
+    sampler(denoise, torch.zeros(1, 1, 1, 1), log_snrs, [torch.Generator()], **own)
+    return seen

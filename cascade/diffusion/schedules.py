@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import LOG_SNR_RANGE
+from cascade.diffusion.noise import CLEAN, LOG_SNR_RANGE
 from cascade.transfer import on_device
 
 
@@ -120,22 +120,27 @@ def squared_cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
 
 
 class CosineSchedule:
-    """alpha = cos^2(pi t / 2), so log SNR = -2 log tan(pi t / 2), plus a shift, clipped.
+    """alpha = cos^2(a) / cos^2(a_0) at the angle a = (t + s) / (1 + s) pi / 2, plus a shift of log SNR, clipped.
 
-    Source: Nichol & Dhariwal (2021) without their offset; the shift 2 log(reference / resolution) of
-    simple diffusion (Hoogeboom et al. 2023, eq. 5): twice the resolution needs four times the noise variance.
+    Without the offset s, log SNR = -2 log tan(pi t / 2). Source: Nichol & Dhariwal (2021) eq. 17; the shift
+    2 log(reference / resolution) of simple diffusion (Hoogeboom et al. 2023, eq. 5): twice the resolution needs four
+    times the noise variance.
     """
 
     steps: int | None = None
 
-    def __init__(self, shift: float = 0.0, clip: tuple[float, float] = LOG_SNR_RANGE) -> None:
+    def __init__(self, shift: float = 0.0, clip: tuple[float, float] = LOG_SNR_RANGE, offset: float = 0.0) -> None:
         self.shift = shift
         self.clip = clip
+        self.offset = offset
 
     def log_snr(self, t: Tensor) -> Tensor:
         """See NoiseSchedule."""
-        angle = t.double().clamp(0, 1) * (math.pi / 2)
-        log_snr = 2 * (angle.cos().clamp(min=1e-30).log() - angle.sin().clamp(min=1e-30).log())
+        first = self.offset / (1 + self.offset) * (math.pi / 2)
+        angle = first + t.double().clamp(0, 1) * (math.pi / 2 - first)
+        # 1 - alpha = sin(a - a_0) sin(a + a_0) / cos^2(a_0), which does not cancel near t = 0
+        noise = (angle - first).sin().clamp(min=1e-30).log() + (angle + first).sin().clamp(min=1e-30).log()
+        log_snr = 2 * angle.cos().clamp(min=1e-30).log() - noise
         return (log_snr + self.shift).clamp(*self.clip).float()
 
 
@@ -144,7 +149,15 @@ def resolution_shift(resolution: int, reference: int) -> float:
     return 2 * math.log(reference / resolution)
 
 
-SECTIONS = {
+EvenSteps = Literal["t", "log_snr"]
+"""Steps spread evenly in time, or in log SNR."""
+WholeSteps = Literal["leading", "trailing"]
+"""Whole steps of a discrete schedule, of which the first or the last is met."""
+Spacing = Literal[EvenSteps, WholeSteps]
+NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
+"""DeepFloyd IF's step lists."""
+
+SECTIONS: dict[NamedSteps, tuple[int, ...]] = {
     "fast27": (10, 10, 3, 2, 2),
     "smart27": (7, 4, 2, 1, 2, 4, 7),
     "smart50": (10, 6, 4, 3, 2, 2, 3, 4, 6, 10),
@@ -153,10 +166,10 @@ SECTIONS = {
     "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
     "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
 }
-"""DeepFloyd IF's named step lists: how many steps fall into each of equal parts of the schedule, low noise first."""
+"""Of each list: how many steps fall into each of equal parts of the schedule, low noise first."""
 
 
-def named_steps(name: str, total: int = 1000) -> tuple[int, ...]:
+def named_steps(name: NamedSteps, total: int = 1000) -> tuple[int, ...]:
     """The steps of a named list, numbered from 0, high noise first: both ends of each part, and evenly in between.
 
     Source: the respacing of Nichol & Dhariwal (2021) sec. 4, which DeepFloyd IF's lists follow.
@@ -173,7 +186,7 @@ def named_steps(name: str, total: int = 1000) -> tuple[int, ...]:
     return tuple(reversed(chosen))
 
 
-def spaced_steps(steps: int, spacing: Literal["leading", "trailing"], total: int = 1000) -> tuple[int, ...]:
+def spaced_steps(steps: int, spacing: WholeSteps, total: int = 1000) -> tuple[int, ...]:
     """Evenly spaced steps, numbered from 0, high noise first: `leading` ends at 0, `trailing` begins at the last.
 
     Source: Lin et al. (2023) arXiv 2305.08891, table 2.
@@ -190,14 +203,16 @@ def step_grid(schedule: NoiseSchedule, numbers: Sequence[int]) -> Tensor:
     return schedule.log_snr(times)
 
 
-def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: str = "t") -> Tensor:
-    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0.
+def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: EvenSteps = "t") -> Tensor:
+    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0, and there clean.
 
     spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and
-    steps = T these are the T steps of algorithm 18.2.
+    steps = T these are the T steps of algorithm 18.2, whose last one ends at x wherever a schedule is clipped.
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "t":
-        return schedule.log_snr(t)
-    ends = schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    return torch.lerp(ends[:1], ends[1:], (1 - t).float())
+        levels = schedule.log_snr(t)
+    else:
+        ends = schedule.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        levels = torch.lerp(ends[:1], ends[1:], (1 - t).float())
+    return torch.cat([levels[:-1], torch.tensor([CLEAN])])

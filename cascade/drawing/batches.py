@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig
-from cascade.diffusion.noise import diffuse, log_snr_from_std, noise_like
+from cascade.diffusion.editing import Known
+from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, flatten, to_float
 from cascade.seeds import generator
@@ -21,11 +23,15 @@ from cascade.transfer import on_device
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw: which text it has, and (seed, number), from which all its noise follows."""
+    """One picture to draw: which text it has, and (seed, number), from which all its noise follows.
+
+    other: another seed, and how far the noise that a picture starts from lies on the way to that seed's, in [0, 1].
+    """
 
     text: int
     seed: int
     number: int
+    other: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,40 +42,70 @@ class Texts:
     null: TextEmbeddings
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What one batch of one stage begins with.
+
+    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. known: what is known
+    of the pictures themselves.
+    """
+
+    settings: SamplingConfig
+    size: tuple[int, int]
+    pictures: Sequence[Picture]
+    texts: Texts
+    low: Tensor | None = None
+    known: Known | None = None
+
+
 def draw_batch(
-    stage: Stage,
-    settings: SamplingConfig,
-    size: tuple[int, int],
-    batch: Sequence[Picture],
-    texts: Texts,
-    low: Tensor | None,
-    on_step: OnStep | None = None,
-    tile: int | None = None,
-    device: torch.device | None = None,
+    stage: Stage, inputs: Inputs, on_step: OnStep | None = None, device: torch.device | None = None
 ) -> Tensor:
     """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
 
-    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. tile: see
-    `Stage.sample`. device: where to compute, default where the weights lie; those read layer by layer lie nowhere.
+    device: where to compute, default where the weights lie; those read layer by layer lie nowhere.
     """
-    device = device or stage.device
-
-    def rng(purpose: str) -> list[torch.Generator]:
-        return [generator(picture.seed, picture.number, stage.name, purpose) for picture in batch]
-
-    rows = [picture.text for picture in batch]
-    own, null = texts.own.select(rows), texts.null.select(rows)
+    device, settings, low = device or stage.device, inputs.settings, inputs.low
+    rows = [picture.text for picture in inputs.pictures]
+    own, null = inputs.texts.own.select(rows), inputs.texts.null.select(rows)
     cond = Conditioning(own.tokens, own.mask)
     if low is not None:
-        cond = _with_smaller(cond, stage.unnoised(to_float(low)), settings.aug_level, rng("augment"))
+        cond = _with_smaller(stage, cond, inputs, to_float(low))
     cond = cond.to(device)
     null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
-    z = noise_like(torch.empty(len(batch), 3, *size, device=device), rng("start"))
-    x = flatten(stage.sample(cond, null_cond, z, rng("step"), settings, on_step, tile), settings.flatten)
-    return x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
+    known = None if inputs.known is None else inputs.known.to(device)
+    z = _start(stage, inputs, device)
+    x = stage.sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step, known)
+    x = flatten(x, settings.flatten)
+    x = x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
+    return x if known is None or known.mask is None else torch.lerp(known.x, x, known.mask)
 
 
-def _with_smaller(cond: Conditioning, low: Tensor, aug_level: float, rng: Sequence[torch.Generator]) -> Conditioning:
-    """The conditions with the smaller picture (B, 3, h, w), noised."""
-    level = log_snr_from_std(torch.full((len(cond), 1, 1, 1), aug_level))
-    return Conditioning(cond.text, cond.text_mask, diffuse(low, noise_like(low, rng), level), level)
+def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[torch.Generator]:
+    return [generator(picture.seed, picture.number, stage, purpose) for picture in pictures]
+
+
+def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor) -> Conditioning:
+    """The conditions with the smaller pictures (B, 3, h, w) in [-1, 1], noised."""
+    noised = stage.noised_shape((stage.config.channels, *inputs.size))
+    assert noised is not None, "a base stage sees no smaller picture"
+    rng = _rng(stage.name, inputs.pictures, "augment")
+    eps = noise_like(torch.empty(len(low), *noised), rng)
+    return stage.see(cond, low, torch.full((len(low),), inputs.settings.aug_level), eps)
+
+
+def _start(stage: Stage, inputs: Inputs, device: torch.device) -> Tensor:
+    """The noise that pictures start from: (B, 3, H, W).
+
+    Between two seeds along the sphere on which noise lies, so that its variance stays 1 (Shoemake 1985, slerp, of
+    vectors that are as good as orthogonal).
+    """
+    shape = torch.empty(len(inputs.pictures), stage.config.channels, *inputs.size, device=device)
+    z = noise_like(shape, _rng(stage.name, inputs.pictures, "start"))
+    for row, picture in enumerate(inputs.pictures):
+        if picture.other is not None:
+            seed, share = picture.other
+            there = noise_like(shape[:1], [generator(seed, picture.number, stage.name, "start")])[0]
+            angle = share * math.pi / 2
+            z[row] = math.cos(angle) * z[row] + math.sin(angle) * there
+    return z

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cascade.diffusion.editing import Known
 from cascade.drawing.batch_size import BatchSizes, Wish
-from cascade.drawing.batches import Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
 from cascade.drawing.texts import Encode, RecentTexts
@@ -161,10 +162,16 @@ class Engine:
             if self._conduct.abort():
                 raise StoppedError
 
-        pictures = [Picture(row, task.recipe.seed, task.passes[position].number) for row, task in enumerate(full)]
-        x = draw_batch(
-            stage, drawing.settings, (height, width), pictures, texts(full), low, on_step, drawing.tile, self._device
-        )[: len(batch), :, : drawing.size[0], : drawing.size[1]]
+        inputs = Inputs(
+            drawing.settings,
+            (height, width),
+            [_picture(row, task, position) for row, task in enumerate(full)],
+            texts(full),
+            low,
+            _known(full, drawing),
+        )
+        x = draw_batch(stage.tiled(drawing.tile), inputs, on_step, self._device)
+        x = x[: len(batch), :, : drawing.size[0], : drawing.size[1]]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
         pixels = to_uint8(x).cpu()
         return [picture if good else None for picture, good in zip(pixels, finite, strict=True)]
@@ -181,12 +188,32 @@ class Engine:
         kept = range(count - 1) if self._conduct.keep_stages else ()
         smaller = [self._shelf.get(shelf_key(work.task, position)) for position in kept]
         sizes = {drawing.slot.config.name: self.batch_sizes.of(drawing) for drawing in work.task.passes}
-        return Drawn(work.task, [*smaller, picture], work.seconds, sizes)
+        edit = work.task.edit
+        return Drawn(work.task, [*smaller, edit.finished(picture) if edit else picture], work.seconds, sizes)
 
     def _count(self, batch: Sequence[_Work], seconds: float) -> None:
         self.network_seconds += seconds
         for work in batch:
             work.seconds += seconds / len(batch)
+
+
+def _picture(row: int, task: Task, position: int) -> Picture:
+    recipe = task.recipe
+    other = (recipe.variation_seed, recipe.variation) if recipe.variation else None
+    return Picture(row, recipe.seed, task.passes[position].number, other)
+
+
+def _known(tasks: Sequence[Task], drawing: Pass) -> Known | None:
+    """What is known of pictures that all are changed ones, or all are new."""
+    each = [
+        task.edit.known(drawing.size, drawing.strength, task.recipe.resampling)
+        for task in tasks
+        if task.edit is not None
+    ]
+    if not each:
+        return None
+    masks = [known.mask for known in each if known.mask is not None]
+    return replace(each[0], x=torch.cat([known.x for known in each]), mask=torch.cat(masks) if masks else None)
 
 
 def _is_last(task: Task, position: int) -> bool:
@@ -213,8 +240,10 @@ def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list
     groups: dict[object, tuple[Pass, list[_Work]]] = {}
     for work in works:
         own = work.task.passes[position]
-        start = work.task.start if position == 0 else None
+        task = work.task
+        start = task.start if position == 0 else None
         shape = None if start is None else tuple(start.shape)
-        key = (own.size, own.settings.model_dump_json(), own.tile, shape)
+        edit = None if task.edit is None else (task.edit.mask is not None, own.strength, task.recipe.resampling)
+        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit)
         groups.setdefault(key, (own, []))[1].append(work)
     yield from groups.values()

@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from cascade.config import SamplingConfig
+from pydantic import Field
+
+from cascade.config import SamplingConfig, with_sampler_section
 from cascade.settings import Settings, parse
 
 _SIZE = ("height", "width")
@@ -38,6 +40,18 @@ class Recipe(Settings):
     """How each stage draws, by name, in order."""
     source: str = ""
     """SHA-256 of the picture that the first stage begins with, where it is not a base stage that begins with noise."""
+    image: str = ""
+    """SHA-256 of the picture that is changed; see `cascade.drawing.edit`."""
+    mask: str = ""
+    """SHA-256 of the mask of what is drawn anew in it."""
+    strength: dict[str, float] = Field(default={})
+    """By stage, how much noise the picture is given there to start from; 1 where a stage is missing."""
+    resampling: int = 1
+    """How often each step is taken where a mask keeps a part; see `sample_repaint`."""
+    variation: float = 0.0
+    """How far the noise that each stage starts from lies on the way to that of `variation_seed`, in [0, 1]."""
+    variation_seed: int = 0
+    """Counts for nothing where `variation` is 0."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ingredients at their default are left out, so that older pictures keep their text."""
@@ -74,4 +88,10 @@ class Recipe(Settings):
         """Our fields of `data`, those of its section `settings` among them."""
         settings = data.get("settings")
         both = {**data, **(settings if isinstance(settings, Mapping) else {})}
-        return {name: both[name] for name in cls.model_fields if name in both}
+        flat = {name: both[name] for name in cls.model_fields if name in both}
+        if isinstance(flat.get("stages"), Mapping):  # of any version, in today's form
+            flat["stages"] = {
+                name: with_sampler_section(values) if isinstance(values, Mapping) else values
+                for name, values in flat["stages"].items()
+            }
+        return flat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from cascade.config import SamplingConfig
+from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.recipe import Recipe
 from cascade.slots import StageSlot
 from cascade.text.embeddings import TextEmbeddings
@@ -19,14 +19,16 @@ from cascade.text.embeddings import TextEmbeddings
 class Pass:
     """One stage's part in a picture.
 
-    size: height and width of what it draws. number: see `Recipe.number`; a stage that is passed twice draws other
-    noise the second time. tile: side of the squares in which it is drawn, see `Stage.sample`; None: in one piece.
+    size: height and width of what it draws. number: see `Recipe.number`; a stage that is passed twice draws other noise
+    the second time. strength: see `Recipe.strength`. tile: side of the squares in which it is drawn, see `Stage.tiled`;
+    None: in one piece.
     """
 
     slot: StageSlot
     size: tuple[int, int]
     settings: SamplingConfig
     number: int
+    strength: float = 1.0
     tile: int | None = None
 
 
@@ -36,6 +38,7 @@ class Task:
 
     start: (3, h, w) uint8, the smaller picture with which the first pass begins, and whose digest the recipe's `source`
     is; None: the first pass is a base stage's.
+    edit: the picture that is changed, whose digests the recipe has.
     text: embeddings of one prompt that take the place of the recipe's. name: tells it from others with the same
     recipe where half-drawn pictures wait on a disk.
     """
@@ -43,11 +46,13 @@ class Task:
     recipe: Recipe
     passes: Sequence[Pass]
     start: Tensor | None = None
+    edit: Edit | None = None
     text: TextEmbeddings | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
         assert (self.start is None) == (not self.recipe.source), "a recipe names the picture that it begins with"
+        assert (self.edit is None) == (not self.recipe.image), "a recipe names the picture that it changes"
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,13 @@ class Step:
     x_hat: Tensor
 
 
-def source_of(start: Tensor) -> str:
-    """`Recipe.source` of a picture, (3, h, w) uint8."""
-    pixels = start.permute(1, 2, 0).contiguous().numpy()
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-
-
-def passes(
-    slots: Iterable[StageSlot], sizes: Iterable[tuple[int, int]], settings: Mapping[str, SamplingConfig], number: int
-) -> list[Pass]:
+def passes(slots: Iterable[StageSlot], sizes: Iterable[tuple[int, int]], recipe: Recipe) -> list[Pass]:
     """The way of a picture through the stages of a cascade, the smallest first."""
-    return [Pass(slot, size, settings[slot.config.name], number) for slot, size in zip(slots, sizes, strict=True)]
+    return [
+        Pass(slot, size, recipe.stages[name], recipe.number, recipe.strength.get(name, 1.0))
+        for slot, size in zip(slots, sizes, strict=True)
+        for name in [slot.config.name]
+    ]
 
 
 def enlarging(
@@ -120,6 +121,6 @@ def enlarging(
         height=height,
         width=width,
         stages={slot.config.name: settings},
-        source=source_of(start),
+        source=digest_of(start),
     )
     return Task(recipe, [Pass(slot, (height, width), settings, number)], start=start)

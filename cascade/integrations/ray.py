@@ -17,7 +17,7 @@ from cascade.errors import CascadeError
 from cascade.images import to_pil
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import COLUMNS, BadLineError, checked, record_of, without_nulls
-from cascade.sampling import SETTINGS
+from cascade.values import SETTINGS
 
 if TYPE_CHECKING:
     import pyarrow as pa

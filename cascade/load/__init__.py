@@ -1,6 +1,6 @@
 """From files to objects: a folder or hub id becomes a stage, a pipeline, a text encoder or a training run."""
 
-from cascade.load.device import choose_device, choose_dtype
+from cascade.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, ModelIndex, find_model, find_stage, read_index
 from cascade.load.pipeline import assemble, load_encoder, load_pipeline
 from cascade.load.reading import read_reading

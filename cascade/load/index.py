@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
-from cascade.config import TextReading
+from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded, plain_path
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
-from cascade.text.captions import Captions
+from cascade.text.embeddings import NullText
 from cascade.text.t5_files import text_weights
+
+NameT = TypeVar("NameT", bound=str)
 
 LARGE_ENCODER = 1_000_000_000
 """From so many weights on a text encoder is a large one. Smaller ones cost little in float32."""
@@ -40,6 +43,7 @@ class ModelIndex:
     max_text_length: int
     text_padded: bool = False
     captions: Captions = "as_is"
+    null_text: NullText = "encoded"
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -54,7 +58,12 @@ class ModelIndex:
     @property
     def reading(self) -> TextReading:
         """How texts become tokens."""
-        return TextReading(max_length=self.max_text_length, padded=self.text_padded, captions=self.captions)
+        return TextReading(
+            max_length=self.max_text_length,
+            padded=self.text_padded,
+            captions=self.captions,
+            null_text=self.null_text,
+        )
 
 
 def read_index(model: str | Path | None = None) -> ModelIndex:
@@ -75,6 +84,7 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
         max_text_length=reading.max_length,
         text_padded=reading.padded,
         captions=reading.captions,
+        null_text=reading.null_text,
     )
 
 
@@ -83,8 +93,12 @@ def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
     length = data.get("max_text_length", 64)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
-    captions = _captions(data.get("captions", "as_is"), path)
-    return TextReading(max_length=length, padded=bool(data.get("text_padded", False)), captions=captions)
+    return TextReading(
+        max_length=length,
+        padded=bool(data.get("text_padded", False)),
+        captions=_one_of(get_args(Captions), data, "captions", "as_is", path),
+        null_text=_one_of(get_args(NullText), data, "null_text", "encoded", path),
+    )
 
 
 def _read_diffusers_index(folder: Path) -> ModelIndex:
@@ -101,12 +115,13 @@ def _read_diffusers_index(folder: Path) -> ModelIndex:
     )
 
 
-def _captions(value: object, path: Path) -> Captions:
-    known: tuple[Captions, ...] = get_args(Captions)
+def _one_of(known: Sequence[NameT], index: Mapping[str, object], key: str, default: NameT, path: Path) -> NameT:
+    """The value of `key`, one of the names that are known."""
+    value = index.get(key, default)
     for name in known:
         if value == name:
             return name
-    raise CascadeError(f"{path}: captions: {value!r}; expected one of {', '.join(known)}")
+    raise CascadeError(f"{path}: {key}: {value!r}; expected one of {', '.join(known)}")
 
 
 def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:
@@ -120,7 +135,7 @@ def find_model(model: str | Path | None) -> Path:
     """The folder of a model: the bundled one, a local folder, or a hub id (downloaded once)."""
     if model is None or model == "bundled":
         return BUNDLED
-    folder = Path(model)
+    folder = plain_path(model)
     if folder.is_dir():
         return folder
     if may_be_on_hub(model):
@@ -130,15 +145,16 @@ def find_model(model: str | Path | None) -> Path:
 
 def find_stage(source: str | Path) -> Path:
     """The folder of one stage: itself, `stage` of a training run, or `model/stage` of a cascade."""
+    source = expanded(str(source))
     path = Path(source)
     for candidate in (path, path / "stage"):
         if (candidate / "stage.json").is_file() or deepfloyd.is_diffusers(candidate):
             return candidate
-    parent, _, name = str(source).rpartition("/")
+    parent, _, name = source.rpartition("/")
     reason = ""
     try:
         if parent != "bundled" and may_be_on_hub(source):
-            candidate = download(str(source), text=False)
+            candidate = download(source, text=False)
             if deepfloyd.is_diffusers(candidate):
                 return candidate
         elif parent == "bundled" or Path(parent).is_dir() or may_be_on_hub(parent):

@@ -6,16 +6,18 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from cascade.config import Captions
+from cascade.device import choose_device, choose_dtype
 from cascade.errors import CascadeError
-from cascade.load.device import choose_device, choose_dtype
+from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
-from cascade.text.captions import Captions
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 
@@ -34,11 +36,12 @@ def load_pipeline(
     adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    if captions is not None and captions not in get_args(Captions):
+        raise CascadeError(f"captions: {captions!r}; expected one of {', '.join(get_args(Captions))}")
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
-        sources = [super_resolution] if isinstance(super_resolution, (str, Path)) else super_resolution
-        others = [find_stage(source) for source in sources]
+        others = [find_stage(source) for source in _several(super_resolution)]
         check_reading(index.reading, others)
         stage_folders = stage_folders[:1] + others
     target = choose_device(device)
@@ -50,6 +53,7 @@ def load_pipeline(
         max_length=index.max_text_length,
         padded=index.text_padded,
         captions=captions or index.captions,
+        null_text=index.null_text,
         device=target,
         dtype=text_format,
         eight_bit=text_8bit,
@@ -62,7 +66,7 @@ def load_pipeline(
         for folder, adapter in _with_adapters(folders, adapters or {})
     }
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
-    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots.values()) else logging.DEBUG
+    level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG
     logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
         load_text(),
@@ -103,6 +107,14 @@ def load_encoder(source: str | Path, stages: Iterable[Path], max_length: int | N
     return TextEncoder.from_pretrained(source, **shared_reading(stages, max_length).model_dump())
 
 
+def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    if isinstance(folders, (str, Path)):
+        return [folders]
+    if not isinstance(folders, Sequence):
+        raise CascadeError(f"super_resolution: {folders!r}; expected a folder, or several")
+    return folders
+
+
 def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
     """Stage folders, each with the adapter for it. Raises CascadeError for an adapter of a stage that there is not."""
     names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
@@ -110,6 +122,6 @@ def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) 
     if unknown:
         raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
     return [
-        (folder, Path(adapters[name]) if name in adapters else None)
+        (folder, path_of(adapters[name]) if name in adapters else None)
         for folder, name in zip(folders, names, strict=True)
     ]

@@ -12,6 +12,7 @@ from cascade import deepfloyd, machine
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
 from cascade.config import StageConfig
+from cascade.files.paths import path_of
 from cascade.models.convolution import Convolution
 from cascade.slots import StageSlot
 from cascade.stage import Stage
@@ -43,12 +44,13 @@ def load_stage(
     Built without memory on the meta device, then filled: the weights exist once. adapter: a folder of low-rank
     differences that are added to them.
     """
+    folder = path_of(folder)
     stage = build_stage(read_config(folder), device="meta")
     load_weights(stage.network, *read_weights(folder))
     if adapter is not None:
         from cascade.training.lora import merge_adapter  # brings peft, an extra
 
-        merge_adapter(stage.network, Path(adapter))
+        merge_adapter(stage.network, path_of(adapter))
     stage.network.eval().requires_grad_(False)
     return stage.to(device, dtype)
 

@@ -13,6 +13,7 @@ from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
 from cascade.config import FORMAT_VERSION, TextConfig, TextReading, TrainConfig
 from cascade.errors import CascadeError
+from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.reading import read_reading, warn_of_other_reading
 from cascade.load.stage import read_config, read_weights
@@ -35,6 +36,7 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
     Its text is then read as that stage's was, where `text` does not say it. A run with a checkpoint keeps both in its
     folder: the stage that was named need no longer exist.
     """
+    path = path_of(path)
     settings = read_yaml(path)
     check_format(path, settings.get("format", FORMAT_VERSION))
     if isinstance(settings.get("stage"), str):
@@ -55,7 +57,7 @@ def _begun(output: object) -> dict[str, Any] | None:
     """The settings in the folder of a run that has a checkpoint; None for any other folder."""
     from cascade.training.state import checkpoints
 
-    folder = Path(str(output))
+    folder = path_of(str(output))
     if not checkpoints(folder):
         return None
     settings = read_yaml(folder / "config.yaml")
@@ -127,9 +129,7 @@ def load_plain_text_encoder(config: TextConfig) -> TextEncoder:
     """The frozen encoder of a training run, without a cache."""
     source = text_encoder_source(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    return TextEncoder.from_pretrained(
-        source, max_length=config.max_length, padded=config.padded, captions=config.captions, dtype=dtype
-    )
+    return TextEncoder.from_pretrained(source, **config.reading.model_dump(), dtype=dtype)
 
 
 def text_encoder_source(config: TextConfig) -> str | Path:
@@ -139,7 +139,8 @@ def text_encoder_source(config: TextConfig) -> str | Path:
 
 def encoder_settings(config: TextConfig) -> dict[str, object]:
     """The settings that decide what the encoder gives; `cascade encode` writes them into the cache."""
-    return config.model_dump(mode="json", exclude={"cache"})
+    as_before = {"null_text"} if config.null_text == "encoded" else set()  # caches from before it was a setting
+    return config.model_dump(mode="json", exclude={"cache"} | as_before)
 
 
 def open_cache(folder: str | Path, encoder: TextEncoder) -> EmbeddingCache:

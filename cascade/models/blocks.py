@@ -101,6 +101,31 @@ class Upsample(nn.Module):
         return depth_to_space(self.mix(h), self.stride)
 
 
+class StridedDownsample(nn.Module):
+    """To the next level: a 3x3 convolution with a stride. Source: Imagen's Efficient U-Net, fig. A.28."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H / stride, W / stride)."""
+        return self.conv(h)
+
+
+class EnlargingUpsample(nn.Module):
+    """Back to the finer level: pixels are repeated, and a 3x3 convolution follows."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H stride, W stride)."""
+        return self.conv(F.interpolate(h, scale_factor=self.stride, mode="nearest") if self.stride > 1 else h)
+
+
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
     """(B, C, H, W) -> (B, C factor^2, H / factor, W / factor)."""
     return x if factor == 1 else F.pixel_unshuffle(x, factor)

@@ -25,10 +25,12 @@ def group_norm(h: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """torch's forward pass; a gradient of three sweeps over memory.
+    """torch's forward pass; a gradient of a few sweeps over memory.
 
     With n numbers in a group, g the gradient times the weight, and x_hat the normalized h:
     dh = rstd (g - mean(g) - x_hat mean(g x_hat)), which is linear in the gradient and h, with coefficients by channel.
+    In bfloat16 h is taken less its group's mean, a difference that it holds exactly where the mean is large: products
+    of h itself would be rounded to a share of the mean, not of the spread.
     """
 
     @staticmethod
@@ -45,24 +47,27 @@ class _GroupNorm(torch.autograd.Function):
         h, weight, mean, rstd = ctx.saved_tensors
         batch, channels, height, width = h.shape
         exact = mean.dtype if mean.dtype == torch.float64 else torch.float32
-        pixels = h.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, HW, C), a view
-        gradient = gradients[0].permute(0, 2, 3, 1).reshape(batch, -1, channels)
-        mean, rstd = mean.to(exact)[:, :, None], rstd.to(exact)[:, :, None]  # (B, G, 1)
-        by_group = (batch, mean.shape[1], -1)
-        total = gradient.sum(1, dtype=exact).view(by_group)  # (B, G, C / G)
-        along = (gradient * pixels).sum(1, dtype=exact).view(by_group)
-        along = (along - mean * total) * rstd  # of the gradient times x_hat
-        scale = weight.to(exact).view(1, mean.shape[1], -1)
+        scale = weight.to(exact).view(1, mean.shape[1], -1)  # (1, G, C / G)
         count = height * width * scale.shape[2]
-        mean_g = (scale * total).sum(2, keepdim=True) / count
-        mean_gx = (scale * along).sum(2, keepdim=True) / count
-        of_h = -(rstd**2) * mean_gx
-        constant = -rstd * mean_g - of_h * mean
 
         def by_channel(value: Tensor) -> Tensor:
             """(B, G, 1 or C / G) -> (B, 1, C)."""
             return value.expand(batch, *scale.shape[1:]).reshape(batch, 1, channels).to(h.dtype)
 
-        dh = torch.addcmul(by_channel(constant), pixels, by_channel(of_h)).addcmul_(gradient, by_channel(rstd * scale))
+        mean, rstd = mean.to(exact)[:, :, None], rstd.to(exact)[:, :, None]  # (B, G, 1)
+        centred = h.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, HW, C), a view
+        rounded = torch.zeros_like(mean)
+        if h.dtype != exact:
+            rounded = mean.to(h.dtype)  # what the difference is exact from
+            centred = centred - by_channel(rounded)
+        gradient = gradients[0].permute(0, 2, 3, 1).reshape(batch, -1, channels)
+        total = gradient.sum(1, dtype=exact).view(batch, *scale.shape[1:])  # (B, G, C / G)
+        along = (gradient * centred).sum(1, dtype=exact).view(batch, *scale.shape[1:])
+        along = (along - (mean - rounded) * total) * rstd  # of the gradient times x_hat
+        mean_g = (scale * total).sum(2, keepdim=True) / count
+        mean_gx = (scale * along).sum(2, keepdim=True) / count
+        of_h = -(rstd**2) * mean_gx
+        constant = -rstd * mean_g - of_h * (mean - rounded)
+        dh = torch.addcmul(by_channel(constant), centred, by_channel(of_h)).addcmul_(gradient, by_channel(rstd * scale))
         dh = dh.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return dh, None, along.sum(0).flatten().to(weight.dtype), total.sum(0).flatten().to(weight.dtype)

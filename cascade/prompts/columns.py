@@ -12,12 +12,13 @@ from typing import Any
 
 from cascade.errors import CascadeError
 from cascade.prompts.record import BadLineError
-from cascade.sampling import number, per_stage, whole_number
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
+from cascade.values import number, per_stage, whole_number
 
 _MOST = 1_000_000  # steps, or pictures of one prompt
 _LARGEST_EXACT = 2**53  # beyond it a float64 no longer holds every whole number
+_WHOLE_DECIMAL = re.compile(r"(?<=\d)\.0*$")  # of `7.0`, as spreadsheets and pandas write whole numbers
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the error handler `surrogateescape` makes of other bytes
 
 
@@ -48,8 +49,8 @@ def from_text(column: str, cell: str) -> Any:
     try:
         match column:
             case "seed" | "num_images":
-                return whole_number(cell)
-            case "guidance":
+                return whole_number(_WHOLE_DECIMAL.sub("", cell.strip()))
+            case "guidance" | "strength":
                 return per_stage(cell, number)
             case "steps":
                 return per_stage(cell, whole_number)
@@ -98,6 +99,8 @@ def _shown(value: Any) -> str:
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadLineError(f"{column}: expected text, found {_shown(value)}")
+    if "\0" in value:
+        raise BadLineError(f"{column}: holds a zero byte, so it is no text; save the file as UTF-8")
     return well_formed(utf8(value)).strip()
 
 
@@ -120,6 +123,12 @@ def _whole(column: str, value: Any, minimum: int, maximum: int) -> int:
 def _weight(column: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise BadLineError(f"{column}: expected a number of at least 0, found {_shown(value)}")
+    return float(value)
+
+
+def _share(column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadLineError(f"{column}: expected a number from 0 to 1, found {_shown(value)}")
     return float(value)
 
 
@@ -147,6 +156,9 @@ _COLUMNS: dict[str, Callable[[str, Any], Any]] = {
     "num_images": _at_least_one,
     "guidance": _each_stage(_weight),
     "steps": _each_stage(_at_least_one),
+    "image": _text,
+    "mask": _text,
+    "strength": _each_stage(_share),
 }
 
 COLUMNS = tuple(_COLUMNS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.parquet import parquet_told
+from cascade.files.table import BadRowError
+from cascade.files.table import csv_rows as table_rows
+from cascade.files.text import lines_of
 from cascade.prompts.columns import check_header, from_text, utf8, without_nulls
 from cascade.prompts.record import BadLineError
 
@@ -21,11 +24,9 @@ Row: TypeAlias = tuple[int, Values]
 """(line number, values or fault)."""
 
 
-def numbered_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates."""
-    for line, raw in enumerate(file, start=1):
-        text = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
-        yield line, text.removeprefix("\ufeff") if line == 1 else text
+def numbered_lines(file: BinaryIO) -> Lines:
+    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates. Raises NotTextError."""
+    return enumerate(lines_of(file), start=1)
 
 
 def text_rows(lines: Lines) -> Iterator[Row]:
@@ -55,43 +56,21 @@ def json_rows(lines: Lines) -> Iterator[Row]:
                 yield line, BadLineError("expected a JSON string or object")
 
 
-def csv_rows(lines: Lines, name: str) -> Iterator[Row]:
+def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[Row]:
     """Rows below a header that names the columns. An empty cell counts as not given.
 
-    Raises CascadeError, which begins with `name`, when the header is wrong.
+    separator: what stands between cells; None: commas, semicolons or tabs, whichever the header has.
+    Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
     """
-    current = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal current
-        for line, text in lines:
-            current = line
-            yield text + "\n"
-
-    reader = csv.reader(texts())
-    header = _header(reader)
+    rows = table_rows((text for _, text in lines), name, separator)
+    line, header = next(rows, (0, list[str]()))
+    if isinstance(header, BadRowError):
+        raise CascadeError(f"{name}:{line}: {header}")
+    header = [cell.strip() for cell in header]
     if header:
-        check_header(header, f"{name}:{current}")
-    while header:
-        first = current + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield first, BadLineError(f"not valid CSV: {error}")
-            continue
-        if any(cell.strip() for cell in cells):
-            yield first, _csv_row(header, cells)
-
-
-def _header(reader: Iterator[list[str]]) -> list[str]:
-    """The first row that is not blank; empty when there is none, or it is no row."""
-    try:
-        rows = ([cell.strip() for cell in cells] for cells in reader)
-        return next((cells for cells in rows if any(cells)), [])
-    except csv.Error:
-        return ["not valid CSV"]
+        check_header(header, f"{name}:{line}")
+    for line, cells in rows:
+        yield line, BadLineError(str(cells)) if isinstance(cells, BadRowError) else _csv_row(header, cells)
 
 
 def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
@@ -105,12 +84,10 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
 
 def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with parquet_told(name):
         table = parquet.ParquetFile(file)
         check_header(table.schema_arrow.names, name)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
         yield from enumerate(map(without_nulls, rows), start=1)
-    except ArrowException as error:
-        raise CascadeError(f"{name}: damaged, or not Parquet: {str(error).splitlines()[0]}") from None

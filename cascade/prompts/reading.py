@@ -7,6 +7,7 @@ from contextlib import closing
 from itertools import chain
 
 from cascade.errors import CascadeError
+from cascade.files.paths import expanded
 from cascade.prompts.columns import checked
 from cascade.prompts.disk import Counts
 from cascade.prompts.formats import Values
@@ -27,6 +28,7 @@ def read_prompts(source: str, run_seed: int) -> Iterator[PromptRecord | Failure]
     occurred before. Raises CascadeError, at once, when the file is missing, empty, of no known kind, or its header
     is wrong.
     """
+    source = expanded(source)
     name = "standard input" if source == STANDARD_INPUT else source
     rows = rows_of(source)
     first = next(rows, None)

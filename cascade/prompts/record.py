@@ -26,6 +26,9 @@ class PromptRecord:
     num_images: int | None = None
     guidance: float | dict[str, float] | None = None
     steps: int | dict[str, int] | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.prompts import PromptRecord
-from cascade.sampling import SETTINGS
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.settings import Settings
+from cascade.values import SETTINGS
 
 T = TypeVar("T")
 LONGEST_PROMPT = 4000

@@ -12,8 +12,9 @@ from cascade._version import __version__
 from cascade.arguments import common_step
 from cascade.config import SamplingConfig
 from cascade.pipeline import CascadePipeline
-from cascade.sampling import PRESETS, SETTINGS, resolve_sampling
+from cascade.sampling import resolve_sampling
 from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
+from cascade.values import PRESETS, SETTINGS
 
 
 def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]:

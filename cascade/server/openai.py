@@ -18,12 +18,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from cascade.errors import CascadeError
-from cascade.sampling import SETTINGS
 from cascade.server.asked import MOST_PICTURES, Asked
 from cascade.server.jobs import Job
 from cascade.server.queue import Queue
 from cascade.server.waited import check, drawn_size, finished, pictures_of, submitted, watched
 from cascade.settings import parse
+from cascade.values import SETTINGS
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
 _OURS = ("seed", "negative_prompt", *SETTINGS)

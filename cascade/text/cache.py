@@ -22,6 +22,7 @@ from torch import Tensor
 from cascade.checkpoint import check_format, read_json, save_tensors, write_json, write_text, writing
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
+from cascade.files.paths import path_of
 from cascade.locks import lock_file
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import HASH_BYTES, Lookup, Place, hash_of
@@ -66,7 +67,7 @@ class EmbeddingCache:
 
         Raises CascadeError when another encoder made it, or a shard is missing or damaged.
         """
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         self._index = _Index(encoder_fingerprint, dim)
         self._shards: list[Tensor] = []  # mapped into memory, not read; as the lookup numbers them
         self._paths: list[Path] = []
@@ -81,7 +82,7 @@ class EmbeddingCache:
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         """An existing cache, whichever encoder made it: for reading it without loading that encoder."""
-        index = _Index.read(Path(folder) / "index.json")
+        index = _Index.read(path_of(folder) / "index.json")
         return cls(folder, index.encoder, index.dim)
 
     @property

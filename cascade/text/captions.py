@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import html
 import re
-from typing import Literal
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-Captions = Literal["as_is", "lower", "deepfloyd"]
+if TYPE_CHECKING:
+    from cascade.config import Captions
 
 _ENDINGS = "com|co|ru|net|org|edu|gov|it"
 _SUFFIXES = "jpe?g|png|bmp|webp|eps|pdf|apk|mp4"

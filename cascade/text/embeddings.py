@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from cascade.conditioning import pad_text
 from cascade.transfer import on_device
+
+NullText = Literal["encoded", "zeros"]
+"""What stands for no text: what the encoder gives for the empty prompt, or zeros in its place, as Imagen has it."""
 
 
 @dataclass(frozen=True)

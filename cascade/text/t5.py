@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.config import TextReading
+from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
+from cascade.files.paths import plain_path
 from cascade.streaming import move_streamed
-from cascade.text.captions import Captions, prepare_caption, well_formed
-from cascade.text.embeddings import TextEmbeddings
+from cascade.text.captions import prepare_caption, well_formed
+from cascade.text.embeddings import NullText, TextEmbeddings
 from cascade.text.t5_files import (
     check_folder,
     eight_bit_options,
@@ -40,12 +41,19 @@ class TextEncoder:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_length: int = 64, padded: bool = False, captions: Captions = "as_is"
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int = 64,
+        padded: bool = False,
+        captions: Captions = "as_is",
+        null_text: NullText = "encoded",
     ) -> None:
         """model: transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>.
 
         padded: texts are padded to `max_length` before the encoder, and what it gives for the padding belongs to the
         embedding: for networks that were trained so, without a mask. captions: how texts are cleaned before.
+        null_text: what the embedding of an empty text is.
         """
         if max_length < 1:
             raise CascadeError(f"max_length is {max_length}; at least 1 token, the end of the text, is needed")
@@ -54,7 +62,7 @@ class TextEncoder:
         self._dim: int = model.config.d_model
         self._parameters_count: int = sum(parameter.numel() for parameter in model.parameters())
         self._max_length = max_length
-        self.padded, self.captions = padded, captions
+        self.padded, self.captions, self.null_text = padded, captions, null_text
         self._fingerprint: str | None = None
         self._streamed_to: torch.device | None = None
         self.eight_bit = False
@@ -67,6 +75,7 @@ class TextEncoder:
         max_length: int = 64,
         padded: bool = False,
         captions: Captions = "as_is",
+        null_text: NullText = "encoded",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         streamed: bool = False,
@@ -82,7 +91,7 @@ class TextEncoder:
         """
         _check_dtype(dtype)
         local = is_local(source)
-        where = str(Path(source).expanduser()) if local else str(source)
+        where = str(plain_path(source)) if local else str(source)
         if local:
             check_folder(Path(where))
         with quiet(progress=not local):
@@ -90,7 +99,7 @@ class TextEncoder:
                 model, tokenizer = streamed_t5(Path(where), device or "cpu", dtype)
             else:
                 model, tokenizer = load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
-        encoder = cls(model, tokenizer, max_length, padded, captions)
+        encoder = cls(model, tokenizer, max_length, padded, captions, null_text)
         encoder.eight_bit = eight_bit
         if streamed and local:
             encoder._streamed_to = torch.device(device or "cpu")
@@ -110,7 +119,9 @@ class TextEncoder:
     @property
     def reading(self) -> TextReading:
         """How prompts become tokens."""
-        return TextReading(max_length=self.max_length, padded=self.padded, captions=self.captions)
+        return TextReading(
+            max_length=self.max_length, padded=self.padded, captions=self.captions, null_text=self.null_text
+        )
 
     @property
     def parameters_count(self) -> int:
@@ -138,6 +149,7 @@ class TextEncoder:
         if self._fingerprint is None:
             ways = f" padded={self.padded} {self.captions}" if self.padded or self.captions != "as_is" else ""
             ways += " eight_bit" if self.eight_bit else ""
+            ways += " null_text=zeros" if self.null_text == "zeros" else ""
             digest = hashlib.sha256(f"{self.max_length} {self.dtype}{ways}\n".encode())
             digest.update(_describe(self._tokenizer).encode())
             for name, parameter in sorted(self._loaded().named_parameters()):
@@ -150,9 +162,9 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, one or more: (B, N, D) with N the longest, and their mask.
 
-        The empty prompt is the null text. One prompt at a time by default: a matrix product may differ in its
-        last bits between batch sizes, and an embedding should not depend on its neighbours. Equal prompts are
-        encoded once. A prompt of more than `max_length` tokens is cut, with a warning that says where.
+        The empty prompt is the null text; what it gives follows `null_text`. One prompt at a time by default: a matrix
+        product may differ in its last bits between batch sizes, and an embedding should not depend on its neighbours.
+        Equal prompts are encoded once. A prompt of more than `max_length` tokens is cut; a warning says where.
         """
         assert not isinstance(prompts, str), "encode takes a list of prompts"
         prompts = [prepare_caption(prompt, self.captions) for prompt in prompts]
@@ -163,6 +175,9 @@ class TextEncoder:
         for start in range(0, len(distinct), batch_size):
             batch = distinct[start : start + batch_size]
             rows.update(zip(batch, self._embed([ids[prompt] for prompt in batch]), strict=True))
+        if self.null_text == "zeros":
+            nothing = self._tokenize("")
+            rows = {prompt: row * 0 if ids[prompt] == nothing else row for prompt, row in rows.items()}
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -191,7 +206,7 @@ class TextEncoder:
         """
         if self.eight_bit:
             raise CascadeError(f"{folder}: a text encoder in 8 bits is not written; load it without eight_bit first")
-        folder = Path(folder)
+        folder = plain_path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
         model = _halved(self._loaded())
@@ -216,7 +231,9 @@ class TextEncoder:
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
-        hidden = self._loaded()(**inputs).last_hidden_state
+        # A run's autocast is for its network. Training reads text outside of it, and T5-XXL overflows float16.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self._loaded()(**inputs).last_hidden_state
         if self.padded:
             return list(hidden)
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]

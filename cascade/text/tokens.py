@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cascade.config import Captions
 from cascade.errors import CascadeError
-from cascade.text.captions import Captions, prepare_caption, well_formed
+from cascade.files.paths import path_of
+from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.t5_files import check_folder, is_local, tokenizer_folder
 
 
@@ -22,8 +24,8 @@ class TokenCounter:
 
         local = is_local(source)
         if local:
-            check_folder(Path(source).expanduser())
-            source = tokenizer_folder(Path(source).expanduser())
+            check_folder(path_of(source))
+            source = tokenizer_folder(path_of(source))
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
         except Exception as error:  # damaged files raise nearly everything

@@ -76,6 +76,8 @@ def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin
         raise CascadeError(
             "fsdp_activation_checkpointing: leave it out, and set training.activation_checkpointing=true"
         )
+    if plugin.transformer_cls_names_to_wrap == ["None"]:  # as the launcher passes on that its file names none
+        plugin.transformer_cls_names_to_wrap = None  # then `Network.sharded_blocks` are the units
     return plugin
 
 
@@ -86,10 +88,10 @@ def shards(accelerator: Accelerator) -> bool:
 
 def check_shardable(settings: TrainingConfig) -> None:
     """Raises CascadeError for settings whose arithmetic needs whole weights."""
-    if settings.optimizer.kind != "adamw":
+    if settings.optimizer.kind == "muon":
         raise CascadeError(
-            f"training.optimizer.kind: {settings.optimizer.kind} needs whole weights, and FSDP gives each process a"
-            " part; use adamw, or start without FSDP"
+            "training.optimizer.kind: muon needs whole weights, and FSDP gives each process a part; use adamw or"
+            " adafactor, or start without FSDP"
         )
     if settings.lora_rank:
         raise CascadeError(

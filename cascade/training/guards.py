@@ -70,15 +70,10 @@ _SMALLER_STEPS = (
 
 @contextmanager
 def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> Iterator[None]:
-    """Running out of memory inside, also that of a reading process, becomes a CascadeError."""
+    """Running out of memory inside becomes a CascadeError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error):
-            raise CascadeError(
-                "a process that reads pictures was killed, as a rule for want of memory; lower data.workers, or give"
-                f" more memory, in a container also shared memory ({_first_line(error)}); the last checkpoint is intact"
-            ) from error
         if is_out_of_memory(error):
             raise CascadeError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
         raise

@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cascade.checkpoint import atomic_folder, load_tensors, save_tensors
+from cascade.checkpoint import atomic_folder, check_names, load_tensors, save_tensors
+from cascade.config import LowRankLayers
 from cascade.errors import CascadeError
-from cascade.models.attention import Attention
-from cascade.models.if_blocks import IFAttention
+from cascade.models.network import Network
 
-LowRankLayers = Literal["attention", "all"]
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 _PREFIX = "base_model.model."  # peft's name for the network
 
 
-def add_low_rank(network: nn.Module, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
+def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
     """Freeze all weights of a network and let those of some layers learn a difference of this rank, at first zero.
 
     layers: the linear ones of attention, or all linear and convolutional ones.
@@ -63,7 +62,8 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
 def merge_adapter(network: nn.Module, folder: Path) -> None:
     """Add the differences of an adapter's folder to a network's weights.
 
-    Raises CascadeError when there is none, it is damaged, or it was made for another network.
+    Raises CascadeError when there is none, it is damaged, it was made for another network, or lacks a tensor: peft
+    leaves what it is not given at random numbers.
     """
     peft = _peft()
     if not (folder / "adapter_config.json").is_file():
@@ -76,29 +76,26 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
         raise CascadeError(f"{folder}: was made for another network, which has {unknown[0]}")
     try:
         peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), network)
+        check_names(peft.get_peft_model_state_dict(network), tensors, f"{folder}: ")
         peft.set_peft_model_state_dict(network, tensors)
         # Layer by layer: peft's own `merge_and_unload` wants a model with the config of a language model.
         for name, layer in list(network.named_modules()):
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
                 layer.merge()
                 network.set_submodule(name, layer.get_base_layer())
+    except CascadeError:
+        raise
     except Exception as error:  # peft raises nearly everything for settings and shapes that do not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CascadeError(f"{folder}: does not fit this network: {reason}") from error
 
 
-def _names(network: nn.Module, layers: LowRankLayers) -> list[str]:
+def _names(network: Network, layers: LowRankLayers) -> list[str]:
     """Dotted names of the layers that learn."""
-    kinds = (nn.Linear,) if layers == "attention" else (nn.Linear, nn.Conv2d)
-    parts = {"": network}
-    if layers == "attention":
-        parts = {name: part for name, part in network.named_modules() if isinstance(part, Attention | IFAttention)}
-    return [
-        f"{name}.{inner}" if name else inner
-        for name, part in parts.items()
-        for inner, layer in part.named_modules()
-        if isinstance(layer, kinds)
-    ]
+    if layers == "all":
+        return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    attends = {layer for part in network.attention_layers() for layer in part.modules()}
+    return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and layer in attends]
 
 
 def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:

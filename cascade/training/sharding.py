@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -35,11 +35,16 @@ def gather(
 def spread_like(own: Tensor, value: Tensor) -> Tensor:
     """This process' part of `value`, sharded as `own` is; `value` itself beside an `own` that is whole.
 
-    Every process has read the same file, so nothing is sent.
+    Where a mean was taken over the dimension that is shared out, every process holds all of it. Every process has read
+    the same file, so nothing is sent.
     """
     if not isinstance(own, DTensor):
         return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    placements = [
+        Replicate() if isinstance(place, Shard) and value.shape[place.dim] != own.shape[place.dim] else place
+        for place in own.placements
+    ]
+    return distribute_tensor(value.to(own.device), own.device_mesh, placements, src_data_rank=None)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import LogitNormalLevels, LossConfig
+from cascade.config import AugSpread, LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
-from cascade.diffusion.noise import diffuse, log_snr_from_std
 from cascade.images import downsample, to_float
 from cascade.seeds import derive_seed, generator
-from cascade.stage import Network, Stage
+from cascade.stage import NetworkCall, Stage
 from cascade.text.embeddings import TextEmbeddings, TextEncoderProtocol
 from cascade.training.counted import counted_noise
 from cascade.transfer import on_device
@@ -25,9 +25,9 @@ from cascade.transfer import on_device
 class TrainingBatch:
     """Pictures with their text, and who they are.
 
-    x: (B, 3, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
+    x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
     run, from which their noise follows. positions: (B,) places in the step of `batch_size`, all passes and processes.
-    lows: (3, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
+    lows: (C, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
     """
 
     x: Tensor
@@ -41,7 +41,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
+    """Everything random in a step. eps: (B, C, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
 
     u and aug_level stay on the CPU: log SNR is made of them in float64, which not every GPU has.
     """
@@ -79,47 +79,63 @@ def training_batch(
     )
 
 
+@dataclass(frozen=True)
+class NoiseSource:
+    """What the noise of a view follows from besides its number.
+
+    aug_spread: see `aug_levels`. purpose: keeps training and validation apart. device: where the noise is made; a GPU
+    makes other noise than a CPU, which would take 10 ns a number for it.
+    """
+
+    seed: int
+    max_aug_level: float
+    aug_spread: AugSpread = "std"
+    purpose: str = "train"
+    device: torch.device | None = None
+
+    def aug_levels(self, u: Tensor) -> Tensor:
+        """Standard deviations of the noise on smaller pictures, from u (B,) uniform in [0, 1)."""
+        return aug_levels(u, self.max_aug_level, self.aug_spread)
+
+
 def draw_noise(
-    samples: Sequence[int],
-    shape: tuple[int, int],
-    scale: int,
-    seed: int,
-    max_aug_level: float,
-    enlarged: bool = False,
-    purpose: str = "train",
-    device: torch.device | None = None,
+    samples: Sequence[int], large: tuple[int, ...], small: tuple[int, ...] | None, source: NoiseSource
 ) -> Draw:
     """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
-    shape: (H, W) of the pictures; scale: factor from the smaller picture, 1 for a base stage. enlarged: the smaller
-    picture is noised at the size of the large one. device: where the noise is made; a GPU makes other noise than a CPU,
-    which would take 10 ns a number for it.
+    large: (C, H, W) of a picture. small: of the noise on the smaller one, see `Stage.noised_shape`.
     """
-    height, width = shape
-    shrink = 1 if enlarged else scale
-    small = (3, height // shrink, width // shrink) if scale > 1 else None
-    if device is not None and device.type != "cpu":
-        seeds = [derive_seed(seed, sample, purpose) for sample in samples]
-        return _drawn_there(seeds, (3, height, width), small, max_aug_level, device)
-    rngs = [generator(seed, sample, purpose) for sample in samples]
+    if source.device is not None and source.device.type != "cpu":
+        return _drawn_there(samples, large, small, source, source.device)
+    rngs = [generator(source.seed, sample, source.purpose) for sample in samples]
     uniform = torch.stack([torch.rand(2, generator=rng) for rng in rngs])
-    eps = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
+    eps = torch.stack([torch.randn(large, generator=rng) for rng in rngs])
     aug_eps = None if small is None else torch.stack([torch.randn(small, generator=rng) for rng in rngs])
-    return Draw(u=uniform[:, 0], eps=eps, aug_level=uniform[:, 1] * max_aug_level, aug_eps=aug_eps)
+    return Draw(uniform[:, 0], eps, source.aug_levels(uniform[:, 1]), aug_eps)
 
 
 def _drawn_there(
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
+    samples: Sequence[int],
+    large: tuple[int, ...],
     small: tuple[int, ...] | None,
-    max_aug_level: float,
+    source: NoiseSource,
     device: torch.device,
 ) -> Draw:
-    """`draw_noise` on a GPU, of views with these seeds below 2^63; u and aug_level are made of their bits."""
+    """`draw_noise` on a GPU: keyed by the views' seeds, below 2^63; u and aug_level are made of their bits."""
+    seeds = [derive_seed(source.seed, sample, source.purpose) for sample in samples]
     keys = on_device(torch.tensor(seeds), device)
     u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
     aug_eps = None if small is None else counted_noise(~keys, small)
-    return Draw(u=u, eps=counted_noise(keys, shape), aug_level=level * max_aug_level, aug_eps=aug_eps)
+    return Draw(u, counted_noise(keys, large), source.aug_levels(level), aug_eps)
+
+
+def aug_levels(u: Tensor, most: float, spread: AugSpread) -> Tensor:
+    """Standard deviations in [0, most] of the noise on smaller pictures, from u (B,) uniform in [0, 1).
+
+    spread: they are uniform (`std`), or the times are at which the cosine schedule has them (`time`), where the
+    deviation is sin(pi t / 2). Source for the second: Saharia et al. (2022) sec. 2.4, aug_level ~ U(0, 1).
+    """
+    return u * most if spread == "std" else torch.sin(u * math.asin(most))
 
 
 _UNIT = 1 << 24
@@ -135,21 +151,19 @@ def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
 
 def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     """What the network may see: the text and, for super-resolution, the smaller picture (area mean or own), noised."""
+    cond = Conditioning(batch.text, batch.text_mask)
     if draw.aug_eps is None:
-        return Conditioning(batch.text, batch.text_mask)
+        return cond
     height, width = batch.x.shape[-2:]
     low = downsample(batch.x, (height // stage.scale, width // stage.scale))
     for place, own in batch.lows.items():
         low[place] = own
-    low = stage.unnoised(low)
-    level = on_device(log_snr_from_std(draw.aug_level)[:, None, None, None], batch.x.device)
-    noised = diffuse(low, draw.aug_eps, level)
-    return Conditioning(batch.text, batch.text_mask, noised, level)
+    return stage.see(cond, low, draw.aug_level, draw.aug_eps)
 
 
 def training_loss(
     stage: Stage,
-    network: Network,
+    network: NetworkCall,
     batch: TrainingBatch,
     loss: LossConfig,
     weighting: Weighting,

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cascade.checkpoint import atomic_file, load_weights, save_stage, write_text
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
+from cascade.data.workers import ReaderDiedError
 from cascade.diffusion.loss import Weighting
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
@@ -58,7 +59,7 @@ from cascade.training.state import (
     remove_unfinished,
     save_state,
 )
-from cascade.training.step import TrainingBatch, draw_noise, training_batch, training_loss
+from cascade.training.step import NoiseSource, TrainingBatch, draw_noise, training_batch, training_loss
 from cascade.training.unread import MOST_UNREAD, Unread, read
 from cascade.training.validation import Validation
 from cascade.training.watch import Watch
@@ -121,12 +122,27 @@ class Trainer:
             for step in range(first + 1, last + 1):
                 if stop:
                     break
-                self._step(step, data)
+                with self._saved_if_a_reader_dies(step - 1, first):
+                    self._step(step, data)
                 progress.update()
                 # Whoever asks to stop in the last step gets what the run was for: it is finished.
                 stop = self._every_so_often(step, progress, stopped if step < last else lambda: False)
         self._close()
         return not stop
+
+    @contextmanager
+    def _saved_if_a_reader_dies(self, done: int, first: int) -> Iterator[None]:
+        """Save what was reached when no batch of the step after `done` will come. Several processes cannot: they wait.
+
+        first: the step that the run began after.
+        """
+        try:
+            yield
+        except ReaderDiedError as error:
+            if done == first or self.accelerator.num_processes > 1:
+                raise
+            self._save(done, owes=False)
+            raise ReaderDiedError(f"{error}; step {done} is saved, --resume goes on from it") from error
 
     def _close(self) -> None:
         """End trackers and the process group.
@@ -193,16 +209,9 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ready = self.ready(batch)
-        height, width = ready.x.shape[-2:]
-        draw = draw_noise(
-            batch.samples,
-            (height, width),
-            self.stage.scale,
-            self.config.training.seed,
-            self.config.data.max_aug_level,
-            self.stage.config.model.enlarges_first,
-            device=self.accelerator.device,
-        ).to(self.accelerator.device)
+        shape, data, device = ready.x.shape[1:], self.config.data, self.accelerator.device
+        source = NoiseSource(self.config.training.seed, data.max_aug_level, data.aug_spread, device=device)
+        draw = draw_noise(batch.samples, shape, self.stage.noised_shape(shape), source).to(device)
         return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
 
     def ready(self, batch: Batch) -> TrainingBatch:

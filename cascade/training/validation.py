@@ -14,7 +14,7 @@ from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import Weighting
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
-from cascade.training.step import draw_noise, training_batch, training_loss
+from cascade.training.step import NoiseSource, draw_noise, training_batch, training_loss
 
 SEED = 0
 """Of views and noise; not the run's, so that runs with different seeds can be compared."""
@@ -55,20 +55,13 @@ class Validation:
         before_batch: called by every process alike, and may raise.
         """
         losses, levels = [], []
+        source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
             before_batch()
             ready = training_batch(batch, text, device, first=0, batch_size=total)
-            height, width = ready.x.shape[-2:]
-            draw = draw_noise(
-                batch.samples,
-                (height, width),
-                stage.scale,
-                SEED,
-                self._data.max_aug_level,
-                stage.config.model.enlarges_first,
-                "validation",
-            ).to(device)
+            shape = ready.x.shape[1:]
+            draw = draw_noise(batch.samples, shape, stage.noised_shape(shape), source).to(device)
             loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
             losses.append(loss.float())
             levels.append(level.flatten())

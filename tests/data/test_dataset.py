@@ -1,23 +1,25 @@
 """Records from every kind of source, and the order of their uses."""
 
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_data import encoded, plain_picture, write_folder, write_parquet
+from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
-from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig
+from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
 from cascade.data.order import SceneSource, ShuffledSource, StreamSource
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import _stream_records
+from cascade.data.transforms import decode
 from cascade.errors import CascadeError
 
 
-def listing(source: FolderSource | ParquetSource | HubSource) -> dict[str, tuple[str, ...]]:
+def listing(source: FolderSource | ParquetSource | HubSource | WebDatasetSource) -> dict[str, tuple[str, ...]]:
     records = open_records(source)
     return {records[index].origin: records[index].captions for index in range(len(records))}
 
@@ -56,6 +58,17 @@ def test_metadata_names_captions_and_goes_before_sidecars(tmp_path: Path, name: 
     }
 
 
+def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_path: Path) -> None:
+    write_folder(tmp_path / "sub", 1)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "sub/000.png", "caption": "one"}\n{"file_name": "./sub/../sub/000.png", "caption": "two"}\n'
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nsub/000.png,three\nsub/000.png,one\n")
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "000.png", "caption": ["four", "five"]}')
+    (captions,) = listing(FolderSource(path=str(tmp_path))).values()
+    assert captions == ("one", "two", "four", "five", "three")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -66,14 +79,31 @@ def test_metadata_names_captions_and_goes_before_sidecars(tmp_path: Path, name: 
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; there are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
-        ("metadata.csv", f"file_name,caption\na.png,{'x' * 200_000}\n", "metadata.csv: not valid CSV: field larger"),
+        (
+            "metadata.csv",
+            f"file_name,caption\na.png,{'x' * 200_000}\n",
+            "line 2: not valid CSV: field larger",
+        ),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: expected an object"),
+        ("metadata.csv", "file_name,caption\na.png,a fox, red\n", "line 2: 3 cells, the header has 2"),
+        ("metadata.csv", 'file_name,caption\na.png,"a fox with a 12" hat"\n', "line 2: not valid CSV: ',' expected"),
+        ("metadata.csv", 'file_name,caption\na.png,"a fox\nb.png,two\nc.png,three\n', "metadata.csv:2: the quote"),
+        ("metadata.csv", "file_name,caption\na.png,a\0fox\n", "metadata.csv: holds zero bytes"),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(CascadeError, match=message):
         open_records(FolderSource(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_captions_are_read_in_any_unicode_and_with_any_line_end(tmp_path: Path, encoding: str, end: str) -> None:
+    write_folder(tmp_path, 2, silent=(0, 1))
+    (tmp_path / "000.txt").write_bytes(f"a fox{end}a réd fox{end}".encode(encoding))
+    (tmp_path / "metadata.csv").write_bytes(f"file_name,caption{end}001.png,a stár{end}".encode(encoding))
+    assert list(listing(FolderSource(path=str(tmp_path))).values()) == [("a fox", "a réd fox"), ("a stár",)]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +151,41 @@ def test_plain_bytes_in_parquet_are_pictures_too(tmp_path: Path) -> None:
     pq.write_table(pa.table({"png": [encoded(plain_picture(5))], "text": ["five"]}), tmp_path / "raw.parquet")
     source = ParquetSource(files=(str(tmp_path / "raw.parquet"),), image_column="png", caption_column="text")
     assert open_records(source)[0].image == encoded(plain_picture(5))
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[t", "b*", "c?", "{d}", "e,f", "g#h", "m'n\"", "__k__", ".l"])
+def test_a_name_is_no_pattern_where_a_name_is_meant(tmp_path: Path, name: str) -> None:
+    """Beside it stand folders that the name as a pattern would match."""
+    write_parquet(tmp_path / name / "data.parquet", 7, 1)
+    for number, other in enumerate(("a1", "t", "bb", "cc")):
+        write_parquet(tmp_path / other / "data.parquet", number, 1)
+    write_tar(tmp_path / name / "0.tar", 7, 1)
+    write_folder(tmp_path / name, 1)
+    sources: list[FolderSource | ParquetSource | HubSource | WebDatasetSource] = [
+        ParquetSource(files=(f"{tmp_path}/{name}/data.parquet",)),
+        ParquetSource(files=(f"{tmp_path}/{name}/*.parquet",)),
+        WebDatasetSource(files=(f"{tmp_path}/{name}/?.tar",)),
+        FolderSource(path=f"{tmp_path}/{name}"),
+    ]
+    for source, caption in zip(sources, ("picture 7", "picture 7", "picture 7", "picture 0"), strict=True):
+        assert [captions[0] for captions in listing(source).values()] == [caption]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "x::y"])
+def test_a_data_set_in_a_folder_that_the_library_takes_for_a_pattern_is_refused(
+    tmp_path: Path, name: str, streaming: bool
+) -> None:
+    """It would read nothing, or what lies in `bb`."""
+    write_parquet(tmp_path / name / "train.parquet", 7, 1)
+    write_parquet(tmp_path / "bb" / "train.parquet", 0, 1)
+    with pytest.raises(CascadeError, match=r"for a pattern; rename the folder, or read it with kind: parquet"):
+        open_source(HubSource(name=f"{tmp_path}/{name}", streaming=streaming), 8, (0,))
+
+
+def test_brackets_that_match_nothing_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"no file matches; brackets mean any of the letters inside: write \[\[\]"):
+        open_records(ParquetSource(files=(f"{tmp_path}/a[1]/*.parquet",)))
 
 
 def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path: Path) -> None:
@@ -319,6 +384,58 @@ def test_an_uppercase_sidecar_is_found_and_a_folder_is_no_picture(tmp_path: Path
     (tmp_path / "000.TXT").write_text("a fox")
     (tmp_path / "folder.png").mkdir()
     assert listing(FolderSource(path=str(tmp_path))) == {str(tmp_path / "000.png"): ("a fox",)}
+
+
+def test_a_folder_is_read_as_people_and_their_programs_leave_it(tmp_path: Path) -> None:
+    """kohya's captions, a JupyterLab copy, what a Mac adds, a linked folder, newer formats."""
+    data = write_folder(tmp_path / "data", 1, silent=(0,))
+    (data / "000.caption").write_text("a fox")
+    (data / "000.txt").write_text("a red fox\na fox")
+    write_folder(tmp_path / "far", 1)
+    (data / "linked").symlink_to(tmp_path / "far")
+    for name in ("._000.png", ".ipynb_checkpoints/000-checkpoint.png"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_bytes(b"no picture")
+    for ending, format in {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000"}.items():
+        plain_picture(9, 32).save(data / f"1.{ending}", format)
+    found = listing(FolderSource(path=str(data)))
+    assert [Path(origin).relative_to(data).as_posix() for origin in found] == [
+        "000.png",
+        "1.avif",
+        "1.jfif",
+        "1.jp2",
+        "linked/000.png",
+    ]
+    assert [found[str(data / name)] for name in ("000.png", "linked/000.png")] == [
+        ("a red fox", "a fox"),
+        ("picture 0",),
+    ]
+    records = open_records(FolderSource(path=str(data)))
+    assert [decode(records[index]).shape for index in (1, 2, 3)] == [(3, 32, 32)] * 3
+
+
+def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, 1)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    open_records(FolderSource(path=str(tmp_path)))
+    assert f"data source {tmp_path}: 2 left out, the first: {tmp_path}/gone: cannot be read" in caplog.text
+
+
+def test_a_pipe_beside_a_picture_or_in_the_place_of_a_list_is_not_waited_for(tmp_path: Path) -> None:
+    write_folder(tmp_path, 1, silent=(0,))
+    os.mkfifo(tmp_path / "000.txt")
+    with pytest.raises(BadRecordError, match=r"000\.txt: cannot be read: a pipe or a device, no file"):
+        open_records(FolderSource(path=str(tmp_path)))[0]
+    os.mkfifo(tmp_path / "metadata.csv")
+    assert len(open_records(FolderSource(path=str(tmp_path)))) == 1
+
+
+def test_a_long_name_has_no_longer_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / f"{'x' * 250}.png").write_bytes(encoded(plain_picture(0)))
+    assert list(listing(FolderSource(path=str(tmp_path))).values()) == [()]
 
 
 class BrokenStream:

@@ -1,19 +1,23 @@
 """WebDataset shards: every record is found where it lies, used once an epoch, and in the same order after a stop."""
 
+import io
 import itertools
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_data import encoded, plain_picture, write_tar
 
+from cascade.checkpoint import save_tensors
 from cascade.config import DataConfig, HubSource, SourceConfig, StageConfig, WebDatasetSource
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.loader import batches, captions_of
 from cascade.data.order import ShardedSource
 from cascade.data.sources import open_records, open_source
-from cascade.data.tars import INDEX_FOLDER, TarRecords
+from cascade.data.tar_index import INDEX_FOLDER
+from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
 
 SHARDS = (5, 1, 7, 3)
@@ -73,6 +77,50 @@ def test_a_record_without_picture_or_with_unreadable_caption_is_a_bad_record(tmp
         records[0]
     assert records[1] == Record(None, ("only words",), f"{tmp_path}/0.tar: folder/b")
     assert list(records.captions()) == [("only words",)]
+
+
+def members(path: Path, *named: tuple[str, bytes]) -> None:
+    """A tar of members with these names and contents, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in named:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_several_captions_of_one_key_are_variants(tmp_path: Path) -> None:
+    fox = encoded(plain_picture(1))
+    members(tmp_path / "0.tar", ("a.png", fox), ("a.txt", b"a fox"), ("a.txt", b"a red fox\na fox"), ("b.png", fox))
+    records = open_records(source_of(tmp_path))
+    assert [records[index].captions for index in range(2)] == [("a fox", "a red fox"), ()]
+    assert list(records.captions()) == [("a fox", "a red fox"), ()]
+
+
+def test_a_key_with_two_pictures_is_two_records_and_loses_neither(tmp_path: Path) -> None:
+    one, two = (encoded(plain_picture(number)) for number in (1, 2))
+    members(tmp_path / "0.tar", ("a.txt", b"one"), ("a.png", one), ("a.txt", b"two"), ("a.png", two))
+    members(tmp_path / "1.tar", ("a.png", one), ("a.png", two), ("a.txt", b"a fox"))
+    records = open_records(source_of(tmp_path))
+    found = [(records[index].image, records[index].captions) for index in range(len(records))]
+    assert found == [(one, ("one",)), (two, ("two",)), (one, ("a fox",)), (two, ("a fox",))]
+
+
+def test_members_that_a_mac_leaves_between_split_no_record(tmp_path: Path) -> None:
+    fox = encoded(plain_picture(1))
+    names = ("./._a.png", "./a.png", "./._a.txt", "./a.txt", ".ipynb_checkpoints/b.png", "__MACOSX/._a.png")
+    members(tmp_path / "0.tar", *((name, b"a fox" if name == "./a.txt" else fox) for name in names))
+    records = open_records(source_of(tmp_path))
+    assert [records[index].captions for index in range(len(records))] == [("a fox",)]
+    with pytest.raises(CascadeError, match=r"no member ends in \.cap; there are png, txt; set"):
+        open_records(source_of(tmp_path, caption="cap"))
+
+
+def test_an_index_of_another_layout_is_made_anew(shards: Path) -> None:
+    path = shards / "0.tar"
+    stat = path.stat()
+    stamp = torch.tensor([3, stat.st_size, stat.st_mtime_ns])
+    save_tensors(shards / INDEX_FOLDER / "0.tar.txt.safetensors", {"stamp": stamp, "places": torch.zeros(5, 4)})
+    assert open_records(source_of(shards))[4].captions[0] == "picture 4"
 
 
 def test_headers_are_walked_once_and_again_when_the_file_changed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,14 @@ from helpers_diffusion import from_x
 from reference import chapter18
 
 from cascade.config import Kind
-from cascade.diffusion.loss import Weighting, diffusion_loss, logit_normal_levels, stratify, uniform_levels
+from cascade.diffusion.loss import (
+    Weighting,
+    diffusion_loss,
+    log_likelihood,
+    logit_normal_levels,
+    stratify,
+    uniform_levels,
+)
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas
 
@@ -132,3 +139,35 @@ def test_to_x_of_the_loss_target_has_zero_loss() -> None:
         # rounding of z divided by the least noise, 0.2, squared
         assert perfect.max().item() < 1e-10
         assert to_x(kind, x, x, log_snr).shape == x.shape
+
+
+def probability(x: float, mean: float, std: float) -> float:
+    """That of x's bin, in float64: the tails by the complementary error function on their own side."""
+    low, high = (x - mean - 1 / 255) / std, (x - mean + 1 / 255) / std
+    low, high = (-math.inf if x < -0.999 else low), (math.inf if x > 0.999 else high)
+    low, high = (-high, -low) if low + high > 0 else (low, high)
+    return 0.5 * (math.erfc(-high / math.sqrt(2)) - math.erfc(-low / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("std", [0.03, 0.1, 1.0])
+@pytest.mark.parametrize("mean", [-1.4, -0.7, 0.0, 0.3, 1.0])
+def test_the_likelihood_of_a_bin_is_right_in_float32_in_both_tails(std: float, mean: float) -> None:
+    bins = torch.linspace(-1, 1, 256)
+    log_variance = torch.tensor(2 * math.log(std), requires_grad=True)
+    found = log_likelihood(bins, torch.tensor(mean), log_variance)
+    expected = [probability(x, mean, std) for x in bins.double().tolist()]
+    known = torch.tensor([p > 1e-300 for p in expected])  # 37 standard deviations
+    logs = torch.tensor([math.log(p) if p > 1e-300 else 0.0 for p in expected])
+    # float32 in x - mean: 6e-8 of a bin's 1/255 at one standard deviation, times the distance in the tails
+    torch.testing.assert_close(found[known], logs[known], rtol=2e-4, atol=5e-5)
+    assert found.isfinite().all()
+    (gradient,) = torch.autograd.grad(found.sum(), log_variance)
+    assert gradient.isfinite()
+
+
+def test_the_likelihood_of_a_far_bin_pulls_the_variance_towards_it() -> None:
+    """Where float32's cumulative distribution is 1 there was no gradient."""
+    log_variance = torch.full((2,), 2 * math.log(0.05), requires_grad=True)
+    log_likelihood(torch.tensor([-0.9, 0.9]), torch.tensor([0.6, -0.6]), log_variance).sum().backward()
+    # d log N(x; 0, s^2) / d log s^2 = ((x / s)^2 - 1) / 2, at a distance of 30 s
+    torch.testing.assert_close(log_variance.grad, torch.full((2,), 30.0**2 / 2), rtol=0.01, atol=0)

@@ -66,7 +66,7 @@ def test_ddpm_equals_diffusers(betas: str, steps: int, theirs: str, ours: str) -
     scheduler = DDPMScheduler(beta_schedule=betas, variance_type=theirs, prediction_type="epsilon", clip_sample=False)
     alphas = levels(scheduler, steps)
     peer = run_peer(scheduler, alphas, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(run_ours(sample_ddpm, alphas, variance_of=ours), peer, rtol=0, atol=tolerance(alphas))
+    torch.testing.assert_close(run_ours(sample_ddpm, alphas, variance=ours), peer, rtol=0, atol=tolerance(alphas))
 
 
 @pytest.mark.parametrize("betas", BETAS)

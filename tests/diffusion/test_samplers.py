@@ -11,7 +11,7 @@ import torch
 from reference import chapter18, gaussian
 from torch import Tensor
 
-from cascade.diffusion.noise import alpha, noise_like, one_minus_alpha
+from cascade.diffusion.noise import CLEAN, alpha, noise_like, one_minus_alpha
 from cascade.diffusion.parameterization import to_x
 from cascade.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas, log_snr_grid
@@ -104,8 +104,20 @@ def test_one_point_data_is_exact_at_any_number_of_steps(sampler: Callable[..., T
     point = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
     rng = generators(1)
     drawn = sampler(lambda _z, _log_snr: point, noise_like(point, rng), log_snr_grid(CosineSchedule(), steps), rng)
-    # log SNR ends at 20: noise of e^-10 = 4.5e-5, times the largest of 48 normal numbers
-    torch.testing.assert_close(drawn, point, rtol=0, atol=2e-4)
+    assert torch.equal(drawn, point)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("clip", [(-11.0, 12.0), (-20.0, 20.0)])
+@pytest.mark.parametrize("spacing", ["t", "log_snr"])
+def test_the_last_step_ends_at_x_as_algorithm_18_2_does_wherever_the_schedule_is_clipped(
+    sampler: Callable[..., Tensor], clip: tuple[float, float], spacing: str
+) -> None:
+    seen: list[Tensor] = []
+    rng = generators(2)
+    z, log_snrs = noise_like(torch.empty(2, 3, 4, 4), rng), log_snr_grid(CosineSchedule(clip=clip), 6, spacing)
+    drawn = sampler(best_denoiser, z, log_snrs, rng, lambda _step, x_hat: seen.append(x_hat))
+    assert torch.equal(drawn, seen[-1])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -129,7 +141,7 @@ def test_ddim_at_eta_one_adds_the_noise_of_ddpm() -> None:
     # They part in the last step only, by less than the noise that is left at log SNR 6: e^-3 = 0.05, times 4.
     assert at_end < 0.2
     # With the last level clean nothing is left to part them; the rest is float32 in the coefficients.
-    clean = torch.cat([log_snrs, torch.tensor([40.0])])
+    clean = torch.cat([log_snrs, torch.tensor([CLEAN])])
     ddpm = sample_ddpm(best_denoiser, z.double(), clean, generators(1))
     ddim = sample_ddim(best_denoiser, z.double(), clean, generators(1), eta=1.0)
     torch.testing.assert_close(ddpm, ddim, rtol=0, atol=1e-5)
@@ -159,16 +171,15 @@ def test_ddpm_over_all_steps_is_algorithm_18_2(steps: int, first: float, last: f
         start.double(),
         log_snr_grid(schedule, steps),
         generators(1),
-        variance_of=variance,  # type: ignore[arg-type]
+        variance=variance,  # type: ignore[arg-type]
     )
     expected = chapter18.sample_18_2(toy_eps, start.double().numpy(), betas, noise, variance == "beta")
-    # The last level is log SNR 20, which keeps e^(log SNR_1 - 20) of z: 2e-5 for beta_1 = 1e-4, else far less. The
-    # levels are float32, each step's share of z is right to 1e-6, and most of z is replaced within 100 steps.
+    # The levels are float32, each step's share of z is right to 1e-6, and most of z is replaced within 100 steps.
     np.testing.assert_allclose(drawn.numpy(), expected, rtol=0, atol=1e-4 if steps == 1000 else 3e-6)
 
 
 def test_large_variance_is_beta() -> None:
-    log_snrs = torch.tensor([-1.0, 1.0, 40.0])
+    log_snrs = torch.tensor([-1.0, 1.0, CLEAN])
     z = torch.zeros(1, 1, 100, 100)
     seen: list[Tensor] = []
 
@@ -176,10 +187,31 @@ def test_large_variance_is_beta() -> None:
         seen.append(z)
         return torch.zeros_like(z)
 
-    sample_ddpm(denoise, z, log_snrs, generators(1), variance_of="beta")
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance="beta")
     a = alphas_of(log_snrs)
     # 4 standard errors of a variance over 10^4 values
     assert seen[1].var().item() == pytest.approx(1 - a[0] / a[1], rel=4 * np.sqrt(2e-4))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_the_logarithm_of_a_variance_between_lies_a_share_gamma_of_the_way_from_the_posteriors_to_betas(
+    gamma: float,
+) -> None:
+    log_snrs = torch.tensor([-1.0, 1.0, 1.0, CLEAN])  # a step of no length adds no noise
+    seen: list[Tensor] = []
+
+    def denoise(z: Tensor, _: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.zeros_like(z)
+
+    z = torch.zeros(1, 1, 200, 200)
+    sample_ddpm(denoise, z, log_snrs, generators(1), variance="between", gamma=gamma)
+    a = alphas_of(log_snrs)
+    beta = 1 - a[0] / a[1]
+    posterior = beta * (1 - a[1]) / (1 - a[0])  # 4.4 times smaller
+    # 4 standard errors of a variance over 4 * 10^4 values
+    assert seen[1].var().item() == pytest.approx(posterior ** (1 - gamma) * beta**gamma, rel=4 * np.sqrt(0.5e-4))
+    assert torch.equal(seen[2], seen[1])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -225,3 +257,21 @@ def test_steps_of_no_length_at_the_ends_of_a_clipped_schedule_change_nothing(sam
         assert found.isfinite().all()
     else:
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # the one-step-later start of the second order
+
+
+@pytest.mark.parametrize("apart", [0.0, 3e-16, 1e-7, 1e-4])
+@pytest.mark.parametrize("rounding", [0.0, 4e-3])
+def test_two_levels_that_all_but_coincide_cost_dpmpp_at_most_a_step_of_first_order(
+    apart: float, rounding: float
+) -> None:
+    """Without a guard the difference of two x_hat, rounded as in bfloat16, is divided by nothing."""
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
+    even = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    doubled = torch.cat([even[:13], even[12:13] + apart, even[13:]])
+    sign = iter([1, -1] * 20)
+    found = sample_dpmpp(lambda z, level: best_denoiser(z, level) + rounding * next(sign), z, doubled, generators(1))
+    a = alphas_of(even)
+    error = np.abs(found.numpy() - gaussian.exact_flow(z.numpy(), a[0], a[-1], MEAN, STD)).max()
+    first_order = sample_ddim(best_denoiser, z, even, generators(1)).numpy()
+    of_first_order = np.abs(first_order - gaussian.exact_flow(z.numpy(), a[0], a[-1], MEAN, STD)).max()
+    assert error < of_first_order + 2 * rounding

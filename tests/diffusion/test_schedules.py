@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from reference import chapter18
 from torch.nn.functional import avg_pool2d
 
-from cascade.diffusion.noise import LOG_SNR_RANGE, alpha, diffuse, one_minus_alpha
+from cascade.diffusion.noise import CLEAN, LOG_SNR_RANGE, alpha, diffuse, one_minus_alpha
 from cascade.diffusion.schedules import (
+    SECTIONS,
     CosineSchedule,
     DiscreteSchedule,
+    NamedSteps,
     NoiseSchedule,
     constant_betas,
     linear_betas,
@@ -31,6 +34,7 @@ DISCRETE = {
 SCHEDULES: dict[str, NoiseSchedule] = {
     **{name: DiscreteSchedule(betas) for name, (betas, _) in DISCRETE.items()},
     "cosine": CosineSchedule(),
+    "cosine with an offset": CosineSchedule(offset=0.008),
     "shifted": CosineSchedule(resolution_shift(256, 64)),
 }
 
@@ -58,6 +62,13 @@ def test_cosine_alpha_is_the_squared_cosine() -> None:
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     expected = np.cos(np.pi * t.numpy() / 2) ** 2
     np.testing.assert_allclose(alpha(CosineSchedule().log_snr(t)).numpy(), expected, rtol=3e-6)
+
+
+def test_a_cosine_with_nichols_offset_has_the_noise_of_their_discrete_one() -> None:
+    schedule, steps = CosineSchedule(offset=0.008), torch.arange(1, T, dtype=torch.float64)
+    noise = 1 - chapter18.alphas(chapter18.squared_cosine_betas(T, 0.999))[:-1]
+    found = one_minus_alpha(schedule.log_snr(steps / T).double()).numpy()
+    np.testing.assert_allclose(found, noise, rtol=3e-6)  # float32 log SNR
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -100,12 +111,16 @@ def test_grid_of_all_steps_is_the_schedule_backwards() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_every_grid_runs_from_noise_to_clean(name: str, spacing: str, steps: int) -> None:
     grid = log_snr_grid(SCHEDULES[name], steps, spacing)
-    ends = SCHEDULES[name].log_snr(torch.tensor([1.0, 0.0]))
     assert grid.shape == (steps + 1,)
     assert bool((grid.diff() > 0).all())
-    torch.testing.assert_close(grid[[0, -1]], ends)
+    torch.testing.assert_close(grid[0], SCHEDULES[name].log_snr(torch.tensor(1.0)))
+    assert grid[-1].item() == CLEAN
 
 
 def test_grid_even_in_log_snr_has_equal_steps() -> None:
     steps = log_snr_grid(CosineSchedule(), 20, "log_snr").diff()
     torch.testing.assert_close(steps, torch.full((20,), 2.0), rtol=0, atol=1e-5)
+
+
+def test_every_named_step_list_can_be_asked_for_and_is_there() -> None:
+    assert set(get_args(NamedSteps)) == SECTIONS.keys()

@@ -35,6 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two middle blocks": {"middle_blocks": 2},
     "no middle block": {"middle_blocks": 0},
     "equal levels": {"channels": (8, 8), "strides": (1, 1)},
+    "resampled by convolution": {"resampling": "conv"},
+    "a skip a level": {"skips": "level", "skip_scale": 0.5**0.5},
+    "attention once a level": {"attention_after": "level"},
+    "text alone": {"self_attention": False},
 }
 
 
@@ -47,7 +51,7 @@ def awake(network: UNet, seed: int = 0) -> UNet:
 
 
 def unet(low_res_channels: int = 0, **changes: Any) -> UNet:
-    return UNet(UNetConfig(**{**TINY, **changes}), low_res_channels=low_res_channels)
+    return UNetConfig(**{**TINY, **changes}).build(3, low_res_channels)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -80,7 +84,7 @@ def test_fresh_network_returns_zero(name: str) -> None:
 def test_any_size_that_the_depth_allows(name: str, size: tuple[int, int]) -> None:
     network = awake(unet(**VARIANTS[name]))
     height, width = size
-    assert height % network.config.downsampling == width % network.config.downsampling == 0
+    assert height % network.divisor == width % network.divisor == 0
     output = network(normal(2, 3, height, width), levels(), conditions())
     assert output.shape == (2, 3, height, width)
     assert bool(torch.isfinite(output).all())
@@ -104,9 +108,9 @@ def test_gradients_reach_every_parameter(name: str) -> None:
             assert parameter.grad.abs().max() > 0, parameter_name
 
 
-@pytest.mark.parametrize("text", ["attention", "pooled"])
-def test_padding_the_text_changes_nothing(text: str) -> None:
-    network = awake(unet(text=text))
+@pytest.mark.parametrize("changes", [{}, {"text": "pooled"}, {"self_attention": False}])
+def test_padding_the_text_changes_nothing(changes: dict[str, Any]) -> None:
+    network = awake(unet(**changes))
     cond = conditions()
     padded_text, mask = pad_text(cond.text, cond.text_mask, 11)
     rubbish = torch.where(mask[:, :, None], padded_text, 1e3)
@@ -116,9 +120,9 @@ def test_padding_the_text_changes_nothing(text: str) -> None:
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["attention", "pooled"])
-def test_a_text_without_tokens_gives_numbers(text: str) -> None:
-    network = awake(unet(text=text))
+@pytest.mark.parametrize("changes", [{}, {"text": "pooled"}, {"self_attention": False}])
+def test_a_text_without_tokens_gives_numbers(changes: dict[str, Any]) -> None:
+    network = awake(unet(**changes))
     cond = replace(conditions(), text_mask=torch.zeros(2, 5, dtype=torch.bool))
     output = network(normal(2, 3, 16, 16), levels(), cond)
     output.sum().backward()
@@ -126,9 +130,9 @@ def test_a_text_without_tokens_gives_numbers(text: str) -> None:
     assert all(bool(torch.isfinite(p.grad).all()) for p in network.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("text", ["attention", "pooled"])
-def test_text_matters(text: str) -> None:
-    network = awake(unet(text=text))
+@pytest.mark.parametrize("changes", [{}, {"text": "pooled"}, {"self_attention": False}])
+def test_text_matters(changes: dict[str, Any]) -> None:
+    network = awake(unet(**changes))
     one, other = (network(normal(2, 3, 16, 16), levels(), conditions(seed=seed)) for seed in (1, 2))
     assert (one - other).abs().max() > 1e-2
 
@@ -257,6 +261,55 @@ def test_additive_skips_are_scaled() -> None:
 def test_no_self_attention_at_the_finest_level() -> None:
     assert all(block.attention is None for block in unet().levels[0].encode)
     assert all(block.attention is not None for block in unet().levels[1].encode)
+
+
+def test_attention_once_a_level_comes_after_its_last_block() -> None:
+    level = unet(blocks=(1, 3), attention_after="level").levels[1]
+    for blocks in (level.encode, level.decode):
+        assert [block.attention is not None for block in blocks] == [False, False, True]
+
+
+def test_text_alone_is_asked_by_each_pixel_for_itself() -> None:
+    """No pixel's answer depends on another pixel, which self-attention's does."""
+    attention = Attention(8, 8, TEXT_DIM, "pixel", 1, sees_picture=False)
+    torch.nn.init.normal_(attention.out.weight)
+    cond = conditions(1)
+    text, visible = attention.read_text(cond.text), cond.text_mask[:, None, None, :]
+    h = normal(1, 8, 4, 4)
+    changed = h.clone()
+    changed[..., 0, 0] += 1
+    differs = (attention(changed, text, visible) != attention(h, text, visible)).any(dim=1)[0]
+    assert differs.nonzero().tolist() == [[0, 0]]
+
+
+def test_text_alone_needs_a_text_that_attention_reads() -> None:
+    with pytest.raises(ValueError, match="self_attention: false leaves attention the text alone; text: pooled"):
+        unet(self_attention=False, text="pooled")
+
+
+def test_a_skip_a_level_is_added_once_before_its_first_block_on_the_way_up() -> None:
+    """Written out for one level of two blocks."""
+    one_level = {"channels": (8,), "blocks": (2,), "strides": (1,), "attention": (False,), "middle_blocks": 0}
+    network = awake(unet(**one_level, skips="level", skip_scale=0.5))
+    z, cond, level = normal(2, 3, 8, 8), conditions(), network.levels[0]
+    embedding = torch.nn.functional.silu(network.noise_level(levels()) + network.prepare(cond).embedding)
+    h = network.stem(z)
+    for block in level.encode:
+        h = block(h, embedding, None, None)
+    h = h + 0.5 * h
+    for block in level.decode:
+        h = block(h, embedding, None, None)
+    expected = network.head(torch.nn.functional.silu(network.head_norm(h)))
+    torch.testing.assert_close(network(z, levels(), cond), expected)
+
+
+def test_resampling_by_convolution_strides_down_and_enlarges_before_it_convolves_up() -> None:
+    level = unet(resampling="conv").levels[1]
+    h = normal(1, 8, 8, 8)
+    down = level.down(h)
+    torch.testing.assert_close(down, nn.functional.conv2d(h, level.down.conv.weight, level.down.conv.bias, 2, 1))
+    repeated = down.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(level.up(down), level.up.conv(repeated))
 
 
 def test_dropout_acts_in_training_only_and_at_attending_levels_only() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_text import make_tiny_t5
+from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.text.embeddings import TextEmbeddings
@@ -77,6 +78,19 @@ def test_the_empty_prompt_is_the_end_of_text_alone(encoder: TextEncoder, folder:
     assert torch.equal(encoder.encode([""]).tokens, expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_null_text_may_be_zeros_while_every_other_text_stays(folder: Path, padded: bool) -> None:
+    zeros = TextEncoder.from_pretrained(folder, padded=padded, max_length=8, null_text="zeros")
+    plain = TextEncoder.from_pretrained(folder, padded=padded, max_length=8)
+    prompts = ["", "a fox", "  "]  # the tokenizer drops spaces
+    found, usual = zeros.encode(prompts, batch_size=3), plain.encode(prompts, batch_size=3)
+    assert torch.equal(found.mask, usual.mask), "as long as it would be"
+    assert not found.tokens[[0, 2]].any()
+    assert usual.tokens[0].any()
+    assert torch.equal(found.tokens[1], usual.tokens[1])
+    assert zeros.fingerprint != plain.fingerprint
+
+
 def test_a_long_prompt_is_cut_and_the_warning_says_where(folder: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, max_length=4)
     with pytest.warns(UserWarning, match=r"'a red apple of the fox' has 7 tokens.*after 'a red apple', before 'of the"):
@@ -140,6 +154,28 @@ def test_the_encoder_is_frozen_and_gives_no_gradients(encoder: TextEncoder) -> N
     assert not any(parameter.requires_grad for parameter in encoder._model.parameters())
     assert not encoder._model.training
     assert not encoder.encode(["a fox"]).tokens.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_encoder_whose_activations_overflow_float16(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    encoder = TextEncoder.from_pretrained(folder)
+    for name, weight in encoder._loaded().named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(3e6)
+    plain = encoder.encode(["red apple", ""])
+    hidden: list[Tensor] = []
+    watched = [
+        layer.register_forward_hook(lambda *call: hidden.append(call[2][0])) for layer in encoder._model.encoder.block
+    ]
+    with torch.autocast("cpu", dtype):
+        inside = encoder.encode(["red apple", ""])
+    for hook in watched:
+        hook.remove()
+    assert max(float(each.abs().max()) for each in hidden) > 65504, "no number of float16"
+    assert torch.equal(inside.tokens, plain.tokens)
+    assert inside.tokens.isfinite().all()
 
 
 def test_a_released_encoder_says_what_to_do(folder: Path) -> None:

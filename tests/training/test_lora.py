@@ -15,7 +15,7 @@ from torch import nn
 
 from cascade import CascadePipeline
 from cascade.build import build_stage
-from cascade.checkpoint import load_tensors
+from cascade.checkpoint import load_tensors, save_tensors
 from cascade.conditioning import Conditioning
 from cascade.errors import CascadeError
 from cascade.load import assemble, load_stage
@@ -198,6 +198,27 @@ def test_wrong_adapters_are_named(tmp_path: Path, model: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(CascadeError, match=r"adapter_model\.safetensors: damaged"):
         merge_adapter(network_of("unet"), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.clear(), r"lora_A\.weight is missing \(and \d+ more\)"),
+        (lambda tensors: tensors.pop(min(tensors)), r"lora_A\.weight is missing; the weights belong"),
+        (lambda tensors: tensors.update({f"{min(tensors)}s": torch.ones(1)}), r"weights is not in this network;"),
+        (lambda tensors: tensors.update({min(tensors): torch.ones(2, 2)}), r"has shape \[2, 2\], this network has"),
+    ],
+    ids=["no tensors", "one missing", "one too many", "another shape"],
+)
+def test_an_adapter_that_lacks_a_tensor_is_refused_and_never_filled_with_random_numbers(
+    tmp_path: Path, model: Path, change: Any, message: str
+) -> None:
+    folder = adapter_for(model, tmp_path / "adapter")
+    tensors = load_tensors(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
+    with pytest.raises(CascadeError, match=rf"adapter: .*{message}"):
+        load_stage(model / "base", adapter=folder)
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cascade.config import OptimizerConfig
+from cascade.models.network import Network
 from cascade.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -55,7 +56,7 @@ def test_only_matrices_and_kernels_decay() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_setting_the_learning_rate_reaches_every_group(kind: str) -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(kind=kind))
+    optimizer = build_optimizer(Repeated(), OptimizerConfig(kind=kind))
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
@@ -92,13 +93,16 @@ def test_adamw_copies_no_channels_last_gradient() -> None:
     assert not {"aten::clone", "aten::contiguous"} & set(calls)
 
 
-class Repeated(torch.nn.Module):
+class Repeated(Network):
     """A kernel that Muon moves, and one that it leaves to AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 4, 3, bias=False)
         self.levels = torch.nn.ModuleList([torch.nn.Conv2d(4, 6, 3)])
+
+    def repeated_blocks(self) -> list[torch.nn.Module]:
+        return list(self.levels)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -139,3 +143,40 @@ def test_muon_steps_are_orthogonal_and_as_large_as_adamws() -> None:
     values = torch.linalg.svdvals(update) / (0.2 * 36**0.5)  # 4 * 3 * 3 columns
     assert values.min() > 0.5
     assert values.max() < 1.5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adafactor_moves_a_flattened_kernel_as_torchs_moves_a_matrix(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 4, 3).to(memory_format=layout)
+    optimizer = build_optimizer(layer, OptimizerConfig(kind="adafactor", learning_rate=0.1, weight_decay=0.1))
+    matrix = torch.nn.Parameter(layer.weight.detach().flatten(1).clone())
+    vector = torch.nn.Parameter(layer.bias.detach().clone())
+    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    reference = torch.optim.Adafactor(groups, lr=0.1)
+    for step in range(1, 5):
+        gradient = 10.0**-step * torch.randn(4, 6, 3, 3)
+        layer.weight.grad, matrix.grad = gradient.to(memory_format=layout), gradient.flatten(1)
+        layer.bias.grad = gradient.sum(dim=(1, 2, 3))
+        vector.grad = layer.bias.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(layer.weight.flatten(1), matrix)
+    torch.testing.assert_close(layer.bias, vector)
+    state = optimizer.state[layer.weight]
+    assert {name: tuple(value.shape) for name, value in state.items() if value.ndim} == {
+        "rows": (4, 1, 1, 1),
+        "columns": (1, 6, 3, 3),
+    }
+
+
+def test_adafactor_reads_no_number_from_the_device() -> None:
+    """A tensor of the meta device has none: reading it raises."""
+    layer = torch.nn.Conv2d(6, 4, 3, device="meta")
+    optimizer = build_optimizer(layer, OptimizerConfig(kind="adafactor", weight_decay=0.1))
+    for parameter in layer.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="meta"):  # torch's reads two for each weight
+        torch.optim.Adafactor(layer.parameters()).step()

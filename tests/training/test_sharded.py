@@ -55,10 +55,12 @@ def launch(output: Path, *changes: str, resume: bool = False, timeout_seconds: f
     return proofs[0]
 
 
-def test_the_run_is_that_of_one_process_and_its_checkpoint_loads_there(tmp_path: Path) -> None:
-    one = micro_config(tmp_path / "one", *CHANGES, *WATCHED)
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_the_run_is_that_of_one_process_and_its_checkpoint_loads_there(tmp_path: Path, kind: str) -> None:
+    changes = (*CHANGES, *WATCHED, f"training.optimizer.kind={kind}")
+    one = micro_config(tmp_path / "one", *changes)
     assert trainer(one).run()
-    launch(tmp_path / "two", *CHANGES, *WATCHED)
+    launch(tmp_path / "two", *changes)
     for entry, other in zip(log_entries(tmp_path / "one"), log_entries(tmp_path / "two"), strict=True):
         assert other == pytest.approx(entry, rel=1e-3)  # the loss and its bands, norms, validation
     a, b = load_newest(tmp_path / "one", one), load_newest(tmp_path / "two", one)
@@ -89,12 +91,14 @@ def test_a_run_goes_from_two_sharded_processes_to_one_and_back(tmp_path: Path) -
         assert other["loss"] == pytest.approx(entry["loss"], rel=1e-2)
 
 
-def test_a_sharded_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    launch(tmp_path / "whole", *CHANGES)
-    launch(tmp_path / "halves", *CHANGES)
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_a_sharded_run_resumes_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    changes = (*CHANGES, f"training.optimizer.kind={kind}")
+    launch(tmp_path / "whole", *changes)
+    launch(tmp_path / "halves", *changes)
     (tmp_path / "halves" / "checkpoints" / "step-00000004").rename(tmp_path / "lost")
-    launch(tmp_path / "halves", *CHANGES, resume=True)
-    config = micro_config(tmp_path / "whole", *CHANGES)
+    launch(tmp_path / "halves", *changes, resume=True)
+    config = micro_config(tmp_path / "whole", *changes)
     a, b = load_newest(tmp_path / "whole", config), load_newest(tmp_path / "halves", config)
     for part in ("network", "ema", "optimizer"):
         tensors, others = getattr(a, part), getattr(b, part)
@@ -153,7 +157,7 @@ def test_accelerate_reads_every_launcher_configuration(name: str) -> None:
     if "fsdp" in name:
         assert environment["ACCELERATE_USE_FSDP"] == "true"
         assert environment["FSDP_VERSION"] == "2"
-        assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "ResidualBlock"
+        assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "None", "the network names its units"
         assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
     else:
         assert "ACCELERATE_USE_FSDP" not in environment

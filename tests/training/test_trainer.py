@@ -105,9 +105,8 @@ def test_the_arithmetic_inside_the_network_has_the_precision_asked_for(
         (torch.OutOfMemoryError("CUDA out of memory. Tried to\nmore"), r"out of memory in training .*accumulation"),
         (cpu_shortage(), r"DefaultCPUAllocator.* memory: .*accumulation"),
         (MemoryError(), r"out of memory in training \(MemoryError\); raise training\.accumulation"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), r"data\.workers.*shared memory"),
     ],
-    ids=["gpu", "cpu", "python", "reading process"],
+    ids=["gpu", "cpu", "python"],
 )
 def test_too_little_memory_is_one_line_with_the_way_out(tmp_path: Path, error: Exception, message: str) -> None:
     def fail(call: int) -> None:

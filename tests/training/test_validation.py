@@ -1,13 +1,18 @@
 """The validation loss: held-out pictures, the same noise each time, of the averaged weights, changing nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers_training import SUPER_RESOLUTION, log_entries, micro_config, trainer
+from helpers_text import make_tiny_t5
+from helpers_training import SUPER_RESOLUTION, TEXT_DIM, log_entries, micro_config, trainer
 
 from cascade.data import loader
 from cascade.errors import CascadeError
+from cascade.text.t5 import TextEncoder
+from cascade.training import validation as validation_module
+from cascade.training.step import training_loss
 from cascade.training.validation import Validation
 
 VALIDATE = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 3}"
@@ -66,6 +71,33 @@ def test_it_is_the_loss_of_the_averaged_weights(tmp_path: Path) -> None:
     assert torch.equal(losses_of(run), before)
     run.ema.weights["head.bias"] += 1
     assert not torch.equal(losses_of(run), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [("stage.model.attention=[false]", "stage.model.text=pooled"), SUPER_RESOLUTION])
+def test_it_is_the_training_loss_of_the_same_views_in_every_bit(
+    tmp_path: Path, precision: str, changes: tuple[str, ...]
+) -> None:
+    """Text, network and square are computed alike: through T5 itself, which autocast must not reach."""
+    config = micro_config(tmp_path / "run", VALIDATE, *changes, f"training.precision={precision}", "data.flip=0")
+    run = trainer(config, TextEncoder.from_pretrained(make_tiny_t5(tmp_path / "t5", dim=TEXT_DIM), max_length=128))
+    captured: list[tuple[object, torch.Tensor]] = []
+    real = validation_module.training_loss
+
+    def capturing(*given: object) -> object:
+        found = real(*given)  # type: ignore[arg-type]
+        captured.append((given[5], found[0]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation_module, "training_loss", capturing)
+        run._validated(run.stage, lambda: False)
+    assert len(captured) == 3
+    total, loss = sum(len(batch.samples) for batch in run.validation._batches), run.validation._loss
+    for batch, (draw, validated) in zip(run.validation._batches, captured, strict=True):
+        ready = replace(run.ready(batch), positions=torch.tensor(batch.samples), batch_size=total)
+        trained, _ = training_loss(run.stage, run.network, ready, loss, run.weighting, draw)
+        assert torch.equal(trained.detach(), validated)
 
 
 @pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])

@@ -1,0 +1,83 @@
+"""How a stage draws: sampler, steps, guidance, thresholding; and the presets that change them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cascade.config.samplers import DEFAULT_SAMPLER, SECTIONS, AnySampler, with_sampler_section
+from cascade.diffusion.schedules import NamedSteps, Spacing
+from cascade.settings import Settings
+
+StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
+
+
+class SamplingConfig(Settings):
+    """How a stage draws unless the caller says otherwise."""
+
+    sampler: AnySampler = SECTIONS[DEFAULT_SAMPLER](kind=DEFAULT_SAMPLER)
+    """A name, or a section with the sampler's own settings: {kind: ddim, eta: 0.5}. `ddpm` is algorithm 18.2; the
+    others reach the same quality in fewer steps."""
+    steps: StepCount = 50
+    """Number of sampling steps (Heun calls the network twice in each but the last)."""
+    spacing: Spacing = "t"
+    """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
+    schedule, of which the first or the last is met."""
+    timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None
+    """Discrete schedules: the steps themselves, numbered from 0, high noise first, or one of DeepFloyd IF's lists, in
+    place of `steps` and `spacing`."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of classifier-free guidance, 1 = none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["clip"] | None = "clip"
+    """Dynamic thresholding at a quantile such as 0.995 (Imagen), static `clip` to [-1, 1], or none."""
+    threshold_maximum: Annotated[float, Field(ge=1)] | None = None
+    """Dynamic thresholding divides by no more than this. None: no cap."""
+    aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Super-resolution: standard deviation of the noise on the smaller picture."""
+    consistency: Annotated[int, Field(ge=0)] = 0
+    """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
+    smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
+    flatten: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """After the last step, neighbours whose colours differ by less than about this, in [-1, 1], are averaged: the grain
+    that a small network leaves in flat art goes, edges stay. Not for photographs. 0: nothing is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_sections(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # What a validator of ours gives back is no longer JSON to pydantic, whose strict tuples are then no lists.
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return with_sampler_section(plain)
+
+    @model_validator(mode="after")
+    def _descending(self) -> Self:
+        if isinstance(self.timesteps, tuple) and (
+            not self.timesteps or any(after >= before for before, after in pairwise(self.timesteps))
+        ):
+            raise ValueError("timesteps must fall from step to step, from high noise to low, such as [999, 500, 0]")
+        return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise ValueError(f"guidance_interval [{low:g}, {high:g}] is empty; give the smaller log SNR first")
+        return self
+
+
+class PresetConfig(Settings):
+    """What a named preset changes in `sampling`."""
+
+    sampler: AnySampler | None = None
+    """See sampling.sampler."""
+    steps: StepCount | None = None
+    """See sampling.steps."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """See sampling.guidance."""
+    aug_level: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """See sampling.aug_level."""

@@ -1,0 +1,109 @@
+"""Drawing with a part of the answer in hand: known pixels are kept, and a picture is the start instead of noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cascade.diffusion.noise import (
+    CLEAN,
+    Denoiser,
+    Estimate,
+    alpha,
+    diffuse,
+    noise_like,
+    posterior,
+    step_beta,
+    with_x,
+    x_of,
+)
+from cascade.diffusion.samplers import Generators, OnStep
+from cascade.diffusion.schedules import NoiseSchedule
+from cascade.transfer import on_device
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of pictures before they are drawn.
+
+    x: (B, C, H, W) in [-1, 1]. mask: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew, 0 where x stays; None:
+    all of it is drawn anew. strength: in [0, 1], how much noise x is given to start from; 1: all, so that where the
+    picture is drawn anew x counts for nothing. rounds: see `sample_repaint`; 1: the stage's own sampler.
+    """
+
+    x: Tensor
+    mask: Tensor | None = None
+    strength: float = 1.0
+    rounds: int = 1
+
+    def to(self, device: torch.device) -> Known:
+        """The same on another device."""
+        mask = None if self.mask is None else on_device(self.mask, device)
+        return replace(self, x=on_device(self.x, device), mask=mask)
+
+
+def keep_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
+    """x_hat, with the known picture in its place where the mask is 0.
+
+    Whichever sampler follows then puts the known pixels in at every step at their noise level: by DDIM's step they keep
+    the noise that they began with, by DDPM's they are drawn from q(z_s | z_t, x).
+    """
+
+    def kept(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        return with_x(estimate, torch.lerp(x, x_of(estimate), mask))
+
+    return kept
+
+
+def levels_from(schedule: NoiseSchedule, log_snrs: Tensor, strength: float) -> Tensor:
+    """The noise levels of a sampler that starts from a picture with the noise of time t = strength: (n + 1,), n <= N.
+
+    log_snrs: (N + 1,), from pure noise. Where a schedule has numbered steps, only these are levels, and the first
+    (1 - strength) N are left out. Strength 0 leaves the last level alone.
+    """
+    if strength >= 1:
+        return log_snrs
+    if schedule.steps is not None:
+        return log_snrs[round((1 - strength) * (len(log_snrs) - 1)) :]
+    if strength <= 0:
+        return log_snrs[-1:]
+    start = schedule.log_snr(torch.tensor([strength], dtype=torch.float64)).to(log_snrs.dtype).flatten()
+    return torch.cat([start, log_snrs[log_snrs > start]])
+
+
+def start_from(known: Known, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
+    """z at the first level: the noise eps where the picture is drawn anew from nothing, else x with that noise.
+
+    x: the known picture, as it is diffused. log_snr: (B, 1, 1, 1).
+    """
+    noised = diffuse(x, eps, log_snr)
+    if known.strength < 1:
+        return noised
+    return eps if known.mask is None else torch.lerp(noised, eps, known.mask)
+
+
+def sample_repaint(
+    denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep, rounds: int
+) -> Tensor:
+    """Ancestral sampling in which every step is taken `rounds` times, with noise added back between.
+
+    So what is drawn anew hears of the known pixels more than once before the next level; with one round it is `ddpm`.
+    denoise: one of `keep_known`. Source: Lugmayr et al. (2022), RePaint, algorithm 1.
+    """
+    levels = log_snrs.to(z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
+    for step, (log_snr_t, log_snr_s) in enumerate(pairwise(levels.unbind())):
+        ends = bool(log_snrs[step + 1] >= CLEAN)
+        for repetition in range(rounds):
+            x_hat = x_of(denoise(z, log_snr_t))
+            mean, variance = posterior(x_hat, z, log_snr_t, log_snr_s)
+            z = x_hat if ends else mean + variance.sqrt() * noise_like(z, rng)
+            if repetition < rounds - 1:
+                ratio = alpha(log_snr_t) if ends else alpha(log_snr_t) / alpha(log_snr_s)
+                added = 1 - alpha(log_snr_t) if ends else step_beta(log_snr_t, log_snr_s)
+                z = ratio.sqrt() * z + added.sqrt() * noise_like(z, rng)
+        on_step(step, x_hat)
+    return z

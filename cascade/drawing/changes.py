@@ -1,0 +1,105 @@
+"""What a call says of a picture that is to be changed, as the recipe and the engine need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cascade.arguments import PerStage, common_step, integer, positive
+from cascade.config import StageConfig
+from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
+from cascade.errors import CascadeError
+from cascade.sampling import check_stages
+from cascade.seeds import MAX_SEED
+from cascade.upscaling import ImageLike, read_mask, read_picture
+
+DEFAULT_STRENGTH = 0.85
+"""Of a picture without a mask; with one, what is drawn anew is drawn from nothing."""
+ANEW = 0.7
+"""Strength of the first stage from which the larger ones begin with noise alone. It moves shapes from about there on,
+and the old shapes would shine through a larger stage that began with them; below it, they keep the picture's detail."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A picture to be changed, and how.
+
+    image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is drawn anew. extend: pixels to
+    add at its sides in place of a mask, {"left": 64}, of `left`, `top`, `right` and `bottom`. strength: in [0, 1], of
+    the first stage, from which that of the others follows, or {stage: value}: 0 gives the picture back, 1 ignores it.
+    resampling: how often each step is taken where a mask keeps a part. variation: (seed, share in [0, 1]), other noise
+    to start from and how far on the way to it; this one needs no picture.
+    """
+
+    image: ImageLike | None = None
+    mask: ImageLike | None = None
+    strength: PerStage[float] = None
+    extend: Mapping[str, int] | None = None
+    resampling: int = 1
+    variation: tuple[int, float] | None = None
+
+    def resolve(
+        self, stages: Sequence[StageConfig], size: tuple[int, int], asked: bool
+    ) -> tuple[Edit | None, tuple[int, int], dict[str, Any]]:
+        """(the edit, the size that is drawn, what the recipe says of both). Raises CascadeError.
+
+        size: that would be drawn without a picture. asked: whether the caller asked for it.
+        """
+        said = self._variation()
+        if self.image is None:
+            for name in ("mask", "strength", "extend"):
+                if getattr(self, name) is not None:
+                    raise CascadeError(f"{name}: there is no picture to change; give one as image")
+            return None, size, said
+        image, mask = self._pictures(self.image)
+        fitting = fitting_size(stages, (image.shape[-2], image.shape[-1]))
+        edit, size = edit_of(image, mask, [size] if asked else [size, fitting])
+        said |= {
+            "image": digest_of(image),
+            "mask": "" if mask is None else digest_of(mask),
+            "strength": self._strengths([stage.name for stage in stages]),
+            "resampling": positive("resampling", self.resampling),
+        }
+        return edit, size, said
+
+    def _pictures(self, given: ImageLike) -> tuple[Tensor, Tensor | None]:
+        """The picture (3, H, W) uint8 and its mask (H, W), the canvas around it included."""
+        image = read_picture(given)[0]
+        if self.extend is None:
+            return image, None if self.mask is None else read_mask(self.mask)
+        if self.mask is not None:
+            raise CascadeError("extend: there is a mask already; give one of the two")
+        check_stages("extend", self.extend, SIDES, "side")
+        return extended(image, **{side: integer(f"extend.{side}", pixels) for side, pixels in self.extend.items()})
+
+    def _variation(self) -> dict[str, Any]:
+        if self.variation is None:
+            return {}
+        seed, share = integer("variation", self.variation[0]), self.variation[1]
+        if not 0 <= seed <= MAX_SEED or not 0 <= share <= 1:
+            raise CascadeError(f"variation: ({seed}, {share:g}); expected a seed, and a share from 0 to 1")
+        return {"variation": float(share), "variation_seed": seed}
+
+    def _strengths(self, stages: Sequence[str]) -> dict[str, float]:
+        """By stage; those with full strength are left out."""
+        default = DEFAULT_STRENGTH if self.mask is None and self.extend is None else 1.0
+        if isinstance(self.strength, Mapping):
+            check_stages("strength", self.strength, stages)
+            given = {name: self.strength.get(name, 1.0) for name in stages}
+        else:
+            first = default if self.strength is None else self.strength
+            given = {name: min(1.0, first / ANEW) if place else first for place, name in enumerate(stages)}
+        for value in given.values():
+            if not 0 <= value <= 1:
+                raise CascadeError(f"strength: {value:g}; expected 0, which gives the picture back, to 1")
+        return {name: float(value) for name, value in given.items() if value < 1}
+
+
+def fitting_size(stages: Sequence[StageConfig], picture: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in about the shape of a picture, its longer side what the last stage draws."""
+    step, longest = common_step(stages), stages[-1].resolution
+    height, width = (max(step, round(side * longest / max(picture) / step) * step) for side in picture)
+    return height, width

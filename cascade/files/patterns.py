@@ -1,0 +1,27 @@
+"""Paths that may be patterns: `*`, `?`, `[...]` and `**` stand for others, unless a file or folder is called so."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a path or a pattern names, sorted.
+
+    The longest beginning under which something is there is a name, so that a folder called `a[1]` can be searched.
+    """
+    found = glob.glob(_with_names_escaped(pattern), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+    return sorted(path for path in found if Path(path).is_file())
+
+
+def _with_names_escaped(pattern: str) -> str:
+    ends = [len(pattern), *(place for place, letter in reversed(list(enumerate(pattern))) if letter == "/")]
+    for end in ends:
+        name, rest = pattern[:end], pattern[end:]
+        if not glob.has_magic(name):
+            return pattern
+        if os.path.lexists(name):
+            return glob.escape(name) + rest
+    return pattern

@@ -1,0 +1,187 @@
+"""Pictures of any mode, depth and colour space -> 8 bits, sRGB, upright: what everything else here works on."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from cascade.errors import CascadeError
+
+MOST_PIXELS = "CASCADE_MAX_PIXELS"
+"""The environment's variable for how many pixels a picture that is read may have."""
+_MOST_PIXELS = 178_956_970
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
+_INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
+_TRANSFORM_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+_SHIFTS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}
+"""Of PNG's depths, what Pillow multiplies grays and colours by, and forgets to for the transparent one."""
+
+
+@contextmanager
+def open_picture(source: str | Path | BinaryIO, limited: bool = True) -> Iterator[Image.Image]:
+    """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_told`.
+
+    As many pixels as Pillow allows (179 million), for a small file may hold a picture that fills all memory; or as many
+    as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    # From so many on Pillow warns; it refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = most_pixels() // 2 if limited else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def most_pixels() -> int:
+    """Of a picture that is read. Raises CascadeError for an environment that says no number."""
+    text = os.environ.get(MOST_PIXELS, "")
+    if text and not (text.isascii() and text.isdecimal()):
+        raise CascadeError(f"{MOST_PIXELS}: {text!r}; expected a number of pixels, such as 300000000")
+    return int(text) if text else _MOST_PIXELS
+
+
+@contextmanager
+def picture_told(name: str) -> Iterator[None]:
+    """What Pillow raises for a picture that it cannot read becomes CascadeError."""
+    try:
+        yield
+    except CascadeError:
+        raise
+    except FileNotFoundError:
+        raise CascadeError(f"{name}: no such file") from None
+    except Image.DecompressionBombError:
+        raise CascadeError(
+            f"{name}: has more than {most_pixels():,} pixels; if they are meant, set {MOST_PIXELS} to as many"
+        ) from None
+    except _UNREADABLE as error:
+        reason = "a folder" if isinstance(error, IsADirectoryError) else str(error) or type(error).__name__
+        raise CascadeError(f"{name}: not a readable picture: {reason}") from None
+
+
+def straight(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA where it has transparency: sRGB as its colour profile says, upright as EXIF does.
+
+    A profile that is damaged, or of another kind of colours than the picture has, counts as none; so does EXIF. Gray of
+    16 bits keeps its upper byte. Modes `I` and `F` (int32, float32) do not say what white is, so their largest value
+    does: white is the first of 1 (`F` alone), 255 and 65535 that it exceeds at most twice, for a few values beyond
+    white, as sharpening leaves them, shall not turn the rest black. What lies outside is clipped.
+    """
+    profile = image.info.get("icc_profile")
+    _scale_transparency(image)
+    image = _upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    return _srgb(image, profile) if isinstance(profile, bytes) and profile else _plain(image)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """RGB of RGB or RGBA."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the one transparent colour of a PNG, of 2, 4 or 16 bits, to the 8 bits of its pixels."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []  # none once it is loaded
+    factor = _SHIFTS.get(str(tiles[0].args)) if tiles else None
+    colour = image.info.get("transparency")
+    if factor is None or colour is None:
+        return
+    scaled = tuple(int(value * factor) for value in (colour if isinstance(colour, tuple) else (colour,)))
+    image.info["transparency"] = scaled if isinstance(colour, tuple) else scaled[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of EXIF that ends too early
+            return ImageOps.exif_transpose(image)
+    except SyntaxError:  # its EXIF is no TIFF: damaged, and nothing can be said of its orientation
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of more than 8 bits as `L`, or `LA` where one gray value is transparent."""
+    values = np.asarray(image)
+    gray = Image.fromarray(_gray_bytes(values, image.mode))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _gray_bytes(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
+    """As uint8, which Pillow's own conversion would cut off at 255; see `straight`."""
+    if mode.startswith("I;"):
+        return (values >> 8).astype(np.uint8)
+    finite = np.isfinite(values)
+    largest = values.max(where=finite, initial=0)
+    white = next((white for white in ((1, 255) if mode == "F" else (255,)) if largest <= 2 * white), 65535)
+    numbers = np.nan_to_num(values.astype(np.float64), posinf=white, neginf=0)
+    numbers = (numbers * 255).round() if white == 1 else numbers // 256 if white == 65535 else numbers
+    return numbers.clip(0, 255).astype(np.uint8)
+
+
+def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """`image`, whose colours are those of a profile."""
+    plain = _plain(image)
+    kinds = {"GRAY": ("1", "L", "LA", "La"), "CMYK": ("CMYK",)}
+    space = _space(profile)
+    if image.mode not in kinds.get(space, (image.mode,) if space == "RGB" and image.mode != "CMYK" else ()):
+        return plain
+    source = {"GRAY": "L", "CMYK": "CMYK", "RGB": "RGB"}[space]
+    transform = _transform(profile, source)
+    if transform is None:
+        return plain
+    colours = ImageCms.applyTransform((plain if source == "RGB" else image).convert(source), transform)
+    assert colours is not None, "it is not done in place"
+    if plain.mode == "RGBA":
+        colours.putalpha(plain.getchannel("A"))
+    return colours
+
+
+@lru_cache(maxsize=16)
+def _space(profile: bytes) -> str:
+    """The kind of colours that a profile is for: `RGB`, `GRAY`, `CMYK`; empty where it is damaged."""
+    try:
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+    except _TRANSFORM_ERRORS:
+        return ""
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where nothing is to be done: it is damaged, or it is sRGB itself."""
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        transform = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB", _INTENT, flags)
+    except _TRANSFORM_ERRORS:
+        return None
+    return None if mode == "RGB" and _changes_nothing(transform) else transform
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether colours stay within rounding, as with the many profiles that say sRGB in other words."""
+    colours = np.array(list(product(range(0, 256, 51), repeat=3)), dtype=np.uint8)[None]
+    changed = ImageCms.applyTransform(Image.fromarray(colours), transform)
+    return bool(np.abs(np.asarray(changed).astype(int) - colours).max() <= 1)

@@ -1,0 +1,86 @@
+"""The files below a folder that are somebody's data: what systems and editors leave there is passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Walk:
+    """What was found. problems: a line for each folder or file that cannot be read, with its reason."""
+
+    files: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a relative path begins with a dot: `.ipynb_checkpoints`, `.Trash-1000`, `._x.png` of a Mac."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def walk(folder: Path) -> Walk:
+    """The files of a folder and its subfolders, sorted; hidden ones are left out.
+
+    Links to folders are followed, and no folder is entered twice, so that circles end; its files have the name of the
+    folder itself where that lies below, else of the link that is first in order. Raises OSError for `folder` itself.
+    """
+    found = Walk()
+    entered = {_identity(folder)}
+    folders, links = deque([folder]), deque[Path]()
+    while folders or links:
+        here = folders.popleft() if folders else links.popleft()
+        if here != folder and _is_known(here, entered, found):
+            continue
+        try:
+            with os.scandir(here) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            if here == folder:
+                raise
+            found.problems.append(_told(here, error))
+            continue
+        _sort_out(entries, found, folders, links)
+    found.files.sort()
+    return found
+
+
+def _sort_out(entries: Iterable[os.DirEntry[str]], found: Walk, folders: deque[Path], links: deque[Path]) -> None:
+    """Put each entry of a folder where it belongs."""
+    for entry in entries:
+        if is_hidden(entry.name):
+            continue
+        path = Path(entry.path)
+        try:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.is_file():
+                found.files.append(path)
+            else:
+                found.problems.append(_told(path, "a link that leads nowhere" if entry.is_symlink() else "no file"))
+        except OSError as error:  # a circle of links
+            found.problems.append(_told(path, error))
+
+
+def _is_known(folder: Path, entered: set[tuple[int, int]], found: Walk) -> bool:
+    """Whether a folder was entered under another name, or cannot be looked at; from now on it is."""
+    try:
+        identity = _identity(folder)
+    except OSError as error:
+        found.problems.append(_told(folder, error))
+        return True
+    known = identity in entered
+    entered.add(identity)
+    return known
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _told(path: Path, reason: OSError | str) -> str:
+    return f"{path}: cannot be read: {reason if isinstance(reason, str) else reason.strerror or reason}"

@@ -1,0 +1,132 @@
+"""`~` is the home folder wherever a path is read, and never a folder called so."""
+
+from __future__ import annotations
+
+import shutil
+import typing
+from pathlib import Path
+
+import click
+import pytest
+from helpers_model import make_tiny_cascade
+from helpers_training import micro_config
+from PIL import Image
+from pydantic import AfterValidator
+
+from cascade import CascadePipeline, TextEncoder
+from cascade.cli import main, program
+from cascade.config import TrainConfig
+from cascade.errors import CascadeError
+from cascade.files.paths import expanded
+from cascade.load import find_stage, load_stage, load_train_config
+from cascade.prompts import read_prompts
+from cascade.settings import Settings, to_yaml
+from cascade.upscaling import read_picture
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own; the folder at hand is another one, and nothing may be made in it."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_only_a_beginning_means_home(home: Path) -> None:
+    assert [expanded(path) for path in ("~", "~/a", "./~", "a/~", "a~", "")] == [
+        str(home), f"{home}/a", "./~", "a/~", "a~", "",
+    ]  # fmt: skip
+    assert expanded("~root").startswith("/")
+
+
+@pytest.mark.usefixtures("home")
+def test_the_home_of_nobody_is_told_unless_something_is_called_so() -> None:
+    with pytest.raises(
+        CascadeError, match=r"^~nobody-here/x: the home folder of ~nobody-here is not known; write \./~"
+    ):
+        expanded("~nobody-here/x")
+    Path("~$lock.txt").touch()
+    assert expanded("~$lock.txt") == "~$lock.txt"
+
+
+def test_every_path_of_the_command_line_is_one() -> None:
+    """Options and arguments by what they are called in the help; those that are no paths are named here."""
+    plain = {"prompts", "assignments", "name", "license", "prompt", "negative_prompt", "device", "dtype", "adapter"}
+    plain |= {"shard", "batch_size", "host", "allowed_host", "steps", "guidance", "sampler", "aug_level", "threshold"}
+    for command in program.commands.values():
+        for parameter in command.params:
+            if parameter.type is click.STRING:
+                assert parameter.name in plain, f"{command.name}: {parameter.name} has no type; is it a path?"
+            assert not isinstance(parameter.type, click.Path), f"{command.name}: {parameter.name}"
+
+
+def fields(kind: type[Settings]) -> list[tuple[str, bool]]:
+    """Settings, and whether each is read as a path."""
+    found = []
+    for name, field in kind.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        is_path = any(isinstance(item, AfterValidator) for item in field.metadata) or any(
+            isinstance(item, AfterValidator) for inner in kinds for item in typing.get_args(inner)
+        )
+        if is_path or str in kinds:
+            found.append((name, is_path))
+        for inner in kinds:
+            for part in (
+                inner,
+                *typing.get_args(inner),
+                *(p for a in typing.get_args(inner) for p in typing.get_args(a)),
+            ):
+                if isinstance(part, type) and issubclass(part, Settings):
+                    found += fields(part)
+    return found
+
+
+def test_every_setting_that_is_a_path_is_one() -> None:
+    paths = {name for name, is_path in fields(TrainConfig) if is_path}
+    assert paths == {"output", "encoder", "cache", "path", "files", "name", "decoded", "init_from"}
+
+
+def test_settings_of_a_run_mean_home_and_are_kept_as_what_they_mean(home: Path) -> None:
+    config = micro_config(
+        "~/run", "text.cache=~/c", "text.encoder=~/t5", "training.init_from=~/old", "data.decoded=~/d"
+    )
+    assert [config.output, config.text.cache, config.text.encoder, config.training.init_from, config.data.decoded] == [
+        f"{home}/{name}" for name in ("run", "c", "t5", "old", "d")
+    ]
+    assert "~" not in to_yaml(config)
+
+
+@pytest.mark.usefixtures("home")
+def test_an_empty_path_is_told_and_is_not_the_folder_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CascadeError, match="output: is empty; name a file or folder"):
+        micro_config("")
+    assert main(["generate", "a fox", "--out", ""]) == 2
+    assert "Invalid value for '--out': is empty; name a file or folder." in capsys.readouterr().err
+
+
+def test_python_and_command_line_find_what_lies_at_home(home: Path, model: Path) -> None:
+    shutil.copytree(model, home / "model")
+    Image.new("RGB", (8, 8), "red").save(home / "red.png")
+    (home / "p.txt").write_text("a fox")
+    (home / "run.yaml").write_text(to_yaml(micro_config("~/run")))
+    pipeline = CascadePipeline.from_pretrained("~/model", device="cpu")
+    pipeline.save_pretrained("~/copy")
+    TextEncoder.from_pretrained("~/model/text_encoder").save_pretrained("~/t5")
+    assert load_stage("~/model/base").config == load_stage(find_stage("~/model/base")).config
+    assert load_train_config("~/run.yaml").output == f"{home}/run"
+    assert len(list(read_prompts("~/p.txt", 0))) == 1
+    assert read_picture("~/red.png").shape == (1, 3, 8, 8)
+    assert read_picture(Path("~/red.png")).shape == (1, 3, 8, 8)
+    options = ["--model=~/model", "--device=cpu"]
+    assert main(["generate", "--prompts=~/p.txt", "--out=~/drawn", "--until=8", *options]) == 0
+    assert main(["upscale", "~/red.png", "--out=~/larger", "--to=16", *options]) == 0
+    assert main(["info", "~/copy"]) == 0
+    assert {path.name for path in home.iterdir()} >= {"copy", "t5", "drawn", "larger"}
+    assert list(Path.cwd().iterdir()) == []
