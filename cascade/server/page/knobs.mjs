@@ -15,7 +15,7 @@ export class Knobs {
     this.card = card;
     this.fields = card.stages.map((stage, order) => ({ stage, parts: this.#parts(stage, order) }));
     place.replaceChildren(...this.fields.map(({ stage, parts }) => el("div", { className: "knobs" },
-      el("h3", {}, stage.name, el("small", { textContent: `${stage.resolution} px` })),
+      el("h2", {}, stage.name, el("small", { textContent: `${stage.resolution} px` })),
       ...Object.entries(parts).map(([name, input]) => labelled(KNOBS[name].label, input)))));
   }
 
