@@ -66,7 +66,8 @@ def test_the_command_draws_in_batches_of_its_own_choice_and_enlarges(
     Image.new("RGB", (8, 12), "red").save(tmp_path / "small.png")
     enlarge = ("upscale", tmp_path / "small.png", "--model", model, "--out", tmp_path / "large", "--to", 24)
     assert run(capsys, *enlarge)[0] == 0
-    assert Image.open(next((tmp_path / "large").glob("*.png"))).size == (16, 24)
+    with Image.open(next((tmp_path / "large").glob("*.png"))) as large:
+        assert large.size == (16, 24)
 
 
 def test_tiles_are_refused_since_it_looks_at_the_whole_picture(model: Path) -> None:
