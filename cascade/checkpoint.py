@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.settings import parse
 
 _READING = "text"
@@ -83,7 +84,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from cascade.checkpoint import atomic_folder, save_stage, write_json
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
-from cascade.files.paths import path_of
+from cascade.files.paths import plain_path
 from cascade.slots import StageSlot
 from cascade.text.t5 import TextEncoder
 
@@ -30,7 +30,7 @@ def write_model(
 
     enlargers: the stages of `upscale` where they are not those of the cascade.
     """
-    folder = path_of(folder)
+    folder = plain_path(folder)
     if folder.exists() and not _may_be_replaced(folder):
         raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
     with atomic_folder(folder) as temporary:

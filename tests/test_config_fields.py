@@ -39,7 +39,7 @@ from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
-from cascade.training.samples import sample_grid
+from cascade.training.samples import SampleGrid
 from cascade.training.state import load_newest
 from cascade.training.validation import Validation
 
@@ -122,7 +122,7 @@ def drawn_fast(config: TrainConfig) -> object:
 
 def sample_sheet(config: TrainConfig) -> object:
     """The grid of sample pictures that training draws."""
-    return hashlib.sha256(sample_grid(config, filled_stage(config), WordEncoder()).tobytes()).hexdigest()
+    return hashlib.sha256(SampleGrid(config, WordEncoder()).drawn(filled_stage(config)).tobytes()).hexdigest()
 
 
 def embeddings(config: TrainConfig) -> object:

@@ -398,6 +398,30 @@ def test_the_licence_of_the_weights_is_named_when_they_load(
     assert "DeepFloyd IF License" in caplog.text
 
 
+def test_a_card_in_latin_1_and_a_scheduler_without_its_optional_settings_are_read(
+    peers: dict[bool, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """diffusers takes its own defaults for what a file does not say."""
+    folder = shutil.copytree(peers[False][0], tmp_path / "if")
+    (folder / "README.md").write_bytes("license: mit\nécrit à Paris\n".encode("latin-1"))
+    said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    edit(folder / "scheduler" / "scheduler_config.json", thresholding=True)
+    whole = load_stage(folder).config.sampling
+    for name in (
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "prediction_type",
+        "timestep_spacing",
+        "clip_sample",
+    ):
+        said.pop(name)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**said, "thresholding": True}))
+    assert read_index(folder).license == "mit"
+    sparse = load_stage(folder).config.sampling
+    assert (sparse.threshold, sparse.threshold_maximum) == (0.995, 1.0)
+    assert sparse == whole.model_copy(update={"threshold_maximum": 1.0})
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

@@ -119,7 +119,7 @@ def test_importing_cascade_loads_nothing_heavy() -> None:
     assert loaded_by("cascade") == set()
 
 
-BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "guards")}
+BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards")}
 
 
 def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:
@@ -131,7 +131,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
     """accelerate may load what it finds; that ours loads no transformers or datasets is in the imports themselves."""
     imported = {
         name.partition(".")[0]
-        for file in ("trainer", "accelerator", "guards")
+        for file in ("trainer", "accelerator", "actions", "guards")
         for node in ast.parse((PACKAGE / "training" / f"{file}.py").read_text()).body
         for name in imported_names(node)
     }

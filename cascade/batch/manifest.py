@@ -11,6 +11,7 @@ from typing import Any
 
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.locks import held
 from cascade.scratch import ScratchTable
 
@@ -67,7 +68,7 @@ class Manifest:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line, in one piece. Raises CascadeError when it cannot be written or the file is gone."""
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json_text(entry).encode() + b"\n"
         try:
             self._check_there()
             with self._mutex, held(self._handle):

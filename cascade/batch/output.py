@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from cascade.batch.plan import Target
 from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.prompts import Failure
 
 STATE = ".cascade"
@@ -85,7 +85,7 @@ class Output:
         shutil.rmtree(self._temporary, ignore_errors=True)  # what a killed run had half-written
         self._temporary.mkdir()
         self.path("failures", ".jsonl").unlink(missing_ok=True)
-        text = json.dumps(settled, indent=2, ensure_ascii=False) + "\n"
+        text = json_text(settled, indent=2) + "\n"
         FolderStore(self.folder, self._temporary).write({RUN: text.encode()})
         return settled
 
@@ -156,7 +156,7 @@ class Output:
         line = {"origin": failure.origin, "index": failure.index, "reason": failure.reason, **more}
         with self._writing(), self.path("failures", ".jsonl").open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
 
     def finish(self, unit: int) -> None:
         """All pictures of a unit are written: pack it, and let others see."""

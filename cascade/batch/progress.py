@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cascade.files.text import json_text
 from cascade.prompts import Failure
 
 _BETWEEN_SECONDS = 0.2
@@ -103,4 +103,4 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """One line, at once."""
-        print(json.dumps({"event": event, **values}, ensure_ascii=False), file=self._file, flush=True)
+        print(json_text({"event": event, **values}), file=self._file, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import click
 
 from cascade.cli.paths import path_option
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
 from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 
@@ -65,7 +65,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .tsv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
 @path_option(
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
@@ -94,7 +94,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
 @path_option("--image", metavar="FILE", help="A picture to change, see docs/editing.md.")
 @path_option("--mask", metavar="FILE", help="White where the picture is drawn anew; elsewhere every bit stays.")
-@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.6, with a mask 1.")
+@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.85, with a mask 1.")
 @for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
 @click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
 @click.option(
@@ -318,7 +318,7 @@ class Request:
 
 
 def _event(name: str, **values: Any) -> str:
-    return json.dumps({"event": name, **values}, ensure_ascii=False)
+    return json_text({"event": name, **values})
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from PIL import Image
 
 from cascade._version import __version__
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture
 
 if TYPE_CHECKING:
     from cascade.drawing.changes import Changes
@@ -67,7 +67,7 @@ def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> by
     )
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
-    with Image.open(picture) as image:
+    with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
     (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, where.changes))])

@@ -13,7 +13,9 @@ import click
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError
+from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
+from cascade.text.captions import well_formed
 from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mappi
         raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
     asked = {"source_sha256": source, **options}
     if target.exists() and not overwrite:
-        if _asked_before(target) == json.loads(json.dumps(asked)):
+        if _is_of(target, json.loads(json.dumps(asked))):
             return "kept"
         raise CascadeError(f"{target}: is there already, and not from this call; --overwrite, or name another --out")
     result = pipeline.upscale(image, **options)
@@ -151,24 +153,27 @@ def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> Non
 
     chunks = PngInfo()
     for name, value in entry.items():
-        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
     try:
         with atomic_file(target) as temporary:
             result.images[0].save(temporary, format="PNG", pnginfo=chunks)
         line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
         with (target.parent / "manifest.jsonl").open("a", encoding="utf-8") as manifest:
-            manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+            manifest.write(json_text(line) + "\n")
     except OSError as error:
         raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def _asked_before(target: Path) -> Any:
-    """What an earlier call asked for, by the picture that it left; None if it says nothing of the kind."""
-    from PIL import Image
+def _is_of(target: Path, asked: Any) -> bool:
+    """Whether a whole picture stands there that an earlier call was asked for in the same way."""
+    from cascade.files.picture import open_picture
 
     try:
-        with Image.open(target) as image:
-            image.load()
-            return json.loads(getattr(image, "text", {}).get("upscale", "null"))
-    except (OSError, ValueError, SyntaxError):
-        return None
+        # However large it is: only one that says that it is ours is decoded.
+        with open_picture(target, limited=False) as image:
+            ours = bool(json.loads(image.info.get("upscale", "null")) == asked)
+            if ours:
+                image.load()
+            return ours
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError):
+        return False

@@ -161,19 +161,32 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     return stage.see(cond, low, draw.aug_level, draw.aug_eps)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Algorithm 18.1 as a run's settings have it: what is random for each view, and the loss of its picture."""
+
+    settings: LossConfig
+    source: NoiseSource
+
+    def __call__(self, stage: Stage, network: NetworkCall, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
+
+        network: the stage's, perhaps wrapped.
+        """
+        shape = batch.x.shape[1:]
+        draw = draw_noise(batch.samples, shape, stage.noised_shape(shape), self.source).to(batch.x.device)
+        return training_loss(stage, network, batch, self.settings, draw)
+
+
 def training_loss(
-    stage: Stage,
-    network: NetworkCall,
-    batch: TrainingBatch,
-    loss: LossConfig,
-    weighting: Weighting,
-    draw: Draw,
+    stage: Stage, network: NetworkCall, batch: TrainingBatch, loss: LossConfig, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
+    """`Objective`, for what is random given.
 
     Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
     """
     u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
     log_snr = on_device(noise_levels(stage, loss, u), batch.x.device)
     cond = conditions(stage, batch, draw)
+    weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
     return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr

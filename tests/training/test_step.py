@@ -12,7 +12,6 @@ from reference import chapter18
 
 from cascade.build import build_stage
 from cascade.config import LossConfig, TrainConfig
-from cascade.diffusion.loss import Weighting
 from cascade.diffusion.noise import log_snr_from_std
 from cascade.stage import Stage
 from cascade.training.step import Draw, NoiseSource, TrainingBatch, conditions, draw_noise, noise_levels, training_loss
@@ -69,7 +68,7 @@ def test_the_loss_of_a_picture_does_not_depend_on_its_batch(changes: tuple[str, 
 
     def losses(samples: list[int]) -> torch.Tensor:
         draw = draw_noise(samples, (3, 8, 8), stage.noised_shape((3, 8, 8)), NoiseSource(0, 0.3))
-        values, _ = training_loss(stage, stage.network, batch_of(samples, 4), loss, Weighting(), draw)
+        values, _ = training_loss(stage, stage.network, batch_of(samples, 4), loss, draw)
         return values.detach()
 
     # Float32: matrix products of another batch size may round differently.
@@ -79,7 +78,7 @@ def test_the_loss_of_a_picture_does_not_depend_on_its_batch(changes: tuple[str, 
 def test_stratified_levels_put_one_picture_in_each_part_of_the_distribution() -> None:
     stage = stage_of(micro_config("unused"))
     batch, draw = batch_of([4, 5, 6, 7], 4), draw_noise([4, 5, 6, 7], (3, 8, 8), None, NoiseSource(0, 0.0))
-    _, log_snr = training_loss(stage, stage.network, batch, LossConfig(stratified=True), Weighting(), draw)
+    _, log_snr = training_loss(stage, stage.network, batch, LossConfig(stratified=True), draw)
     t = 2 / torch.pi * torch.atan(torch.exp(-log_snr.flatten() / 2))  # the cosine schedule, inverted
     assert (4 * t).floor().tolist() == [0, 1, 2, 3]
 
@@ -100,12 +99,11 @@ def test_the_documented_settings_give_the_loss_of_algorithm_18_1_as_a_mean() -> 
     stage, batch = stage_of(config), batch_of([1, 2, 3], 3)
     draw = draw_noise([1, 2, 3], (3, 8, 8), None, NoiseSource(0, 0.0))
     settings = config.training.loss
-    weighting = Weighting(settings.space, settings.min_snr_gamma, settings.max_weight)
 
     def network(z: torch.Tensor, _log_snr: torch.Tensor, _cond: object) -> torch.Tensor:
         return torch.tanh(2 * z) + 0.3
 
-    losses, _ = training_loss(stage, network, batch, settings, weighting, draw)
+    losses, _ = training_loss(stage, network, batch, settings, draw)
     alphas = chapter18.alphas(chapter18.linear_betas(1000, 1e-4, 0.02))
     steps = (draw.u.double() * 1000).floor().long() + 1  # uniform over 1 .. T
     expected = [
@@ -160,7 +158,7 @@ def test_algorithm_18_1_is_a_setting() -> None:
         batch_of([0, 1, 2, 3], 4),
         draw_noise([0, 1, 2, 3], (3, 8, 8), None, NoiseSource(0, 0.0)),
     )
-    losses, log_snr = training_loss(stage, stage.network, batch, config.training.loss, Weighting(), draw)
+    losses, log_snr = training_loss(stage, stage.network, batch, config.training.loss, draw)
 
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), dim=0)
     for index in range(4):
