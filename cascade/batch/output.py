@@ -18,7 +18,7 @@ from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.plan import Target
 from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
-from cascade.errors import CascadeError, StorageError
+from cascade.errors import StorageError
 from cascade.files.paths import path_of
 from cascade.files.text import json_text
 from cascade.prompts import Failure
