@@ -10,7 +10,7 @@ _READ = ["*.json", "*.safetensors", "*.model", "*.md"]
 _FILTERS = ["safety_checker/*", "watermarker/*", "feature_extractor/*"]
 """Parts of diffusers' repositories that are not read."""
 _TEXT = ["text_encoder/*", "tokenizer/*"]
-_HALF = ["*fp16*"]
+_HALF = ["*fp16*", "*bf16*"]
 """The weights a second time, in half precision."""
 
 
