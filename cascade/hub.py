@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cascade.errors import CascadeError
+from cascade.errors import DownloadError
 
 _READ = ["*.json", "*.safetensors", "*.model", "*.md"]
 _FILTERS = ["safety_checker/*", "watermarker/*", "feature_extractor/*"]
@@ -40,11 +40,11 @@ def _snapshot(repo: str, ignore: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=_READ, ignore_patterns=ignore))
     except GatedRepoError:
-        raise CascadeError(
+        raise DownloadError(
             f"{repo}: its authors ask you to accept a licence first; do so at {constants.ENDPOINT}/{repo}, then log in"
             " with `hf auth login`"
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CascadeError(
+        raise DownloadError(
             f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
         ) from None

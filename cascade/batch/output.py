@@ -18,7 +18,7 @@ from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.plan import Target
 from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
-from cascade.errors import CascadeError
+from cascade.errors import StorageError
 from cascade.files.paths import path_of
 from cascade.files.text import json_text
 from cascade.prompts import Failure
@@ -214,6 +214,6 @@ class Output:
         try:
             yield
         except OSError as error:
-            raise CascadeError(
+            raise StorageError(
                 f"{self.folder}: cannot be written: {error.strerror or error}; name another folder with --out"
             ) from None

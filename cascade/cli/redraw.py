@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade._version import __version__
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.picture import open_picture
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def redraw(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     except OSError as error:
-        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
     click.echo(f"{target}: {'the same bytes' if same else _difference(said)}")
     return 0 if same else 1
 

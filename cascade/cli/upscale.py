@@ -12,7 +12,7 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
@@ -108,7 +108,7 @@ def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CascadeError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return targets
 
 
@@ -186,7 +186,7 @@ def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> Non
         with (target.parent / MANIFEST).open("a", encoding="utf-8") as manifest:
             manifest.write(json_text(line) + "\n")
     except OSError as error:
-        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def _is_from(target: Path, asked: Any) -> bool | None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from cascade.models.attention import Attention, KeysValues
-from cascade.models.blocks import Downsample, EnlargingUpsample, ResidualBlock, StridedDownsample, Upsample
+from cascade.models.blocks import (
+    AddingResidualBlock,
+    Downsample,
+    EnlargingUpsample,
+    ResidualBlock,
+    StridedDownsample,
+    Upsample,
+)
 from cascade.models.network import module_list
 
 if TYPE_CHECKING:  # the settings stand with the network that is made of these
@@ -19,7 +26,8 @@ class Block(nn.Module):
 
     def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool, dropout: float) -> None:
         super().__init__()
-        self.residual = ResidualBlock(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
+        residual = AddingResidualBlock if config.modulation == "add" else ResidualBlock
+        self.residual = residual(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
         text_dim = config.text_dim if config.text == "attention" else None
         self.attention: Attention | None = None
         if attends:

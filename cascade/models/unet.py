@@ -48,6 +48,9 @@ class UNetConfig(NetworkConfig):
     """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
     patch: PositiveInt = 1
     """Space-to-depth factor of the stem: the network works at 1/patch of the resolution."""
+    modulation: Literal["scale_shift", "add"] = "scale_shift"
+    """How the embedding of noise level and pooled text enters a residual block: it scales and shifts the features, or
+    is added to them at every pixel, as in Prince's figure 18.9."""
     resampling: Literal["shuffle", "conv"] = "shuffle"
     """Between levels: space-to-depth and a 1x1 convolution, or a strided 3x3 one, as Imagen has it; likewise back."""
     skips: Literal["concat", "add", "level"] = "concat"

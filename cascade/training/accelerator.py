@@ -76,8 +76,6 @@ def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin
         raise CascadeError(
             "fsdp_activation_checkpointing: leave it out, and set training.activation_checkpointing=true"
         )
-    if plugin.transformer_cls_names_to_wrap == ["None"]:  # as the launcher passes on that its file names none
-        plugin.transformer_cls_names_to_wrap = None  # then `Network.sharded_blocks` are the units
     return plugin
 
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a skip a level": {"skips": "level", "skip_scale": 0.5**0.5},
     "attention once a level": {"attention_after": "level"},
     "text alone": {"self_attention": False},
+    "Prince's figure": {"modulation": "add", "resampling": "conv", "text": "pooled"},
 }
 
 
