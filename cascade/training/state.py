@@ -75,6 +75,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
         write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
+    begun_mark(output).unlink(missing_ok=True)
     folders = checkpoints(output)
     kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
     for folder in folders:
@@ -101,8 +102,8 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
         return folder
     if checkpoints(output):
         raise CascadeError(
-            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} or set"
-            " another output"
+            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} and what was made"
+            " of them (stage, adapter), or set another output"
         )
     if not (output / "config.yaml").exists():
         raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
@@ -176,6 +177,15 @@ def remove_unfinished(output: Path) -> None:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     return sorted(path for path in (output / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def begun_mark(output: Path) -> Path:
+    """A file that stands where checkpoints will, until there is the first one.
+
+    It tells a run that was killed between its first stage folder and its first checkpoint, and begins anew, from one
+    that is finished and has lost its checkpoints.
+    """
+    return output / "checkpoints" / ".begun"
 
 
 def _folder(output: Path, step: int) -> Path:
