@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,14 +19,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 def checked_size(content: bytes) -> tuple[int, int]:
     """Width and height as the head of a file says, before anything is decoded. Raises CascadeError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                width, height = image.size
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
-        raise CascadeError(f"not a readable picture: expected PNG, JPEG or WebP ({type(error).__name__})") from None
-    except Image.DecompressionBombError:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits lie above ours
         width = height = MOST_PIXELS_READ
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise CascadeError(f"not a readable picture: expected PNG, JPEG or WebP ({type(error).__name__})") from None
     if width * height > MOST_PIXELS_READ:
         raise CascadeError(f"the picture has more than {MOST_PIXELS_READ:,} pixels")
     return width, height

@@ -62,6 +62,7 @@ def test_the_bundled_cascade_draws_from_the_page_and_nobody_else_is_asked(tmp_pa
     assert [path.name for path in out.rglob("*.png")] == ["000000-a-red-apple.png"]
 
 
+@pytest.mark.slow
 def test_the_api_alone_has_no_page_and_a_signal_loses_no_job(model: Path, tmp_path: Path) -> None:
     arguments = ("serve", "--port", "0", "--model", str(model), "--out", str(tmp_path), "--device", "cpu")
     with running(*arguments) as (process, client):
@@ -79,6 +80,7 @@ def test_the_api_alone_has_no_page_and_a_signal_loses_no_job(model: Path, tmp_pa
     assert not drawn & set(left["missing"])
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_by_the_api_and_passed_over_by_the_page(model: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
