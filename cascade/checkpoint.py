@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
 from cascade.settings import parse
 
@@ -213,4 +213,4 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         reason = error.strerror if isinstance(error, OSError) else None
-        raise CascadeError(f"{path}: cannot be written: {reason or error}") from error
+        raise StorageError(f"{path}: cannot be written: {reason or error}") from error

@@ -19,6 +19,7 @@ from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
+from cascade.files.variants import HALVES
 from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 
@@ -307,8 +308,8 @@ def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> di
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: full precision if there, else fp16; one, or the shards of an index."""
-    for variant in ("", ".fp16"):
+    """The safetensors files of the network: full precision if there, else half; one, or the shards of an index."""
+    for variant in ("", *(f".{half}" for half in HALVES)):
         whole = folder / "unet" / f"diffusion_pytorch_model{variant}.safetensors"
         if whole.is_file():
             return [whole]

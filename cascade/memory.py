@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
 from cascade.config import StageConfig, TextConfig, TrainConfig
+from cascade.files.variants import one_variant
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage, blank_call
 from cascade.streaming import stored_shapes
@@ -261,7 +262,7 @@ def text_memory(folder: Path, halved: bool) -> TextMemory:
     """Of the safetensors files of a text encoder; of a whole T5, its encoder."""
     files = list(folder.glob("*.safetensors"))
     shapes: dict[str, list[int]] = {}
-    for path in [file for file in files if ".fp16" not in file.name] or files:
+    for path in one_variant(files):
         shapes |= stored_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.startswith(("shared.", "encoder."))}
     linear = [name for name in sizes if _EIGHT_BIT.search(name)]

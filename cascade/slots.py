@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cascade.config import StageConfig
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes, is_out_of_memory
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
@@ -110,7 +110,7 @@ def not_finite(stage: str) -> str:
 
 
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
-    return CascadeError(
+    return ShortageError(
         f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory, dtype bfloat16,"
         " a smaller height and width, stop earlier with until, or (upscale) a tile"
     )

@@ -277,3 +277,12 @@ def test_a_stage_by_name_brings_all_its_settings(tmp_path: Path) -> None:
     path.write_text("output: out\nstage: nothing/here\ndata: {sources: [{kind: scenes}]}\n")
     with pytest.raises(CascadeError, match=r"run\.yaml: stage: nothing/here: no stage here"):
         load_train_config(path)
+
+
+def test_a_stage_may_be_named_in_an_assignment_before_what_changes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("output: out\nstage: {}\ndata: {sources: [{kind: scenes}]}\n")
+    named = load_train_config(path, ["stage.sampling.steps=3", "stage=bundled/base"])
+    path.write_text("output: out\nstage: bundled/base\ndata: {sources: [{kind: scenes}]}\n")
+    assert named == load_train_config(path, ["stage.sampling.steps=3"])
+    assert named.stage.sampling.steps == 3

@@ -419,7 +419,7 @@ def test_a_card_in_latin_1_and_a_scheduler_without_its_optional_settings_are_rea
     assert read_index(folder).license == "mit"
     sparse = load_stage(folder).config.sampling
     assert (sparse.threshold, sparse.threshold_maximum) == (0.995, 1.0)
-    assert sparse == whole.model_copy(update={"threshold_maximum": 1.0})
+    assert sparse == whole.model_copy(update={"threshold": 0.995, "threshold_maximum": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.drawing.recipe import Recipe
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
 from cascade.locks import held
 from cascade.scratch import ScratchTable
@@ -148,8 +148,8 @@ class Manifest:
         if (own.st_dev, own.st_ino) != (there.st_dev, there.st_ino):
             raise FileNotFoundError(2, "it was replaced while the run wrote to it")
 
-    def _unwritable(self, error: OSError) -> CascadeError:
-        return CascadeError(
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(
             f"{self.path.parent}: cannot be written: {error.strerror or error}; mend that and start again, or name"
             " another folder with --out"
         )

@@ -122,7 +122,12 @@ def generate(**values: Any) -> int:
         if request.prompts or request.file:
             raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
         return redraw(
-            request.from_image, model=request.model, out=request.out, device=request.device, changes=request.changes()
+            request.from_image,
+            model=request.model,
+            out=request.out,
+            device=request.device,
+            changes=request.changes(),
+            overwrite=request.overwrite,
         )
     if bool(request.prompts) == bool(request.file):
         raise CascadeError("give either prompts or --prompts FILE")
@@ -181,7 +186,7 @@ class Request:
         from cascade.batch import Output, run_batch
         from cascade.prompts import given_prompts, read_prompts
 
-        with Output(self.out, self._layout(), overwrite=self.overwrite) as output:
+        with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
             run_seed = output.begin(self._settings())["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
@@ -195,6 +200,11 @@ class Request:
                 )  # fmt: skip
             progress.end()
             return self._finish(output, summary, run_seed)
+
+    def _extras(self) -> list[tuple[str, str]]:
+        """What is written beside the pictures, as (stem, ending)."""
+        asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
+        return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
     def _layout(self) -> Layout:
         from cascade.batch import Layout

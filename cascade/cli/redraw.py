@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade._version import __version__
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.picture import open_picture
 
 if TYPE_CHECKING:
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from cascade.pipeline import CascadePipeline
 
 
-def redraw(picture: str, *, model: str | None, out: str, device: str | None, changes: Changes) -> int:
+def redraw(
+    picture: str, *, model: str | None, out: str, device: str | None, changes: Changes, overwrite: bool = False
+) -> int:
     """Draw `picture` again into the folder `out`, to the same bytes; the exit status.
 
-    changes: names the picture that it was made from, where it was made from one. Raises CascadeError when it says
-    nothing of itself, or was drawn by another model.
+    changes: names the picture that it was made from, where it was made from one. overwrite: another picture of ours
+    that stands there. Raises CascadeError when it says nothing of itself, or was drawn by another model, and for what
+    would be written over.
     """
     from cascade.batch import read_metadata
 
@@ -31,13 +34,17 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None, cha
     target = Path(out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
+    if target.exists():
+        read_metadata(target)  # a stranger's is told before anything is drawn, and stays
     content = _drawn(said, format, picture, _Where(model, device, changes))
     same = content == Path(picture).read_bytes()
+    if target.exists() and not overwrite and target.read_bytes() != content:
+        raise CascadeError(f"{target}: is there already, and another picture; --overwrite, or name another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     except OSError as error:
-        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
     click.echo(f"{target}: {'the same bytes' if same else _difference(said)}")
     return 0 if same else 1
 

@@ -73,7 +73,8 @@ class ParquetSource(Settings):
 
 
 class HubSource(Settings):
-    """Any dataset that Hugging Face `datasets` loads, streaming or not."""
+    """Any dataset that Hugging Face `datasets` loads, streaming or not. The library keeps copies, of `kind: parquet`
+    too, in ~/.cache/huggingface/datasets; HF_DATASETS_CACHE in the environment names another folder."""
 
     kind: Literal["datasets"] = "datasets"
     name: PathText

@@ -20,7 +20,6 @@ from cascade.checkpoint import load_weights, save_stage, write_text
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.data.workers import ReaderDiedError
-from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
@@ -36,6 +35,7 @@ from cascade.training.accelerator import (
 )
 from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, is_due
 from cascade.training.ema import EMA
+from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings
 from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
 from cascade.training.interrupt import Stopped, stop_signals
@@ -52,7 +52,6 @@ from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
 from cascade.training.state import (
     RunState,
-    checkpoints,
     newest,
     only_writer,
     read_state,
@@ -347,13 +346,13 @@ class Trainer:
         lock.enter_context(only_writer(self.output))
 
     def _start(self) -> int:
-        """Begin a new run; the folder must not hold one."""
-        if checkpoints(self.output):
-            raise CascadeError(f"{self.output}: holds a run already; continue it with --resume, or set another output")
+        """Begin a new run; the folder must not hold one, nor anything that it would replace."""
+        from_main(self.accelerator, lambda: check_new(self.output))
         return 0
 
     def _restore(self) -> int:
         """Continue from the newest checkpoint; the number of steps done."""
+        from_main(self.accelerator, lambda: check_resumed(self.output))
         # One process chooses: on a file system shared by many, they might not all see the same.
         name = from_main(self.accelerator, self._newest)
         if name is None:
@@ -377,10 +376,17 @@ class Trainer:
 
     def _open_folder(self, first: int) -> None:
         remove_unfinished(self.output)
-        write_text(self.output / "config.yaml", to_yaml(self.config))
+        self._write_settings()
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)
+
+    def _write_settings(self) -> None:
+        path = self.output / SETTINGS
+        if path.exists() and not is_own_settings(path):
+            logger.warning("%s: is not as a run writes it, and stays; the checkpoints hold the settings", path)
+        else:
+            write_text(path, to_yaml(self.config))
 
     def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training

@@ -125,7 +125,7 @@ export class Composer {
       this.#show();
       $("prompt").focus();
     } });
-    $("examples").replaceChildren(...some.flatMap((text, place) => [place ? " · " : "Try ", button(text)]));
+    $("examples").replaceChildren(...some.length ? ["Try", ...some.map(button)] : []);
   }
 
   #listen(onAsk) {

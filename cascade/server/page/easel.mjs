@@ -9,7 +9,7 @@ export class Easel {
     this.actions = actions;
     this.jobs = new Map();
     this.sheets = new Map();
-    this.shown = null;
+    this.shown = undefined; // null: it shows that there is nothing
     this.stages = [];
   }
 
@@ -45,13 +45,13 @@ export class Easel {
   // The one that is drawn; else the one drawn last.
   #current() {
     const jobs = [...this.jobs.values()];
-    const drawn = jobs.filter(job => Object.keys(job.pictures).length || job.error);
+    const drawn = jobs.filter(job => Object.keys(job.pictures).length || job.error || job.id === this.shown?.id);
     return jobs.find(job => job.state === "drawing") ?? jobs.find(job => job.state === "waiting") ?? drawn.at(-1) ?? null;
   }
 
   render() {
     const job = this.#current();
-    if (job?.id !== this.shown?.id) this.#lay(job);
+    if (this.shown === undefined || job?.id !== this.shown?.id) this.#lay(job);
     this.shown = job;
     if (job) this.#tell(job);
     const waiting = [...this.jobs.values()].filter(other => other.state === "waiting" && other !== job);
@@ -85,16 +85,29 @@ export class Easel {
     if (over) for (const sheet of this.sheets.values()) sheet.settle();
     const stopping = el("button", { type: "button", className: "stop", disabled: job.stopping,
                                     textContent: job.stopping ? "Stopping…" : "Stop", onclick: trying(() => stop(job)) });
-    this.time = el("span", { className: "grow", title: job.asked.prompt });
-    this.time.setAttribute("aria-live", "polite");
-    this.bar.replaceChildren(this.time, ...(over ? [] : [stopping]));
+    this.time = el("small");
+    const prompt = el("span", { className: "grow" }, el("b", { textContent: job.asked.prompt, title: job.asked.prompt }), this.time);
+    this.bar.replaceChildren(prompt, ...(over ? [] : [stopping]));
     this.bar.classList.toggle("wrong", Boolean(job.error));
     this.#tellTime(job);
   }
 
   #tellTime(job) {
     if (job !== this.shown || !this.time) return;
-    this.time.textContent = job.error || `${said(job)}`;
+    this.time.textContent = job.error || this.#said(job);
+  }
+
+  #said(job) {
+    if (job.state === "waiting") return "Waits for its turn";
+    if (job.state === "stopped") return `Stopped · seed ${job.asked.seed}`;
+    if (job.state !== "drawing") return `Seed ${job.asked.seed}`;
+    const [number, progress] = Object.entries(job.progress)[0] ?? [];
+    if (!progress) return "Reading the prompt";
+    const { stage, step, steps, seconds_left: left } = progress;
+    const { resolution } = this.stages.find(own => own.name === stage) ?? { resolution: stage };
+    const many = job.numbers.length > 1 ? `Picture ${job.numbers.indexOf(Number(number)) + 1} of ${job.numbers.length} · ` : "";
+    const rest = left === null ? "" : ` · ${duration(left)} left`;
+    return `${many}${resolution} px, step ${step + 1} of ${steps}${rest}`;
   }
 
   #row(job) {
@@ -103,20 +116,6 @@ export class Easel {
     const many = count > 1 ? el("small", { textContent: `${count} pictures` }) : null;
     return el("li", {}, el("span", { className: "grow", textContent: job.asked.prompt }), many, off);
   }
-}
-
-function said(job) {
-  const prompt = job.asked.prompt;
-  if (job.state === "waiting") return "Waiting for its turn…";
-  if (job.state === "stopped") return `Stopped · ${prompt}`;
-  const drawn = Object.values(job.progress);
-  if (job.state === "drawing" && drawn.length) {
-    const { stage, step, steps, seconds_left: left } = drawn[0];
-    const rest = left === null ? "" : ` · ${duration(left)} left`;
-    const many = job.numbers.length > 1 ? `picture ${Object.keys(job.pictures).length + 1} of ${job.numbers.length} · ` : "";
-    return `${many}${stage}, step ${step + 1} of ${steps}${rest}`;
-  }
-  return job.state === "drawing" ? "Reading the prompt…" : prompt;
 }
 
 // One picture on the easel, from noise to its file.
@@ -158,9 +157,11 @@ class Sheet {
     this.image = whole;
   }
 
+  // Nothing more comes: what was not begun when it was stopped goes.
   settle() {
     this.track.remove();
     this.paper.classList.remove("waits");
+    this.node.hidden = this.image.hidden && !this.finished;
   }
 
   #show(source) {

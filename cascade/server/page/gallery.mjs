@@ -24,7 +24,7 @@ export class Gallery {
 
   more = trying(async () => {
     if (this.loading || this.complete) return;
-    this.loading = true;
+    this.#load(true);
     const round = this.round;
     const query = new URLSearchParams({ search: $("search").value, starred: isPressed($("starred")) });
     if (this.pictures.length) query.set("before", this.pictures.at(-1).id);
@@ -37,9 +37,14 @@ export class Gallery {
       this.complete = page.pictures.length === 0;
       this.#count(page.total);
     } finally {
-      this.loading = false;
+      if (round === this.round) this.#load(false);
     }
   });
+
+  #load(loading) {
+    this.loading = loading;
+    $("pictures").setAttribute("aria-busy", loading);
+  }
 
   // A picture was drawn.
   add(picture) {

@@ -15,7 +15,7 @@ export class Knobs {
     this.card = card;
     this.fields = card.stages.map((stage, order) => ({ stage, parts: this.#parts(stage, order) }));
     place.replaceChildren(...this.fields.map(({ stage, parts }) => el("div", { className: "knobs" },
-      el("h3", {}, stage.name, el("small", { textContent: `${stage.resolution} px` })),
+      el("h2", {}, stage.name, el("small", { textContent: `${stage.resolution} px` })),
       ...Object.entries(parts).map(([name, input]) => labelled(KNOBS[name].label, input)))));
   }
 
@@ -24,7 +24,8 @@ export class Knobs {
     const values = {};
     for (const { stage, parts } of this.#shown()) {
       for (const [name, input] of Object.entries(parts)) {
-        if (input.value.trim()) (values[name] ??= {})[stage.name] = plain(input.value.trim());
+        const value = input.section?.kind === input.value ? input.section : plain(input.value.trim());
+        if (input.value.trim()) (values[name] ??= {})[stage.name] = value;
       }
     }
     return values;
@@ -34,8 +35,10 @@ export class Knobs {
   fill(asked) {
     for (const { stage, parts } of this.fields) {
       for (const [name, input] of Object.entries(parts)) {
-        const value = asked[name];
-        input.value = (value !== null && typeof value === "object" ? value[stage.name] : value) ?? "";
+        const given = asked[name];
+        const value = (given !== null && typeof given === "object" ? given[stage.name] : given) ?? "";
+        input.section = value.kind ? value : null; // a sampler with settings of its own, which the form has no field for
+        input.value = value.kind ?? value;
       }
     }
   }

@@ -43,7 +43,10 @@ const begin = trying(async () => {
   $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
   easel.stages = card.stages;
-  if (!composer) composer = new Composer(card, trying(async () => composer.taken(await draw(composer.asked()))));
+  if (!composer) composer = new Composer(card, trying(async () => {
+    composer.taken(await draw(composer.asked()));
+    $("easel").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  }));
   easel.render();
 });
 

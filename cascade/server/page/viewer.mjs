@@ -80,7 +80,7 @@ export function closing(dialog) {
 
 function facts(picture) {
   const stages = Object.entries(picture.stages);
-  const told = ([name, own]) => [name, `${own.sampler}, ${own.steps} step${own.steps === 1 ? "" : "s"}`
+  const told = ([name, own]) => [name, `${own.sampler.kind ?? own.sampler}, ${own.steps} step${own.steps === 1 ? "" : "s"}`
     + (own.guidance === 1 ? "" : `, guidance ${own.guidance}`)];
   return [
     ["Size", `${picture.width} × ${picture.height}`],
