@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ADDED = ("number", "seed", "image", "error")
 """Columns of the result; those of the prompts with these names are replaced."""
+_READ = set(COLUMNS) - {"image", "mask", "strength"}
+"""Columns that say what to draw. `image` is what is drawn, so that no row names a picture to change."""
 _OPTIONS = {
     "num_images_per_prompt": "num_images",
     **{name: name for name in ("negative_prompt", "until", "height", "width", "preset", "batch_size")},
@@ -43,7 +45,7 @@ class Drawer:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """A row for each picture, in the order of the prompts; and one for each prompt that cannot be drawn."""
-        prompts = table.select([name for name in table.column_names if name in COLUMNS and name not in ADDED])
+        prompts = table.select([name for name in table.column_names if name in _READ])
         jobs = [self._planned(row) for row in prompts.to_pylist()]
         targets = {job: list(job.targets()) for job in jobs if isinstance(job, Job)}
         tasks = {target.task(): target for own in targets.values() for target in own}

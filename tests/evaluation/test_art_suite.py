@@ -156,7 +156,7 @@ def test_damaged_data_is_named(tmp_path: Path):
         read_art(tmp_path, "train")
     bad = {**row(0, "noto", "train"), "image": {"bytes": b"no picture", "path": None}}
     pq.write_table(pa.Table.from_pylist([bad]), path)
-    with pytest.raises(CascadeError, match=r"train-64\.parquet: noto-0: no picture"):
+    with pytest.raises(CascadeError, match=r"train-64\.parquet: noto-0: not a readable picture"):
         read_art(tmp_path, "train")
     pq.write_table(pa.table({"id": ["noto-0"]}), path)
     with pytest.raises(CascadeError, match="has no column caption"):
