@@ -76,7 +76,7 @@ class Bar(Progress):
 
 
 class JsonLog(Progress):
-    """A line of JSON for everything that happens, on stdout."""
+    """A line of JSON for everything that happens, on stdout: ASCII, which every terminal and pipe takes."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file or sys.stdout
@@ -103,4 +103,4 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """One line, at once."""
-        print(json.dumps({"event": event, **values}, ensure_ascii=False), file=self._file, flush=True)
+        print(json.dumps({"event": event, **values}), file=self._file, flush=True)
