@@ -14,7 +14,7 @@ from cascade._version import __version__
 if TYPE_CHECKING:
     from cascade.conditioning import Conditioning
     from cascade.config import StageConfig, TrainConfig
-    from cascade.errors import CascadeError
+    from cascade.errors import CascadeError, DownloadError, ShortageError, StorageError
     from cascade.load import load_train_config
     from cascade.output import CascadeOutput
     from cascade.pipeline import CascadePipeline
@@ -27,8 +27,11 @@ __all__ = [
     "CascadeOutput",
     "CascadePipeline",
     "Conditioning",
+    "DownloadError",
+    "ShortageError",
     "Stage",
     "StageConfig",
+    "StorageError",
     "TextEmbeddings",
     "TextEncoder",
     "TrainConfig",
@@ -41,8 +44,11 @@ _MODULES = {
     "CascadeOutput": "output",
     "CascadePipeline": "pipeline",
     "Conditioning": "conditioning",
+    "DownloadError": "errors",
+    "ShortageError": "errors",
     "Stage": "stage",
     "StageConfig": "config",
+    "StorageError": "errors",
     "TextEmbeddings": "text.embeddings",
     "TextEncoder": "text.t5",
     "TrainConfig": "config",

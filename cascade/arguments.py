@@ -101,7 +101,7 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
         pair = []
         for name, wanted in (("height", height), ("width", width)):
             pixels, rest = divmod((last if wanted is None else integer(name, wanted)) * stage.resolution, last)
-            if rest or pixels % stage.model.downsampling or pixels < 1:
+            if rest or pixels % stage.geometry.divisor or pixels < 1:
                 step = common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
             pair.append(pixels)
@@ -112,7 +112,7 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
 def common_step(stages: Sequence[StageConfig]) -> int:
     """What height and width of the last stage must be multiples of, in pixels."""
     last = stages[-1].resolution
-    steps = [stage.model.downsampling * last // stage.resolution for stage in stages]
+    steps = [stage.geometry.divisor * last // stage.resolution for stage in stages]
     return math.lcm(*steps)
 
 

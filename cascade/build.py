@@ -1,4 +1,4 @@
-"""From settings to objects: the only place where a string chooses a class."""
+"""From settings to objects."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import torch
 from cascade.config import (
     ConstantSchedule,
     CosineSchedule,
-    IFUNetConfig,
     LinearSchedule,
     ScheduleConfig,
     SquaredCosineSchedule,
     StageConfig,
 )
 from cascade.diffusion import schedules
-from cascade.models.if_unet import IFUNet
 from cascade.models.network import Network
-from cascade.models.unet import UNet
 from cascade.stage import Stage
 
 
@@ -35,16 +32,9 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
             return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max), config.offset)
 
 
-IF_NOISE = schedules.DiscreteSchedule(schedules.squared_cosine_betas(1000))
-"""The noise levels whose numbers DeepFloyd IF's networks read, whatever schedule a stage is drawn with."""
-
-
 def build_network(config: StageConfig) -> Network:
     """The network of a stage, with fresh weights."""
-    low_res_channels = 0 if config.low_resolution is None else 3
-    if isinstance(config.model, IFUNetConfig):
-        return IFUNet(config.model, IF_NOISE.nearest_step, low_res_channels=low_res_channels)
-    return UNet(config.model, low_res_channels=low_res_channels)
+    return config.model.build(config.channels, 0 if config.low_resolution is None else config.channels)
 
 
 def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:

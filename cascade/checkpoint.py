@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cascade import system
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
+from cascade.files.text import json_text
 from cascade.settings import parse
 
 _READING = "text"
@@ -84,7 +85,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -205,4 +206,4 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         reason = error.strerror if isinstance(error, OSError) else None
-        raise CascadeError(f"{path}: cannot be written: {reason or error}") from error
+        raise StorageError(f"{path}: cannot be written: {reason or error}") from error

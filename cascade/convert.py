@@ -11,6 +11,7 @@ from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded, path_of
+from cascade.files.variants import one_variant, variant_of
 from cascade.hub import download, may_be_on_hub
 from cascade.load import ModelIndex, find_stage, read_config, read_index, read_reading, read_weights
 
@@ -112,10 +113,12 @@ def _tokenizer_class(folder: Path) -> str:
 
 
 def _needed(folder: Path) -> list[Path]:
-    """The files that loading needs: no pickles, and fp16 only where there is nothing else."""
+    """The files that loading needs: no pickles, and half precision only where there is nothing else."""
     files = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors", ".model")]
-    full = [file for file in files if ".fp16" not in file.name]
-    return full if any(file.suffix == ".safetensors" for file in full) or folder.name == "tokenizer" else files
+    weights = one_variant(file for file in files if file.suffix == ".safetensors")
+    variant = variant_of(weights[0]) if weights else None
+    others = [file for file in files if file.suffix != ".safetensors" and variant_of(file) in (None, variant)]
+    return [*others, *weights]
 
 
 def _copy(files: Sequence[Path], folder: Path) -> None:

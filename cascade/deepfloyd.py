@@ -15,11 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.build import IF_NOISE
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
+from cascade.files.variants import HALVES
+from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
@@ -49,6 +50,18 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None, "timestep"),
 }
 """What every IF network has in its unet/config.json."""
+_SCHEDULER_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+"""What diffusers' DDPMScheduler takes for a setting that its file does not have."""
 _REQUIRED = (
     "block_out_channels",
     "layers_per_block",
@@ -70,9 +83,9 @@ def is_diffusers(folder: str | Path) -> bool:
 def read_license(folder: Path) -> str:
     """The licence that the model card names, or that of the published weights."""
     card = folder / "README.md"
-    found = (
-        re.search(r"^license(?:_name)?:\s*(\S.*)$", card.read_text(encoding="utf-8"), re.M) if card.exists() else None
-    )
+    # Other people's, in whatever encoding: what is not UTF-8 in it is not in the line that is looked for.
+    text = card.read_bytes().decode("utf-8", "replace") if card.is_file() else ""
+    found = re.search(r"^license(?:_name)?:\s*(\S.*)$", text, re.M)
     return found[1].strip() if found and found[1].strip() != "other" else LICENSE
 
 
@@ -184,22 +197,23 @@ def _noise(scheduler: Mapping[str, Any], folder: Path, enlarges: bool) -> dict[s
     """Schedule and sampling settings from scheduler_config.json."""
     path = folder / "scheduler" / "scheduler_config.json"
     variances = {"learned_range": "learned", "fixed_small": "posterior", "fixed_large": "beta"}
+    scheduler = {**_SCHEDULER_DEFAULTS, **scheduler}
     for setting, allowed in (
         ("beta_schedule", ("squaredcos_cap_v2",)),
         ("prediction_type", ("epsilon",)),
         ("timestep_spacing", ("leading", "trailing")),
         ("variance_type", tuple(variances)),
     ):
-        value = scheduler.get(setting, "leading" if setting == "timestep_spacing" else None)
+        value = scheduler[setting]
         if value not in allowed:
             raise CascadeError(f"{path}: {setting}: {value!r}; expected {' or '.join(map(str, allowed))}")
-    dynamic, clips = scheduler.get("thresholding", False), scheduler.get("clip_sample", True)
+    dynamic, clips = scheduler["thresholding"], scheduler["clip_sample"]
     return {
-        "schedule": {"kind": "squared_cosine", "steps": scheduler.get("num_train_timesteps", 1000)},
+        "schedule": {"kind": "squared_cosine", "steps": scheduler["num_train_timesteps"]},
         "sampling": {
             "sampler": {"kind": "ddpm", "variance": variances[scheduler["variance_type"]]},
             "steps": 50 if enlarges else 100,
-            "spacing": scheduler.get("timestep_spacing", "leading"),
+            "spacing": scheduler["timestep_spacing"],
             "guidance": 4.0 if enlarges else 7.0,
             "threshold": scheduler["dynamic_thresholding_ratio"] if dynamic else "clip" if clips else None,
             "threshold_maximum": float(scheduler["sample_max_value"]) if dynamic else None,
@@ -294,8 +308,8 @@ def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> di
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: full precision if there, else fp16; one, or the shards of an index."""
-    for variant in ("", ".fp16"):
+    """The safetensors files of the network: full precision if there, else half; one, or the shards of an index."""
+    for variant in ("", *(f".{half}" for half in HALVES)):
         whole = folder / "unet" / f"diffusion_pytorch_model{variant}.safetensors"
         if whole.is_file():
             return [whole]

@@ -1,4 +1,10 @@
-"""The one exception that stands for a user's mistake."""
+"""What goes wrong for reasons that are not a fault of the program, as one line each.
+
+CascadeError            a prompt, setting, argument or file is wrong; the same call fails again
+  StorageError          a folder or disk failed: full, not writable, gone; mended, the same call goes on
+  ShortageError         memory does not suffice; something smaller may
+  DownloadError         a hub did not give what was asked for; later, it may
+"""
 
 
 class CascadeError(ValueError):
@@ -6,3 +12,15 @@ class CascadeError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class StorageError(CascadeError):
+    """A folder or disk failed: it is full, not writable or gone. Once that is mended, the same call goes on."""
+
+
+class ShortageError(CascadeError):
+    """Memory does not suffice, here or for this size; a smaller batch, picture or network may fit."""
+
+
+class DownloadError(CascadeError):
+    """A hub could not be reached, or has not what was asked for."""

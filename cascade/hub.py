@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path, PureWindowsPath
 
-from cascade.errors import CascadeError
+from cascade.errors import DownloadError
 
 _READ = ["*.json", "*.safetensors", "*.model", "*.md"]
 _FILTERS = ["safety_checker/*", "watermarker/*", "feature_extractor/*"]
 """Parts of diffusers' repositories that are not read."""
 _TEXT = ["text_encoder/*", "tokenizer/*"]
-_HALF = ["*fp16*"]
+_HALF = ["*fp16*", "*bf16*"]
 """The weights a second time, in half precision."""
 
 
@@ -41,11 +41,11 @@ def _snapshot(repo: str, ignore: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=_READ, ignore_patterns=ignore))
     except GatedRepoError:
-        raise CascadeError(
+        raise DownloadError(
             f"{repo}: its authors ask you to accept a licence first; do so at {constants.ENDPOINT}/{repo}, then log in"
             " with `hf auth login`"
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CascadeError(
+        raise DownloadError(
             f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
         ) from None

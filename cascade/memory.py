@@ -6,7 +6,7 @@ import math
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
-from cascade.conditioning import Conditioning
 from cascade.config import StageConfig, TextConfig, TrainConfig
+from cascade.files.variants import one_variant
 from cascade.models.convolution import Convolution
-from cascade.stage import Stage
+from cascade.stage import Stage, blank_call
 from cascade.streaming import stored_shapes
 from cascade.training.adafactor import remembered_numbers
 from cascade.training.frozen import freeze
@@ -111,14 +111,9 @@ def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) 
     stage = build_stage(config, device="meta")
     batch = pictures * (1 if config.sampling.guidance == 1 else 2)
     with torch.device("meta"), torch.inference_mode():
-        picture = torch.zeros(batch, 3, config.resolution, config.resolution)
-        level = torch.zeros(batch, 1, 1, 1)
-        text = torch.zeros(batch, text_tokens, config.model.text_dim)
-        cond = Conditioning(text, torch.ones(batch, text_tokens, dtype=torch.bool))
-        if config.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        z, level, cond = blank_call(config, batch, text_tokens)
         with LiveBytes() as live:
-            stage.network(picture, level, stage.network.prepare(cond))
+            stage.network(z, level, stage.network.prepare(cond))
     convolutions = [module for module in stage.network.modules() if isinstance(module, Convolution)]
     transformed = {
         dtype: sum(convolution.transformed_bytes(getattr(torch, dtype)) for convolution in convolutions)
@@ -176,19 +171,13 @@ def _text_bytes(config: TextConfig) -> int:
 
 def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
     """Most bytes that a forward and backward pass makes on tensors without data."""
-    size = config.data.crop or config.stage.resolution
     # A word and the end of the text at least: IF normalizes over the tokens, and of one token there is nothing to
     # normalize where a group has one channel.
     tokens = config.text.max_length if config.text.padded else 2
     with torch.device("meta"):
-        picture = torch.zeros(pictures, 3, size, size)
-        level = torch.zeros(pictures, 1, 1, 1)
-        text = torch.zeros(pictures, tokens, config.stage.model.text_dim)
-        cond = Conditioning(text, torch.ones(pictures, tokens, dtype=torch.bool))
-        if config.stage.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
+        z, level, cond = blank_call(config.stage, pictures, tokens, config.data.crop)
         with LiveBytes() as live, _FusedAttention():
-            loss = stage.network(picture, level, cond).square().mean()
+            loss = stage.network(z, level, cond).square().mean()
             # Given the tensor itself, torch would turn the mode off meanwhile, and with activation checkpointing find
             # another attention when it computes again.
             torch.autograd.backward(get_gradient_edge(loss))
@@ -273,7 +262,7 @@ def text_memory(folder: Path, halved: bool) -> TextMemory:
     """Of the safetensors files of a text encoder; of a whole T5, its encoder."""
     files = list(folder.glob("*.safetensors"))
     shapes: dict[str, list[int]] = {}
-    for path in [file for file in files if ".fp16" not in file.name] or files:
+    for path in one_variant(files):
         shapes |= stored_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.startswith(("shared.", "encoder."))}
     linear = [name for name in sizes if _EIGHT_BIT.search(name)]

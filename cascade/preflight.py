@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cascade.config import TrainConfig
-from cascade.errors import CascadeError
+from cascade.errors import ShortageError, StorageError
 from cascade.machine import free_bytes
 from cascade.memory import TrainingMemory, trained_bytes, training_memory
 
@@ -42,7 +42,7 @@ def check_disk(config: TrainConfig) -> None:
     free = shutil.disk_usage(folder).free + own
     if needed > free:
         kept = config.training.keep_checkpoints
-        raise CascadeError(
+        raise StorageError(
             f"output: {kept} checkpoints and one being written need {_gigabytes(needed)}, {folder} has"
             f" {_gigabytes(free)} free; lower training.keep_checkpoints or choose another output"
         )
@@ -63,7 +63,7 @@ def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisib
         return
     parts = [(memory.weights, "weights and optimizer"), (memory.activations, "activations")]
     parts += [(memory.text, "the text encoder")] if memory.text else []
-    raise CascadeError(
+    raise ShortageError(
         f"training.batch_size: a step needs at least {_gigabytes(memory.total)} of memory"
         f" ({', '.join(f'{_gigabytes(size)} for {what}' for size, what in parts)}), each process has"
         f" {_gigabytes(free)}; {_way_out(config, memory, free, divisible)}"

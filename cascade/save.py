@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from cascade.checkpoint import atomic_folder, save_stage, write_json
+from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
 from cascade.config import FORMAT_VERSION
 from cascade.errors import CascadeError
-from cascade.files.paths import path_of
+from cascade.files.paths import plain_path
 from cascade.slots import StageSlot
 from cascade.text.t5 import TextEncoder
 
@@ -30,7 +30,7 @@ def write_model(
 
     enlargers: the stages of `upscale` where they are not those of the cascade.
     """
-    folder = path_of(folder)
+    folder = plain_path(folder)
     if folder.exists() and not _may_be_replaced(folder):
         raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
     with atomic_folder(folder) as temporary:
@@ -68,5 +68,16 @@ def model_for_hub(repo: str, private: bool) -> Iterator[Path]:
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Whether `path` is a cascade or an empty folder."""
-    return path.is_dir() and ((path / "cascade.json").is_file() or not any(path.iterdir()))
+    """Whether `path` is an empty folder, or holds a cascade and nothing else: the whole folder is replaced."""
+    if not path.is_dir():
+        return False
+    there = {entry.name for entry in path.iterdir()}
+    if "cascade.json" not in there:
+        return not there
+    index = read_json(path / "cascade.json")
+    stages = [*_names(index.get("stages")), *_names(index.get("enlargers"))]
+    return there <= {"cascade.json", "text_encoder", *stages}
+
+
+def _names(value: object) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cascade.errors import CascadeError
+from cascade.errors import StorageError
 
 
 class ScratchTable:
@@ -38,6 +38,6 @@ def _told() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise CascadeError(
+        raise StorageError(
             f"a temporary table cannot be written: {error}; name a folder with room for it in SQLITE_TMPDIR"
         ) from None

@@ -8,13 +8,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
+
+PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cascade.config import StageConfig
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes, is_out_of_memory
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
@@ -93,12 +93,12 @@ def check_memory(
     tile: int | None = None,
 ) -> None:
     """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
-    at_once = math.prod(size)
+    geometry, at_once = stage.geometry, math.prod(size)
     if tile is not None:
-        seen = tile + 2 * (stage.model.receptive_radius or 0)
+        seen = tile + 2 * (geometry.receptive_radius or 0)
         at_once = min(at_once, seen**2)
-    picture = 3 * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
-    needed = batch_size * (picture + at_once * stage.model.least_activations * dtype.itemsize)
+    picture = stage.channels * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
+    needed = batch_size * (picture + at_once * geometry.least_activations * dtype.itemsize)
     free = free_bytes(device)
     if needed > free:
         raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
@@ -110,7 +110,7 @@ def not_finite(stage: str) -> str:
 
 
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:
-    return CascadeError(
+    return ShortageError(
         f"out of memory in stage {stage}{numbers}; use a smaller batch_size, low_memory, dtype bfloat16,"
         " a smaller height and width, stop earlier with until, or (upscale) a tile"
     )

@@ -81,7 +81,7 @@ class Stage:
         on_step: OnStep | None = None,
         known: Known | None = None,
     ) -> Tensor:
-        """Draw pictures from the noise z (B, 3, H, W), whose size they have: float32, about [-1, 1].
+        """Draw pictures from the noise z (B, C, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
@@ -117,7 +117,7 @@ class Stage:
         log_snr: Tensor,
         eps: Tensor,
     ) -> Tensor:
-        """Training loss of each picture x (B, 3, H, W): (B,). `network` is this stage's, perhaps wrapped."""
+        """Training loss of each picture x (B, C, H, W): (B,). `network` is this stage's, perhaps wrapped."""
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
         r = (x - base) / self._residual_scale
         seen = self.enlarge(cond)
@@ -162,19 +162,19 @@ class Stage:
         sampler = (settings or self.config.sampling).sampler
         return evaluations(SAMPLERS[sampler.kind], self.noise_levels(settings), **sampler.own)
 
-    def noised_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Height and width of the noise on the smaller picture, for pictures of `size`; None for a base stage."""
+    def noised_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """(C, h, w) of the noise on the smaller picture, for pictures of shape (C, H, W); None for a base stage."""
         if self.config.low_resolution is None:
             return None
-        height, width = size
+        *channels, height, width = shape
         shrink = 1 if self.config.model.enlarges_first else self.scale
-        return height // shrink, width // shrink
+        return *channels, height // shrink, width // shrink
 
     def see(self, cond: Conditioning, low: Tensor, aug_level: Tensor, eps: Tensor) -> Conditioning:
         """`cond` with the smaller picture as this stage sees it: noised, and enlarged before that where it wants so.
 
-        low: (B, 3, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is made
-        in float64, which not every GPU has. eps: (B, 3, *noised_size).
+        low: (B, C, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is made
+        in float64, which not every GPU has. eps: (B, *noised_shape).
         """
         if self.config.model.enlarges_first:
             height, width = low.shape[-2:]
@@ -192,7 +192,7 @@ class Stage:
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """What r is measured from: zero, or the upsampled smaller picture with its signal scaled back to 1."""
         if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
-            return torch.zeros(len(cond), 3, *size, device=cond.text.device)
+            return torch.zeros(len(cond), self.config.channels, *size, device=cond.text.device)
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
@@ -210,7 +210,7 @@ class Stage:
         """
         if side is None:
             return self
-        step, radius = self.config.model.downsampling, self.config.model.receptive_radius
+        step, radius = self.config.geometry.divisor, self.config.geometry.receptive_radius
         if radius is None:
             raise CascadeError(f"tile: stage {self.name} looks at the whole picture; draw it without tiles")
         if side < step or side % step:
@@ -220,6 +220,20 @@ class Stage:
     @property
     def _residual_scale(self) -> float:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
+
+
+def blank_call(
+    config: StageConfig, pictures: int, text_tokens: int, side: int | None = None
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """A call of a stage's network, all zeros: (z, log SNR, conditions), for counting what it takes.
+
+    side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
+    """
+    side = side or config.resolution
+    z, level = torch.zeros(pictures, config.channels, side, side), torch.zeros(pictures, 1, 1, 1)
+    text = torch.zeros(pictures, text_tokens, config.model.text_dim)
+    cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool))
+    return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:

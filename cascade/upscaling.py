@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,14 +17,13 @@ from cascade.arguments import positive
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
+from cascade.files.picture import open_picture, picture_told
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 LARGEST_WHOLE = 2048**2
 """Pixels of the largest result that is drawn in one piece unless the caller says otherwise."""
 DEFAULT_TILE = 1024
 """Side of the squares of larger ones."""
-
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any]
 
@@ -39,7 +36,8 @@ def read_picture(image: ImageLike) -> Tensor:
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
-        return _decoded(image, "image")
+        with picture_told("image"):
+            return from_pil(image)[None]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
             raise CascadeError(f"image: an array {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3 or 4)")
@@ -47,8 +45,8 @@ def read_picture(image: ImageLike) -> Tensor:
     if not isinstance(image, (str, os.PathLike)):
         raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
     path = expanded(os.fsdecode(image))
-    with _told(path), Image.open(path) as opened:
-        return _decoded(opened, path)
+    with picture_told(path), open_picture(path) as opened:
+        return from_pil(opened)[None]
 
 
 def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
@@ -62,25 +60,6 @@ def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
     if isinstance(mask, np.ndarray):
         raise CascadeError(f"{name}: an array {mask.dtype} of shape {mask.shape}; expected bool or uint8 (H, W)")
     return read_picture(mask)[0].float().mean(0).div(255)
-
-
-def _decoded(image: Image.Image, name: str) -> Tensor:
-    with _told(name):
-        return from_pil(image)[None]
-
-
-@contextmanager
-def _told(name: str) -> Iterator[None]:
-    """What Pillow raises for a picture that it cannot read becomes CascadeError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise CascadeError(f"{name}: no such file") from None
-    except CascadeError:
-        raise
-    except _UNREADABLE as error:
-        reason = "a folder" if isinstance(error, IsADirectoryError) else str(error) or type(error).__name__
-        raise CascadeError(f"{name}: not a readable picture: {reason}") from None
 
 
 def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | None) -> tuple[int, int]:
@@ -122,7 +101,7 @@ def _doublings(longest: int, stage: StageConfig) -> float:
 
 def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     """The smaller picture with its last rows and columns repeated, until the network can divide the larger one."""
-    step = stage.model.downsampling
+    step = stage.geometry.divisor
     multiple = step // math.gcd(step, stage.scale)
     bottom, right = (-side % multiple for side in pixels.shape[-2:])
     # In float, because uint8 has no kernel for this; the values stay whole.
@@ -138,6 +117,6 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:
     """The side of the squares in which a picture of `size` is drawn; None: in one piece."""
-    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.model.receptive_radius is not None:
+    if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.geometry.receptive_radius is not None:
         return DEFAULT_TILE
     return tile

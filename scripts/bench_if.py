@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade.build import IF_NOISE, build_stage
+from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
+from cascade.models.if_unet import IF_NOISE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -68,7 +68,6 @@ def live(
     started = threading.Event()
     with listening("127.0.0.1", 0) as own:
         server = Server(make_app(queue, rules or Rules(), page=True, card=card), queue, started.set)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.run, args=([own],))
         queue.start()
         thread.start()

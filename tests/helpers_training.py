@@ -106,6 +106,14 @@ SUPER_RESOLUTION = (
 """Changes that make of the micro base stage a 4 -> 8 px stage."""
 
 
+TRANSFORMER = (
+    "stage.parameterization=x",
+    "stage.model={kind: transformer, width: 16, depth: 2, patch: 2, bottleneck: 8, head_dim: 8, embedding_dim: 16,"
+    " text_dim: 16}",
+)
+"""Changes that give the micro stage a transformer."""
+
+
 def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
     """A Trainer made as `cascade train` makes it, but for a text encoder of words and weights none of which is zero.
 

@@ -69,6 +69,19 @@ def test_the_same_call_keeps_what_is_there_and_another_needs_overwrite(
     assert manifest(folder)[-1]["prompt"] == "a fox"
 
 
+def test_a_result_beyond_the_largest_picture_that_is_read_is_kept(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is ours, and says so before any of its pixels is decoded."""
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "48")  # of the source; the result has four times as many
+    for said in ("16x12", "kept"):
+        assert upscale(model, folder, folder / "red.png", "--to", 16) == 0
+        assert said in capsys.readouterr().out
+    Image.new("RGB", (40, 40)).save(folder / "out" / "red.png")
+    assert upscale(model, folder, folder / "red.png", "--to", 16) == 2
+    assert "is there already, and `cascade upscale` did not write it" in capsys.readouterr().err
+
+
 def test_a_picture_that_fails_is_named_and_the_others_are_made(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

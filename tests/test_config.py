@@ -249,11 +249,9 @@ def test_settings_cannot_be_changed() -> None:
         StageConfig(name="base", resolution=64).name = "other"  # type: ignore[misc]
 
 
-def test_downsampling_counts_the_stem_and_all_strides() -> None:
-    model = StageConfig.model_validate(
-        {"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}}
-    ).model
-    assert model.downsampling == 8
+def test_the_divisor_counts_the_stem_and_all_strides() -> None:
+    stage = StageConfig.model_validate({"name": "s", "resolution": 64, "model": {"patch": 2, "strides": (2, 2, 1)}})
+    assert stage.geometry.divisor == 8
 
 
 def test_a_crop_must_suit_both_the_scale_and_the_depth() -> None:
@@ -279,3 +277,12 @@ def test_a_stage_by_name_brings_all_its_settings(tmp_path: Path) -> None:
     path.write_text("output: out\nstage: nothing/here\ndata: {sources: [{kind: scenes}]}\n")
     with pytest.raises(CascadeError, match=r"run\.yaml: stage: nothing/here: no stage here"):
         load_train_config(path)
+
+
+def test_a_stage_may_be_named_in_an_assignment_before_what_changes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("output: out\nstage: {}\ndata: {sources: [{kind: scenes}]}\n")
+    named = load_train_config(path, ["stage.sampling.steps=3", "stage=bundled/base"])
+    path.write_text("output: out\nstage: bundled/base\ndata: {sources: [{kind: scenes}]}\n")
+    assert named == load_train_config(path, ["stage.sampling.steps=3"])
+    assert named.stage.sampling.steps == 3

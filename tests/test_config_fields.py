@@ -21,7 +21,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers_text import make_tiny_t5
-from helpers_training import SUPER_RESOLUTION, TEXT_DIM, WordEncoder, fill, log_entries, micro_config, trainer
+from helpers_training import (
+    SUPER_RESOLUTION,
+    TEXT_DIM,
+    TRANSFORMER,
+    WordEncoder,
+    fill,
+    log_entries,
+    micro_config,
+    trainer,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -33,13 +42,11 @@ from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.load import load_text_encoder, load_trainer
-from cascade.models.blocks import ResidualBlock
-from cascade.models.if_blocks import IFResidualBlock
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
-from cascade.training.samples import sample_grid
+from cascade.training.samples import SampleGrid
 from cascade.training.state import load_newest
 from cascade.training.validation import Validation
 
@@ -122,7 +129,7 @@ def drawn_fast(config: TrainConfig) -> object:
 
 def sample_sheet(config: TrainConfig) -> object:
     """The grid of sample pictures that training draws."""
-    return hashlib.sha256(sample_grid(config, filled_stage(config), WordEncoder()).tobytes()).hexdigest()
+    return hashlib.sha256(SampleGrid(config, WordEncoder()).drawn(filled_stage(config)).tobytes()).hexdigest()
 
 
 def embeddings(config: TrainConfig) -> object:
@@ -199,9 +206,7 @@ def outcome(config: TrainConfig) -> Outcome:
     encoder, block_calls = WordEncoder(), []
     with patch.object(torch, "compile", side_effect=lambda network: network) as compiled:
         run = trainer(config, encoder)
-        blocks = (ResidualBlock, IFResidualBlock)
-        block = next(module for module in run.stage.network.modules() if isinstance(module, blocks))
-        block.register_forward_hook(lambda *_: block_calls.append(1))
+        run.stage.network.sharded_blocks()[0].register_forward_hook(lambda *_: block_calls.append(1))
         assert run.run()
     output = Path(config.output)
     state = load_newest(output, config)
@@ -321,6 +326,7 @@ ROWS: dict[str, Row] = {
     "stage.model[unet].self_attention": Row("false", weights),
     "stage.model[unet].resampling": Row("conv", weights, ("stage.model.strides=[2]",)),
     "stage.model[unet].middle_blocks": Row("2", weights),
+    "stage.model[unet].modulation": Row("add", weights),
     "stage.model[unet].patch": Row("2", weights),
     "stage.model[unet].skips": Row("add", weights),
     "stage.model[unet].skip_scale": Row("0.5", network_output),
@@ -344,6 +350,17 @@ ROWS: dict[str, Row] = {
     "stage.model[if_unet].head_dim": Row("4", network_output, IF),
     "stage.model[if_unet].pooling_heads": Row("4", network_output, IF),
     "stage.model[if_unet].groups": Row("2", network_output, IF),
+    "stage.model[transformer].kind": Row("transformer", weights, (), TRANSFORMER[1]),
+    "stage.model[transformer].width": Row("24", weights, TRANSFORMER),
+    "stage.model[transformer].depth": Row("3", weights, TRANSFORMER),
+    "stage.model[transformer].patch": Row("4", weights, TRANSFORMER),
+    "stage.model[transformer].bottleneck": Row("4", weights, TRANSFORMER),
+    "stage.model[transformer].head_dim": Row("4", network_output, TRANSFORMER),
+    "stage.model[transformer].mlp_ratio": Row("2.0", weights, TRANSFORMER),
+    "stage.model[transformer].embedding_dim": Row("32", weights, TRANSFORMER),
+    "stage.model[transformer].text": Row("pooled", weights, TRANSFORMER),
+    "stage.model[transformer].text_dim": Row("32", weights, TRANSFORMER),
+    "stage.model[transformer].dropout": Row("0.5", log, TRANSFORMER),
     "stage.sampling.steps": Row("3", drawn),
     "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
     "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),

@@ -16,7 +16,7 @@ from torch import Tensor
 from cascade import CascadePipeline
 from cascade.batch import DrawOptions, plan
 from cascade.batch.identity import model_identity
-from cascade.build import IF_NOISE, build_stage
+from cascade.build import build_stage
 from cascade.checkpoint import save_stage
 from cascade.cli import main
 from cascade.conditioning import Conditioning
@@ -28,6 +28,7 @@ from cascade.errors import CascadeError
 from cascade.load import load_stage, read_index
 from cascade.memory import stage_memory
 from cascade.models.convolution import Convolution
+from cascade.models.if_unet import IF_NOISE
 from cascade.prompts import given_prompts
 from cascade.stage import Stage, count_parameters
 
@@ -397,6 +398,30 @@ def test_the_licence_of_the_weights_is_named_when_they_load(
     assert "DeepFloyd IF License" in caplog.text
 
 
+def test_a_card_in_latin_1_and_a_scheduler_without_its_optional_settings_are_read(
+    peers: dict[bool, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """diffusers takes its own defaults for what a file does not say."""
+    folder = shutil.copytree(peers[False][0], tmp_path / "if")
+    (folder / "README.md").write_bytes("license: mit\nécrit à Paris\n".encode("latin-1"))
+    said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    edit(folder / "scheduler" / "scheduler_config.json", thresholding=True)
+    whole = load_stage(folder).config.sampling
+    for name in (
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "prediction_type",
+        "timestep_spacing",
+        "clip_sample",
+    ):
+        said.pop(name)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**said, "thresholding": True}))
+    assert read_index(folder).license == "mit"
+    sparse = load_stage(folder).config.sampling
+    assert (sparse.threshold, sparse.threshold_maximum) == (0.995, 1.0)
+    assert sparse == whole.model_copy(update={"threshold": 0.995, "threshold_maximum": 1.0})
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -456,4 +481,4 @@ def test_the_least_memory_of_a_network_call_is_no_more_than_it_takes(peers: dict
     for folder, _ in peers.values():
         config = read_stage(folder)
         taken = stage_memory(config).activations / 4 / (2 * config.resolution**2)  # with guidance two of each
-        assert 0.05 * taken < config.model.least_activations < taken
+        assert 0.05 * taken < config.geometry.least_activations < taken

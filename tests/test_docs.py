@@ -115,6 +115,18 @@ def test_the_fine_tuning_tutorial_runs(checkout: Path):
 
 
 @pytest.mark.slow
+def test_the_commands_on_changing_pictures_run(checkout: Path):
+    Image.new("RGB", (256, 256), "yellow").save(checkout / "taxi.png")
+    Image.linear_gradient("L").point(lambda value: 255 * (value > 200)).save(checkout / "mask.png")
+    for command in commands("docs/editing.md"):
+        run(command, checkout)
+    (checkout / "edit.py").write_text("\n".join(commands("docs/editing.md", "python")), encoding="utf-8")
+    run("python edit.py", checkout)
+    assert size(checkout / "windows.png") == (256, 256)
+    assert size(checkout / "wide.png")[0] > 256
+
+
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(checkout: Path):
     (checkout / "readme.py").write_text("\n".join(commands("README.md", "python")), encoding="utf-8")
     run("python readme.py", checkout)

@@ -218,7 +218,7 @@ def test_the_activations_of_a_step_are_those_that_a_true_one_makes(tmp_path: Pat
         run = trainer(micro_config(tmp_path / "run", f"training.batch_size={pictures}"), FixedEncoder())
         batch = next(run._batches(0))
         with LiveBytes() as live:
-            run._loss(batch)[0].mean().backward()
+            run.objective(run.stage, run.network, run.ready(batch))[0].mean().backward()
         peaks[pictures] = live.peak
     counted = training_memory(config).activations
     assert counted == pytest.approx(peaks[8] - peaks[4], rel=0.15)  # the loss itself is not counted

@@ -12,7 +12,7 @@ from cascade.preflight import run_bytes
 from cascade.stage import count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FOLDERS = ("tiny", "small", "imagen", "bundled", "deepfloyd", "fine-tune")
+FOLDERS = ("tiny", "prince", "small", "imagen", "bundled", "deepfloyd", "fine-tune")
 PRESETS = sorted(path for folder in FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 import resource
@@ -273,6 +276,60 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: P
     os.mkfifo(tmp_path / "captions" / "a.txt")
     (failure,) = read_prompts(str(tmp_path / "captions"), 0)
     assert str(failure).endswith("a.txt: cannot be read: a pipe or a device, no file")
+
+
+TABLE = [["prompt", "seed"], ["a fox, red; and old", "7"], ["a star", "1.0"]]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("p.csv", ","), ("p.csv", ";"), ("p.csv", "\t"), ("p.tsv", "\t")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_are_read_with_the_separator_that_their_header_has(
+    tmp_path: Path, name: str, separator: str, packed: bool
+) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=separator).writerows(TABLE)
+    content = buffer.getvalue().encode()
+    name, content = (f"{name}.gz", gzip.compress(content)) if packed else (name, content)
+    found = good(read(tmp_path, name, content))
+    assert [(record.prompt, record.seed) for record in found] == [("a fox, red; and old", 7), ("a star", 1)]
+    assert count_prompts(str(tmp_path / name)) == 2
+
+
+def test_a_tsv_of_one_column_may_hold_commas(tmp_path: Path) -> None:
+    assert [record.prompt for record in good(read(tmp_path, "p.tsv", "prompt\na fox, red\n"))] == ["a fox, red"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "seed"), [("7.0", 7), ("7.", 7), (" 7.000 ", 7), ("7.5", None), (".0", None), ("1e3", None)]
+)
+def test_a_whole_number_may_be_written_as_a_spreadsheet_does(tmp_path: Path, cell: str, seed: int | None) -> None:
+    (record,) = read(tmp_path, "p.csv", f"prompt,seed\na fox,{cell}\n")
+    assert getattr(record, "seed", None) == seed
+
+
+@pytest.mark.parametrize("name", ["p.txt.gz", "p.ndjson", "p.jsonl.gz", "P.TXT"])
+def test_files_may_be_packed_and_called_otherwise(tmp_path: Path, name: str) -> None:
+    lines = b'"a fox"\n"a star"\n' if "json" in name else b"a fox\na star\n"
+    found = good(read(tmp_path, name, gzip.compress(lines) if name.endswith(".gz") else lines))
+    assert [record.prompt for record in found] == ["a fox", "a star"]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"a fox\n" * 9999)[:60], b""])
+def test_a_damaged_packed_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.txt.gz").write_bytes(content)
+    with pytest.raises(CascadeError, match=r"p\.txt\.gz: (cannot be read|no prompts in it)"):
+        list(read_prompts(str(tmp_path / "p.txt.gz"), 0))
+
+
+def test_a_folder_of_parquet_parts_is_one_list_of_prompts(tmp_path: Path) -> None:
+    for name, prompts in {"part-1": ["c"], "part-0": ["a", ""]}.items():
+        parquet.write_table(pa.table({"prompt": prompts}), tmp_path / f"{name}.parquet")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "._part-0.parquet").write_bytes(b"no table")
+    records = list(read_prompts(str(tmp_path), 0))
+    assert [record.prompt for record in good(records)] == ["a", "c"]
+    assert str(records[1]) == f"{tmp_path}/part-0.parquet:2: prompt is missing"
+    assert count_prompts(str(tmp_path)) == 3
 
 
 def test_hidden_files_are_no_captions_and_endings_may_be_written_large(tmp_path: Path) -> None:

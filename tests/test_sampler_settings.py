@@ -171,7 +171,7 @@ def test_a_name_alone_means_the_sampler_as_the_stage_has_set_it() -> None:
 
 def test_a_variance_that_the_network_does_not_predict_is_refused_in_files_and_calls() -> None:
     learned = {"kind": "ddpm", "variance": "learned"}
-    message = "sampler.variance: learned needs model.kind: if_unet, which predicts it"
+    message = "sampler.variance: learned needs a network that predicts it, which model.kind: unet does not"
     with pytest.raises(ValueError, match=message):
         stage(sampling=sampling(sampler=learned))
     with pytest.raises(CascadeError, match=f"stage base: {message}"):

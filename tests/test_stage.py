@@ -154,8 +154,8 @@ def test_the_noise_on_a_smaller_picture_has_its_size_and_that_of_the_large_one_w
             "here",
         ),
     )
-    sizes = [each.noised_size((32, 16)) for each in (stage(), stage(8), enlarges_first)]
-    assert sizes == [None, (16, 8), (32, 16)]
+    shapes = [each.noised_shape((3, 32, 16)) for each in (stage(), stage(8), enlarges_first)]
+    assert shapes == [None, (3, 16, 8), (3, 32, 16)]
     low = normal(1, 3, 16, 8, seed=9)
     seen = enlarges_first.see(conditions(1), low, torch.zeros(1), torch.zeros(1, 3, 32, 16))
     torch.testing.assert_close(seen.low_res, upsample_corners(low, (32, 16)))

@@ -94,7 +94,7 @@ def test_a_picture_in_tiles_equals_the_whole_up_to_rounding(name: str, path: str
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(name: str) -> None:
     stage = convolutional_stage(NETWORKS[name])
-    radius = stage.config.model.receptive_radius
+    radius = stage.config.geometry.receptive_radius
     assert radius is not None
     side = 4 * radius
     low, level = torch.zeros(1, 3, side // 4, side // 4), torch.zeros(1, 1, 1, 1)
@@ -105,7 +105,7 @@ def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(n
         before = denoise(z, level)
         z[..., side // 2, side // 2] = 100.0
         changed = (denoise(z, level) - before).abs().amax(dim=(0, 1)) > 0  # type: ignore[operator]
-    step = stage.config.model.downsampling
+    step = stage.config.geometry.divisor
     reached = (changed.nonzero() // step - side // 2 // step).abs().max() * step  # in whole squares
     assert reached <= radius
     assert reached > radius - 3 * step
@@ -114,7 +114,7 @@ def test_a_square_looks_no_further_than_the_receptive_radius_and_nearly_so_far(n
 def test_with_too_little_around_them_tiles_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = convolutional_stage(NETWORKS["levels"])
     whole = drawn(stage, 64, 64, None)
-    monkeypatch.setattr(UNetConfig, "receptive_radius", 8)
+    monkeypatch.setattr(UNetConfig, "_receptive_radius", lambda *_: 8)
     assert (whole - drawn(stage, 64, 64, 32)).abs().max() > 1e-3
 
 

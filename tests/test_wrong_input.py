@@ -169,7 +169,7 @@ DRAWING = [
     Case("prompt file missing", FILE + "{folder}/p.txt", "p.txt: no such file"),
     Case("prompt file is a folder", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", lambda world: (world.folder / "p.txt").mkdir()),
     Case("prompt file empty", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", written("p.txt", "\n")),
-    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .csv, .parquet, a folder of .txt, or `-`"),
+    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .ndjson, .csv, .tsv (also packed: .gz), .parquet, a folder of captions or of Parquet files, or `-`"),
     Case("prompt table header", FILE + "{folder}/p.csv", "p.csv:1: 'promt' is not a column; did you mean prompt?", written("p.csv", "promt\nfox\n")),
     Case("output below a file", "generate fox --model {model} --out {folder}/file/out", "file/out: cannot be written", written("file", "")),
     Case("output is a file", "generate fox --model {model} --out {folder}/file", "file: cannot be written", written("file", "")),

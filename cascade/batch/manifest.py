@@ -10,7 +10,8 @@ from typing import Any
 
 from cascade import system
 from cascade.drawing.recipe import Recipe
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
+from cascade.files.text import json_text
 from cascade.locks import held
 from cascade.scratch import ScratchTable
 
@@ -67,7 +68,7 @@ class Manifest:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line, in one piece. Raises CascadeError when it cannot be written or the file is gone."""
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json_text(entry).encode() + b"\n"
         try:
             self._check_there()
             with self._mutex, held(self._file.fileno(), self.path):
@@ -146,8 +147,8 @@ class Manifest:
         if not system.is_same_file(self._file.fileno(), self.path):
             raise FileNotFoundError(2, "it was replaced while the run wrote to it")
 
-    def _unwritable(self, error: OSError) -> CascadeError:
-        return CascadeError(
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(
             f"{self.path.parent}: cannot be written: {error.strerror or error}; mend that and start again, or name"
             " another folder with --out"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade._version import __version__
@@ -19,7 +19,9 @@ from cascade.checkpoint import read_json
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture, picture_told
 from cascade.pipeline import CascadePipeline
+from cascade.text.captions import well_formed
 
 FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
 """File formats and their endings."""
@@ -99,7 +101,7 @@ def _text_chunks(entry: Mapping[str, Any]) -> PngInfo:
     """International text chunks, which hold any Unicode; what is no text as JSON."""
     chunks = PngInfo()
     for name, value in _inside(entry).items():
-        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
     return chunks
 
 
@@ -111,18 +113,13 @@ def sidecar(file: str) -> str:
 def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     """(what `encode` wrote into a picture, its format). Raises CascadeError when it is no picture of ours."""
     path = picture if isinstance(picture, (str, Path)) else "picture"
-    try:
-        with Image.open(picture) as image:
-            format = str(image.format).lower()
-            if format == "png":
-                image.load()
-                text = getattr(image, "text", {})
-            else:
-                text = {"all": str(image.getexif().get(_DESCRIPTION, ""))}
-    except FileNotFoundError:
-        raise CascadeError(f"{path}: no such file") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise CascadeError(f"{path}: not a readable picture: {error}") from None
+    with picture_told(str(path)), open_picture(picture) as image:
+        format = str(image.format).lower()
+        if format == "png":
+            image.load()
+            text = getattr(image, "text", {})
+        else:
+            text = {"all": str(image.getexif().get(_DESCRIPTION, ""))}
     try:
         return _parsed(Path(path), text), format
     except (KeyError, ValueError, TypeError, RecursionError):

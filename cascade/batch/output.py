@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cascade import system
-from cascade.batch.earlier import RUN, EarlierRun, with_seed
+from cascade.batch.earlier import MADE_BY, PROGRAM, RUN, STATE, EarlierRun, with_seed
 from cascade.batch.layout import Layout
 from cascade.batch.manifest import Manifest
 from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.plan import Target
 from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
-from cascade.errors import CascadeError
+from cascade.errors import StorageError
+from cascade.files.paths import path_of
+from cascade.files.text import json_text
 from cascade.locks import held
 from cascade.prompts import Failure
-
-STATE = ".cascade"
 
 
 class Output:
     """The folder of a run. `begin` takes the lock; the lock ends with the process."""
 
-    def __init__(self, folder: str | Path, layout: Layout | None = None, *, overwrite: bool = False) -> None:
-        """Raises CascadeError when the folder cannot be written, or holds pictures of something else.
+    def __init__(
+        self,
+        folder: str | Path,
+        layout: Layout | None = None,
+        *,
+        overwrite: bool = False,
+        extras: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """Raises CascadeError when the folder cannot be written, or holds something else that a run would touch.
 
-        overwrite: begin anew; the pictures of the earlier run are removed.
+        overwrite: begin anew; the pictures of the earlier run are removed. extras: what `write_with` will be asked for.
         """
-        self.folder, self.layout, self._overwrite = Path(folder), layout or Layout(), overwrite
+        self.folder, self.layout, self._overwrite = path_of(folder), layout or Layout(), overwrite
         self._state = self.folder / STATE
         self._spool, self._temporary = self._own_state("spool"), self._own_state("temporary")
         self.team = Team(self._state, self.layout)
-        self._store: Store = FolderStore(self.folder, self._temporary)
-        if self.layout.in_tars:
-            self._store = TarStore(self.folder, self._spool, self._temporary, self.layout.tar_size)
         self._earlier = EarlierRun(self.folder, self.layout)
+        self._earlier.check_strangers(extras, overwrite)
+        # A file of the name of a picture is ours if a run stands here, which may have been killed before its line.
+        may_replace = self._earlier.settings() is not None
+        self._store: Store = FolderStore(self.folder, self._temporary, may_replace)
+        if self.layout.in_tars:
+            self._store = TarStore(self.folder, self._spool, self._temporary, self.layout.tar_size, may_replace)
         self._manifest: Manifest | None = None
-        if self._earlier.is_foreign() and not overwrite:
-            raise CascadeError(
-                f"{self.folder}: holds the pictures of an earlier run; name another folder, or --overwrite"
-            )
         self._made = not self.folder.exists()
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ class Output:
         shutil.rmtree(self._temporary, ignore_errors=True)  # what a killed run had half-written
         self._temporary.mkdir()
         self.path("failures", ".jsonl").unlink(missing_ok=True)
-        text = json.dumps(settled, indent=2, ensure_ascii=False) + "\n"
+        text = json_text({MADE_BY: PROGRAM, **settled}, indent=2) + "\n"
         FolderStore(self.folder, self._temporary).write({RUN: text.encode()})
         return settled
 
@@ -159,7 +164,7 @@ class Output:
         line = {"origin": failure.origin, "index": failure.index, "reason": failure.reason, **more}
         path = self.path("failures", ".jsonl")
         with self._writing(), path.open("a", encoding="utf-8", newline="\n") as file, held(file.fileno(), path):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
             file.flush()
 
     def finish(self, unit: int) -> None:
@@ -197,6 +202,7 @@ class Output:
         """Have a file beside the pictures written whole."""
         temporary = self._temporary / f"{stem}{ending}"
         with self._writing():
+            self._earlier.note_made(stem, ending)
             write(temporary)
             system.replace(temporary, self.path(stem, ending))
 
@@ -212,6 +218,6 @@ class Output:
         try:
             yield
         except OSError as error:
-            raise CascadeError(
+            raise StorageError(
                 f"{self.folder}: cannot be written: {error.strerror or error}; name another folder with --out"
             ) from None

@@ -12,7 +12,9 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from cascade.files.text import json_text
 from cascade.images import contact_sheet
+from cascade.text.captions import well_formed
 
 T = TypeVar("T")
 GRID_CELL = 256
@@ -35,13 +37,16 @@ def write_parquet(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
         "seconds": pa.float64(),
     }
     schema = pa.schema(list(columns.items()))
-    with parquet.ParquetWriter(path, schema) as writer:
+    # An open file, for pyarrow takes no path that is not UTF-8.
+    with path.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
         for rows in _groups(entries, _ROWS):
             plain = [{name: _cell(row.get(name)) for name in columns} for row in rows]
             writer.write_table(pa.Table.from_pylist(plain, schema))
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return well_formed(value)
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -54,14 +59,14 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def write_page(entries: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     """One HTML file without anything from elsewhere: pictures beside prompts, searchable, loaded as they are seen."""
     parts = _PAGE.read_text(encoding="utf-8").split("PICTURES")
-    head, tail = (part.replace("TITLE", _escaped(title)) for part in parts)
+    head, tail = (part.replace("TITLE", _escaped(well_formed(title))) for part in parts)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(head)
         for number, entry in enumerate(entries):
             size, seed = entry["settings"], str(entry["seed"])  # as text: JavaScript would round it
             picture = [quote(entry["file"]), entry["prompt"], entry["id"], seed, size["width"], size["height"]]
             # `</script>` in a prompt must not end the script.
-            file.write((",\n" if number else "") + json.dumps(picture, ensure_ascii=False).replace("<", "\\u003c"))
+            file.write((",\n" if number else "") + json_text(picture).replace("<", "\\u003c"))
         file.write(tail)
 
 

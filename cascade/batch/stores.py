@@ -8,12 +8,13 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from cascade import system
+from cascade.batch.earlier import not_ours
 from cascade.batch.plan import subfolder
 
 
@@ -39,8 +40,9 @@ class Store(Protocol):
 class FolderStore:
     """Files in a folder. Half-written ones stand aside in `temporary`, until they are whole."""
 
-    def __init__(self, folder: Path, temporary: Path) -> None:
-        self._folder, self._temporary = folder, temporary
+    def __init__(self, folder: Path, temporary: Path, may_replace: bool = True) -> None:
+        """may_replace: whether what stands there under the name of a file is ours."""
+        self._folder, self._temporary, self._may_replace = folder, temporary, may_replace
 
     def name(self, index: int, stem: str, ending: str, num_images: int) -> str:
         return f"{subfolder(index, num_images)}{stem}.{ending}"
@@ -49,6 +51,8 @@ class FolderStore:
         return None
 
     def write(self, files: Mapping[str, bytes]) -> None:
+        if not self._may_replace:
+            _check_free(self._folder / name for name in files)
         for name, content in files.items():
             place(self._folder / name, content, self._temporary)
 
@@ -67,8 +71,9 @@ class TarStore:
     the order of their names and have no time, so that the same pictures make the same tar.
     """
 
-    def __init__(self, folder: Path, spool: Path, temporary: Path, size: int) -> None:
-        """size: prompts in a shard."""
+    def __init__(self, folder: Path, spool: Path, temporary: Path, size: int, may_replace: bool = True) -> None:
+        """size: prompts in a shard. may_replace: whether tars that stand there under the names of shards are ours."""
+        self._may_replace = may_replace
         self._folder, self._spool, self._temporary, self._size = folder, spool, temporary, size
         self._open: tuple[str, dict[str, tuple[int, int]]] = ("", {})
 
@@ -100,6 +105,8 @@ class TarStore:
         waiting = self._spool / tar
         if not waiting.is_dir():
             return
+        if not self._may_replace:
+            _check_free([self._folder / tar])
         members = {*self._members(tar), *(path.name for path in waiting.iterdir())}  # some may have been damaged
         packed = self._temporary / tar
         with tarfile.open(packed, mode="w", format=tarfile.USTAR_FORMAT) as file:
@@ -124,6 +131,13 @@ class TarStore:
                     members[information.name] = (information.offset_data, information.size)
             self._open = (tar, members)
         return self._open[1]
+
+
+def _check_free(paths: Iterable[Path]) -> None:
+    """Raises CascadeError for a file that is there, and is not ours to replace."""
+    for path in paths:
+        if path.exists():
+            raise not_ours(path)
 
 
 def place(path: Path, content: bytes, temporary: Path) -> None:

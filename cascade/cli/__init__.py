@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -49,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = program.main(arguments, prog_name="cascade", standalone_mode=False)
         except CascadeError as error:
             return _fail(str(error).splitlines())
+        except OSError as error:
+            if error.filename is None:
+                raise
+            # A path that may not be looked at, or is too long: told in one place, for it may be asked for anywhere.
+            return _fail([f"{error.filename}: {error.strerror or error}"])
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "cascade"
             return _fail([f"{' '.join(error.format_message().split())} See `{path} --help`."])
@@ -68,7 +74,10 @@ def _fail(lines: Sequence[str]) -> int:
 
 @contextmanager
 def _plain_messages() -> Iterator[None]:
-    """While a command runs, log messages and warnings are plain lines on stderr."""
+    """While a command runs, log messages and warnings are plain lines on stderr, and any name can be printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("cascade")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cascade.data.survey import Survey
     from cascade.text.tokens import TokenCounter
 
+_PROGRAM = "cascade check-data"
 _NAMED = 5  # problems, copies and captions that are written out
 _SHOWN = 60  # characters of a caption before its cut
 
@@ -35,11 +36,15 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     super-resolution beside the smaller pictures. Of scenes and streams the first 1000 records are looked at. Exit
     status 1: there are bad records, named.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
+    from cascade.files.ours import SOFTWARE, check_png
     from cascade.load import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 
+    check_png(Path(sheet), _PROGRAM)
     settings = load_train_config(find_config(config), assignments)
     # First, because a wrong encoder or place for the sheet should be told before a million pictures are decoded.
     reading = Reading(TokenCounter(text_encoder_source(settings.text)), settings.text)
@@ -52,7 +57,9 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     click.echo("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
     picture = view_sheet(settings.data, settings.stage, settings.training.seed, views, reading.label)
     with atomic_file(Path(sheet)) as temporary:
-        picture.save(temporary, format="PNG")
+        text = PngInfo()
+        text.add_text(SOFTWARE, _PROGRAM)
+        picture.save(temporary, format="PNG", pnginfo=text)
     click.echo(f"the first {views} views: {sheet}")
     return 1 if any(found.problems for found in surveys) else 0
 

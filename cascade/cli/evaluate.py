@@ -101,12 +101,15 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
 
 def _check(suite: str, out: str, values: dict[str, Any]) -> None:
     """Raises CascadeError for what would be noticed only after everything was drawn, or never."""
+    from cascade.evaluation.report import check_folder
+
     for option in UNUSED.get(suite, ()):
         if values[option] is not None:
             raise CascadeError(f"--{option}: the suite {suite} does not use it; leave it out")
     place = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise CascadeError(f"--out {out}: {place} is no folder that can be written; name another")
+    check_folder(Path(out))
 
 
 def _request(values: dict[str, Any]) -> Request:

@@ -66,7 +66,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 @click.command()
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .parquet, a folder, or `-`.")
+@path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .tsv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
 @path_option(
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
@@ -95,7 +95,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
 @path_option("--image", metavar="FILE", help="A picture to change, see docs/editing.md.")
 @path_option("--mask", metavar="FILE", help="White where the picture is drawn anew; elsewhere every bit stays.")
-@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.6, with a mask 1.")
+@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.85, with a mask 1.")
 @for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
 @click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
 @click.option(
@@ -123,7 +123,12 @@ def generate(**values: Any) -> int:
         if request.prompts or request.file:
             raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
         return redraw(
-            request.from_image, model=request.model, out=request.out, device=request.device, changes=request.changes()
+            request.from_image,
+            model=request.model,
+            out=request.out,
+            device=request.device,
+            changes=request.changes(),
+            overwrite=request.overwrite,
         )
     if bool(request.prompts) == bool(request.file):
         raise CascadeError("give either prompts or --prompts FILE")
@@ -182,7 +187,7 @@ class Request:
         from cascade.batch import Output, run_batch
         from cascade.prompts import given_prompts, read_prompts
 
-        with Output(self.out, self._layout(), overwrite=self.overwrite) as output:
+        with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
             run_seed = output.begin(self._settings())["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
@@ -196,6 +201,11 @@ class Request:
                 )  # fmt: skip
             progress.end()
             return self._finish(output, summary, run_seed)
+
+    def _extras(self) -> list[tuple[str, str]]:
+        """What is written beside the pictures, as (stem, ending)."""
+        asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
+        return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
     def _layout(self) -> Layout:
         from cascade.batch import Layout

@@ -128,19 +128,13 @@ def gflop_per_call(stage: Stage, text_tokens: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cascade.conditioning import Conditioning
+    from cascade.stage import blank_call
 
-    network, config = stage.network, stage.config
     with torch.device("meta"), torch.inference_mode():
-        picture = torch.zeros(1, 3, config.resolution, config.resolution)
-        level = torch.zeros(1, 1, 1, 1)
-        text = torch.zeros(1, text_tokens, config.model.text_dim)
-        cond = Conditioning(text, torch.ones(1, text_tokens, dtype=torch.bool))
-        if config.low_resolution is not None:
-            cond = replace(cond, low_res=picture, low_res_log_snr=level)
-        prepared = network.prepare(cond)
+        z, level, cond = blank_call(stage.config, 1, text_tokens)
+        prepared = stage.network.prepare(cond)
         with FlopCounterMode(display=False) as counter:
-            network(picture, level, prepared)
+            stage.network(z, level, prepared)
     return counter.get_total_flops() / 1e9
 
 

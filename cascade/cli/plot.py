@@ -8,6 +8,8 @@ import click
 
 from cascade.cli.paths import path_argument, path_option
 
+_PROGRAM = "cascade plot"
+
 
 @click.command()
 @path_argument("runs", nargs=-1, required=True)
@@ -22,10 +24,12 @@ def plot(runs: tuple[str, ...], out: str) -> int:
     cascade plot runs/wide runs/deep --out both.png
     """
     from cascade.checkpoint import atomic_file
+    from cascade.files.ours import SOFTWARE, check_png
     from cascade.training.plot import draw_curves, read_curves
 
+    check_png(Path(out), _PROGRAM)
     figure = draw_curves({run: read_curves(Path(run)) for run in runs})
     with atomic_file(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, metadata={SOFTWARE: _PROGRAM})
     click.echo(f"{len(runs)} runs: {out}" if len(runs) > 1 else out)
     return 0

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from PIL import Image
 
 from cascade._version import __version__
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
+from cascade.files.picture import open_picture
 
 if TYPE_CHECKING:
     from cascade.drawing.changes import Changes
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from cascade.pipeline import CascadePipeline
 
 
-def redraw(picture: str, *, model: str | None, out: str, device: str | None, changes: Changes) -> int:
+def redraw(
+    picture: str, *, model: str | None, out: str, device: str | None, changes: Changes, overwrite: bool = False
+) -> int:
     """Draw `picture` again into the folder `out`, to the same bytes; the exit status.
 
-    changes: names the picture that it was made from, where it was made from one. Raises CascadeError when it says
-    nothing of itself, or was drawn by another model.
+    changes: names the picture that it was made from, where it was made from one. overwrite: another picture of ours
+    that stands there. Raises CascadeError when it says nothing of itself, or was drawn by another model, and for what
+    would be written over.
     """
     from cascade.batch import read_metadata
 
@@ -31,13 +34,17 @@ def redraw(picture: str, *, model: str | None, out: str, device: str | None, cha
     target = Path(out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
+    if target.exists():
+        read_metadata(target)  # a stranger's is told before anything is drawn, and stays
     content = _drawn(said, format, picture, _Where(model, device, changes))
     same = content == Path(picture).read_bytes()
+    if target.exists() and not overwrite and target.read_bytes() != content:
+        raise CascadeError(f"{target}: is there already, and another picture; --overwrite, or name another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     except OSError as error:
-        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
     click.echo(f"{target}: {'the same bytes' if same else _difference(said)}")
     return 0 if same else 1
 
@@ -67,7 +74,7 @@ def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> by
     )
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
-    with Image.open(picture) as image:
+    with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
     (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, where.changes))])

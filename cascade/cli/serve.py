@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from cascade.cli.paths import path_option
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ _KEY = "CASCADE_API_KEY"
 _OTHER_PORTS = 20  # that the page tries; a program expects the API where it was told
 
 _OPTIONS = (
-    click.option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
-    click.option("--out", default="out", show_default=True, metavar="FOLDER", help="The gallery."),
+    path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
+    path_option("--out", default="out", show_default=True, metavar="FOLDER", help="The gallery."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
     click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any that is free."),
     click.option("--allowed-host", multiple=True, metavar="NAME", help="A further name under which others reach us."),

@@ -12,15 +12,20 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.files.names import alike, portable
+from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
+from cascade.text.captions import well_formed
 from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from cascade.output import CascadeOutput
     from cascade.pipeline import CascadePipeline
 
+MANIFEST = "manifest.jsonl"
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -101,11 +106,27 @@ def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
         if target.exists() and Path(image).exists() and target.samefile(image):
             raise CascadeError(f"{image}: would be overwritten; name another folder with --out")
         targets[image], taken[same] = target, image
+    _check_manifest(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CascadeError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return targets
+
+
+def _check_manifest(out: Path) -> None:
+    """Raises CascadeError for a folder whose manifest is another tool's: neither could go on with the lines of both."""
+    path = out / MANIFEST
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline() or "{}")
+        ours = isinstance(first, dict) and (not first or "upscale" in first)
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise CascadeError(f"{path}: is not of `cascade upscale`; name another folder with --out")
 
 
 def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mapping[str, Any], overwrite: bool) -> str:
@@ -115,10 +136,16 @@ def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mappi
     except OSError as error:
         raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
     asked = {"source_sha256": source, **options}
-    if target.exists() and not overwrite:
-        if _asked_before(target) == json.loads(json.dumps(asked)):
+    if target.exists():
+        same = _is_from(target, json.loads(json.dumps(asked)))
+        if same is None:
+            raise CascadeError(f"{target}: is there already, and `cascade upscale` did not write it; move it")
+        if same and not overwrite:
             return "kept"
-        raise CascadeError(f"{target}: is there already, and not from this call; --overwrite, or name another --out")
+        if not overwrite:
+            raise CascadeError(
+                f"{target}: is there already, and not from this call; --overwrite, or name another --out"
+            )
     result = pipeline.upscale(image, **options)
     entry = _entry(pipeline, image, asked, result)
     _write(target, result, entry)
@@ -153,24 +180,35 @@ def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> Non
 
     chunks = PngInfo()
     for name, value in entry.items():
-        chunks.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
     try:
         with atomic_file(target) as temporary:
             result.images[0].save(temporary, format="PNG", pnginfo=chunks)
         line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
-        with (target.parent / "manifest.jsonl").open("a", encoding="utf-8", newline="\n") as manifest:
-            manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with (target.parent / MANIFEST).open("a", encoding="utf-8", newline="\n") as manifest:
+            manifest.write(json_text(line) + "\n")
     except OSError as error:
-        raise CascadeError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
-def _asked_before(target: Path) -> Any:
-    """What an earlier call asked for, by the picture that it left; None if it says nothing of the kind."""
-    from PIL import Image
+def _is_from(target: Path, asked: Any) -> bool | None:
+    """Whether the picture that stands there is whole and was asked for in the same way; None: it is none of ours."""
+    from cascade.files.picture import open_picture
 
     try:
-        with Image.open(target) as image:
-            image.load()
-            return json.loads(getattr(image, "text", {}).get("upscale", "null"))
-    except (OSError, ValueError, SyntaxError):
+        # However large it is: only one that says that it is ours is decoded.
+        with open_picture(target, limited=False) as image:
+            said = json.loads(image.info.get("upscale", "null"))
+            if not isinstance(said, dict):
+                return None
+            return bool(said == asked) and _is_whole(image)
+    except (OSError, SyntaxError, ValueError, TypeError, RecursionError):
         return None
+
+
+def _is_whole(image: Image.Image) -> bool:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True

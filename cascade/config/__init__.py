@@ -1,6 +1,6 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
-from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction, PositiveInt
+from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction
 from cascade.config.data import (
     Captions,
     DataConfig,
@@ -13,7 +13,7 @@ from cascade.config.data import (
     TextReading,
     WebDatasetSource,
 )
-from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
+from cascade.config.network import ModelConfig
 from cascade.config.noise import (
     ConstantSchedule,
     CosineSchedule,
@@ -36,6 +36,9 @@ from cascade.config.training import (
     ValidationConfig,
 )
 from cascade.diffusion.parameterization import Kind
+from cascade.models.if_unet import IFUNetConfig
+from cascade.models.unet import UNetConfig
+from cascade.settings import PositiveInt
 
 __all__ = [
     "FORMAT_VERSION",

@@ -13,7 +13,6 @@ FORMAT_VERSION = 1
 
 AugSpread = Literal["std", "time"]
 """In what the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
-PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

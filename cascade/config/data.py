@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import AugSpread, Fraction, PathText, PositiveInt
-from cascade.settings import Settings
+from cascade.config.common import AugSpread, Fraction, PathText
+from cascade.settings import PositiveInt, Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
 """How captions are cleaned; see `cascade.text.captions`."""
@@ -73,7 +73,8 @@ class ParquetSource(Settings):
 
 
 class HubSource(Settings):
-    """Any dataset that Hugging Face `datasets` loads, streaming or not."""
+    """Any dataset that Hugging Face `datasets` loads, streaming or not. The library keeps copies, of `kind: parquet`
+    too, in ~/.cache/huggingface/datasets; HF_DATASETS_CACHE in the environment names another folder."""
 
     kind: Literal["datasets"] = "datasets"
     name: PathText

@@ -6,9 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PositiveInt
 from cascade.diffusion.noise import LOG_SNR_RANGE
-from cascade.settings import Settings
+from cascade.settings import PositiveInt, Settings
 
 LogSnr = Annotated[float, Field(ge=LOG_SNR_RANGE[0], le=LOG_SNR_RANGE[1])]
 

@@ -6,13 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PositiveInt
-from cascade.config.network import IFUNetConfig, ModelConfig, UNetConfig
-from cascade.config.noise import CosineSchedule, ScheduleConfig, SquaredCosineSchedule
+from cascade.config.network import ModelConfig
+from cascade.config.noise import CosineSchedule, ScheduleConfig
 from cascade.config.samplers import SamplerConfig
 from cascade.config.sampling import PresetConfig, SamplingConfig
 from cascade.diffusion.parameterization import Kind
-from cascade.settings import Settings
+from cascade.models.network import Geometry
+from cascade.models.unet import UNetConfig
+from cascade.settings import PositiveInt, Settings
+
+PICTURE_CHANNELS = 3
+"""Red, green, blue: of what a stage draws and of the smaller picture that it starts from."""
 
 
 class StageConfig(Settings):
@@ -49,20 +53,36 @@ class StageConfig(Settings):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.path == "residual" and self.low_resolution is None:
             raise ValueError("path: residual needs low_resolution, the smaller picture it differs from")
-        if isinstance(self.model, IFUNetConfig) and not isinstance(self.schedule, SquaredCosineSchedule):
-            raise ValueError("model.kind: if_unet needs schedule.kind: squared_cosine, whose steps it was trained on")
-        self.check_sampler(self.sampling.sampler)
-        if self.resolution % self.model.downsampling:
+        needed = self.model.needs_schedule
+        if needed not in (None, self.schedule.kind):
             raise ValueError(
-                f"resolution {self.resolution} is not a multiple of {self.model.downsampling},"
+                f"model.kind: {self.model.kind} needs schedule.kind: {needed}, whose steps it was trained on"
+            )
+        self.check_sampler(self.sampling.sampler)
+        if self.resolution % self.geometry.divisor:
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of {self.geometry.divisor},"
                 " by which the model divides it"
             )
         return self
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
         """Raises ValueError for a sampler that needs a variance which this stage's network does not predict."""
-        if sampler.own.get("variance") == "learned" and not isinstance(self.model, IFUNetConfig):
-            raise ValueError("sampler.variance: learned needs model.kind: if_unet, which predicts it")
+        if sampler.own.get("variance") == "learned" and not self.model.predicts_variance:
+            raise ValueError(
+                f"sampler.variance: learned needs a network that predicts it, which model.kind: {self.model.kind} does"
+                " not; choose posterior, beta or between"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of its pictures; nothing else says how many they have."""
+        return PICTURE_CHANNELS
+
+    @property
+    def geometry(self) -> Geometry:
+        """How its network lies over a picture."""
+        return self.model.geometry(self.channels)
 
     @property
     def scale(self) -> int:

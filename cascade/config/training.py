@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.config.common import PathText, PositiveInt
+from cascade.config.common import PathText
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
-from cascade.settings import Settings
+from cascade.settings import PositiveInt, Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
@@ -181,7 +181,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = math.lcm(scale, self.stage.model.downsampling)
+            step = math.lcm(scale, self.stage.geometry.divisor)
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

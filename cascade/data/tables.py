@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import glob
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,34 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
 
     if total == 0:
         raise CascadeError(f"data source {' '.join(config.files)}: there are no rows")
-    table = _quietly(
-        # The library takes each for a pattern.
-        lambda: datasets.load_dataset("parquet", data_files=[*map(glob.escape, files)], split="train", columns=wanted),
-        " ".join(config.files),
-    )
+    try:
+        table = _quietly(
+            # The library takes each for a pattern.
+            lambda: datasets.load_dataset(
+                "parquet", data_files=[*map(glob.escape, files)], split="train", columns=wanted
+            ),
+            " ".join(config.files),
+        )
+    except CascadeError as error:
+        raise _of_types(files, wanted) or error from None
     for column in pictures:
         table = _undecoded(table, column)
     return TableRecords(table, columns, partial(_file_row, files, starts), config.low_column)
+
+
+def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | None:
+    """The file whose column has another type than the first file's, if there is one: the library names neither."""
+    import pyarrow.parquet as pq
+
+    types = [{name: str(pq.read_schema(path).field(name).type) for name in columns} for path in files]
+    for path, own in zip(files, types, strict=True):
+        for name in columns:
+            if own[name] != types[0][name]:
+                return CascadeError(
+                    f"{path}: column {name!r} is {own[name]}, in {files[0]} {types[0][name]}; make them the same, or"
+                    " name the files in two sources"
+                )
+    return None
 
 
 def _file_row(files: list[str], starts: list[int], index: int) -> str:
@@ -161,7 +182,10 @@ def _quietly(load: Callable[[], Any], name: str) -> Any:
     try:
         return load()
     except Exception as error:  # the library, its file systems and its builders raise nearly everything
-        raise CascadeError(f"data source {name}: cannot be loaded: {_first_line(error)}") from error
+        hint = ""
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            hint = f"; its cache is {datasets.config.HF_DATASETS_CACHE}: HF_DATASETS_CACHE names another folder"
+        raise CascadeError(f"data source {name}: cannot be loaded: {_first_line(error)}{hint}") from error
     finally:
         if not silenced:
             datasets.enable_progress_bars()

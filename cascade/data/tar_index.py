@@ -98,7 +98,7 @@ def _walk(path: Path, caption: str) -> dict[str, Tensor]:
                 # Only now: the members of a group are gone when the next one is asked for.
                 found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]
                 for picture, own_captions in _records(found, caption):
-                    keys.append(key.encode())
+                    keys.append(key.encode(errors="surrogateescape"))
                     pictures.append(picture)
                     captions.append(own_captions)
         _require_end(path)

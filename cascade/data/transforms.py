@@ -15,6 +15,7 @@ from torch import Tensor
 from cascade.conditioning import NULL_TEXT
 from cascade.config import DataConfig, StageConfig
 from cascade.data.dataset import BadRecordError, Record
+from cascade.files.picture import MOST_PIXELS, open_picture
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
 
 MAX_ASPECT = 20
@@ -94,10 +95,11 @@ def decode(record: Record) -> Tensor:
     try:
         if isinstance(record.image, Image.Image):
             return from_pil(record.image)
-        with Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
+        with open_picture(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
             return from_pil(image)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        raise BadRecordError(record.origin, f"broken picture: {error}") from error
+        hint = f"; {MOST_PIXELS} allows more" if isinstance(error, Image.DecompressionBombError) else ""
+        raise BadRecordError(record.origin, f"broken picture: {error}{hint}") from error
 
 
 def square(picture: Tensor, aspect: Literal["crop", "pad"]) -> Tensor:

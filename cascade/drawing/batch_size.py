@@ -61,8 +61,8 @@ class BatchSizes:
             return default_batch_size(self._device)
         if not self._on_cpu:
             return self._largest
-        needed = drawing.size[0] * drawing.size[1] * drawing.slot.config.model.channels[0] * _BYTES_PER_ACTIVATION
-        return max(1, min(self._largest, int(free_bytes(self._device)) // (2 * needed)))
+        numbers = drawing.size[0] * drawing.size[1] * drawing.slot.config.geometry.finest_width
+        return max(1, min(self._largest, int(free_bytes(self._device) // (2 * _BYTES_PER_ACTIVATION * numbers))))
 
 
 def default_batch_size(device: torch.device) -> int:

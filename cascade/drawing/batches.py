@@ -74,7 +74,7 @@ def draw_batch(
     cond = cond.to(device)
     null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
     known = None if inputs.known is None else inputs.known.to(device)
-    z = _start(stage.name, inputs, device)
+    z = _start(stage, inputs, device)
     x = stage.sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step, known)
     x = flatten(x, settings.flatten)
     x = x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
@@ -87,25 +87,25 @@ def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[torch.Ge
 
 def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor) -> Conditioning:
     """The conditions with the smaller pictures (B, 3, h, w) in [-1, 1], noised."""
-    noised = stage.noised_size(inputs.size)
+    noised = stage.noised_shape((stage.config.channels, *inputs.size))
     assert noised is not None, "a base stage sees no smaller picture"
     rng = _rng(stage.name, inputs.pictures, "augment")
-    eps = noise_like(torch.empty(len(low), low.shape[1], *noised), rng)
+    eps = noise_like(torch.empty(len(low), *noised), rng)
     return stage.see(cond, low, torch.full((len(low),), inputs.settings.aug_level), eps)
 
 
-def _start(stage: str, inputs: Inputs, device: torch.device) -> Tensor:
+def _start(stage: Stage, inputs: Inputs, device: torch.device) -> Tensor:
     """The noise that pictures start from: (B, 3, H, W).
 
     Between two seeds along the sphere on which noise lies, so that its variance stays 1 (Shoemake 1985, slerp, of
     vectors that are as good as orthogonal).
     """
-    shape = torch.empty(len(inputs.pictures), 3, *inputs.size, device=device)
-    z = noise_like(shape, _rng(stage, inputs.pictures, "start"))
+    shape = torch.empty(len(inputs.pictures), stage.config.channels, *inputs.size, device=device)
+    z = noise_like(shape, _rng(stage.name, inputs.pictures, "start"))
     for row, picture in enumerate(inputs.pictures):
         if picture.other is not None:
             seed, share = picture.other
-            there = noise_like(shape[:1], [generator(seed, picture.number, stage, "start")])[0]
+            there = noise_like(shape[:1], [generator(seed, picture.number, stage.name, "start")])[0]
             angle = share * math.pi / 2
             z[row] = math.cos(angle) * z[row] + math.sin(angle) * there
     return z

@@ -16,8 +16,11 @@ from cascade.sampling import check_stages
 from cascade.seeds import MAX_SEED
 from cascade.upscaling import ImageLike, read_mask, read_picture
 
-DEFAULT_STRENGTH = 0.6
+DEFAULT_STRENGTH = 0.85
 """Of a picture without a mask; with one, what is drawn anew is drawn from nothing."""
+ANEW = 0.7
+"""Strength of the first stage from which the larger ones begin with noise alone. It moves shapes from about there on,
+and the old shapes would shine through a larger stage that began with them; below it, they keep the picture's detail."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Changes:
     """A picture to be changed, and how.
 
     image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is drawn anew. extend: pixels to
-    add at its sides in place of a mask, {"left": 64}, of `left`, `top`, `right` and `bottom`. strength: in
-    [0, 1], one for all stages or {stage: value}: 0 gives the picture back, 1 ignores it. resampling: how often each
-    step is taken where a mask keeps a part. variation: (seed, share in [0, 1]), other noise to start from and how far
-    on the way to it; this one needs no picture.
+    add at its sides in place of a mask, {"left": 64}, of `left`, `top`, `right` and `bottom`. strength: in [0, 1], of
+    the first stage, from which that of the others follows, or {stage: value}: 0 gives the picture back, 1 ignores it.
+    resampling: how often each step is taken where a mask keeps a part. variation: (seed, share in [0, 1]), other noise
+    to start from and how far on the way to it; this one needs no picture.
     """
 
     image: ImageLike | None = None
@@ -87,7 +90,8 @@ class Changes:
             check_stages("strength", self.strength, stages)
             given = {name: self.strength.get(name, 1.0) for name in stages}
         else:
-            given = dict.fromkeys(stages, default if self.strength is None else self.strength)
+            first = default if self.strength is None else self.strength
+            given = {name: min(1.0, first / ANEW) if place else first for place, name in enumerate(stages)}
         for value in given.values():
             if not 0 <= value <= 1:
                 raise CascadeError(f"strength: {value:g}; expected 0, which gives the picture back, to 1")

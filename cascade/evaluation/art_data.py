@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cascade.errors import CascadeError
 from cascade.evaluation.tower import STYLES
+from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, rows
+from cascade.files.picture import open_picture, picture_told
 from cascade.images import from_pil
 
 FLAGS = "Flags"
@@ -29,7 +30,8 @@ STYLE_PHRASES = (
     "soft 3d render",
     "black and white icon",
 )
-_COLUMNS = ("image", "id", "caption", "captions", "style", "group")
+_SIZE = 64
+_COLUMNS: Kinds = {"image": PICTURE, "id": str, "caption": str, "captions": list, "style": str, "group": str}
 
 
 @dataclass(frozen=True)
@@ -106,28 +108,19 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of the art, in the file's order. Raises CascadeError for a damaged file or one without the columns."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        missing = set(_COLUMNS) - set(parquet.read_schema(path).names)
-        table = None if missing else parquet.read_table(path, columns=list(_COLUMNS))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CascadeError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
-    if table is None:
-        raise CascadeError(f"{path}: has no column {min(missing)}; make it with scripts/prepare_data.py")
-    yield from table.to_pylist()
+    yield from rows(read_table(path, _COLUMNS), path, _COLUMNS)
 
 
 def _pixels(row: dict[str, Any], path: Path) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
-            return from_pil(image)
-    except (UnidentifiedImageError, OSError) as error:
-        raise CascadeError(f"{path}: {row['id']}: no picture ({error}); make the file again") from None
+    with picture_told(f"{path}: {row['id']}"), open_picture(io.BytesIO(picture_bytes(row["image"]))) as image:
+        pixels = from_pil(image)
+        if pixels.shape[-2:] != (_SIZE, _SIZE):
+            raise CascadeError(f"{path}: {row['id']}: {image.width}x{image.height}, expected {_SIZE}x{_SIZE}")
+        return pixels
 
 
 def _words(row: dict[str, Any]) -> str:
     """Name and keywords: the captions that say nothing of a style, each word list once."""
-    plain = [text for text in row["captions"] if not any(phrase in text.lower() for phrase in STYLE_PHRASES)]
+    texts = [text for text in row["captions"] if isinstance(text, str)]
+    plain = [text for text in texts if not any(phrase in text.lower() for phrase in STYLE_PHRASES)]
     return ", ".join(dict.fromkeys([row["caption"], *plain]))

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cascade.errors import CascadeError
+from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of, rows
+from cascade.files.picture import open_picture, picture_told
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 ORIGINALS = ("", "emoji", "more")
 """Folders beneath the prepared one in which files of the data set itself may lie, or links to them."""
 SPLITS = ("train", "validation", "test")
-_COLUMNS = ("id", "style")
-_OPTIONAL = ("caption_styled", "width", "height")
+_COLUMNS: Kinds = {"id": str, "style": str}
+_OPTIONAL: Kinds = {"caption_styled": str, "width": int, "height": int}
+_IMAGE: Kinds = {"image": PICTURE}
 
 
 @dataclass(frozen=True)
@@ -86,34 +87,23 @@ def _files(folder: Path, size: int) -> Iterator[tuple[Path, bool]]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Rows without their pictures. Raises CascadeError for a damaged file or one without the columns."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        names = set(parquet.read_schema(path).names)
-        if missing := {*_COLUMNS, "image"} - names:
-            raise CascadeError(f"{path}: has no column {min(missing)}; make it with scripts/prepare_data.py")
-        also = [name for name in _OPTIONAL if name in names]
-        records: list[dict[str, Any]] = parquet.read_table(path, columns=[*_COLUMNS, *also]).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CascadeError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
-    return records
+    read_table(path, _IMAGE)  # told now, and not when the first picture is drawn beside it
+    return list(rows(read_table(path, _COLUMNS, _OPTIONAL), path, _COLUMNS, _OPTIONAL))
 
 
 @lru_cache(maxsize=32)
 def _encoded(path: Path) -> Any:
-    """The column of encoded pictures of a file."""
-    from pyarrow import parquet
-
-    return parquet.read_table(path, columns=["image"]).column("image")
+    """The encoded pictures of a file, as a table."""
+    return read_table(path, _IMAGE)
 
 
 def _decoded(entry: Entry, size: int) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(_encoded(entry.path)[entry.row]["bytes"].as_py())) as image:
-            picture = from_pil(image)
-    except (UnidentifiedImageError, OSError) as error:
-        raise CascadeError(f"{entry.path}: {entry.id}: no picture ({error}); make the file again") from None
+    row = row_of(_encoded(entry.path), entry.row, entry.path, _IMAGE)
+    with (
+        picture_told(f"{entry.path}: {entry.id}"),
+        open_picture(io.BytesIO(picture_bytes(row["image"]))) as image,
+    ):
+        picture = from_pil(image)
     if picture.shape[-2:] == (size, size):
         return picture
     return to_uint8(downsample(to_float(picture)[None], size))[0]

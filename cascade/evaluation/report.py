@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cascade.checkpoint import atomic_file, write_json, write_text
+from cascade.checkpoint import atomic_file, read_json, write_json, write_text
+from cascade.errors import CascadeError
 from cascade.images import contact_sheet
 from cascade.pipeline import CascadePipeline
 
+FILES = ("report.json", "report.md", "contact.png")
 FORMAT = 1
 """Of report.json; larger when a key changes its meaning."""
 _COLUMNS = 6
@@ -116,6 +118,20 @@ def judge_sha256(network: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises CascadeError for files that a report would replace, unless they are of an earlier one."""
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    if there and not _is_report(folder / FILES[0]):
+        raise CascadeError(f"{there[0]}: is there already, and not of a report; move it, or name another --out")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return read_json(path).keys() >= {"format", "suite", "figures"}
+    except CascadeError:
+        return False
 
 
 def write_report(report: Report, run: Mapping[str, Any], folder: str | Path) -> None:

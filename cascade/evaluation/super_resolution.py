@@ -32,6 +32,8 @@ from cascade.evaluation.fidelity import (
 )
 from cascade.evaluation.report import Figure, Report, Request, judge_sha256
 from cascade.evaluation.tower import Tower, load_tower
+from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of
+from cascade.files.picture import open_picture, picture_told
 from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling
@@ -121,18 +123,20 @@ def read_pairs(
 
     low_column: of smaller pictures of their own, in place of area means. Raises CascadeError for a file without any.
     """
-    import pyarrow.parquet as pq
-
-    columns = ["image", "caption_styled", *([low_column] if low_column else [])]
-    table = pq.read_table(path, columns=columns)
+    kinds: Kinds = {"image": PICTURE, "caption_styled": str, **({low_column: PICTURE} if low_column else {})}
+    table = read_table(path, kinds)
     pairs: list[Pair] = []
     for row in torch.randperm(len(table), generator=generator(seed, "sr suite", resolution)).tolist():
-        record: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
-        picture = _decoded(record["image"])
+        record = row_of(table, row, path, kinds)
+        picture = _decoded(record["image"], f"{path}: row {row}")
         if min(picture.shape[-2:]) < resolution:
             continue
         truth = _rounded(downsample(picture, resolution))
-        low = _decoded(record[low_column]) if low_column else _rounded(downsample(truth, low_resolution))
+        low = (
+            _decoded(record[low_column], f"{path}: row {row}")
+            if low_column
+            else _rounded(downsample(truth, low_resolution))
+        )
         pairs.append(Pair(truth, low, record["caption_styled"]))
         if len(pairs) == count:
             break
@@ -141,8 +145,8 @@ def read_pairs(
     return pairs
 
 
-def _decoded(stored: dict[str, Any]) -> Tensor:
-    with Image.open(io.BytesIO(stored["bytes"])) as image:
+def _decoded(stored: bytes | dict[str, Any], name: str) -> Tensor:
+    with picture_told(name), open_picture(io.BytesIO(picture_bytes(stored))) as image:
         return to_float(from_pil(image))[None]
 
 

@@ -23,6 +23,16 @@ def expanded(path: str) -> str:
     return home
 
 
+def plain_path(path: str | Path) -> Path:
+    """`path_of` for what libraries in Rust read or write. Raises CascadeError for bytes that are not UTF-8."""
+    expanded_path = path_of(path)
+    try:
+        str(expanded_path).encode()
+    except UnicodeEncodeError:
+        raise CascadeError(f"{expanded_path}: its name is not UTF-8; rename it, or name another folder") from None
+    return expanded_path
+
+
 def path_of(path: str | Path) -> Path:
     """`expanded`, as a path."""
     return Path(expanded(str(path)))

@@ -3,18 +3,74 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from cascade.errors import CascadeError
+
+MOST_PIXELS = "CASCADE_MAX_PIXELS"
+"""The environment's variable for how many pixels a picture that is read may have."""
+_MOST_PIXELS = 178_956_970
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 _TRANSFORM_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 _SHIFTS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}
 """Of PNG's depths, what Pillow multiplies grays and colours by, and forgets to for the transparent one."""
+
+
+@contextmanager
+def open_picture(source: str | Path | BinaryIO, limited: bool = True) -> Iterator[Image.Image]:
+    """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_told`.
+
+    As many pixels as Pillow allows (179 million), for a small file may hold a picture that fills all memory; or as many
+    as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    # From so many on Pillow warns; it refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = most_pixels() // 2 if limited else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def most_pixels() -> int:
+    """Of a picture that is read. Raises CascadeError for an environment that says no number."""
+    text = os.environ.get(MOST_PIXELS, "")
+    if text and not (text.isascii() and text.isdecimal()):
+        raise CascadeError(f"{MOST_PIXELS}: {text!r}; expected a number of pixels, such as 300000000")
+    return int(text) if text else _MOST_PIXELS
+
+
+@contextmanager
+def picture_told(name: str) -> Iterator[None]:
+    """What Pillow raises for a picture that it cannot read becomes CascadeError."""
+    try:
+        yield
+    except CascadeError:
+        raise
+    except FileNotFoundError:
+        raise CascadeError(f"{name}: no such file") from None
+    except Image.DecompressionBombError:
+        raise CascadeError(
+            f"{name}: has more than {most_pixels():,} pixels; if they are meant, set {MOST_PIXELS} to as many"
+        ) from None
+    except _UNREADABLE as error:
+        reason = "a folder" if isinstance(error, IsADirectoryError) else str(error) or type(error).__name__
+        raise CascadeError(f"{name}: not a readable picture: {reason}") from None
 
 
 def straight(image: Image.Image) -> Image.Image:

@@ -17,13 +17,16 @@ class BadRowError(ValueError):
     """What is wrong with one row, while those after it can be read."""
 
 
-def csv_rows(lines: Iterable[str], name: str) -> Iterator[tuple[int, list[str] | BadRowError]]:
+def csv_rows(
+    lines: Iterable[str], name: str, separator: str | None = None
+) -> Iterator[tuple[int, list[str] | BadRowError]]:
     """(the line on which a row begins, its cells or what is wrong with it); the first one is the header.
 
-    lines: without their ends. Blank rows are left out. Raises CascadeError, which begins with `name` and a line, for a
-    cell in quotes that does not end as one: which of the rows below belong to it cannot be known.
+    lines: without their ends. separator: what stands between cells; None: what the header has. Blank rows are left
+    out. Raises CascadeError, which begins with `name` and a line, for a cell in quotes that does not end as one: which
+    of the rows below belong to it cannot be known.
     """
-    numbered = _Numbered(lines)
+    numbered = _Numbered(lines, separator)
     reader = csv.reader(numbered, delimiter=numbered.separator, strict=True)
     while True:
         numbered.begin_row()
@@ -52,12 +55,12 @@ _HINT = "; a cell in quotes ends with one, and a quote inside it is written twic
 class _Numbered:
     """Lines for the library, which ends them, and which of them make the row at hand."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, lines: Iterable[str], separator: str | None) -> None:
         self._lines = iter(lines)
         before = list[str]()
         while not (before and before[-1].strip()) and (line := next(self._lines, None)) is not None:
             before.append(line)
-        self.separator = separator_of(before[-1] if before else "")
+        self.separator = separator or separator_of(before[-1] if before else "")
         self._lines = chain(before, self._lines)
         self._read = 0
         self.begin_row()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -82,6 +83,24 @@ def lines_of(file: BinaryIO) -> Iterator[str]:
         raise NotTextError(_not(encoding)) from None
     if any(line):
         yield "".join(line)
+
+
+def json_text(data: object, indent: int | None = None) -> str:
+    """JSON that can be written in UTF-8: letters as they are, but all escaped where one is no character.
+
+    Bytes of a name that are not UTF-8 are half characters in Python, which come back from JSON as they were.
+    """
+    text = json.dumps(data, ensure_ascii=False, indent=indent)
+    return text if is_utf8(text) else json.dumps(data, indent=indent)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def encoding_of(start: bytes) -> str:

@@ -43,7 +43,7 @@ class Drawer:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """A row for each picture, in the order of the prompts; and one for each prompt that cannot be drawn."""
-        prompts = table.select([name for name in table.column_names if name in COLUMNS])
+        prompts = table.select([name for name in table.column_names if name in COLUMNS and name not in ADDED])
         jobs = [self._planned(row) for row in prompts.to_pylist()]
         targets = {job: list(job.targets()) for job in jobs if isinstance(job, Job)}
         tasks = {target.task(): target for own in targets.values() for target in own}

@@ -13,7 +13,7 @@ from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
 from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
-from cascade.files.paths import expanded, path_of
+from cascade.files.paths import expanded, plain_path
 from cascade.hub import download, may_be_on_hub
 from cascade.streaming import stored_bytes
 from cascade.text.embeddings import NullText
@@ -135,7 +135,7 @@ def find_model(model: str | Path | None) -> Path:
     """The folder of a model: the bundled one, a local folder, or a hub id (downloaded once)."""
     if model is None or model == "bundled":
         return BUNDLED
-    folder = path_of(model)
+    folder = plain_path(model)
     if folder.is_dir():
         return folder
     if may_be_on_hub(model):

@@ -66,7 +66,7 @@ def load_pipeline(
         for folder, adapter in _with_adapters(folders, adapters or {})
     }
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
-    level = logging.WARNING if any(slot.config.model.kind == "if_unet" for slot in slots.values()) else logging.DEBUG
+    level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG
     logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
         load_text(),

@@ -10,7 +10,7 @@ from typing import Self
 
 from cascade import deepfloyd
 from cascade.checkpoint import read_json, read_stage_reading
-from cascade.config import IFUNetConfig, TextConfig, TextReading
+from cascade.config import TextConfig, TextReading
 from cascade.errors import CascadeError
 from cascade.load.index import reading_of_index
 from cascade.load.stage import read_config
@@ -91,7 +91,7 @@ class _Reader:
     def of(cls, folder: Path) -> Self:
         model = read_config(folder).model
         reading = read_reading(folder) if model.reads_text else None
-        return cls(f"stage {folder}", reading, model.reads_text, isinstance(model, IFUNetConfig))
+        return cls(f"stage {folder}", reading, model.reads_text, model.reads_padding)
 
     def guessed(self) -> TextReading:
         return deepfloyd.READING if self.pads else TextReading()

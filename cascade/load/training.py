@@ -33,11 +33,14 @@ logger = logging.getLogger("cascade.training")
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings.
 
+    assignments: `section.name=value`, which change it; `stage=MODEL/base` too, before what is inside a stage.
+
     Its text is then read as that stage's was, where `text` does not say it. A run with a checkpoint keeps both in its
     folder: the stage that was named need no longer exist.
     """
     path = path_of(path)
-    settings = read_yaml(path)
+    settings = override(read_yaml(path), [text for text in assignments if text.partition("=")[0] == "stage"])
+    assignments = [text for text in assignments if text.partition("=")[0] != "stage"]
     check_format(path, settings.get("format", FORMAT_VERSION))
     if isinstance(settings.get("stage"), str):
         begun, folder = _begun(override(settings | {"stage": {}}, assignments).get("output")), None

@@ -52,7 +52,7 @@ class Normalize(nn.Module):
 class ResidualBlock(nn.Module):
     """h + conv(silu(scale-shift(norm(conv(silu(norm(h))))))), scale and shift from the embedding.
 
-    Source: Prince (2023) sec. 18.6.1 and fig. 18.9, with the scale-shift of Dhariwal & Nichol (2021).
+    Source: the scale-shift of Dhariwal & Nichol (2021) in place of the sum of `AddingResidualBlock`.
     """
 
     def __init__(
@@ -73,6 +73,24 @@ class ResidualBlock(nn.Module):
         inner = self.conv_in(silu(self.norm_in(h)))
         inner = torch.addcmul(shift, self.norm_out(inner), 1 + scale)
         return self.shortcut(h) + self.conv_out(self.dropout(silu(inner)))
+
+
+class AddingResidualBlock(ResidualBlock):
+    """h + conv(silu(norm(conv(silu(norm(h))) + embedding))): what is known of the noise is added at every pixel.
+
+    Source: Prince (2023) fig. 18.9, "adding the result to the channels at every spatial position".
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, embedding_dim: int, norm: str, groups: int, dropout: float
+    ) -> None:
+        super().__init__(channels_in, channels, embedding_dim, norm, groups, dropout)
+        self.embed = nn.Linear(embedding_dim, channels)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """h: (B, C_in, H, W); embedding: (B, E), after its SiLU -> (B, C, H, W)."""
+        inner = self.conv_in(silu(self.norm_in(h))) + self.embed(embedding)[:, :, None, None]
+        return self.shortcut(h) + self.conv_out(self.dropout(silu(self.norm_out(inner))))
 
 
 class Downsample(nn.Module):

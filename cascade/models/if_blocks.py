@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.config import IFUNetConfig
 from cascade.models.attend import attend
 from cascade.models.convolution import Convolution
+
+if TYPE_CHECKING:  # the settings stand with the network that is made of these
+    from cascade.models.if_unet import IFUNetConfig
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""

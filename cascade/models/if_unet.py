@@ -10,25 +10,96 @@ Source: DeepFloyd IF (2023), whose weights these are for; Saharia et al. (2022) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade.conditioning import Conditioning
-from cascade.config import IFUNetConfig
+from cascade.diffusion.schedules import DiscreteSchedule, squared_cosine_betas
 from cascade.models.checks import check_conditions, check_size
 from cascade.models.convolution import one_generation
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
-from cascade.models.network import Network
+from cascade.models.if_levels import Level, Middle, level_down, level_up
+from cascade.models.network import Geometry, Network, NetworkConfig
+from cascade.settings import PositiveInt
 
-StepOf = Callable[[Tensor], Tensor]
-"""Log SNR (B, 1, 1, 1) -> number of the step (B,), in which the weights were trained to read it."""
+IF_NOISE = DiscreteSchedule(squared_cosine_betas(1000))
+"""The noise levels whose numbers the networks read, whatever schedule a stage is drawn with."""
+
+
+class IFUNetConfig(NetworkConfig):
+    """The U-Net of DeepFloyd IF. Lists have one entry per level, from the finest to the coarsest."""
+
+    enlarges_first: ClassVar[bool] = True
+    predicts_variance: ClassVar[bool] = True
+    needs_schedule: ClassVar[str | None] = "squared_cosine"
+    reads_padding: ClassVar[bool] = True
+    has_foreign_weights: ClassVar[bool] = True
+
+    kind: Literal["if_unet"] = "if_unet"
+    channels: tuple[PositiveInt, ...] = (192, 384, 576, 768)
+    """Width of each level; each but the finest has half the size of the one before."""
+    blocks: tuple[PositiveInt, ...] = (3, 3, 3, 3)
+    """Residual blocks of each level on the way down; one more on the way up."""
+    attention: tuple[bool, ...] = (False, True, True, True)
+    """Whether the blocks of a level are followed by attention."""
+    self_attention: bool = True
+    """Whether attention sees the picture beside the text."""
+    embedding_dim: PositiveInt = 768
+    """Width of the noise-level embedding."""
+    block_scale: Annotated[float, Field(gt=0)] = 1.0
+    """A residual block's sum is divided by this; 1.41423 in stage II."""
+    text_dim: PositiveInt = 4096
+    """Width of the text encoder's embeddings."""
+    context_dim: PositiveInt = 768
+    """Width to which text is projected before attention; a multiple of 32."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head."""
+    pooling_heads: PositiveInt = 64
+    """Heads of the text pooling."""
+    groups: PositiveInt = 32
+    """Groups of GroupNorm over the picture."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("blocks", "attention"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
+                    " give one per level"
+                )
+        for width, attends in zip(self.channels, self.attention, strict=True):
+            if width % self.groups or width % 2:
+                raise ValueError(f"channels {width} must be even and a multiple of groups {self.groups}")
+            if attends and width % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels that attend")
+        if self.channels[-1] % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide the {self.channels[-1]} channels at the bottom")
+        if self.context_dim % 32:
+            raise ValueError(f"context_dim {self.context_dim} must be a multiple of 32, the groups of its norm")
+        if self.text_dim % self.pooling_heads:
+            raise ValueError(f"pooling_heads {self.pooling_heads} does not divide text_dim {self.text_dim}")
+        return self
+
+    def geometry(self, channels: int) -> Geometry:
+        """How the network lies over a picture: it attends, and normalizes over the whole. See `Geometry`."""
+        numbers = float(channels) + self.channels[0]
+        for level, (width, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
+            numbers += width * blocks / 4**level
+            if level < len(self.channels) - 1:
+                numbers += width / 4 ** (level + 1)
+        return Geometry(2 ** (len(self.channels) - 1), None, numbers, float(self.channels[0]))
+
+    def build(self, channels: int, low_res_channels: int = 0) -> IFUNet:
+        """The network with fresh weights."""
+        return IFUNet(self, channels, low_res_channels)
 
 
 @dataclass(frozen=True)
@@ -36,7 +107,7 @@ class IFPrepared:
     """What the network computes once per picture rather than once per step.
 
     embedding: (B, E) from the pooled text and, in stage II, the noise on the smaller picture. text: keys and values
-    for each attention, in order. low_res: (B, 3, H, W), upsampled and noised. generation: names the calls that share
+    for each attention, in order. low_res: (B, C, H, W), upsampled and noised. generation: names the calls that share
     transformed kernels.
     """
 
@@ -50,74 +121,29 @@ class IFPrepared:
         return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
 
 
-class Level(nn.Module):
-    """Residual blocks of one size, each perhaps with attention, and the block that leads to the next size."""
-
-    def __init__(self, config: IFUNetConfig, index: int, widths: list[int], change: nn.ModuleDict) -> None:
-        """widths: channels that enter each block. change: {"downsamplers": ...}, {"upsamplers": ...} or nothing."""
-        super().__init__()
-        channels = config.channels[index]
-        self.resnets = nn.ModuleList(IFResidualBlock(config, width, channels) for width in widths)
-        if config.attention[index]:
-            self.attentions = nn.ModuleList(IFAttention(config, channels) for _ in widths)
-        for name, block in change.items():
-            setattr(self, name, nn.ModuleList([block]))
-
-    def blocks(self) -> list[tuple[IFResidualBlock, IFAttention | None]]:
-        """Each residual block with the attention that follows it."""
-        residual = cast("list[IFResidualBlock]", list(self.resnets))
-        attention = cast("list[IFAttention | None]", list(getattr(self, "attentions", [None] * len(residual))))
-        return list(zip(residual, attention, strict=True))
-
-    @property
-    def change(self) -> IFResidualBlock | None:
-        """The block that leads to the next size."""
-        blocks = getattr(self, "downsamplers", None) or getattr(self, "upsamplers", None)
-        return None if blocks is None else cast(IFResidualBlock, blocks[0])
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the coarsest size."""
-
-    def __init__(self, config: IFUNetConfig) -> None:
-        super().__init__()
-        width = config.channels[-1]
-        self.resnets = nn.ModuleList(IFResidualBlock(config, width, width) for _ in range(2))
-        self.attentions = nn.ModuleList([IFAttention(config, width)])
-
-    def blocks(self) -> list[tuple[IFResidualBlock, IFAttention | None]]:
-        """Each residual block with the attention that follows it."""
-        first, second = cast("list[IFResidualBlock]", list(self.resnets))
-        return [(first, cast(IFAttention, self.attentions[0])), (second, None)]
-
-
 class IFUNet(Network):
     """(z, log SNR, conditions) -> (B, 2 C, H, W): predicted noise, and in [-1, 1] where its log variance lies."""
 
-    step_of: StepOf
-
-    def __init__(
-        self, config: IFUNetConfig, step_of: StepOf, image_channels: int = 3, low_res_channels: int = 0
-    ) -> None:
-        """low_res_channels: 3 for a super-resolution stage, whose conditions hold the enlarged, noised picture."""
+    def __init__(self, config: IFUNetConfig, channels: int, low_res_channels: int = 0) -> None:
+        """channels: of the pictures. low_res_channels: those of the smaller picture, enlarged and noised, beside z."""
         super().__init__()
         self.config = config
-        self.step_of = step_of
+        self.divisor = config.geometry(channels).divisor
         self.low_res_channels = low_res_channels
         first, width = config.channels[0], config.embedding_dim
-        self.conv_in = nn.Conv2d(image_channels + low_res_channels, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + low_res_channels, first, 3, padding=1)
         self.time_embedding = TwoLayers(first, width)
         self.class_embedding: TwoLayers | None = TwoLayers(first, width) if low_res_channels else None
         self.encoder_hid_proj = nn.Linear(config.text_dim, config.context_dim)
         self.add_embedding = TextEmbedding(config.text_dim, width, config.pooling_heads)
-        self.down_blocks = nn.ModuleList(_down(config, index) for index in range(len(config.channels)))
+        self.down_blocks = nn.ModuleList(level_down(config, index) for index in range(len(config.channels)))
         self.mid_block = Middle(config)
-        self.up_blocks = nn.ModuleList(_up(config, index) for index in reversed(range(len(config.channels))))
+        self.up_blocks = nn.ModuleList(level_up(config, index) for index in reversed(range(len(config.channels))))
         self.conv_norm_out = nn.GroupNorm(config.groups, first)
-        self.conv_out = nn.Conv2d(first, 2 * image_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(first, 2 * channels, 3, padding=1)
 
     def prepare(self, cond: Conditioning) -> IFPrepared:
-        """Everything that depends on the conditions alone. cond.low_res: (B, 3, H, W), already of z's size.
+        """Everything that depends on the conditions alone. cond.low_res: (B, C, H, W), already of z's size.
 
         The text has no mask here: IF reads what T5 gives for the padding too, up to 77 tokens. Raises ValueError when
         a smaller picture is missing or not expected.
@@ -134,7 +160,7 @@ class IFUNet(Network):
         return IFPrepared(embedding, text, cond.low_res, generation)
 
     def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | IFPrepared) -> Tensor:
-        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, 2 C, H, W). H and W: multiples of config.downsampling.
+        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, 2 C, H, W). H and W: multiples of the geometry's divisor.
 
         Between calls with the same prepared conditions, no weight may change. Raises ValueError for any other size.
         """
@@ -144,7 +170,7 @@ class IFUNet(Network):
             return self._output(z, log_snr, cond)
 
     def _output(self, z: Tensor, log_snr: Tensor, seen: IFPrepared) -> Tensor:
-        check_size(z, seen.low_res, self.config.downsampling)
+        check_size(z, seen.low_res, self.divisor)
         embedding = F.gelu(self.time_embedding(self._sinusoids(log_snr)) + seen.embedding)  # (B, E)
         text = iter(seen.text)
 
@@ -181,8 +207,20 @@ class IFUNet(Network):
         """Cosines, then sines, of the number of the step: (B, 1, 1, 1) -> (B, C)."""
         half = self.config.channels[0] // 2
         exponent = -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=log_snr.device)
-        angle = self.step_of(log_snr).float()[:, None] * exponent.exp()
+        angle = IF_NOISE.nearest_step(log_snr).float()[:, None] * exponent.exp()
         return torch.cat([angle.cos(), angle.sin()], dim=1).to(self.conv_in.weight.dtype)
+
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """The levels on the way down, the middle, the levels on the way up."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def attention_layers(self) -> Sequence[IFAttention]:
+        """Those of all blocks that attend."""
+        return list(self._attentions())
+
+    def sharded_blocks(self) -> Sequence[IFResidualBlock]:
+        """Residual blocks, where most weights are; the text projections of attention are read before a block runs."""
+        return [module for module in self.modules() if isinstance(module, IFResidualBlock)]
 
     def _levels(self, blocks: nn.ModuleList) -> list[Level]:
         return cast("list[Level]", list(blocks))
@@ -191,25 +229,3 @@ class IFUNet(Network):
         """All attentions in the order in which `forward` meets them."""
         parts: list[Level | Middle] = [*self._levels(self.down_blocks), self.mid_block, *self._levels(self.up_blocks)]
         return (attention for part in parts for _, attention in part.blocks() if attention is not None)
-
-
-def _down(config: IFUNetConfig, index: int) -> Level:
-    channels, before = config.channels[index], config.channels[max(index - 1, 0)]
-    widths = [before, *[channels] * (config.blocks[index] - 1)]
-    change = nn.ModuleDict()
-    if index < len(config.channels) - 1:
-        change["downsamplers"] = IFResidualBlock(config, channels, channels, "down")
-    return Level(config, index, widths, change)
-
-
-def _up(config: IFUNetConfig, index: int) -> Level:
-    """One block more than on the way down, for the skip that leads into the level."""
-    channels, before = config.channels[index], config.channels[max(index - 1, 0)]
-    below = config.channels[min(index + 1, len(config.channels) - 1)]
-    entering = [below, *[channels] * config.blocks[index]]
-    skips = [*[channels] * config.blocks[index], before]
-    widths = [width + skip for width, skip in zip(entering, skips, strict=True)]
-    change = nn.ModuleDict()
-    if index > 0:
-        change["upsamplers"] = IFResidualBlock(config, channels, channels, "up")
-    return Level(config, index, widths, change)

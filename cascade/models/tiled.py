@@ -7,11 +7,11 @@ that is seen with that much around it gets the pixels of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
 from cascade.models.network import Network, Prepared
@@ -76,6 +76,14 @@ class TiledNetwork(Network):
     def prepare(self, cond: Conditioning) -> Prepared:
         """As the network itself, for the whole picture."""
         return self.network.prepare(cond)
+
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """As the network itself."""
+        return self.network.repeated_blocks()
+
+    def attention_layers(self) -> Sequence[nn.Module]:
+        """As the network itself."""
+        return self.network.attention_layers()
 
     def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Prepared) -> Tensor:
         """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C', H, W)."""

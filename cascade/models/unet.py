@@ -7,171 +7,174 @@ convolution, and `skips` and attention once a level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Sequence
+from itertools import chain
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade.conditioning import Conditioning
-from cascade.config import UNetConfig
 from cascade.models.attention import Attention, KeysValues
-from cascade.models.blocks import (
-    Downsample,
-    EnlargingUpsample,
-    Normalize,
-    ResidualBlock,
-    StridedDownsample,
-    Upsample,
-    depth_to_space,
-    silu,
-    space_to_depth,
-    zero_init,
-)
-from cascade.models.checks import check_conditions, check_size
-from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
-from cascade.models.network import Network
-
-PICTURE_CHANNELS = 3
+from cascade.models.blocks import Normalize, ResidualBlock, depth_to_space, silu, space_to_depth, zero_init
+from cascade.models.checks import check_size
+from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
+from cascade.models.levels import Block, Level
+from cascade.models.network import Geometry, NetworkConfig, module_list, rounded_up
+from cascade.settings import PositiveInt
 
 
-@dataclass(frozen=True)
-class UNetPrepared:
-    """What a U-Net computes once per picture rather than once per step.
+class UNetConfig(NetworkConfig):
+    """The U-Net. Lists have one entry per level, from the finest to the coarsest."""
 
-    embedding: (B, E) from pooled text and augmentation level. text: keys and values for each attention, in order.
-    visible: (B, 1, 1, N), None when all tokens are real. low_res: (B, 3, H, W), upsampled.
-    """
+    kind: Literal["unet"] = "unet"
+    channels: tuple[PositiveInt, ...] = (64, 128, 192)
+    """Width of each level."""
+    blocks: tuple[PositiveInt, ...] = (1, 2, 2)
+    """Residual blocks of each level, the same on the way down and up."""
+    strides: tuple[Literal[1, 2], ...] = (1, 2, 2)
+    """Downsampling *before* each level's blocks. Starting with 2 gives the Efficient U-Net of Imagen (fig. A.28)."""
+    attention: tuple[bool, ...] = (False, True, True)
+    """Whether the blocks of a level are followed by global self-attention (with the text tokens joined in)."""
+    attention_after: Literal["blocks", "level"] = "blocks"
+    """Attention after each block of such a level, or once after the last, as in Imagen's Efficient U-Net."""
+    self_attention: bool = True
+    """Whether attention sees the picture beside the text. Without, each pixel asks the text alone, as in Imagen's 1024
+    stage, the same on crop and whole."""
+    middle_blocks: Annotated[int, Field(ge=0)] = 1
+    """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
+    patch: PositiveInt = 1
+    """Space-to-depth factor of the stem: the network works at 1/patch of the resolution."""
+    modulation: Literal["scale_shift", "add"] = "scale_shift"
+    """How the embedding of noise level and pooled text enters a residual block: it scales and shifts the features, or
+    is added to them at every pixel, as in Prince's figure 18.9."""
+    resampling: Literal["shuffle", "conv"] = "shuffle"
+    """Between levels: space-to-depth and a 1x1 convolution, or a strided 3x3 one, as Imagen has it; likewise back."""
+    skips: Literal["concat", "add", "level"] = "concat"
+    """How the way up receives the way down: concatenated or added block by block, or added once a `level`."""
+    skip_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the skips; Imagen's Efficient U-Net uses 1/sqrt(2)."""
+    norm: Literal["group", "pixel"] = "group"
+    """`group`: GroupNorm over the picture. `pixel`: over the channels of each pixel, the same on crop and whole."""
+    groups: PositiveInt = 32
+    """Groups of `norm: group`."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head."""
+    embedding_dim: PositiveInt = 256
+    """Width of the noise-level embedding."""
+    text: TextUse = "attention"
+    """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
+    text_dim: PositiveInt = 256
+    """Width of the text encoder's embeddings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside residual blocks at levels with attention (the coarse ones)."""
 
-    embedding: Tensor
-    text: tuple[KeysValues | None, ...]
-    visible: Tensor | None
-    low_res: Tensor | None
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.channels:
+            raise ValueError("channels is empty; give at least one level")
+        for name in ("blocks", "strides", "attention"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
+                    " give one per level"
+                )
+        if any(self.attention) and not self.self_attention and self.text != "attention":
+            raise ValueError(f"self_attention: false leaves attention the text alone; text: {self.text} gives it none")
+        if self.embedding_dim % 2:
+            raise ValueError(f"embedding_dim {self.embedding_dim} must be even: half sines, half cosines")
+        for width, attends in zip(self.channels, self.attention, strict=True):
+            if attends and width % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels that attend")
+            if self.norm == "group" and width % self.groups:
+                raise ValueError(
+                    f"groups {self.groups} does not divide {width} channels; use norm: pixel or fewer groups"
+                )
+        return self
 
-    def crop(self, rows: slice, columns: slice) -> UNetPrepared:
-        """The same for a part of the picture."""
-        return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network sees the prompt at all."""
+        return self.text != "none"
+
+    def geometry(self, channels: int) -> Geometry:
+        """How the network lies over a picture; what exists at once are the skips and the input, at least."""
+        numbers, cell = float(channels), self.patch
+        for width, blocks, stride in zip(self.channels, self.blocks, self.strides, strict=True):
+            cell *= stride
+            numbers += width * (1 if self.skips == "level" else blocks) / cell**2
+        return Geometry(cell, self._receptive_radius(cell), numbers, float(self.channels[0]))
+
+    def _receptive_radius(self, divisor: int) -> int | None:
+        """Rounded up where a path enters a coarser level."""
+        if self.norm == "group" or (any(self.attention) and self.self_attention):
+            return None
+        cell = radius = self.patch  # the head
+        cells = []
+        for blocks, stride in zip(self.blocks, self.strides, strict=True):
+            if self.resampling == "conv":
+                radius += 2 * cell  # on the way up, and down
+            cell *= stride
+            cells.append(cell)
+            radius = rounded_up(radius, cell) + 2 * blocks * cell
+        radius += 2 * self.middle_blocks * cell
+        radius += sum(2 * blocks * size for blocks, size in zip(self.blocks, cells, strict=True))
+        return rounded_up(radius + self.patch, divisor)  # with the stem
+
+    def build(self, channels: int, low_res_channels: int = 0) -> UNet:
+        """The network with fresh weights."""
+        return UNet(self, channels, low_res_channels)
 
 
-class Block(nn.Module):
-    """A residual block, followed by attention at the levels that have it."""
-
-    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool, dropout: float) -> None:
-        super().__init__()
-        self.residual = ResidualBlock(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
-        text_dim = config.text_dim if config.text == "attention" else None
-        self.attention: Attention | None = None
-        if attends:
-            self.attention = Attention(
-                channels, config.head_dim, text_dim, config.norm, config.groups, config.self_attention
-            )
-
-    def forward(self, h: Tensor, embedding: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
-        """(B, C_in, H, W) -> (B, C, H, W)."""
-        h = self.residual(h, embedding)
-        return h if self.attention is None else self.attention(h, text, visible)
-
-
-class Level(nn.Module):
-    """One resolution: down, blocks on the way down, the same number on the way up with the skips, up."""
-
-    def __init__(self, config: UNetConfig, index: int) -> None:
-        super().__init__()
-        channels, stride = config.channels[index], config.strides[index]
-        outer = config.channels[max(index - 1, 0)]
-        count, every = config.blocks[index], config.attention_after == "blocks"
-        attends = [config.attention[index] and (every or place == count - 1) for place in range(count)]
-        joined = 2 * channels if config.skips == "concat" else channels
-        changes = stride > 1 or outer != channels
-        by_conv = config.resampling == "conv"
-        down, up = (StridedDownsample, EnlargingUpsample) if by_conv else (Downsample, Upsample)
-        self.down = down(outer, channels, stride) if changes else nn.Identity()
-        dropout = config.dropout if config.attention[index] else 0.0
-        self.encode = nn.ModuleList(Block(config, channels, channels, each, dropout) for each in attends)
-        self.decode = nn.ModuleList(Block(config, joined, channels, each, dropout) for each in attends)
-        self.up = up(channels, outer, stride) if changes else nn.Identity()
-
-    def encoder(self) -> list[Block]:
-        """Blocks on the way down."""
-        return cast("list[Block]", list(self.encode))
-
-    def decoder(self) -> list[Block]:
-        """Blocks on the way up."""
-        return cast("list[Block]", list(self.decode))
-
-
-class UNet(Network):
+class UNet(ConditionedNetwork):
     """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
 
-    def __init__(self, config: UNetConfig, low_res_channels: int = 0) -> None:
-        """low_res_channels: 3 for a super-resolution stage, whose conditions hold the smaller picture."""
-        super().__init__()
+    def __init__(self, config: UNetConfig, channels: int, low_res_channels: int = 0) -> None:
+        """channels: of the pictures. low_res_channels: those of the smaller picture, which is seen beside z."""
+        super().__init__(config.embedding_dim, config.text, config.text_dim, low_res_channels)
         self.config = config
-        self.low_res_channels = low_res_channels
-        width, bottom, patch = config.embedding_dim, config.channels[-1], config.patch
-        self.noise_level = NoiseLevelEmbedding(width)
-        self.aug_level = NoiseLevelEmbedding(width) if low_res_channels else None
-        self.text_norm = nn.LayerNorm(config.text_dim) if config.text != "none" else None
-        self.text_pooling = TextPooling(config.text_dim, width) if config.text != "none" else None
-        self.stem = nn.Conv2d((PICTURE_CHANNELS + low_res_channels) * patch**2, config.channels[0], 3, padding=1)
-        self.levels = nn.ModuleList(Level(config, index) for index in range(len(config.channels)))
+        self.divisor = config.geometry(channels).divisor
+        width, bottom, patch = config.channels[0], config.channels[-1], config.patch
+        self.stem = nn.Conv2d((channels + low_res_channels) * patch**2, width, 3, padding=1)
+        self.levels = module_list(Level(config, index) for index in range(len(config.channels)))
         attends = [config.attention[-1] and index < config.middle_blocks - 1 for index in range(config.middle_blocks)]
-        self.middle = nn.ModuleList(
+        self.middle = module_list(
             Block(config, bottom, bottom, each, config.dropout if each else 0.0) for each in attends
         )
-        self.head_norm = Normalize(config.channels[0], config.norm, config.groups)
-        self.head = zero_init(nn.Conv2d(config.channels[0], PICTURE_CHANNELS * patch**2, 3, padding=1))
+        self.head_norm = Normalize(width, config.norm, config.groups)
+        self.head = zero_init(nn.Conv2d(width, channels * patch**2, 3, padding=1))
 
-    def prepare(self, cond: Conditioning) -> UNetPrepared:
-        """Everything that depends on the conditions alone. cond.low_res: (B, 3, H, W), already upsampled to z's size.
-
-        Raises ValueError when a smaller picture is missing or not expected.
-        """
-        check_conditions(cond, self.low_res_channels)
-        embedding = torch.zeros((), device=cond.text.device, dtype=self.stem.weight.dtype)
-        text: list[KeysValues | None] = [None] * sum(1 for _ in self._attentions())
-        visible = None
-        if self.text_norm is not None and self.text_pooling is not None:
-            normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
-            embedding = embedding + self.text_pooling(normalized, cond.text_mask)
-            text = [attention.read_text(normalized) for attention in self._attentions()]
-            visible = None if _known_to_be_real(cond.text_mask) else cond.text_mask[:, None, None, :]
-        if self.aug_level is not None:
-            embedding = embedding + self.aug_level(cond.low_res_log_snr)
-        return UNetPrepared(embedding, tuple(text), visible, cond.low_res)
-
-    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | UNetPrepared) -> Tensor:
-        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C, H, W). H and W: multiples of config.downsampling.
+    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Seen) -> Tensor:
+        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C, H, W). H and W: multiples of the geometry's divisor.
 
         Raises ValueError for any other size.
         """
         seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
-        check_size(z, seen.low_res, self.config.downsampling)
+        check_size(z, seen.low_res, self.divisor)
         embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
         text = iter(seen.text)
 
         def apply(block: Block, h: Tensor) -> Tensor:
-            keys_values = next(text) if block.attention is not None else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, h, embedding, keys_values, seen.visible, use_reentrant=False)
-            return block(h, embedding, keys_values, seen.visible)
+                return checkpoint(block, h, embedding, next(text), seen.visible, use_reentrant=False)
+            return block(h, embedding, next(text), seen.visible)
 
         x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
         x = x.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
         h = self.stem(space_to_depth(x, self.config.patch))
         skips: list[list[Tensor]] = []
-        for level in self._levels():
+        for level in self.levels:
             h = level.down(h)
-            skips.append([h := apply(block, h) for block in level.encoder()])
+            skips.append([h := apply(block, h) for block in level.encode])
             skips[-1] = skips[-1][-1:] if self.config.skips == "level" else skips[-1]
-        for block in self._middle():
+        for block in self.middle:
             h = apply(block, h)
-        for level in reversed(self._levels()):
+        for level in reversed(self.levels):
             from_encoder = skips.pop()
-            for block in level.decoder():
+            for block in level.decode:
                 h = apply(block, self._join(h, from_encoder.pop()) if from_encoder else h)
             h = level.up(h)
         return depth_to_space(self.head(silu(self.head_norm(h))), self.config.patch)
@@ -180,19 +183,23 @@ class UNet(Network):
         skip = skip if self.config.skip_scale == 1 else skip * self.config.skip_scale
         return torch.cat([h, skip], dim=1) if self.config.skips == "concat" else h + skip
 
-    def _levels(self) -> list[Level]:
-        return cast("list[Level]", list(self.levels))
+    def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
+        """See `ConditionedNetwork.read_text`."""
+        return [block.read_text(text) for block in self.blocks()]
 
-    def _middle(self) -> list[Block]:
-        return cast("list[Block]", list(self.middle))
+    def blocks(self) -> list[Block]:
+        """All blocks in the order in which `forward` meets them."""
+        down, up = (level.encode for level in self.levels), (level.decode for level in reversed(self.levels))
+        return list(chain(*down, self.middle, *up))
 
-    def _attentions(self) -> Iterator[Attention]:
-        """All attentions in the order in which `forward` meets them."""
-        blocks = [block for level in self._levels() for block in level.encoder()]
-        blocks += [*self._middle(), *(block for level in reversed(self._levels()) for block in level.decoder())]
-        return (block.attention for block in blocks if block.attention is not None)
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """The levels, with what leads from one to the next, and the middle."""
+        return [*self.levels, *self.middle]
 
+    def attention_layers(self) -> Sequence[Attention]:
+        """Those of all blocks that attend."""
+        return [block.attention for block in self.blocks() if block.attention is not None]
 
-def _known_to_be_real(mask: Tensor) -> bool:
-    """Whether every token (B, N) is real, where one may look: it waits for a GPU, and breaks a compiled graph."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+    def sharded_blocks(self) -> Sequence[ResidualBlock]:
+        """Residual blocks, where most weights are; the text projections of attention are read before a block runs."""
+        return [block.residual for block in self.blocks()]

@@ -18,6 +18,7 @@ from cascade.values import number, per_stage, whole_number
 
 _MOST = 1_000_000  # steps, or pictures of one prompt
 _LARGEST_EXACT = 2**53  # beyond it a float64 no longer holds every whole number
+_WHOLE_DECIMAL = re.compile(r"(?<=\d)\.0*$")  # of `7.0`, as spreadsheets and pandas write whole numbers
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the error handler `surrogateescape` makes of other bytes
 
 
@@ -48,7 +49,7 @@ def from_text(column: str, cell: str) -> Any:
     try:
         match column:
             case "seed" | "num_images":
-                return whole_number(cell)
+                return whole_number(_WHOLE_DECIMAL.sub("", cell.strip()))
             case "guidance" | "strength":
                 return per_stage(cell, number)
             case "steps":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
+from cascade.files.parquet import parquet_told
 from cascade.files.table import BadRowError
 from cascade.files.table import csv_rows as table_rows
 from cascade.files.text import lines_of
@@ -55,12 +56,13 @@ def json_rows(lines: Lines) -> Iterator[Row]:
                 yield line, BadLineError("expected a JSON string or object")
 
 
-def csv_rows(lines: Lines, name: str) -> Iterator[Row]:
+def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[Row]:
     """Rows below a header that names the columns. An empty cell counts as not given.
 
+    separator: what stands between cells; None: commas, semicolons or tabs, whichever the header has.
     Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
     """
-    rows = table_rows((text for _, text in lines), name)
+    rows = table_rows((text for _, text in lines), name, separator)
     line, header = next(rows, (0, list[str]()))
     if isinstance(header, BadRowError):
         raise CascadeError(f"{name}:{line}: {header}")
@@ -82,12 +84,10 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
 
 def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with parquet_told(name):
         table = parquet.ParquetFile(file)
         check_header(table.schema_arrow.names, name)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
         yield from enumerate(map(without_nulls, rows), start=1)
-    except ArrowException as error:
-        raise CascadeError(f"{name}: damaged, or not Parquet: {str(error).splitlines()[0]}") from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from gzip import GzipFile
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, cast
 
 from cascade.errors import CascadeError
+from cascade.files.parquet import parquet_told
 from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
 from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
@@ -28,6 +31,8 @@ from cascade.prompts.record import BadLineError
 
 STANDARD_INPUT = "-"
 _CAPTIONS = (".txt", ".caption")
+_PARQUET = ".parquet"
+_PACKED = ".gz"
 
 PlacedRow: TypeAlias = tuple[str, Values]
 """(where it stands, to be appended to the name of the source; values or fault)."""
@@ -36,7 +41,7 @@ PlacedRow: TypeAlias = tuple[str, Values]
 def rows_of(source: str) -> Iterator[PlacedRow]:
     """The rows of a source, as they are needed. Raises CascadeError when it cannot be read, or its header is wrong."""
     if source != STANDARD_INPUT and Path(source).is_dir():
-        yield from _caption_rows(Path(source))
+        yield from _folder_rows(Path(source))
         return
     for line, row in _numbered_rows(source):
         yield f":{line}", row
@@ -48,13 +53,25 @@ def count_prompts(source: str) -> int | None:
     if source == STANDARD_INPUT or not path.exists():
         return None
     if path.is_dir():
-        return sum(1 for _ in _captions(path))
-    if path.suffix.lower() == ".parquet":
-        from pyarrow import parquet
-
-        return int(parquet.read_metadata(path).num_rows)
+        return sum(1 for _ in _captions(path)) or sum(_rows_in(str(path / name)) for name in _parts(path))
+    if _ending(source) == _PARQUET:
+        return _rows_in(source)
     with _open(source) as file:
-        return sum(bool(line.strip()) for line in lines_of(file)) - (path.suffix.lower() == ".csv")
+        return sum(bool(line.strip()) for line in lines_of(file)) - (_ending(source) in (".csv", ".tsv"))
+
+
+def _rows_in(source: str) -> int:
+    """Of a Parquet file."""
+    from pyarrow import parquet
+
+    with parquet_told(source):
+        return int(parquet.read_metadata(source).num_rows)
+
+
+def _ending(source: str) -> str:
+    """Which kind of file it is; of a packed one, what is packed."""
+    name = source.lower()
+    return Path(name.removesuffix(_PACKED)).suffix
 
 
 def _numbered_rows(source: str) -> Iterator[Row]:
@@ -62,29 +79,42 @@ def _numbered_rows(source: str) -> Iterator[Row]:
         with _readable("standard input"):
             yield from text_rows(numbered_lines(sys.stdin.buffer))
         return
-    ending = Path(source).suffix.lower()
     of_lines: dict[str, Callable[[Lines], Iterator[Row]]] = {
         ".txt": text_rows,
         ".jsonl": json_rows,
+        ".ndjson": json_rows,
         ".csv": partial(csv_rows, name=source),
+        ".tsv": partial(csv_rows, name=source, separator="\t"),
     }
-    if ending not in (*of_lines, ".parquet"):
+    ending = _ending(source)
+    if ending not in of_lines and not source.lower().endswith(_PARQUET):
         raise CascadeError(
-            f"{source}: unknown kind of prompt file; expected one of {', '.join(of_lines)}, .parquet, a folder of .txt,"
-            " or `-`"
+            f"{source}: unknown kind of prompt file; expected one of {', '.join(of_lines)} (also packed: .gz),"
+            " .parquet, a folder of captions or of Parquet files, or `-`"
         )
     with _open(source) as file:
-        if ending == ".parquet":
+        if ending == _PARQUET:
             yield from parquet_rows(file, source)
         else:
             yield from of_lines[ending](numbered_lines(file))
 
 
+def _folder_rows(folder: Path) -> Iterator[PlacedRow]:
+    """The captions of a folder, or where it has none the rows of its Parquet files, in the order of their names."""
+    with _readable(str(folder)):
+        has_captions = False
+        for row in _caption_rows(folder):
+            has_captions = True
+            yield row
+        for name in () if has_captions else in_order(_parts(folder)):
+            for line, values in _numbered_rows(str(folder / name)):
+                yield f"/{name}:{line}", values
+
+
 def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
     """Each .txt or .caption file is one prompt, in the order of the names; its id is the name without that."""
-    with _readable(str(folder)):
-        for name in in_order(_captions(folder)):
-            yield f"/{name}", _caption(folder / name)
+    for name in in_order(_captions(folder)):
+        yield f"/{name}", _caption(folder / name)
 
 
 def _caption(path: Path) -> Values:
@@ -98,10 +128,20 @@ def _caption(path: Path) -> Values:
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """Names of the captions, in no order. Hidden files, such as the `._a.txt` of a Mac, are none."""
+    """Names of the captions, in no order."""
+    return _named(folder, _CAPTIONS)
+
+
+def _parts(folder: Path) -> Iterator[str]:
+    """Names of the Parquet files, in no order."""
+    return _named(folder, (_PARQUET,))
+
+
+def _named(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
+    """Names with one of these endings. Hidden files, such as the `._a.txt` of a Mac, are left out."""
     with os.scandir(folder) as entries:
         names = (entry.name for entry in entries)
-        yield from (name for name in names if name.lower().endswith(_CAPTIONS) and not is_hidden(name))
+        yield from (name for name in names if name.lower().endswith(endings) and not is_hidden(name))
 
 
 @contextmanager
@@ -111,8 +151,8 @@ def _open(path: str) -> Iterator[BinaryIO]:
             file = open_regular(path)
         except NoFileError as error:
             raise CascadeError(f"{path}: cannot be read: {error.strerror}; pipe into `-`, for standard input") from None
-        with file:
-            yield file
+        with file, GzipFile(fileobj=file) if path.lower().endswith(_PACKED) else nullcontext(file) as unpacked:
+            yield cast("BinaryIO", unpacked)
 
 
 @contextmanager
@@ -121,7 +161,8 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a packed file that is damaged
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CascadeError(f"{path}: cannot be read: {reason or error}") from None
     except NotTextError as error:
         raise CascadeError(f"{path}: {error}") from None

@@ -11,6 +11,7 @@ from cascade.batch import DrawOptions
 from cascade.batch import Job as Plan
 from cascade.batch.plan import Planner
 from cascade.config import StageConfig
+from cascade.config.samplers import SamplerConfig
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
@@ -61,8 +62,8 @@ class Asked(Settings):
     """Sampling steps: a value, or one for each stage by name."""
     guidance: PerStage[float] = None
     """Weight of the prompt, 1 = none."""
-    sampler: PerStage[str] = None
-    """ddpm, ddim, heun or dpm++."""
+    sampler: PerStage[str | dict[str, Any]] = None
+    """A sampler's name, or a section with its settings, {"kind": "ddim", "eta": 0.5}."""
     aug_level: PerStage[float] = None
     """Noise on the smaller picture, 0 to 1."""
     threshold: PerStage[float | str] = None
@@ -122,7 +123,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
         for name in SETTINGS:
             own, usual = getattr(settings, name), getattr(default.get(stage), name, None)
             if own != usual and stage in default:
-                sampling[name][stage] = "none" if own is None else own
+                sampling[name][stage] = "none" if own is None else _told(own, usual)
     resolution = {stage.name: stage.resolution for stage in stages}.get(list(recipe.stages)[-1])
     asked = {
         "prompt": recipe.prompt,
@@ -136,3 +137,10 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
         **sampling,
     }
     return {name: value for name, value in asked.items() if value not in (None, "", {})}
+
+
+def _told(own: Any, usual: Any) -> Any:
+    """A setting as one would write it: of a sampler its name, where that alone does not mean the stage's own."""
+    if not isinstance(own, SamplerConfig):
+        return own
+    return own.model_dump(mode="json") if own.kind != usual.kind else {"kind": own.kind, **own.own}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from cascade._version import __version__
 from cascade.arguments import common_step
 from cascade.config import SamplingConfig
+from cascade.diffusion.samplers import SAMPLERS
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling
 from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
@@ -34,7 +35,7 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
             for place, config in enumerate(configs)
         ],
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
-        "samplers": list(get_args(SamplingConfig.model_fields["sampler"].annotation)),
+        "samplers": list(SAMPLERS),
         "examples": [str(example["text"]) for example in said.get("widget", []) if "text" in example],
         "styles": [str(style) for style in said.get("styles", [])],
         "limits": {"prompt": LONGEST_PROMPT, "pictures": MOST_PICTURES, "pixels": MOST_PIXELS},
@@ -56,5 +57,5 @@ def front_matter(path: Path) -> Mapping[str, Any]:
 
 
 def _shown(settings: SamplingConfig) -> dict[str, Any]:
-    values = settings.model_dump(mode="json")
+    values = {**settings.model_dump(mode="json"), "sampler": settings.sampler.kind}
     return {name: values[name] for name in SETTINGS}

@@ -18,7 +18,7 @@ from cascade.batch.manifest import Manifest
 from cascade.batch.metadata import sidecar
 from cascade.batch.pictures import Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 
 PART = "studio"
@@ -199,7 +199,7 @@ class Gallery:
         }
 
     def _unwritable(self, error: OSError) -> CascadeError:
-        return CascadeError(f"{self.folder}: cannot be written: {error.strerror or error}; name another with --out")
+        return StorageError(f"{self.folder}: cannot be written: {error.strerror or error}; name another with --out")
 
 
 def _locked(path: Path) -> RunLock:

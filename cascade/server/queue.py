@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Queue:
 
     def start(self) -> None:
         """Begin; what an earlier process left undone is taken up again as soon as the model is there."""
-        self.worker.pipeline.add_done_callback(lambda _: self._resume())
+        self.worker.pipeline.add_done_callback(self._loaded)
         self.worker.start()
 
     def close(self) -> None:
@@ -96,9 +97,13 @@ class Queue:
         self.hub.publish(Event("job", job.to_json(), f"job {job.id}"))
         return job
 
+    def _loaded(self, loaded: Future[CascadePipeline]) -> None:
+        error = loaded.exception()
+        self.hub.publish(Event("model", {"error": "" if error is None else str(error)}))
+        if error is None and self._kept.exists():
+            self._resume()
+
     def _resume(self) -> None:
-        if not self._kept.exists() or self.worker.pipeline.exception() is not None:
-            return
         for left in _read(self._kept):
             try:
                 self._enter(parse(Asked, left["asked"], str(self._kept)), "earlier", set(left["missing"]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from cascade.checkpoint import atomic_folder
 from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
-from cascade.files.paths import path_of
+from cascade.files.paths import plain_path
 from cascade.streaming import move_streamed
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
@@ -91,7 +91,7 @@ class TextEncoder:
         """
         _check_dtype(dtype)
         local = is_local(source)
-        where = str(path_of(source)) if local else str(source)
+        where = str(plain_path(source)) if local else str(source)
         if local:
             check_folder(Path(where))
         with quiet(progress=not local):
@@ -206,7 +206,7 @@ class TextEncoder:
         """
         if self.eight_bit:
             raise CascadeError(f"{folder}: a text encoder in 8 bits is not written; load it without eight_bit first")
-        folder = path_of(folder)
+        folder = plain_path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
         model = _halved(self._loaded())

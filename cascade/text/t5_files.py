@@ -15,6 +15,7 @@ import torch
 
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError
+from cascade.files.variants import one_variant, variant_of
 from cascade.streaming import stream
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -58,13 +59,13 @@ def name_tokenizer_portably(folder: Path) -> None:
 def text_weights(folder: Path) -> list[Path]:
     """The safetensors files of a text encoder: full precision where there is any."""
     files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if ".fp16" not in file.name] or files
+    return one_variant(files)
 
 
 def _variant(folder: Path) -> str | None:
-    """`fp16` when the folder holds weights of that variant alone."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+    """`bf16` or `fp16` when the folder holds no weights in full precision."""
+    files = text_weights(folder)
+    return variant_of(files[0]) if files else None
 
 
 def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ShortageError
 from cascade.machine import is_out_of_memory
 from cascade.training.accelerator import any_process
 
@@ -75,7 +75,7 @@ def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> I
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise CascadeError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
+            raise ShortageError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
         raise
 
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from cascade.checkpoint import atomic_folder, check_names, load_tensors, save_tensors
 from cascade.config import LowRankLayers
 from cascade.errors import CascadeError
-from cascade.models.attention import Attention
-from cascade.models.if_blocks import IFAttention
+from cascade.models.network import Network
 
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 _PREFIX = "base_model.model."  # peft's name for the network
 
 
-def add_low_rank(network: nn.Module, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
+def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
     """Freeze all weights of a network and let those of some layers learn a difference of this rank, at first zero.
 
     layers: the linear ones of attention, or all linear and convolutional ones.
@@ -91,18 +90,12 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
         raise CascadeError(f"{folder}: does not fit this network: {reason}") from error
 
 
-def _names(network: nn.Module, layers: LowRankLayers) -> list[str]:
+def _names(network: Network, layers: LowRankLayers) -> list[str]:
     """Dotted names of the layers that learn."""
-    kinds = (nn.Linear,) if layers == "attention" else (nn.Linear, nn.Conv2d)
-    parts = {"": network}
-    if layers == "attention":
-        parts = {name: part for name, part in network.named_modules() if isinstance(part, Attention | IFAttention)}
-    return [
-        f"{name}.{inner}" if name else inner
-        for name, part in parts.items()
-        for inner, layer in part.named_modules()
-        if isinstance(layer, kinds)
-    ]
+    if layers == "all":
+        return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    attends = {layer for part in network.attention_layers() for layer in part.modules()}
+    return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and layer in attends]
 
 
 def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:

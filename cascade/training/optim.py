@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.config import OptimizerConfig
+from cascade.models.network import Network
 from cascade.training.adafactor import Adafactor
 from cascade.training.sharding import is_sharded, spread_like
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, Adafactor or Muon; weight decay acts on matrices and kernels, not on biases and norms."""
     if config.kind == "muon":
         return Muon(network, config)
@@ -69,18 +69,19 @@ def _memory_order(weight: Tensor) -> tuple[int, ...] | None:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch's Muon for the kernels and matrices of the repeated layers, AdamW for everything else.
+    """torch's Muon for the kernels and matrices of the repeated blocks, AdamW for everything else.
 
     A kernel is flattened to (out, in * height * width), one row for each channel it makes (Jordan et al. 2024). Muon's
     update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so both go by one learning rate. The memory
     lies in `state` under the network's own parameters and in their shape, as any optimizer's does.
     """
 
-    def __init__(self, network: nn.Module, config: OptimizerConfig) -> None:
-        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-        hidden = [parameter for name, parameter in named if parameter.ndim >= 2 and _REPEATED.search(name)]
+    def __init__(self, network: Network, config: OptimizerConfig) -> None:
+        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        repeated = {parameter for block in network.repeated_blocks() for parameter in block.parameters()}
+        hidden = [parameter for parameter in learning if parameter.ndim >= 2 and parameter in repeated]
         chosen = set(hidden)
-        others = [parameter for _, parameter in named if parameter not in chosen]
+        others = [parameter for parameter in learning if parameter not in chosen]
         groups: list[dict[str, Any]] = [
             {"params": hidden, "weight_decay": config.weight_decay},
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -110,10 +111,6 @@ class Muon(torch.optim.Optimizer):
         for group, own in zip(self._adamw.param_groups, self.param_groups[1:], strict=True):
             group["lr"] = own["lr"]
         self._adamw.step()
-
-
-_REPEATED = re.compile(r"^(levels|middle|down_blocks|mid_block|up_blocks)\.")
-"""Between the first and the last layer, in the U-Net and in IF's."""
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

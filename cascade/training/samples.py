@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 from PIL import Image
 from torch import Tensor
@@ -23,22 +24,23 @@ logger = logging.getLogger("cascade.training")
 _CELL = 256
 
 
-def sample_grid(
-    config: TrainConfig,
-    stage: Stage,
-    text: TextEncoderProtocol,
-    first: Callable[[], Batch] | None = None,
-    on_step: OnStep | None = None,
-) -> Image.Image:
-    """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side.
+class SampleGrid:
+    """The sheet of a run, drawn again and again."""
 
-    first: gives the first views where they are shown, by default by reading them. on_step: called after each of the
-    sampler's steps, and may raise.
-    """
-    first = first or (lambda: first_views(config))
-    if stage.config.low_resolution is None:
-        return _base_grid(config, stage, text, config.training.sample_prompts or first().captions, on_step)
-    return _super_resolution_grid(config, stage, text, first(), on_step)
+    def __init__(self, config: TrainConfig, text: TextEncoderProtocol) -> None:
+        self._config, self._text = config, text
+        self._first = cache(lambda: first_views(config))  # once for all grids: a large folder takes long to list
+
+    def drawn(self, stage: Stage, on_step: OnStep | None = None) -> Image.Image:
+        """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side.
+
+        on_step: called after each of the sampler's steps, and may raise.
+        """
+        config = self._config
+        if stage.config.low_resolution is None:
+            prompts = config.training.sample_prompts or self._first().captions
+            return _base_grid(config, stage, self._text, prompts, on_step)
+        return _super_resolution_grid(config, stage, self._text, self._first(), on_step)
 
 
 def first_views(config: TrainConfig) -> Batch:

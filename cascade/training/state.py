@@ -21,7 +21,7 @@ from torch import Tensor
 from cascade import system
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION, TrainConfig
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, StorageError
 from cascade.locks import lock_file
 from cascade.training.changes import check_changes, check_surroundings
 from cascade.training.log import Sums
@@ -143,7 +143,7 @@ def only_writer(output: Path) -> Iterator[None]:
                 f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
             ) from None
         except OSError as error:
-            raise CascadeError(f"{output}: cannot be written: {error.strerror or error}") from error
+            raise StorageError(f"{output}: cannot be written: {error.strerror or error}") from error
         try:
             yield
         finally:

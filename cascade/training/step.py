@@ -25,9 +25,9 @@ from cascade.transfer import on_device
 class TrainingBatch:
     """Pictures with their text, and who they are.
 
-    x: (B, 3, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
+    x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
     run, from which their noise follows. positions: (B,) places in the step of `batch_size`, all passes and processes.
-    lows: (3, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
+    lows: (C, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
     """
 
     x: Tensor
@@ -41,7 +41,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, 3, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
+    """Everything random in a step. eps: (B, C, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
 
     u and aug_level stay on the CPU: log SNR is made of them in float64, which not every GPU has.
     """
@@ -99,13 +99,12 @@ class NoiseSource:
 
 
 def draw_noise(
-    samples: Sequence[int], size: tuple[int, int], noised_size: tuple[int, int] | None, source: NoiseSource
+    samples: Sequence[int], large: tuple[int, ...], small: tuple[int, ...] | None, source: NoiseSource
 ) -> Draw:
     """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
 
-    size: (H, W) of the pictures. noised_size: of the noise on the smaller ones, see `Stage.noised_size`.
+    large: (C, H, W) of a picture. small: of the noise on the smaller one, see `Stage.noised_shape`.
     """
-    large, small = (3, *size), None if noised_size is None else (3, *noised_size)
     if source.device is not None and source.device.type != "cpu":
         return _drawn_there(samples, large, small, source, source.device)
     rngs = [generator(source.seed, sample, source.purpose) for sample in samples]
@@ -162,19 +161,32 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
     return stage.see(cond, low, draw.aug_level, draw.aug_eps)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Algorithm 18.1 as a run's settings have it: what is random for each view, and the loss of its picture."""
+
+    settings: LossConfig
+    source: NoiseSource
+
+    def __call__(self, stage: Stage, network: NetworkCall, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
+
+        network: the stage's, perhaps wrapped.
+        """
+        shape = batch.x.shape[1:]
+        draw = draw_noise(batch.samples, shape, stage.noised_shape(shape), self.source).to(batch.x.device)
+        return training_loss(stage, network, batch, self.settings, draw)
+
+
 def training_loss(
-    stage: Stage,
-    network: NetworkCall,
-    batch: TrainingBatch,
-    loss: LossConfig,
-    weighting: Weighting,
-    draw: Draw,
+    stage: Stage, network: NetworkCall, batch: TrainingBatch, loss: LossConfig, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
+    """`Objective`, for what is random given.
 
     Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
     """
     u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
     log_snr = on_device(noise_levels(stage, loss, u), batch.x.device)
     cond = conditions(stage, batch, draw)
+    weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
     return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cascade.checkpoint import atomic_file, load_weights, save_stage, write_text
+from cascade.checkpoint import load_weights, save_stage, write_text
 from cascade.config import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.data.workers import ReaderDiedError
-from cascade.diffusion.loss import Weighting
-from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
@@ -35,11 +33,13 @@ from cascade.training.accelerator import (
     shards,
     start_trackers,
 )
+from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, is_due
 from cascade.training.ema import EMA
+from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings
 from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
 from cascade.training.interrupt import Stopped, stop_signals
-from cascade.training.log import Meter, RunLog, flatten
+from cascade.training.log import Meter, RunLog
 from cascade.training.lora import add_low_rank, merged, save_adapter
 from cascade.training.optim import (
     build_optimizer,
@@ -48,18 +48,17 @@ from cascade.training.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from cascade.training.samples import first_views, sample_grid
+from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
 from cascade.training.state import (
     RunState,
-    checkpoints,
     newest,
     only_writer,
     read_state,
     remove_unfinished,
     save_state,
 )
-from cascade.training.step import NoiseSource, TrainingBatch, draw_noise, training_batch, training_loss
+from cascade.training.step import NoiseSource, Objective, TrainingBatch, training_batch
 from cascade.training.unread import MOST_UNREAD, Unread, read
 from cascade.training.validation import Validation
 from cascade.training.watch import Watch
@@ -85,11 +84,10 @@ class Trainer:
         self._plain = copy.deepcopy(stage.network).to("meta")  # the shape alone, for the averages to be put into
         self.network, self.optimizer = self._prepared()
         self.ema = EMA(stage.network, settings.ema)
-        loss = settings.loss
-        self.weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
-        place = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.validation = Validation(config, settings.validation, *place) if settings.validation else None
-        self._first_views = cache(lambda: first_views(config))  # once for all grids: a large folder takes long to list
+        data, device = config.data, self.accelerator.device
+        source = NoiseSource(settings.seed, data.max_aug_level, data.aug_spread, device=device)
+        self.objective = Objective(settings.loss, source)
+        self.actions = self._actions()
         self.meter, self.watch = Meter(), Watch()
         self._unread: list[Unread] = []
         self.log: RunLog | None = None
@@ -170,7 +168,7 @@ class Trainer:
             torch.manual_seed(derive_seed(settings.seed, step, index, self.accelerator.process_index, "dropout"))
             last = index == settings.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                loss, log_snr = self._loss(batch)
+                loss, log_snr = self.objective(self.stage, self.network, self.ready(batch))
                 self.accelerator.backward(loss.mean() / settings.accumulation)
             losses.append(loss.detach().float())
             levels.append(log_snr.detach().flatten())
@@ -207,14 +205,6 @@ class Trainer:
         """Whether numbers stay on the device until they are wanted. Scaling in fp16 reads in each step anyway."""
         return self.accelerator.device.type != "cpu" and self.config.training.precision != "fp16"
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        ready = self.ready(batch)
-        height, width = ready.x.shape[-2:]
-        data, device = self.config.data, self.accelerator.device
-        source = NoiseSource(self.config.training.seed, data.max_aug_level, data.aug_spread, device=device)
-        draw = draw_noise(batch.samples, (height, width), self.stage.noised_size((height, width)), source).to(device)
-        return training_loss(self.stage, self.network, ready, self.config.training.loss, self.weighting, draw)
-
     def ready(self, batch: Batch) -> TrainingBatch:
         """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
 
@@ -239,24 +229,24 @@ class Trainer:
         kill soon: a validation or a grid, which take long, are left to the resumed run, also when they have begun.
         """
         stop = any_process(self.accelerator, stopped())
-        owes = stop and (self._validates(step) or self._draws(step))
+        owes = stop and any(action.lengthy for action in self._due(step))
         if not owes and not self._reported(step, progress, stopped):
             stop = owes = True
-        if stop or self._due(step, self.config.training.save_every):
+        settings = self.config.training
+        if stop or is_due(settings.save_every, step, settings.steps):
             self._save(step, owes)
         return stop
 
+    def _due(self, step: int) -> list[Action]:
+        return [action for action in self.actions if action.is_due(step, self.config.training.steps)]
+
     def _reported(self, step: int, progress: tqdm[Any], stopped: Callable[[], bool]) -> bool:
         """The log's entry, validation and grid, as they are due; False, and as if not begun, when asked to stop."""
-        meter = self.meter
-        values = self._summary(step) if self._due(step, self.config.training.log_every) else {}
+        meter, values = self.meter, dict[str, float]()
+        moment = Moment(step, cache(self.averaged_stage), stopped)
         try:
-            if self._validates(step) or self._draws(step):
-                averaged = self.averaged_stage()
-                if self._validates(step):
-                    values |= self._validated(averaged, stopped)
-                if self._draws(step):
-                    self._sample(step, averaged, stopped)
+            for action in self._due(step):
+                values |= action.run(moment)
         except Stopped:
             self.meter = meter
             return False
@@ -264,15 +254,15 @@ class Trainer:
             self._write_log(step, values, progress)
         return True
 
-    def _due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.training.steps)
-
-    def _validates(self, step: int) -> bool:
-        settings = self.config.training.validation
-        return settings is not None and self._due(step, settings.every)
-
-    def _draws(self, step: int) -> bool:
-        return self._due(step, self.config.training.sample_every)
+    def _actions(self) -> tuple[Action, ...]:
+        """What happens every so many steps, in the order in which it happens."""
+        settings, place = self.config.training, (self.accelerator.process_index, self.accelerator.num_processes)
+        actions: list[Action] = [LogEntry(settings.log_every, self._summary)]
+        if settings.validation:
+            validation = Validation(self.config, settings.validation, *place)
+            actions.append(Validate(settings.validation.every, validation, self.text, self.accelerator))
+        grid = SampleGrid(self.config, self.text)
+        return (*actions, Grid(settings.sample_every, grid, self.output / "samples", self.accelerator))
 
     def averaged_stage(self) -> Stage:
         """The stage with the averaged weights, whole on this process' device. All processes together."""
@@ -292,19 +282,6 @@ class Trainer:
         self.meter = Meter()
         return values
 
-    def _validated(self, averaged: Stage, stopped: Callable[[], bool]) -> dict[str, float]:
-        def leave_if_asked() -> None:
-            if any_process(self.accelerator, stopped()):
-                raise Stopped
-
-        assert self.validation is not None
-        with self.accelerator.autocast():
-            device = self.accelerator.device
-            pairs = self.validation.losses(averaged, self.text, self.weighting, device, leave_if_asked)
-        meter = Meter()
-        meter.add_losses(*self._from_all(*pairs))
-        return {f"validation_{name}": value for name, value in meter.means().items()}
-
     def _write_log(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
         if "loss" in values:
             progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values.get('images_per_second', 0):.1f}")
@@ -313,26 +290,6 @@ class Trainer:
             self.log.write(step, values)
             for warning in self.watch.new_warnings(self.log.entries):
                 logger.warning("step %d: %s", step, warning)
-
-    def _sample(self, step: int, averaged: Stage, stopped: Callable[[], bool]) -> None:
-        """The main process draws; raises Stopped in every process when it was asked to stop meanwhile."""
-
-        def leave_if_asked(*_: object) -> None:
-            if stopped():
-                raise Stopped
-
-        def draw() -> bool:
-            try:
-                with self.accelerator.autocast():
-                    sheet = sample_grid(self.config, averaged, self.text, self._first_views, leave_if_asked)
-            except Stopped:
-                return False
-            with atomic_file(self.output / "samples" / f"step-{step:08d}.png") as temporary:
-                sheet.save(temporary, format="PNG")
-            return True
-
-        if not from_main(self.accelerator, draw):
-            raise Stopped
 
     def _save(self, step: int, owes: bool) -> None:
         """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes.
@@ -389,13 +346,13 @@ class Trainer:
         lock.enter_context(only_writer(self.output))
 
     def _start(self) -> int:
-        """Begin a new run; the folder must not hold one."""
-        if checkpoints(self.output):
-            raise CascadeError(f"{self.output}: holds a run already; continue it with --resume, or set another output")
+        """Begin a new run; the folder must not hold one, nor anything that it would replace."""
+        from_main(self.accelerator, lambda: check_new(self.output))
         return 0
 
     def _restore(self) -> int:
         """Continue from the newest checkpoint; the number of steps done."""
+        from_main(self.accelerator, lambda: check_resumed(self.output))
         # One process chooses: on a file system shared by many, they might not all see the same.
         name = from_main(self.accelerator, self._newest)
         if name is None:
@@ -419,10 +376,17 @@ class Trainer:
 
     def _open_folder(self, first: int) -> None:
         remove_unfinished(self.output)
-        write_text(self.output / "config.yaml", to_yaml(self.config))
+        self._write_settings()
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)
+
+    def _write_settings(self) -> None:
+        path = self.output / SETTINGS
+        if path.exists() and not is_own_settings(path):
+            logger.warning("%s: is not as a run writes it, and stays; the checkpoints hold the settings", path)
+        else:
+            write_text(path, to_yaml(self.config))
 
     def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training
@@ -442,11 +406,6 @@ class Trainer:
     def _pass_size(self) -> int:
         """Pictures in one forward and backward pass of all processes."""
         return self.config.training.batch_size // self.config.training.accumulation
-
-    def _from_all(self, losses: Tensor, levels: Tensor) -> tuple[list[float], list[float]]:
-        """Loss and log SNR (B,) of every picture of all processes."""
-        gathered = self.accelerator.gather(torch.stack([losses, levels], dim=1))
-        return flatten(gathered[:, 0]), flatten(gathered[:, 1])
 
     def _progress(self, first: int) -> tqdm[Any]:
         return tqdm(

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cascade.config import TrainConfig, ValidationConfig
 from cascade.data.loader import Batch, batches
-from cascade.diffusion.loss import Weighting
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
-from cascade.training.step import NoiseSource, draw_noise, training_batch, training_loss
+from cascade.training.step import NoiseSource, Objective, training_batch
 
 SEED = 0
 """Of views and noise; not the run's, so that runs with different seeds can be compared."""
@@ -34,7 +33,9 @@ class Validation:
         unchanged = {"sources": settings.sources, "caption_dropout": 0.0, "flip": 0.0, "jitter": 0.0, "workers": 0}
         self._data = config.data.model_copy(update=unchanged)
         # Noise levels spread evenly over all views: the least variance that so many can have.
-        self._loss = config.training.loss.model_copy(update={"stratified": True})
+        loss = config.training.loss.model_copy(update={"stratified": True})
+        source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
+        self.objective = Objective(loss, source)
         self._pass_size = config.training.batch_size // config.training.accumulation
         self._process, self._processes = process, processes
         with closing(self._views()) as views:
@@ -46,7 +47,6 @@ class Validation:
         self,
         stage: Stage,
         text: TextEncoderProtocol,
-        weighting: Weighting,
         device: torch.device,
         before_batch: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor]:
@@ -55,14 +55,11 @@ class Validation:
         before_batch: called by every process alike, and may raise.
         """
         losses, levels = [], []
-        source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
             before_batch()
             ready = training_batch(batch, text, device, first=0, batch_size=total)
-            height, width = ready.x.shape[-2:]
-            draw = draw_noise(batch.samples, (height, width), stage.noised_size((height, width)), source).to(device)
-            loss, level = training_loss(stage, stage.network, ready, self._loss, weighting, draw)
+            loss, level = self.objective(stage, stage.network, ready)
             losses.append(loss.float())
             levels.append(level.flatten())
         return torch.cat(losses), torch.cat(levels)

@@ -15,7 +15,9 @@ from cascade.checkpoint import load_tensors, load_weights
 from cascade.conditioning import Conditioning
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
-from cascade.models.unet import Block, UNet, UNetPrepared
+from cascade.models.conditioned import Seen
+from cascade.models.levels import Block
+from cascade.models.unet import UNet
 
 MOST_BYTES = 15 * 2**20
 """Of one file of weights, so that it passes where files of 16 MiB do."""
@@ -65,8 +67,8 @@ def call(net: UNet, z: Tensor, log_snr: Tensor, cond: Conditioning) -> Tensor:
         embedding = net.text_pooling(text, cond.text_mask)
         if net.aug_level is not None:
             embedding = embedding + net.aug_level(cond.low_res_log_snr)
-        read = tuple(attention.read_text(text) for attention in net._attentions())
-        output: Tensor = net(z, log_snr, UNetPrepared(embedding, read, cond.text_mask[:, None, None, :], cond.low_res))
+        read = tuple(net.read_text(text))
+        output: Tensor = net(z, log_snr, Seen(embedding, read, cond.text_mask[:, None, None, :], cond.low_res))
         return output.float()
 
 

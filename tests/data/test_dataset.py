@@ -209,6 +209,33 @@ def test_files_that_are_not_there_or_not_parquet_are_named(tmp_path: Path) -> No
             open_records(ParquetSource(files=(str(tmp_path / pattern),)))
 
 
+def test_files_whose_columns_differ_are_named_with_the_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture = encoded(plain_picture(0))
+    for name, caption in {"a": "a fox", "b": ["a fox", "a red fox"]}.items():
+        pq.write_table(pa.table({"image": [picture], "caption": [caption]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(CascadeError, match=r"b\.parquet: column 'caption' is list<.*>, in .*a\.parquet string;"):
+        open_records(ParquetSource(files=(f"{tmp_path}/*.parquet",)))
+
+
+def test_a_cache_that_may_not_be_written_is_told_with_the_way_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied", "/home/somebody")
+
+    path = write_parquet(tmp_path / "a.parquet", 0, 1)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        CascadeError, match=r"Permission denied.*; its cache is .*: HF_DATASETS_CACHE names another folder"
+    ):
+        open_records(ParquetSource(files=(str(path),)))
+
+
 def test_a_file_without_rows_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "empty.parquet", 0, 0)
     with pytest.raises(CascadeError, match="there are no rows"):

@@ -95,7 +95,7 @@ def test_a_damaged_picture_is_named(data: Path):
     rows = pq.read_table(path).to_pylist()
     rows[2]["image"] = {"bytes": b"no picture", "path": None}
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(CascadeError, match=r"train-64-noto\.parquet: noto-2: no picture"):
+    with pytest.raises(CascadeError, match=r"train-64-noto\.parquet: noto-2: not a readable picture"):
         shelf(data, 64).pictures(["noto-2"])
 
 

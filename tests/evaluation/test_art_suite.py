@@ -152,7 +152,7 @@ def test_without_data_the_error_says_how_to_get_it(tmp_path: Path):
 def test_damaged_data_is_named(tmp_path: Path):
     path = tmp_path / "train-64.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(CascadeError, match=r"train-64\.parquet: cannot be read as Parquet"):
+    with pytest.raises(CascadeError, match=r"train-64\.parquet: damaged, or not Parquet"):
         read_art(tmp_path, "train")
     bad = {**row(0, "noto", "train"), "image": {"bytes": b"no picture", "path": None}}
     pq.write_table(pa.Table.from_pylist([bad]), path)

@@ -12,8 +12,9 @@ import pytest
 from helpers_icc import ADOBE_RGB, DISPLAY_P3, SRGB, gray_profile, rgb_profile
 from PIL import Image, ImageCms
 
-from cascade.data.dataset import Record
+from cascade.data.dataset import BadRecordError, Record
 from cascade.data.transforms import decode
+from cascade.errors import CascadeError
 from cascade.files.picture import straight
 from cascade.images import from_pil
 from cascade.upscaling import read_picture
@@ -163,3 +164,33 @@ def test_the_transparent_gray_of_a_png_of_few_bits_is_transparent(depth: int, ro
 def test_broken_exif_says_nothing_of_the_orientation(format: str, exif: bytes) -> None:
     image = stored(Image.new("RGB", (2, 1), "white"), format, exif=exif)
     assert straight(image).size == (2, 1)
+
+
+# --- how large ---------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_too_many_pixels_is_told_with_the_way_to_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    Image.new("1", (100, 100)).save(path)
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "9999")
+    with pytest.raises(CascadeError, match=r"large\.png: has more than 9,999 pixels; if they are meant, set CASC"):
+        read_picture(path)
+    with pytest.raises(BadRecordError, match=r"broken picture: .*; CASCADE_MAX_PIXELS allows more"):
+        decode(Record(path, (), "a"))
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "10000")
+    assert read_picture(path).shape == (1, 3, 100, 100)
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "many")
+    with pytest.raises(CascadeError, match=r"CASCADE_MAX_PIXELS: 'many'; expected a number of pixels"):
+        read_picture(path)
+
+
+def test_pillows_own_limit_is_left_as_it_was_and_nothing_is_warned_of_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (100, 100)).save(tmp_path / "a.png")
+    before = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "15000")  # Pillow would warn from half of it on
+    read_picture(tmp_path / "a.png")
+    assert before == Image.MAX_IMAGE_PIXELS

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a skip a level": {"skips": "level", "skip_scale": 0.5**0.5},
     "attention once a level": {"attention_after": "level"},
     "text alone": {"self_attention": False},
+    "Prince's figure": {"modulation": "add", "resampling": "conv", "text": "pooled"},
 }
 
 
@@ -51,7 +52,7 @@ def awake(network: UNet, seed: int = 0) -> UNet:
 
 
 def unet(low_res_channels: int = 0, **changes: Any) -> UNet:
-    return UNet(UNetConfig(**{**TINY, **changes}), low_res_channels=low_res_channels)
+    return UNetConfig(**{**TINY, **changes}).build(3, low_res_channels)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -84,7 +85,7 @@ def test_fresh_network_returns_zero(name: str) -> None:
 def test_any_size_that_the_depth_allows(name: str, size: tuple[int, int]) -> None:
     network = awake(unet(**VARIANTS[name]))
     height, width = size
-    assert height % network.config.downsampling == width % network.config.downsampling == 0
+    assert height % network.divisor == width % network.divisor == 0
     output = network(normal(2, 3, height, width), levels(), conditions())
     assert output.shape == (2, 3, height, width)
     assert bool(torch.isfinite(output).all())

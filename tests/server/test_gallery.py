@@ -167,3 +167,13 @@ def test_a_damaged_or_half_written_line_hides_no_other(server: Live) -> None:
 def test_two_galleries_do_not_share_a_folder(server: Live) -> None:
     with pytest.raises(CascadeError, match="another run writes into this folder"):
         Gallery(server.gallery.folder)
+
+
+def test_a_sampler_with_settings_of_its_own_comes_back_whole(server: Live) -> None:
+    section = {"kind": "ddim", "eta": 0.5}
+    first = server.draw("a fox", seed=1, until=8, sampler={"base": section})["pictures"]["0"]
+    said = server.client.get(f"/api/pictures/{first['id']}/asked").json()
+    assert said["sampler"] == {"base": section}
+    second = server.over(server.client.post("/api/jobs", json=said).json()["id"])["pictures"]["0"]
+    one, other = (server.gallery.read(picture["id"])[1] for picture in (first, second))
+    assert Image.open(io.BytesIO(one)).tobytes() == Image.open(io.BytesIO(other)).tobytes()

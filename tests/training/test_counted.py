@@ -55,7 +55,7 @@ def test_noise_for_a_gpu_is_a_function_of_seed_and_view(monkeypatch: pytest.Monk
     device: Any = There()
 
     def drawn(samples: list[int], seed: int = 0) -> Any:
-        return draw_noise(samples, (8, 8), (4, 4), NoiseSource(seed, 0.3, device=device))
+        return draw_noise(samples, (3, 8, 8), (3, 4, 4), NoiseSource(seed, 0.3, device=device))
 
     both, alone, other = drawn([3, 7]), drawn([7]), drawn([7], seed=1)
     for name in ("u", "eps", "aug_level", "aug_eps"):

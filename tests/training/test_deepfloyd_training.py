@@ -10,7 +10,7 @@ import torch
 from helpers_if import TEXT_DIM, make_if, own_picture, peer_picture
 from helpers_training import log_entries
 
-from cascade.build import IF_NOISE, build_stage
+from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config import TrainConfig
 from cascade.convert import convert
@@ -20,6 +20,7 @@ from cascade.diffusion.noise import diffuse, posterior
 from cascade.diffusion.parameterization import to_x
 from cascade.images import downsample, upsample_corners
 from cascade.load import load_stage, load_trainer
+from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 from cascade.stage import Stage
 from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
@@ -104,7 +105,7 @@ def test_the_second_stage_sees_the_reduced_enlarged_and_independently_noised_pic
     stage = build_stage(read_stage(folders[True]))
     x = draws(2, 3, 32, 32).clamp(-1, 1)
     batch = TrainingBatch(x, draws(2, 77, TEXT_DIM), torch.ones(2, 77, dtype=torch.bool), [5, 6], torch.arange(2), 2)
-    draw = draw_noise([5, 6], (32, 32), stage.noised_size((32, 32)), NoiseSource(0, 0.9))
+    draw = draw_noise([5, 6], (3, 32, 32), stage.noised_shape((3, 32, 32)), NoiseSource(0, 0.9))
     cond = conditions(stage, batch, draw)
     assert draw.aug_eps is not None
     assert draw.aug_eps.shape == draw.eps.shape

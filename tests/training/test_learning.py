@@ -77,6 +77,22 @@ def test_a_base_stage_draws_the_two_pictures_it_saw_by_their_captions(tmp_path: 
     assert (right < wrong / 4).all()
 
 
+def test_a_transformer_draws_the_two_pictures_it_saw_by_their_captions(tmp_path: Path, pictures: Path) -> None:
+    stage = trained(
+        tmp_path,
+        pictures,
+        "stage.model={kind: transformer, width: 32, depth: 2, patch: 2, bottleneck: 12, head_dim: 16,"
+        " embedding_dim: 32, text_dim: 16}",
+        "stage.sampling={steps: 10, guidance: 1.0}",
+        "training.steps=200",
+    )
+    drawn, expected = draw(stage, text_of(CAPTIONS), text_of(("", ""))), truth(pictures)
+    right = (drawn - expected).abs().mean(dim=(1, 2, 3))
+    wrong = (drawn - expected.flip(0)).abs().mean(dim=(1, 2, 3))
+    assert right.max() < 0.05  # as of the U-Net above
+    assert (right < wrong / 4).all()
+
+
 def test_a_super_resolution_stage_beats_bicubic_on_the_pictures_it_saw(tmp_path: Path, pictures: Path) -> None:
     stage = trained(
         tmp_path,

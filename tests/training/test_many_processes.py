@@ -132,7 +132,7 @@ def broken(rank: int, output: str) -> None:
     def divide(*_arguments: object, **_options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    with patch("cascade.training.trainer.sample_grid", divide):
+    with patch("cascade.training.samples.SampleGrid.drawn", divide):
         try:
             run.run()
         except expected as error:

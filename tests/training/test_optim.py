@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cascade.config import OptimizerConfig
+from cascade.models.network import Network
 from cascade.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -55,7 +56,7 @@ def test_only_matrices_and_kernels_decay() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_setting_the_learning_rate_reaches_every_group(kind: str) -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(kind=kind))
+    optimizer = build_optimizer(Repeated(), OptimizerConfig(kind=kind))
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
@@ -92,13 +93,16 @@ def test_adamw_copies_no_channels_last_gradient() -> None:
     assert not {"aten::clone", "aten::contiguous"} & set(calls)
 
 
-class Repeated(torch.nn.Module):
+class Repeated(Network):
     """A kernel that Muon moves, and one that it leaves to AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 4, 3, bias=False)
         self.levels = torch.nn.ModuleList([torch.nn.Conv2d(4, 6, 3)])
+
+    def repeated_blocks(self) -> list[torch.nn.Module]:
+        return list(self.levels)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers_training import WordEncoder, log_entries, micro_config, trainer, write_pictures
+from helpers_training import TRANSFORMER, WordEncoder, log_entries, micro_config, trainer, write_pictures
 from PIL import Image
 
 from cascade.config import TrainConfig
@@ -36,6 +36,8 @@ CASES = {
     "accumulation": ("training.accumulation=2", "training.loss.stratified=true"),
     "decay": ("training.optimizer.decay=cosine", "training.optimizer.warmup_steps=3"),
     "bf16": ("training.precision=bf16",),
+    "transformer": TRANSFORMER,
+    "transformer and muon": (*TRANSFORMER, "training.optimizer.kind=muon"),
     "between log entries": ("training.log_every=3",),
 }
 

@@ -12,7 +12,6 @@ from reference import chapter18
 
 from cascade.build import build_stage
 from cascade.config import LossConfig, TrainConfig
-from cascade.diffusion.loss import Weighting
 from cascade.diffusion.noise import log_snr_from_std
 from cascade.stage import Stage
 from cascade.training.step import Draw, NoiseSource, TrainingBatch, conditions, draw_noise, noise_levels, training_loss
@@ -38,8 +37,8 @@ def batch_of(samples: list[int], batch_size: int) -> TrainingBatch:
 
 
 def test_noise_is_keyed_by_seed_and_view() -> None:
-    both, alone = (draw_noise(samples, (8, 8), (4, 4), NoiseSource(0, 0.3)) for samples in ([3, 7], [7]))
-    other_seed = draw_noise([7], (8, 8), (4, 4), NoiseSource(1, 0.3))
+    both, alone = (draw_noise(samples, (3, 8, 8), (3, 4, 4), NoiseSource(0, 0.3)) for samples in ([3, 7], [7]))
+    other_seed = draw_noise([7], (3, 8, 8), (3, 4, 4), NoiseSource(1, 0.3))
     for name in ("u", "eps", "aug_level", "aug_eps"):
         assert torch.equal(getattr(both, name)[1:], getattr(alone, name))
         assert not torch.equal(getattr(both, name)[:1], getattr(alone, name))
@@ -47,19 +46,19 @@ def test_noise_is_keyed_by_seed_and_view() -> None:
 
 
 def test_the_augmentation_level_is_uniform_up_to_its_maximum() -> None:
-    levels = draw_noise(range(2000), (2, 2), (1, 1), NoiseSource(0, 0.3)).aug_level
+    levels = draw_noise(range(2000), (3, 2, 2), (3, 1, 1), NoiseSource(0, 0.3)).aug_level
     assert levels.min() >= 0
     assert levels.max() < 0.3
     assert levels.mean().item() == pytest.approx(0.15, abs=4 * 0.3 / (12 * 2000) ** 0.5)  # 4 standard errors
 
 
 def test_the_augmentation_level_may_be_uniform_in_the_time_of_the_cosine_schedule() -> None:
-    levels = draw_noise(range(2000), (2, 2), (1, 1), NoiseSource(0, 0.9999, "time")).aug_level
+    levels = draw_noise(range(2000), (3, 2, 2), (3, 1, 1), NoiseSource(0, 0.9999, "time")).aug_level
     times = torch.atan(torch.exp(-log_snr_from_std(levels) / 2)) * 2 / torch.pi  # the cosine schedule, inverted
     for t in (0.1, 0.5, 0.9):
         share, tolerance = (times < t).double().mean().item(), 4 * (t * (1 - t) / 2000) ** 0.5  # 4 standard errors
         assert share == pytest.approx(t, abs=tolerance + 0.01)  # t ends at 0.99
-    assert draw_noise(range(2000), (2, 2), (1, 1), NoiseSource(0, 0.3, "time")).aug_level.max() < 0.3
+    assert draw_noise(range(2000), (3, 2, 2), (3, 1, 1), NoiseSource(0, 0.3, "time")).aug_level.max() < 0.3
 
 
 @pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
@@ -68,8 +67,8 @@ def test_the_loss_of_a_picture_does_not_depend_on_its_batch(changes: tuple[str, 
     stage, loss = stage_of(config), config.training.loss
 
     def losses(samples: list[int]) -> torch.Tensor:
-        draw = draw_noise(samples, (8, 8), stage.noised_size((8, 8)), NoiseSource(0, 0.3))
-        values, _ = training_loss(stage, stage.network, batch_of(samples, 4), loss, Weighting(), draw)
+        draw = draw_noise(samples, (3, 8, 8), stage.noised_shape((3, 8, 8)), NoiseSource(0, 0.3))
+        values, _ = training_loss(stage, stage.network, batch_of(samples, 4), loss, draw)
         return values.detach()
 
     # Float32: matrix products of another batch size may round differently.
@@ -78,8 +77,8 @@ def test_the_loss_of_a_picture_does_not_depend_on_its_batch(changes: tuple[str, 
 
 def test_stratified_levels_put_one_picture_in_each_part_of_the_distribution() -> None:
     stage = stage_of(micro_config("unused"))
-    batch, draw = batch_of([4, 5, 6, 7], 4), draw_noise([4, 5, 6, 7], (8, 8), None, NoiseSource(0, 0.0))
-    _, log_snr = training_loss(stage, stage.network, batch, LossConfig(stratified=True), Weighting(), draw)
+    batch, draw = batch_of([4, 5, 6, 7], 4), draw_noise([4, 5, 6, 7], (3, 8, 8), None, NoiseSource(0, 0.0))
+    _, log_snr = training_loss(stage, stage.network, batch, LossConfig(stratified=True), draw)
     t = 2 / torch.pi * torch.atan(torch.exp(-log_snr.flatten() / 2))  # the cosine schedule, inverted
     assert (4 * t).floor().tolist() == [0, 1, 2, 3]
 
@@ -98,14 +97,13 @@ def documented_settings() -> tuple[str, ...]:
 def test_the_documented_settings_give_the_loss_of_algorithm_18_1_as_a_mean() -> None:
     config = micro_config("unused", *documented_settings())
     stage, batch = stage_of(config), batch_of([1, 2, 3], 3)
-    draw = draw_noise([1, 2, 3], (8, 8), None, NoiseSource(0, 0.0))
+    draw = draw_noise([1, 2, 3], (3, 8, 8), None, NoiseSource(0, 0.0))
     settings = config.training.loss
-    weighting = Weighting(settings.space, settings.min_snr_gamma, settings.max_weight)
 
     def network(z: torch.Tensor, _log_snr: torch.Tensor, _cond: object) -> torch.Tensor:
         return torch.tanh(2 * z) + 0.3
 
-    losses, _ = training_loss(stage, network, batch, settings, weighting, draw)
+    losses, _ = training_loss(stage, network, batch, settings, draw)
     alphas = chapter18.alphas(chapter18.linear_betas(1000, 1e-4, 0.02))
     steps = (draw.u.double() * 1000).floor().long() + 1  # uniform over 1 .. T
     expected = [
@@ -125,7 +123,7 @@ def test_logit_normal_levels_have_their_mean_and_deviation() -> None:
 
 def test_a_super_resolution_stage_sees_the_noised_area_mean() -> None:
     stage = stage_of(micro_config("unused", *SUPER_RESOLUTION))
-    batch, draw = batch_of([0, 1, 2], 3), draw_noise([0, 1, 2], (8, 8), (4, 4), NoiseSource(0, 0.3))
+    batch, draw = batch_of([0, 1, 2], 3), draw_noise([0, 1, 2], (3, 8, 8), (3, 4, 4), NoiseSource(0, 0.3))
     cond = conditions(stage, batch, draw)
     mean = batch.x.reshape(3, 3, 4, 2, 4, 2).mean(dim=(3, 5))
     level = draw.aug_level[:, None, None, None]
@@ -135,7 +133,7 @@ def test_a_super_resolution_stage_sees_the_noised_area_mean() -> None:
 
 def test_a_view_with_a_smaller_picture_of_its_own_is_trained_on_that_one() -> None:
     stage = stage_of(micro_config("unused", *SUPER_RESOLUTION))
-    draw = draw_noise([0, 1, 2], (8, 8), (4, 4), NoiseSource(0, 0.3))
+    draw = draw_noise([0, 1, 2], (3, 8, 8), (3, 4, 4), NoiseSource(0, 0.3))
     plain = batch_of([0, 1, 2], 3)
     own = torch.full((3, 4, 4), 0.5)
     seen, without = (conditions(stage, batch, draw) for batch in (replace(plain, lows={1: own}), plain))
@@ -146,7 +144,7 @@ def test_a_view_with_a_smaller_picture_of_its_own_is_trained_on_that_one() -> No
 
 def test_a_base_stage_sees_only_the_text() -> None:
     batch = batch_of([0, 1], 2)
-    cond = conditions(stage_of(micro_config("unused")), batch, draw_noise([0, 1], (8, 8), None, NoiseSource(0, 0.3)))
+    cond = conditions(stage_of(micro_config("unused")), batch, draw_noise([0, 1], (3, 8, 8), None, NoiseSource(0, 0.3)))
     assert cond.low_res is None
     assert cond.low_res_log_snr is None
     assert torch.equal(cond.text, batch.text)
@@ -158,9 +156,9 @@ def test_algorithm_18_1_is_a_setting() -> None:
     stage, batch, draw = (
         stage_of(config),
         batch_of([0, 1, 2, 3], 4),
-        draw_noise([0, 1, 2, 3], (8, 8), None, NoiseSource(0, 0.0)),
+        draw_noise([0, 1, 2, 3], (3, 8, 8), None, NoiseSource(0, 0.0)),
     )
-    losses, log_snr = training_loss(stage, stage.network, batch, config.training.loss, Weighting(), draw)
+    losses, log_snr = training_loss(stage, stage.network, batch, config.training.loss, draw)
 
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), dim=0)
     for index in range(4):

@@ -21,7 +21,7 @@ def test_the_tiny_stages_chain() -> None:
     assert stages[-1].resolution == 64
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "transformer"])
 def test_a_tiny_stage_trains_as_it_stands(tmp_path: Path, name: str) -> None:
     changes = ["training.steps=2", "training.optimizer.warmup_steps=0", "training.sample_every=2"]
     config = load_train_config(CONFIGS / f"{name}.yaml", [f"output={tmp_path / name}", *changes])

@@ -20,6 +20,7 @@ from torch import nn
 from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
 from cascade.load import load_stage, load_train_config, load_trainer
+from cascade.training.actions import Moment
 from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names
 from cascade.training.state import load_newest
@@ -516,4 +517,4 @@ def test_a_full_disk_is_one_clear_line_for_log_and_samples(tmp_path: Path, monke
         log.write(1, {})
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(CascadeError, match=r"step-00000001\.png: cannot be written: No space left"):
-        run._sample(1, run.averaged_stage(), lambda: False)
+        run.actions[-1].run(Moment(1, run.averaged_stage, lambda: False))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,23 @@ from helpers_training import SUPER_RESOLUTION, TEXT_DIM, log_entries, micro_conf
 from cascade.data import loader
 from cascade.errors import CascadeError
 from cascade.text.t5 import TextEncoder
-from cascade.training import validation as validation_module
-from cascade.training.step import training_loss
+from cascade.training import step as step_module
+from cascade.training.actions import Moment, Validate
+from cascade.training.step import Draw
+from cascade.training.trainer import Trainer
 from cascade.training.validation import Validation
 
 VALIDATE = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 3}"
 
 
-def losses_of(run: object) -> torch.Tensor:
-    stage = run.averaged_stage()  # type: ignore[attr-defined]
-    return run.validation.losses(stage, run.text, run.weighting, torch.device("cpu"))[0]  # type: ignore[attr-defined]
+def validation_of(run: Trainer) -> Validation:
+    """What the run validates with."""
+    return next(action.validation for action in run.actions if isinstance(action, Validate))
+
+
+def losses_of(run: Trainer) -> torch.Tensor:
+    stage = run.averaged_stage()
+    return validation_of(run).losses(stage, run.text, torch.device("cpu"))[0]
 
 
 @pytest.mark.parametrize("changes", [(), SUPER_RESOLUTION], ids=["base", "super-resolution"])
@@ -33,7 +41,7 @@ def test_views_noise_and_losses_are_the_same_each_time_and_for_every_seed(
     assert torch.equal(losses_of(run), first)
     other = micro_config(tmp_path / "run", VALIDATE, *changes, "training.seed=5", "data.flip=1.0")
     validation = Validation(other, other.training.validation)  # type: ignore[arg-type]
-    again = validation.losses(run.averaged_stage(), run.text, run.weighting, torch.device("cpu"))[0]
+    again = validation.losses(run.averaged_stage(), run.text, torch.device("cpu"))[0]
     assert torch.equal(again, first)
 
 
@@ -42,13 +50,13 @@ def test_processes_share_the_views(tmp_path: Path) -> None:
     config = run.config
     parts = [
         Validation(config, config.training.validation, process, 2).losses(
-            run.averaged_stage(), run.text, run.weighting, torch.device("cpu")
+            run.averaged_stage(), run.text, torch.device("cpu")
         )
         for process in (0, 1)
     ]
     # Float32: a batch of another size may order its sums in another way.
     together = torch.cat([torch.stack(part).unflatten(1, (3, 2)) for part in parts], dim=2).flatten(1)
-    whole = torch.stack(run.validation.losses(run.averaged_stage(), run.text, run.weighting, torch.device("cpu")))
+    whole = torch.stack(validation_of(run).losses(run.averaged_stage(), run.text, torch.device("cpu")))
     torch.testing.assert_close(together, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -81,22 +89,24 @@ def test_it_is_the_training_loss_of_the_same_views_in_every_bit(
     """Text, network and square are computed alike: through T5 itself, which autocast must not reach."""
     config = micro_config(tmp_path / "run", VALIDATE, *changes, f"training.precision={precision}", "data.flip=0")
     run = trainer(config, TextEncoder.from_pretrained(make_tiny_t5(tmp_path / "t5", dim=TEXT_DIM), max_length=128))
-    captured: list[tuple[object, torch.Tensor]] = []
-    real = validation_module.training_loss
+    validate = next(action for action in run.actions if isinstance(action, Validate))
+    captured: list[tuple[Draw, torch.Tensor]] = []
+    real = step_module.training_loss
 
-    def capturing(*given: object) -> object:
-        found = real(*given)  # type: ignore[arg-type]
-        captured.append((given[5], found[0]))
+    def capturing(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = real(*given)
+        captured.append((given[4], found[0]))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation_module, "training_loss", capturing)
-        run._validated(run.stage, lambda: False)
+        patch.setattr(step_module, "training_loss", capturing)
+        validate.run(Moment(1, lambda: run.stage, lambda: False))
     assert len(captured) == 3
-    total, loss = sum(len(batch.samples) for batch in run.validation._batches), run.validation._loss
-    for batch, (draw, validated) in zip(run.validation._batches, captured, strict=True):
+    batches, settings = validate.validation._batches, validate.validation.objective.settings
+    total = sum(len(batch.samples) for batch in batches)
+    for batch, (draw, validated) in zip(batches, captured, strict=True):
         ready = replace(run.ready(batch), positions=torch.tensor(batch.samples), batch_size=total)
-        trained, _ = training_loss(run.stage, run.network, ready, loss, run.weighting, draw)
+        trained, _ = real(run.stage, run.network, ready, settings, draw)
         assert torch.equal(trained.detach(), validated)
 
 

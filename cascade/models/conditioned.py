@@ -1,0 +1,79 @@
+"""What networks of ours make of the conditions, once per generation: one vector, and keys and values of the text."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cascade.conditioning import Conditioning
+from cascade.models.attention import KeysValues
+from cascade.models.checks import check_conditions
+from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
+from cascade.models.network import Network
+
+TextUse = Literal["attention", "pooled", "none"]
+"""Tokens join attention's keys and values, and pooled text the embedding; the latter alone; or no text is read."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network has read of the conditions.
+
+    embedding: (B, E) from pooled text and augmentation level. text: keys and values for each block, in order; None for
+    one that reads no text. visible: (B, 1, 1, N), None when all tokens are real. low_res: (B, C, H, W), upsampled.
+    """
+
+    embedding: Tensor
+    text: tuple[KeysValues | None, ...]
+    visible: Tensor | None
+    low_res: Tensor | None
+
+    def crop(self, rows: slice, columns: slice) -> Seen:
+        """The same for a part of the picture."""
+        return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
+
+
+class ConditionedNetwork(Network):
+    """A network whose every block sees one vector, of noise level, pooled text and augmentation level together."""
+
+    def __init__(self, embedding_dim: int, text: TextUse, text_dim: int, low_res_channels: int) -> None:
+        super().__init__()
+        self.low_res_channels = low_res_channels
+        self.noise_level = NoiseLevelEmbedding(embedding_dim)
+        self.aug_level = NoiseLevelEmbedding(embedding_dim) if low_res_channels else None
+        self.text_norm = nn.LayerNorm(text_dim) if text != "none" else None
+        self.text_pooling = TextPooling(text_dim, embedding_dim) if text != "none" else None
+
+    @abstractmethod
+    def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
+        """Keys and values of normalized text (B, N, D) for each block, in the order in which `forward` meets them.
+
+        None for a block that reads no text, and for all where there is none.
+        """
+
+    def prepare(self, cond: Conditioning) -> Seen:
+        """Everything that depends on the conditions alone. cond.low_res: (B, C, H, W), already upsampled to z's size.
+
+        Raises ValueError when a smaller picture is missing or not expected.
+        """
+        check_conditions(cond, self.low_res_channels)
+        dtype = self.noise_level.out.weight.dtype
+        embedding = torch.zeros((), device=cond.text.device, dtype=dtype)
+        normalized = visible = None
+        if self.text_norm is not None and self.text_pooling is not None:
+            normalized = self.text_norm(cond.text.to(self.text_norm.weight.dtype))
+            embedding = embedding + self.text_pooling(normalized, cond.text_mask)
+            visible = None if _known_to_be_real(cond.text_mask) else cond.text_mask[:, None, None, :]
+        if self.aug_level is not None:
+            embedding = embedding + self.aug_level(cond.low_res_log_snr)
+        return Seen(embedding, tuple(self.read_text(normalized)), visible, cond.low_res)
+
+
+def _known_to_be_real(mask: Tensor) -> bool:
+    """Whether every token (B, N) is real, where one may look: it waits for a GPU, and breaks a compiled graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())

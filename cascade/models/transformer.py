@@ -1,0 +1,234 @@
+"""A transformer on patches of pixels: the picture is a row of tokens, whatever its height and width.
+
+Source: Li & He (2025, JiT) arXiv 2511.13720: patches of plain pixels enter through a bottleneck, the network predicts
+the clean picture (parameterization x); RMSNorm, SwiGLU, normalized queries and keys, rotary positions along two axes.
+The adaptive norms, which start at zero, are those of Peebles & Xie (2023, DiT). As in our U-Net the text joins the keys
+and values of each block, and a smaller picture is more channels of the pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cascade.conditioning import Conditioning
+from cascade.models.attend import attend
+from cascade.models.attention import KeysValues
+from cascade.models.blocks import depth_to_space, space_to_depth, zero_init
+from cascade.models.checks import check_size
+from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
+from cascade.models.network import Geometry, NetworkConfig, module_list
+from cascade.settings import PositiveInt
+
+LONGEST_TURN = 100.0
+"""Wavelength, in patches over 2 pi, of the slowest rotation (Heo et al. 2024, RoPE for vision)."""
+PLACES = 4
+"""Octaves of the sinusoids that say where in the picture a patch lies."""
+
+
+class TransformerConfig(NetworkConfig):
+    """A transformer on patches of pixels. It wants `parameterization: x`, whose target lies where pictures do."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: PositiveInt = 384
+    """Width of a token."""
+    depth: PositiveInt = 12
+    """Blocks, all alike."""
+    patch: PositiveInt = 4
+    """Height and width of the square of pixels that is a token: 16 x 16 tokens for 64 px pictures."""
+    bottleneck: PositiveInt = 64
+    """Width through which a patch of pixels enters, far below its own."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head, a multiple of 4."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Width of the layer between a block's two others, in widths of a token, before its gate takes a third."""
+    embedding_dim: PositiveInt = 384
+    """Width of the noise-level embedding."""
+    text: TextUse = "attention"
+    """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
+    text_dim: PositiveInt = 256
+    """Width of the text encoder's embeddings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of what each block adds."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide width {self.width}")
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4: a sine and a cosine for either axis")
+        if self.embedding_dim % 2:
+            raise ValueError(f"embedding_dim {self.embedding_dim} must be even: half sines, half cosines")
+        return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network sees the prompt at all."""
+        return self.text != "none"
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside a block's MLP; with three matrices in place of two, two thirds of the ratio, even."""
+        return 2 * max(round(self.mlp_ratio * self.width / 3), 1)
+
+    def geometry(self, channels: int) -> Geometry:
+        """It attends to the whole picture; the tokens, their keys and values exist at once."""
+        each = 1 / self.patch**2
+        return Geometry(self.patch, None, channels + 4 * self.width * each, self.width * each)
+
+    def build(self, channels: int, low_res_channels: int = 0) -> Transformer:
+        """The network with fresh weights."""
+        return Transformer(self, channels, low_res_channels)
+
+
+class TokenAttention(nn.Module):
+    """Every patch asks; patches and text tokens answer. Queries and keys are normalized, so that no logit grows."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.width // config.head_dim
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, h: Tensor, turns: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
+        """h: (B, N, C); turns: see `rotations`; visible: (B, 1, 1, M), None when all text is real -> (B, N, C)."""
+        query, key, value = self.qkv(h).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        query, key = rotate(self.query_norm(query), turns), rotate(self.key_norm(key), turns)  # (B, heads, N, d)
+        mask = None
+        if text is not None:
+            mask = None if visible is None else F.pad(visible, (key.shape[2], 0), value=True)  # patches always are
+            key, value = torch.cat([key, self.key_norm(text[0])], dim=2), torch.cat([value, text[1]], dim=2)
+        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then an MLP with a gate; scale, shift and share of both follow from the embedding, at first zero."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.adapt = zero_init(nn.Linear(config.embedding_dim, 6 * config.width))
+        self.attention = TokenAttention(config)
+        self.gate_and_value = nn.Linear(config.width, 2 * config.mlp_width)
+        self.out = nn.Linear(config.mlp_width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, h: Tensor, embedding: Tensor, turns: Tensor, text: KeysValues | None, visible: Tensor | None
+    ) -> Tensor:
+        """h: (B, N, C); embedding: (B, E), after its SiLU -> (B, N, C)."""
+        scale_1, shift_1, share_1, scale_2, shift_2, share_2 = self.adapt(embedding)[:, None].chunk(6, dim=-1)
+        attended = self.attention(adapted(h, scale_1, shift_1), turns, text, visible)
+        h = h + share_1 * self.dropout(attended)
+        gate, value = self.gate_and_value(adapted(h, scale_2, shift_2)).chunk(2, dim=-1)
+        return h + share_2 * self.dropout(self.out(F.silu(gate) * value))
+
+
+class Transformer(ConditionedNetwork):
+    """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
+
+    def __init__(self, config: TransformerConfig, channels: int, low_res_channels: int = 0) -> None:
+        """channels: of the pictures. low_res_channels: those of the smaller picture, which is seen beside z."""
+        super().__init__(config.embedding_dim, config.text, config.text_dim, low_res_channels)
+        self.config = config
+        width, pixels = config.width, config.patch**2
+        self.narrow = nn.Linear((channels + low_res_channels) * pixels, config.bottleneck, bias=False)
+        self.widen = nn.Linear(config.bottleneck, width)
+        self.place = nn.Linear(4 * PLACES, width)
+        # Keys and values of the text stay outside the blocks: they are read before any block runs.
+        reads = config.depth if config.text == "attention" else 0
+        self.text_key_values = module_list(nn.Linear(config.text_dim, 2 * width, bias=False) for _ in range(reads))
+        self.blocks = module_list(TransformerBlock(config) for _ in range(config.depth))
+        self.head_adapt = zero_init(nn.Linear(config.embedding_dim, 2 * width))
+        self.head = zero_init(nn.Linear(width, channels * pixels))
+
+    def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Seen) -> Tensor:
+        """z: (B, C, H, W); log_snr: (B, 1, 1, 1) -> (B, C, H, W). H and W: multiples of the patch.
+
+        Raises ValueError for any other size.
+        """
+        seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
+        check_size(z, seen.low_res, self.config.patch)
+        embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
+        x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
+        patches = space_to_depth(x.to(self.head.weight.dtype), self.config.patch)  # (B, C P P, H / P, W / P)
+        rows, columns = patches.shape[-2:]
+        where = centres(rows, columns, z.device)  # (N, 2)
+        turns = rotations(where, self.config.head_dim)
+        h = self.widen(self.narrow(patches.flatten(2).mT))  # (B, N, C)
+        h = h + self.place(places(where, rows, columns).to(h.dtype))
+        for block, text in zip(self.blocks, seen.text, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, embedding, turns, text, seen.visible, use_reentrant=False)
+            else:
+                h = block(h, embedding, turns, text, seen.visible)
+        scale, shift = self.head_adapt(embedding)[:, None].chunk(2, dim=-1)
+        output = self.head(adapted(h, scale, shift))  # (B, N, C P P)
+        return depth_to_space(output.mT.unflatten(2, (rows, columns)), self.config.patch)
+
+    def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
+        """See `ConditionedNetwork.read_text`."""
+        if text is None or not self.text_key_values:
+            return [None] * self.config.depth
+        heads = 2 * self.config.width // self.config.head_dim
+        both = [
+            layer(text).unflatten(-1, (heads, -1)).transpose(1, 2).chunk(2, dim=1) for layer in self.text_key_values
+        ]
+        return [(key, value) for key, value in both]
+
+    def repeated_blocks(self) -> Sequence[TransformerBlock]:
+        """All blocks."""
+        return list(self.blocks)
+
+    def attention_layers(self) -> Sequence[nn.Module]:
+        """Those of the blocks, and what makes keys and values of the text."""
+        return [*(block.attention for block in self.blocks), *self.text_key_values]
+
+
+def adapted(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """RMSNorm without weights of its own, which scale and shift (B, 1, C) stand for: (B, N, C) -> (B, N, C)."""
+    return torch.addcmul(shift, F.rms_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def centres(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(down, right) of each patch from the middle of the picture, in patches: (N, 2)."""
+    down, right = (torch.arange(count, device=device) - (count - 1) / 2 for count in (rows, columns))
+    return torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def places(where: Tensor, rows: int, columns: int) -> Tensor:
+    """Where in the picture a patch lies: (N, 2) in patches -> (N, 4 PLACES) sines and cosines.
+
+    In halves of the side of the square of equal area, so that a picture twice as large has the same places, and a wider
+    one goes beyond them on its right and left.
+    """
+    octaves = math.pi / 2 * 2.0 ** torch.arange(PLACES, device=where.device)
+    angle = (2 * where / math.sqrt(rows * columns))[:, :, None] * octaves  # (N, 2, PLACES)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def rotations(where: Tensor, head_dim: int) -> Tensor:
+    """Cosine and sine of the angle by which each pair of a head's numbers turns: (N, 2) -> (2, N, head_dim / 2).
+
+    Half of the pairs turn with the row, half with the column, so that query and key know their distance in patches.
+    Source: Su et al. (2021) sec. 3.2, for two axes.
+    """
+    count = head_dim // 4
+    speed = LONGEST_TURN ** -(torch.arange(count, device=where.device) / count)
+    angle = (where[:, :, None] * speed).flatten(1)  # (N, head_dim / 2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(heads: Tensor, turns: Tensor) -> Tensor:
+    """Each pair (first half, second half) of (B, heads, N, d) turned by its angle."""
+    cosine, sine = turns.to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

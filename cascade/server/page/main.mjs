@@ -1,0 +1,108 @@
+// The page: its parts, and what goes from one to another.
+
+import { ask, askedOf, call, follow, read } from "./api.mjs";
+import { Comparison } from "./compare.mjs";
+import { Composer } from "./composer.mjs";
+import { $, toast, trying } from "./dom.mjs";
+import { Easel } from "./easel.mjs";
+import { Gallery } from "./gallery.mjs";
+import { Viewer } from "./viewer.mjs";
+
+const comparison = new Comparison();
+const gallery = new Gallery({
+  onOpen: picture => viewer.open(picture),
+  onCompare: (first, second) => comparison.open(first, second),
+});
+const viewer = new Viewer(gallery, {
+  settings: trying(async picture => settle(await askedOf(picture))),
+  again: trying(async picture => {
+    const { seed, number, ...asked } = await askedOf(picture);
+    await draw({ ...asked, num_images_per_prompt: 1 });
+  }),
+  compare: picture => gallery.choose(picture, true),
+  star: picture => gallery.star(picture),
+  remove: picture => gallery.remove(picture),
+});
+const easel = new Easel({ open: picture => viewer.open(picture) });
+let composer = null;
+
+async function draw(asked) {
+  const job = await ask(asked);
+  easel.update(job);
+  return job;
+}
+
+function settle(asked) {
+  composer?.fill(asked);
+  $("prompt").focus();
+  toast("The settings of that picture are in the form, its seed kept.");
+}
+
+const begin = trying(async () => {
+  const card = await call("GET", "/api/model");
+  $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
+  $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
+  easel.stages = card.stages;
+  if (!composer) composer = new Composer(card, trying(async () => {
+    composer.taken(await draw(composer.asked()));
+    $("easel").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  }));
+  easel.render();
+});
+
+follow({
+  state({ jobs, ready, error }) {
+    $("model").textContent = error || (ready ? $("model").textContent : "Loading the model…");
+    $("model").classList.toggle("bad", Boolean(error));
+    if (ready) begin().then(() => easel.set(jobs));
+    gallery.reload();
+  },
+  model: ({ error }) => {
+    $("model").textContent = error;
+    $("model").classList.toggle("bad", Boolean(error));
+    if (!error) begin();
+  },
+  job: job => easel.update(job),
+  step: step => easel.step(step),
+  picture: news => { easel.picture(news); gallery.add(news.picture); },
+  lost() {
+    $("model").textContent = "The server does not answer.";
+    $("model").classList.add("bad");
+  },
+});
+
+// --- a picture that is dropped, pasted or chosen gives its settings back
+
+const take = trying(async file => { if (file) settle(await read(file)); });
+$("read-button").onclick = () => $("read-file").click();
+$("read-file").onchange = () => { take($("read-file").files[0]); $("read-file").value = ""; };
+const holdsFile = event => [...(event.dataTransfer?.types ?? [])].includes("Files");
+addEventListener("dragover", event => {
+  if (!holdsFile(event)) return;
+  event.preventDefault();
+  $("drop").classList.add("over");
+});
+addEventListener("dragleave", event => { if (!event.relatedTarget) $("drop").classList.remove("over"); });
+addEventListener("drop", event => {
+  $("drop").classList.remove("over");
+  if (!holdsFile(event)) return;
+  event.preventDefault();
+  take(event.dataTransfer.files[0]);
+});
+addEventListener("paste", event => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
+
+// --- colours
+
+const THEMES = { "": "as the system", light: "light", dark: "dark" };
+function colour(theme) {
+  document.documentElement.dataset.theme = theme;
+  const title = `Colours: ${THEMES[theme]}`;
+  $("theme-button").title = title;
+  $("theme-button").setAttribute("aria-label", title);
+  localStorage.setItem("theme", theme);
+}
+$("theme-button").onclick = () => {
+  const names = Object.keys(THEMES);
+  colour(names[(names.indexOf(document.documentElement.dataset.theme ?? "") + 1) % names.length]);
+};
+colour(localStorage.getItem("theme") in THEMES ? localStorage.getItem("theme") : "");
