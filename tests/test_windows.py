@@ -5,13 +5,15 @@ On Windows itself the same commands run as they are.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,13 @@ from helpers_model import make_tiny_cascade
 from helpers_training import micro_settings, write_pictures
 from PIL import Image
 
+import cascade
+from cascade import system
+from cascade.cli.model import _adapters
 from cascade.files.names import alike
+from cascade.files.paths import expanded
+from cascade.hub import may_be_on_hub
+from cascade.settings import override
 
 TESTS = Path(__file__).parent
 STOP = signal.SIGINT if sys.platform != "win32" else signal.CTRL_BREAK_EVENT
@@ -223,6 +231,57 @@ print(Path("nothing").exists(), Path("no run").exists())
 
 def test_files_are_closed_before_they_are_replaced_or_removed(desk: Desk) -> None:
     assert desk.python(FILES_IN_USE).splitlines() == ["0 1 2 3 1", "False False"]
+
+
+def used_names(path: Path) -> Iterator[str]:
+    """What a module imports, and attributes of modules: `fcntl`, `os.fork`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import(names=names):
+                yield from (name.name for name in names)
+            case ast.ImportFrom(module=str(module), names=names):
+                yield from (module, *(f"{module}.{name.name}" for name in names))
+            case ast.Attribute(value=ast.Name(id=module), attr=name):
+                yield f"{module}.{name}"
+
+
+def test_one_folder_alone_knows_which_system_it_is_on() -> None:
+    """What only Unix has, and questions which system this is, are in cascade/system, each half without the other's."""
+    text = (TESTS / "emulated_windows" / "unix_only.txt").read_text(encoding="utf-8")
+    unix = {kind: names.split() for kind, names in re.findall(r"^(\w+): ((?:.|\n  )*)", text, re.MULTILINE)}
+    unix_only = {*unix["modules"], *(f"{kind}.{name}" for kind in ("os", "signal") for name in unix[kind])}
+    unix_only |= {"signal.SIGCHLD", "signal.SIGKILL", "signal.SIGHUP", "signal.SIGUSR1", "signal.SIGALRM"}
+    windows_only = {"msvcrt", "winreg", "os.O_BINARY", "os.startfile", "signal.SIGBREAK"}
+    asking = {"sys.platform", "os.name", "platform.system", "ctypes.CDLL"}
+    for path in Path(cascade.__file__).parent.rglob("*.py"):
+        used, place = set(used_names(path)), path.parent.name
+        assert place == "system" or not used & (unix_only | windows_only | asking), path
+        assert place != "system" or path.stem == "posix" or not used & unix_only, path
+        assert place != "system" or path.stem == "windows" or not used & windows_only, path
+
+
+def test_both_halves_offer_the_same() -> None:
+    halves = [Path(system.__file__).with_name(f"{half}.py") for half in ("posix", "windows")]
+    offered = [
+        {
+            name: ast.unparse(node.args)
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+            for name in [node.name]
+        }
+        for tree in (ast.parse(half.read_text(encoding="utf-8")) for half in halves)
+    ]
+    public = [{name: of for name, of in half.items() if not name.startswith("_")} for half in offered]
+    assert public[0] == public[1]
+    assert public[0].keys() <= set(system.__all__)
+
+
+@pytest.mark.parametrize("path", ["C:\\runs\\my base", "C:/runs/base", "\\\\server\\share\\base", "D:base"])
+def test_paths_of_windows_are_read_as_paths(path: str) -> None:
+    assert override({}, [f"output={path}"]) == {"output": path}
+    assert _adapters(f"base={path}") == {"base": path}
+    assert not may_be_on_hub(path)
+    assert expanded(path) == path
 
 
 def test_no_two_names_that_were_written_are_one_on_another_system(desk: Desk) -> None:
