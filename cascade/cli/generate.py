@@ -21,6 +21,8 @@ from cascade.system import STOP_SIGNALS
 from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
+    import torch
+
     from cascade.batch import DrawOptions, Layout, Output, Progress, Summary
     from cascade.drawing.changes import Changes
     from cascade.pipeline import CascadePipeline
@@ -102,7 +104,10 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Go this far to another seed's noise."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
 @click.option("--text-8bit", is_flag=True, help="Text encoder in 8 bits; needs the extra `quantized`.")
@@ -189,9 +194,10 @@ class Request:
 
         with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
-            run_seed = output.begin(self._settings())["seed"]
+            settled = output.begin(self._settings())
+            run_seed = settled["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-            pipeline = self._pipeline()
+            pipeline = self._pipeline(settled["dtype"])
             progress = self._progress()
             progress.begin(self._total(output))
             with _told_to_stop() as stop:
@@ -222,7 +228,7 @@ class Request:
     def _settings(self) -> dict[str, Any]:
         """What decides the bytes of the output; `Output` refuses to continue a run of which any was different."""
         from cascade.batch.identity import model_identity, versions
-        from cascade.load import choose_device, choose_dtype, read_index
+        from cascade.load import choose_device, read_index
 
         device = choose_device(self.device)
         own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
@@ -233,14 +239,23 @@ class Request:
             **{name: getattr(self, name) for name in (*own, *stored)},
             "tar_size": self.tar_size if self.format == "webdataset" else None,
             "device": device.type,
-            "dtype": str(choose_dtype(self.dtype, device)).removeprefix("torch."),
+            "dtype": self._dtype(device),
         }
 
-    def _pipeline(self) -> CascadePipeline:
+    def _dtype(self, device: torch.device) -> str | dict[str, str]:
+        """The number format; where it was left to us, what is fastest here, which a run that stands there overrules."""
+        from cascade.load import read_config, read_index
+        from cascade.probe import settled_dtype
+
+        configs = map(read_config, read_index(self.model).stages)
+        name = str(settled_dtype(self.dtype, device, configs)).removeprefix("torch.")
+        return {"auto": name} if self.dtype == "auto" else name
+
+    def _pipeline(self, dtype: str) -> CascadePipeline:
         from cascade.pipeline import CascadePipeline
 
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
+            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
         )
 
     def _options(self, run_seed: int) -> DrawOptions:
