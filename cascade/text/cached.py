@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError

@@ -54,7 +54,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
         found = {str(tracker) for tracker in accelerator.log_with}
         missing = [tracker for tracker in trackers if tracker not in found]
-        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
+        how = "pip install 'cascade-diffusion[tensorboard]'" if missing == ["tensorboard"] else "install it"
+        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; {how}, or leave it out")
     return accelerator
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
 from cascade.config import TrainConfig
