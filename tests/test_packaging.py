@@ -39,7 +39,7 @@ def test_the_source_distribution_is_the_checkout_and_both_fit_on_pypi(tmp_path: 
     """Every file that git knows is in it, so that its tests can be run; PyPI takes files of 100 MB."""
     checkout = tmp_path / "checkout"
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), str(checkout)], check=True)
-    code = "import sys; from setuptools.build_meta import *; build_sdist(sys.argv[1]); build_wheel(sys.argv[1])"
+    code = "import sys; from setuptools.build_meta import *; out = sys.argv[1]; build_sdist(out); build_wheel(out)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=checkout, check=True, capture_output=True)
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     assert max(sdist.stat().st_size, wheel.stat().st_size) < 100e6
