@@ -78,8 +78,13 @@ def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]
                 release(file.fileno())
 
 
+def are_missing(error: OSError) -> bool:
+    """Whether an error means that the file system has no locks."""
+    return error.errno in _NO_LOCKS
+
+
 def _warn_or_raise(error: OSError, path: Path) -> None:
-    if error.errno not in _NO_LOCKS:
+    if not are_missing(error):
         raise error
     if path.parent not in _told:
         _told.add(path.parent)

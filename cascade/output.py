@@ -38,7 +38,7 @@ class CascadeOutput:
     prompts: list[str]
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the pictures, on a sheet where there are several. None: they are no pictures of PIL."""
+        """What a notebook shows: the pictures, on a sheet where there are several. None: they are not PIL's."""
         pictures = self.images if isinstance(self.images, list) else []
         if not pictures:
             return None

@@ -90,6 +90,19 @@ def settled_dtype(dtype: torch.dtype | str | None, device: torch.device, configs
     return chosen
 
 
+def explained(device: torch.device, configs: Iterable[StageConfig]) -> str:
+    """Where and in which number format a cascade would be drawn, and why."""
+    usual = _plain(choose_dtype(None, device))
+    if device.type != "cpu":
+        reason = "has bfloat16 of its own" if has_bfloat16(device) else "has no bfloat16 of its own"
+        return f"drawn on {name_of(device)} in {usual}: it {reason}"
+    share = time_share([Work(config) for config in configs], device, torch.bfloat16)
+    fastest = "bfloat16" if share <= GAIN else "float32"
+    long = f"{share:.2g} of its time" if share < 1 else f"{share:.2g} times as long"
+    why = f"bfloat16 takes {long} here, so --dtype auto takes {fastest}"
+    return f"drawn on the processor, since torch sees no GPU, in {usual}; {why}"
+
+
 def time_share(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> float:
     """The time that the largest layers of some stages take, in shares of float32's. Kept for the machine."""
     key = _key(work, device, dtype)

@@ -167,6 +167,24 @@ def test_training_in_a_slow_precision_is_done_with_one_warning(
     ]
 
 
+def test_info_says_where_and_in_which_format_a_cascade_is_drawn_and_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cascade.device.own_gpu", lambda: None)
+    takes(monkeypatch, 7.0)
+    assert main(["info", str(make_tiny_cascade(tmp_path / "tiny"))]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "drawn on the processor, since torch sees no GPU, in float32;"
+        " bfloat16 takes 7 times as long here, so --dtype auto takes float32"
+    )
+    monkeypatch.setattr(probe, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _: False)
+    monkeypatch.setattr(probe, "name_of", lambda _: "Tesla T4")
+    monkeypatch.setattr("cascade.device.name_of", lambda _: "Tesla T4")
+    said = probe.explained(torch.device("cuda", 0), [])
+    assert said == "drawn on Tesla T4 in float32: it has no bfloat16 of its own"
+
+
 @pytest.mark.parametrize("preset", ["small/base", "bundled/sr256", "imagen/sr1024", "deepfloyd/base"])
 def test_presets_leave_the_precision_to_the_machine(preset: str) -> None:
     path = Path(__file__).parents[1] / "configs" / f"{preset}.yaml"

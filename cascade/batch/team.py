@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cascade.batch.layout import Layout
 from cascade.batch.locks import Claims, RunLock, processes
+from cascade.errors import CascadeError
+from cascade.locks import are_missing
 
 
 class Team:
@@ -41,8 +43,18 @@ class Team:
         self._lock.share()
 
     def start(self) -> None:
-        """From now on the others wait for us."""
-        self._opened(self._drawing).take(self.rank)
+        """From now on the others wait for us. Raises CascadeError where there are no locks to share the work by."""
+        if self.count == 1:
+            return
+        try:
+            self._opened(self._drawing).take(self.rank)
+        except OSError as error:
+            if not are_missing(error):
+                raise
+            raise CascadeError(
+                f"{self._state.parent}: no locks on this file system, by which {self.count} processes share the work;"
+                " give each a part with --shard instead, or write to a local disk"
+            ) from None
 
     @property
     def before(self) -> int:
@@ -68,6 +80,8 @@ class Team:
 
     def wait_for_the_others(self) -> None:
         """Until none of us draws any more: launchers end all when one ends with a failure."""
+        if self.count == 1:
+            return
         drawing = self._opened(self._drawing)
         drawing.release(self.rank)
         for rank in range(self.count):

@@ -53,9 +53,10 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
     from cascade.config import FORMAT_VERSION
-    from cascade.load import find_stage, read_config, read_index
+    from cascade.load import choose_device, find_stage, read_config, read_index
     from cascade.machine import free_bytes
     from cascade.memory import text_memory, ways
+    from cascade.probe import explained
 
     index = read_index(model)
     if super_resolution:
@@ -64,15 +65,15 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
     parts = _parts(index, text.parameters)
     configs = [read_config(folder) for folder in index.stages]
     possible = ways(configs, text, index.max_text_length)
-    free = free_bytes()
+    free, place = free_bytes(), explained(choose_device(None), configs)
     if as_json:
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
-        head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION}
+        head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION, "device": place}
         memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
         click.echo(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
         click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
-        click.echo(_memory(possible, free))
+        click.echo(f"{_memory(possible, free)}\n\n{place}")
     return 0
 
 

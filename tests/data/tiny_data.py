@@ -34,8 +34,9 @@ def write_folder(folder: Path, count: int, broken: tuple[int, ...] = (), silent:
 def write_parquet(path: Path, first: int, count: int) -> Path:
     """Rows with a picture, a caption, and a list of caption variants."""
     import datasets
+    import pyarrow.parquet as pq
 
-    numbers = range(first, first + count)
+    numbers = range(first, first + max(count, 1))
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -51,6 +52,8 @@ def write_parquet(path: Path, first: int, count: int) -> Path:
     table = datasets.Dataset.from_dict(rows, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path)
+    if count == 0:  # which datasets before 5.2 does not write
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
     return path
 
 
