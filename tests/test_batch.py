@@ -232,6 +232,12 @@ def run(pipeline: CascadePipeline, out: Path, records: Iterable[PromptRecord | F
     return summary
 
 
+def test_a_contact_sheet_names_the_picture_that_is_damaged(tmp_path: Path) -> None:
+    entries = [{"file": "000000-a-fox.png", "prompt": "a fox"}]
+    with pytest.raises(CascadeError, match=r"^000000-a-fox\.png: not a readable picture"):
+        write_grid(entries, lambda _name: b"\x89PNG\r\n", tmp_path / "grid.png")
+
+
 def manifest(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
 

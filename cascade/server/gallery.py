@@ -19,6 +19,7 @@ from cascade.batch.metadata import sidecar
 from cascade.batch.pictures import Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
+from cascade.files.picture import read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 
 PART = "studio"
@@ -103,9 +104,9 @@ class Gallery:
         return file.rpartition("/")[2], content
 
     def thumbnail(self, id: str) -> bytes:
-        """A small WebP. Raises KeyError."""
-        with Image.open(io.BytesIO(self.read(id)[1])) as image:
-            small = image.convert("RGB")
+        """A small WebP. Raises KeyError, CascadeError for a damaged picture."""
+        name, content = self.read(id)
+        small = read_rgb(io.BytesIO(content), name)
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, format="WEBP", quality=88, method=2)

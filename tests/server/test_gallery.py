@@ -59,6 +59,15 @@ def test_a_picture_of_the_page_is_drawn_again_to_the_same_bytes_by_the_command_l
     assert (again / name).read_bytes() == content
 
 
+def test_a_picture_that_was_damaged_is_named(server: Live) -> None:
+    picture = server.draw("a fox", seed=1)["pictures"]["0"]
+    (path,) = server.gallery.folder.rglob(picture["name"])
+    path.write_bytes(path.read_bytes()[:60])
+    answer = server.client.get(f"/api/pictures/{picture['id']}/thumbnail")
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(f"{picture['name']}: not a readable picture")
+
+
 def test_a_new_server_finds_pictures_and_stars_and_goes_on_numbering(pipeline: CascadePipeline, tmp_path: Path) -> None:
     with live(lambda: pipeline, tmp_path) as server:
         first = server.draw("a fox", seed=1)["pictures"]["0"]
