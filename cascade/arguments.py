@@ -12,6 +12,7 @@ import numpy as np
 
 from cascade.config import StageConfig
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.text.embeddings import TextEmbeddings
 
@@ -48,7 +49,7 @@ def texts_of(name: str, value: Any) -> list[str]:
     texts: list[Any] = list(value) if several else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
+            raise CascadeError(f"{name}: {quoted(text)} is no text; expected a string, or a list of strings")
     return texts
 
 
@@ -82,7 +83,7 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise CascadeError(f"{name}: {value!r}; expected a whole number") from None
+        raise CascadeError(f"{name}: {quoted(value)}; expected a whole number") from None
 
 
 def positive(name: str, value: Any) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
+from cascade.quoting import quoted
 from cascade.settings import parse
 
 _READING = "text"
@@ -183,8 +184,8 @@ def check_format(path: str | Path, version: object) -> None:
     """Raises CascadeError unless a file's `format` is the one that this version reads."""
     if version != FORMAT_VERSION:
         raise CascadeError(
-            f"{path}: format {version!r}; this version of cascade reads format {FORMAT_VERSION}; use the version that"
-            " wrote the file, or write it again with this one"
+            f"{path}: format {quoted(version)}; this version of cascade reads format {FORMAT_VERSION}; use the version"
+            " that wrote the file, or write it again with this one"
         )
 
 

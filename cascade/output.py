@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cascade.drawing.task import Step
 from cascade.errors import CascadeError
 from cascade.images import to_float, to_pil
+from cascade.quoting import quoted
 
 Callback = Callable[[str, int, int, Tensor], None]
 """callback(stage, step, steps, x_hat) after each step, x_hat (B, 3, H, W) in about [-1, 1]."""
@@ -51,9 +52,9 @@ def as_type(pixels: Tensor, output_type: str) -> Any:
 def check_wishes(output_type: str, callback: Callback | None) -> None:
     """Raises CascadeError for a type that pictures do not come in, and for a callback that cannot be called."""
     if callback is not None and not callable(callback):
-        raise CascadeError(f"callback: {callback!r}; expected a function (stage, step, steps, x_hat)")
+        raise CascadeError(f"callback: {quoted(callback)}; expected a function (stage, step, steps, x_hat)")
     if output_type not in ("pil", "np", "pt"):
-        raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
+        raise CascadeError(f'output_type: {quoted(output_type)}; expected "pil", "np" or "pt"')
 
 
 class Watcher:

@@ -13,6 +13,7 @@ from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
 from cascade.locks import held
+from cascade.quoting import quoted
 from cascade.scratch import ScratchTable
 
 _CHUNK = 1 << 20
@@ -137,7 +138,7 @@ class Manifest:
             made_by(entry)
             row = (*key, start, len(line) + 1)
         except (ValueError, KeyError, TypeError):
-            raise CascadeError(f"{self.path}: a line is damaged: {line[:40]!r}; remove it, or --overwrite") from None
+            raise CascadeError(f"{self.path}: a line is damaged: {quoted(line)}; remove it, or --overwrite") from None
         self._tidy = self._tidy and key > self._last
         self._last = key
         self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cascade.files.text import json_text
 from cascade.prompts import Failure
+from cascade.quoting import message, shown_json
 
 _BETWEEN_SECONDS = 0.2
 
@@ -32,7 +33,7 @@ class Progress:
 
     def failed(self, failure: Failure) -> None:
         """Something could not be drawn."""
-        print(failure, file=sys.stderr)
+        print(message(str(failure).replace("\n", " ")), file=sys.stderr)
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -66,7 +67,7 @@ class Bar(Progress):
 
     def failed(self, failure: Failure) -> None:
         self._failures += 1
-        tqdm.write(str(failure), file=sys.stderr)
+        tqdm.write(message(str(failure).replace("\n", " ")), file=sys.stderr)
         if self._bar is not None:
             self._bar.set_postfix(failed=self._failures)
 
@@ -103,4 +104,4 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """One line, at once."""
-        print(json_text({"event": event, **values}), file=self._file, flush=True)
+        print(shown_json(json_text({"event": event, **values})), file=self._file, flush=True)

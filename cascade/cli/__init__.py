@@ -17,6 +17,7 @@ from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
+from cascade.cli.say import PlainFormatter, say
 from cascade.cli.serve import serve, studio
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
@@ -35,7 +36,7 @@ def program(context: click.Context) -> None:
     not run.
     """
     if context.invoked_subcommand is None:
-        click.echo(context.get_help(), err=True)
+        say(context.get_help(), error=True)
         context.exit(2)
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             status = program.main(arguments, prog_name="cascade", standalone_mode=False)
         except CascadeError as error:
-            return _fail(str(error).splitlines())
+            return _fail(str(error).split("\n"))
         except OSError as error:
             if error.filename is None:
                 raise
@@ -61,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except click.ClickException as error:
             return _fail([error.format_message()])
         except (click.Abort, KeyboardInterrupt):
-            click.echo("cascade: stopped", err=True)
+            say("cascade: stopped", error=True)
             return 1
     return int(status or 0)
 
 
 def _fail(lines: Sequence[str]) -> int:
     for line in lines:
-        click.echo(f"cascade: error: {line}", err=True)
+        say(f"cascade: error: {line}", error=True)
     return 2
 
 
@@ -79,13 +80,13 @@ def _plain_messages() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PlainFormatter())
     logger = logging.getLogger("cascade")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"cascade: warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: say(f"cascade: warning: {message}", error=True)
         try:
             yield
         finally:

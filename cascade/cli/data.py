@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.cli.train import find_config
 from cascade.text.captions import prepare_caption
 
@@ -53,14 +54,14 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
         tempfile.TemporaryFile(dir=Path(sheet).parent).close()
     surveys = surveys_of(settings, limit)
     for found in surveys:
-        click.echo("\n".join(describe(found, settings.data, settings.stage)))
-    click.echo("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
+        say("\n".join(describe(found, settings.data, settings.stage)))
+    say("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
     picture = view_sheet(settings.data, settings.stage, settings.training.seed, views, reading.label)
     with atomic_file(Path(sheet)) as temporary:
         text = PngInfo()
         text.add_text(SOFTWARE, _PROGRAM)
         picture.save(temporary, format="PNG", pnginfo=text)
-    click.echo(f"the first {views} views: {sheet}")
+    say(f"the first {views} views: {sheet}")
     return 1 if any(found.problems for found in surveys) else 0
 
 

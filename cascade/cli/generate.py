@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.paths import path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 from cascade.files.text import json_text
+from cascade.quoting import quoted, shown_json
 from cascade.seeds import MAX_SEED
 from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 
@@ -60,7 +62,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     which, _, count = text.partition("/")
     if which.isdecimal() and count.isdecimal() and 1 <= int(which) <= int(count):
         return (int(which) - 1, int(count))
-    raise click.BadParameter(f"{text!r}; expected which of how many, such as 3/16.")
+    raise click.BadParameter(f"{quoted(text)}; expected which of how many, such as 3/16.")
 
 
 @click.command()
@@ -302,9 +304,9 @@ class Request:
         page = f"; see {output.path('index', '.html')}" if self.html else ""
         self._say(f"{pictures} picture{'s' * (pictures != 1)} in {self.out}{before}{failed}{page}")
         if summary.stopped:
-            click.echo("cascade: stopped; the same command continues", err=True)
+            say("cascade: stopped; the same command continues", error=True)
         if self.log_json:
-            click.echo(_event("end", pictures=pictures, kept=kept, failures=failures, out=self.out))
+            say(_event("end", pictures=pictures, kept=kept, failures=failures, out=self.out))
         return 1 if failures or summary.stopped else 0
 
     def _write_extras(self, output: Output) -> None:
@@ -324,11 +326,11 @@ class Request:
 
     def _say(self, line: str) -> None:
         if not self.quiet and not self.log_json:
-            click.echo(line)
+            say(line)
 
 
 def _event(name: str, **values: Any) -> str:
-    return json_text({"event": name, **values})
+    return shown_json(json_text({"event": name, **values}))
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.values import per_stage
 
 if TYPE_CHECKING:
@@ -69,10 +71,10 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
         head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION}
         memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
-        click.echo(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
+        say(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
-        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
-        click.echo(_memory(possible, free))
+        say(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
+        say(_memory(possible, free))
     return 0
 
 
@@ -223,7 +225,7 @@ def assemble(
         text_encoder, stages, name=name, license=license, max_length=max_text_length, adapters=_adapters(adapter)
     )
     pipeline.save_pretrained(out, formats[dtype] if dtype else None)
-    click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
+    say(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
     return 0
 
 
@@ -234,7 +236,7 @@ def _adapters(text: str | None) -> dict[str, str]:
     except ValueError as error:
         raise CascadeError(f"--adapter: {error}") from None
     if isinstance(folders, str):
-        raise CascadeError(f"--adapter: {folders!r} names no stage; write base={folders}")
+        raise CascadeError(f"--adapter: {quoted(folders)} names no stage; write base={folders}")
     return folders
 
 
@@ -251,5 +253,5 @@ def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
     from cascade.convert import convert as convert_model
 
     names = convert_model(source, out, super_resolution)
-    click.echo(f"{', '.join(names)} in {out}")
+    say(f"{', '.join(names)} in {out}")
     return 0

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from cascade._version import __version__
+from cascade.cli.say import say
 from cascade.errors import CascadeError, StorageError
 from cascade.files.picture import open_picture
+from cascade.quoting import quoted
 
 if TYPE_CHECKING:
     from cascade.drawing.changes import Changes
@@ -45,7 +45,7 @@ def redraw(
         target.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
-    click.echo(f"{target}: {'the same bytes' if same else _difference(said)}")
+    say(f"{target}: {'the same bytes' if same else _difference(said)}")
     return 0 if same else 1
 
 
@@ -73,7 +73,7 @@ def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> by
         where.model, device=where.device or settings["device"], dtype=settings["dtype"]
     )
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
-        raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
+        raise CascadeError(f"{picture}: was drawn by the model {quoted(said['model'])}; name its folder with --model")
     with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))

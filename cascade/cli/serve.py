@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cascade.cli.paths import path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -137,6 +138,6 @@ class Request:
         return f"http://{host}:{port}/{key}"
 
     def _say(self, address: str) -> None:
-        click.echo(f"{'studio' if self.page else 'serving'} at {address} - pictures in {self.out}; Ctrl-C ends it")
+        say(f"{'studio' if self.page else 'serving'} at {address} - pictures in {self.out}; Ctrl-C ends it")
         if self.browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

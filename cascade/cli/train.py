@@ -12,6 +12,7 @@ import click
 
 from cascade.allocator import keep_freed_memory
 from cascade.cli.paths import path_argument
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:
         if finished:
-            click.echo(f"stage {settings.stage.name} is trained: {trainer.output / 'stage'}")
+            say(f"stage {settings.stage.name} is trained: {trainer.output / 'stage'}")
         else:
             step = int(checkpoints(trainer.output)[-1].name.removeprefix("step-"))
-            click.echo(f"cascade: stopped after step {step}; continue with --resume", err=True)
+            say(f"cascade: stopped after step {step}; continue with --resume", error=True)
     return 0 if finished else 1
 
 
@@ -87,12 +88,12 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
         )
     cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
     who = f"process {number}: " if count > 1 else ""
-    click.echo(
+    say(
         f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
     if stopped():
-        click.echo("cascade: stopped; the same command continues", err=True)
+        say("cascade: stopped; the same command continues", error=True)
     return 1 if stopped() else 0
 
 

@@ -10,6 +10,7 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.cli.upscaled import MANIFEST, Enlarger
 from cascade.errors import CascadeError, StorageError
 from cascade.seeds import MAX_SEED
@@ -75,10 +76,10 @@ def upscale(
         except CascadeError as error:
             failed += 1
             named = "" if str(error).startswith((image, str(target))) else f"{image}: "
-            click.echo(f"cascade: error: {named}{error}", err=True)
+            say(f"cascade: error: {named}{error}", error=True)
         else:
             if not quiet:
-                click.echo(f"{target}: {done}")
+                say(f"{target}: {done}")
     if failed == len(targets):
         return 2
     return 1 if failed else 0

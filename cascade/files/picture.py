@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 
 MOST_PIXELS = "CASCADE_MAX_PIXELS"
 """The environment's variable for how many pixels a picture that is read may have."""
@@ -67,7 +68,7 @@ def most_pixels() -> int:
     """Of a picture that is read. Raises CascadeError for an environment that says no number."""
     text = os.environ.get(MOST_PIXELS, "")
     if text and not (text.isascii() and text.isdecimal()):
-        raise CascadeError(f"{MOST_PIXELS}: {text!r}; expected a number of pixels, such as 300000000")
+        raise CascadeError(f"{MOST_PIXELS}: {quoted(text)}; expected a number of pixels, such as 300000000")
     return int(text) if text else _MOST_PIXELS
 
 

@@ -18,6 +18,7 @@ from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
+from cascade.quoting import quoted
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 
@@ -37,7 +38,7 @@ def load_pipeline(
 ) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
     if captions is not None and captions not in get_args(Captions):
-        raise CascadeError(f"captions: {captions!r}; expected one of {', '.join(get_args(Captions))}")
+        raise CascadeError(f"captions: {quoted(captions)}; expected one of {', '.join(get_args(Captions))}")
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
@@ -111,7 +112,7 @@ def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]
     if isinstance(folders, (str, Path)):
         return [folders]
     if not isinstance(folders, Sequence):
-        raise CascadeError(f"super_resolution: {folders!r}; expected a folder, or several")
+        raise CascadeError(f"super_resolution: {quoted(folders)}; expected a folder, or several")
     return folders
 
 
@@ -120,7 +121,7 @@ def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) 
     names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
     unknown = [name for name in adapters if name not in names]
     if unknown:
-        raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
+        raise CascadeError(f"adapters: {quoted(unknown[0])} is no stage of this model; it has {', '.join(names)}")
     return [
         (folder, path_of(adapters[name]) if name in adapters else None)
         for folder, name in zip(folders, names, strict=True)

@@ -17,6 +17,7 @@ from cascade.checkpoint import atomic_folder
 from cascade.config import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
+from cascade.quoting import quoted
 from cascade.streaming import move_streamed
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
@@ -253,8 +254,8 @@ class TextEncoder:
         end = spans[cut - 1][1] if cut else 0
         kept, lost = text[:end], text[end:]
         return (
-            f"the prompt {_shorten(prompt)!r} has {count} tokens, more than max_length {self.max_length}:"
-            f" it was cut after {' '.join(kept.split()[-4:])!r}, before {' '.join(lost.split()[:4])!r}"
+            f"the prompt {quoted(_shorten(prompt))} has {count} tokens, more than max_length {self.max_length}:"
+            f" it was cut after {quoted(' '.join(kept.split()[-4:]))}, before {quoted(' '.join(lost.split()[:4]))}"
         )
 
 
