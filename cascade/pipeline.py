@@ -11,6 +11,7 @@ import torch
 from cascade.arguments import (
     PerStage,
     check_chain,
+    check_result,
     check_text_widths,
     integer,
     negatives_of,
@@ -20,6 +21,7 @@ from cascade.arguments import (
     seeds_of,
     stage_sizes,
 )
+from cascade.bounds import PICTURES
 from cascade.config import Captions
 from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import default_batch_size
@@ -177,7 +179,8 @@ class CascadePipeline:
         edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
-        numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
+        numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
+        check_result(len(prompts) * len(numbers), size)
         stages = {slot.config.name: settings[slot.config.name] for slot in slots}
         tasks = [
             self.task(
@@ -197,7 +200,7 @@ class CascadePipeline:
             for index in range(len(prompts))
             for number in numbers
         ]
-        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size, PICTURES)
         with Watcher(progress, callback) as watcher:
             drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
         pixels = {

@@ -8,16 +8,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
 from cascade.quoting import named, quoted
-
-PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):

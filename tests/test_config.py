@@ -69,10 +69,13 @@ MISTAKES = [
         f"training.seed: should be less than or equal to {2**63 - 1}, not {2**63}",
     ),
     ("training.optimizer.betas=[0.9, 1.0]", "training.optimizer.betas.1: should be less than 1, not 1.0"),
-    ("stage.sampling.steps=1000001", "stage.sampling.steps: should be less than or equal to 1000000, not 1000001"),
+    (
+        "stage.sampling.steps=1000001",
+        "stage.sampling.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are usual",
+    ),
     (
         "stage.presets.fast.steps=1000001",
-        "stage.presets.fast.steps: should be less than or equal to 1000000, not 1000001",
+        "stage.presets.fast.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are usual",
     ),
     (
         "stage.sampling.guidance_interval=[3, -2.5]",

@@ -17,8 +17,8 @@ PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
 LAYERS = (
-    "errors _version quoting values transfer files seeds locks scratch machine device allocator settings streaming hub"
-    " images",
+    "errors _version bounds quoting values transfer files seeds locks scratch machine device allocator settings "
+    "streaming hub images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
     "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight load",
     "batch convert integrations server cli __init__ __main__",

@@ -1,5 +1,6 @@
 """The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
 
+from cascade.bounds import PositiveInt
 from cascade.config.common import FORMAT_VERSION, AugSpread, Fraction
 from cascade.config.data import (
     Captions,
@@ -38,7 +39,6 @@ from cascade.config.training import (
 from cascade.diffusion.parameterization import Kind
 from cascade.models.if_unet import IFUNetConfig
 from cascade.models.unet import UNetConfig
-from cascade.settings import PositiveInt
 
 __all__ = [
     "FORMAT_VERSION",
