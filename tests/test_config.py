@@ -75,7 +75,8 @@ MISTAKES = [
     ),
     (
         "stage.presets.fast.steps=1000001",
-        "stage.presets.fast.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are usual",
+        "stage.presets.fast.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are"
+        " usual",
     ),
     (
         "stage.sampling.guidance_interval=[3, -2.5]",
