@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from cascade.config import FORMAT_VERSION, StageConfig, TextReading
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import read_json_file
 from cascade.files.text import json_text
 from cascade.quoting import quoted
 from cascade.settings import parse
@@ -91,7 +91,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CascadeError when it is missing, damaged or no object."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_json_file(path)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

@@ -72,6 +72,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise CascadeError(f"{path}: {error}") from None
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
+    except RecursionError:
+        raise CascadeError(f"{path}: not valid YAML: too many brackets within brackets") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -89,7 +91,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             raise CascadeError(f"{quoted(assignment)}: expected key=value, such as training.steps=100")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise CascadeError(f"{quoted(assignment)}: {quoted(text)} is not a YAML value") from None
         _assign(data, name.split("."), value, assignment)
     return data

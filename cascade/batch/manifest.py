@@ -11,6 +11,7 @@ from typing import Any
 
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json
 from cascade.files.text import json_text
 from cascade.locks import held
 from cascade.quoting import quoted
@@ -133,11 +134,11 @@ class Manifest:
 
     def _learn(self, line: bytes, start: int) -> None:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             key = (int(entry["index"]), int(entry["number"]))
             made_by(entry)
             row = (*key, start, len(line) + 1)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
             raise CascadeError(f"{self.path}: a line is damaged: {quoted(line)}; remove it, or --overwrite") from None
         self._tidy = self._tidy and key > self._last
         self._last = key

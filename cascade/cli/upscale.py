@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from cascade.cli.paths import path_argument, path_option
 from cascade.cli.say import say
 from cascade.cli.upscaled import MANIFEST, Enlarger
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json
 from cascade.seeds import MAX_SEED
 from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
@@ -111,9 +111,9 @@ def _check_manifest(out: Path) -> None:
         return
     try:
         with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline() or "{}")
+            first = parse_json(file.readline() or "{}")
         ours = isinstance(first, dict) and (not first or "upscale" in first)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         ours = False
     if not ours:
         raise CascadeError(f"{path}: is not of `cascade upscale`; name another folder with --out")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json
 from cascade.files.text import json_text
 from cascade.text.captions import well_formed
 
@@ -127,11 +128,11 @@ def _is_from(target: Path, asked: Any) -> bool | None:
     try:
         # However large it is: only one that says that it is ours is decoded.
         with open_picture(target, limited=False) as image:
-            said = json.loads(image.info.get("upscale", "null"))
+            said = parse_json(image.info.get("upscale", "null"))
             if not isinstance(said, dict):
                 return None
             return bool(said == asked) and _is_whole(image)
-    except (OSError, SyntaxError, ValueError, TypeError, RecursionError):
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError):
         return None
 
 

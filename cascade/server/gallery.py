@@ -19,6 +19,7 @@ from cascade.batch.metadata import sidecar
 from cascade.batch.pictures import Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json, read_json_file
 from cascade.files.picture import read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 
@@ -156,7 +157,7 @@ class Gallery:
 
     def _names_a_file(self, line: bytes) -> bool:
         try:
-            return self._is_there(json.loads(line)["file"])
+            return self._is_there(parse_json(line)["file"])
         except (ValueError, KeyError, TypeError):
             return False  # a kill within writing it
 
@@ -223,6 +224,6 @@ def _read_stars(path: Path) -> frozenset[str] | set[str]:
     if not path.exists():
         return set()
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["stars"])
-    except (ValueError, KeyError, TypeError):
+        return set(read_json_file(path)["stars"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CascadeError(f'{path}: expected {{"stars": [...]}}; mend or remove it') from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.training.log import band_names
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             step = int(entry.pop("step"))
         except (ValueError, OverflowError, KeyError, AttributeError, TypeError):
             continue
