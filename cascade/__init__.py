@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cascade._version import __version__
 
 if TYPE_CHECKING:
+    from cascade.batch import generate_files
     from cascade.conditioning import Conditioning
     from cascade.config import StageConfig, TrainConfig
     from cascade.errors import CascadeError, DownloadError, ShortageError, StorageError
@@ -36,6 +37,7 @@ __all__ = [
     "TextEncoder",
     "TrainConfig",
     "__version__",
+    "generate_files",
     "load_train_config",
 ]
 
@@ -52,6 +54,7 @@ _MODULES = {
     "TextEmbeddings": "text.embeddings",
     "TextEncoder": "text.t5",
     "TrainConfig": "config",
+    "generate_files": "batch",
     "load_train_config": "load",
 }
 

@@ -35,6 +35,7 @@ class DrawOptions:
     batch_size: see `cascade.drawing.batch_size.Wish`. changes: a picture to be changed, and how; a line may name its
     own.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
+    strict: the first failure ends the run. low_memory: smaller pictures wait on the disk.
     """
 
     run_seed: int
@@ -49,6 +50,8 @@ class DrawOptions:
     window: int | None = None
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)
+    strict: bool = False
+    low_memory: bool = False
 
     def conduct(self, **more: Any) -> Conduct:
         """How the engine goes about it. more: further fields of `Conduct`."""
