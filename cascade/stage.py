@@ -90,7 +90,8 @@ class Stage:
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
         guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
-        picture = limit(denoisers.to_picture(guided, base, scale), settings)
+        differs = self.config.path == "residual"  # else r is the picture
+        picture = limit(denoisers.to_picture(guided, base, scale) if differs else guided, settings)
         log_snrs = self.noise_levels(settings)
         if known is not None:
             log_snrs = levels_from(self.schedule, log_snrs, known.strength)
@@ -98,12 +99,10 @@ class Stage:
                 return known.x
             z = start_from(known, (known.x - base) / scale, z, log_snrs[:1, None, None, None].to(z.device))
             picture = picture if known.mask is None else keep_known(picture, known.x, known.mask)
-        denoise = denoisers.to_residual(picture, base, scale)
-
-        def report(step: int, r: Tensor) -> None:
-            if on_step is not None:
-                on_step(step, base + scale * r)
-
+        denoise = denoisers.to_residual(picture, base, scale) if differs else picture
+        report = on_step or _ignore
+        if differs:
+            report = _as_pictures(report, base, scale)
         if known is not None and known.rounds > 1:
             return base + scale * sample_repaint(denoise, z, log_snrs, rng, report, known.rounds)
         return base + scale * run_sampler(settings, denoise, z, log_snrs, rng, report)
@@ -234,6 +233,15 @@ def blank_call(
     text = torch.zeros(pictures, text_tokens, config.model.text_dim)
     cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool))
     return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)
+
+
+def _ignore(step: int, x_hat: Tensor) -> None:
+    """The callback of those who do not watch."""
+
+
+def _as_pictures(on_step: OnStep, base: Tensor, scale: float) -> OnStep:
+    """A callback that is given residuals, and passes on the pictures that they stand for."""
+    return lambda step, r: on_step(step, base + scale * r)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:

@@ -246,6 +246,24 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(tmp_path:
     assert snapshot(run / "stage") == before
 
 
+def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def die(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cascade.training.trainer.save_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(micro_config(run)).run()
+    assert (run / "stage" / "stage.json").is_file()
+    monkeypatch.undo()
+    assert trainer(micro_config(run)).run(resume=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] != []
+    assert not (run / "checkpoints" / ".begun").exists()
+
+
 def test_a_run_goes_on_beside_settings_that_somebody_changed_and_leaves_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cascade.files.text import json_text
 from cascade.prompts import Failure
 
 _BETWEEN_SECONDS = 0.2
@@ -76,7 +76,7 @@ class Bar(Progress):
 
 
 class JsonLog(Progress):
-    """A line of JSON for everything that happens, on stdout."""
+    """A line of JSON for everything that happens, on stdout: ASCII, which every terminal and pipe takes."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file or sys.stdout
@@ -103,4 +103,4 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """One line, at once."""
-        print(json_text({"event": event, **values}), file=self._file, flush=True)
+        print(json.dumps({"event": event, **values}), file=self._file, flush=True)

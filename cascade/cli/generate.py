@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ import click
 
 from cascade.cli.paths import path_option
 from cascade.errors import CascadeError
-from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
+from cascade.system import STOP_SIGNALS
 from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
@@ -328,20 +329,21 @@ class Request:
 
 
 def _event(name: str, **values: Any) -> str:
-    return json_text({"event": name, **values})
+    return json.dumps({"event": name, **values})
 
 
 @contextmanager
 def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came: then the pictures at hand are finished, and the run ends."""
+    """Whether the system's word to stop came: then the pictures at hand are finished, and the run ends."""
     asked = False
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

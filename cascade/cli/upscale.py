@@ -13,6 +13,7 @@ import click
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
 from cascade.errors import CascadeError, StorageError
+from cascade.files.names import alike, portable
 from cascade.files.text import json_text
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
@@ -96,14 +97,15 @@ def upscale(
 def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
     """The file that each picture becomes. Raises CascadeError when two would become the same, or `out` is no folder."""
     targets: dict[str, Path] = {}
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for image in dict.fromkeys(images):
-        target = out / f"{Path(image).stem}.png"
-        if target in taken:
-            raise CascadeError(f"{image}: would become {target}, as {taken[target]} does; give them two --out folders")
+        target = out / f"{portable(Path(image).stem)}.png"
+        same = alike(target.name)
+        if same in taken:
+            raise CascadeError(f"{image}: would become {target}, as {taken[same]} does; give them two --out folders")
         if target.exists() and Path(image).exists() and target.samefile(image):
             raise CascadeError(f"{image}: would be overwritten; name another folder with --out")
-        targets[image], taken[target] = target, image
+        targets[image], taken[same] = target, image
     _check_manifest(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,7 @@ def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> Non
         with atomic_file(target) as temporary:
             result.images[0].save(temporary, format="PNG", pnginfo=chunks)
         line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
-        with (target.parent / MANIFEST).open("a", encoding="utf-8") as manifest:
+        with (target.parent / MANIFEST).open("a", encoding="utf-8", newline="\n") as manifest:
             manifest.write(json_text(line) + "\n")
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None

@@ -131,7 +131,7 @@ def _make(records: Records, making: Making) -> None:
         atomic_file(f"{base}.pixels") as pixels,
         atomic_file(f"{base}.records") as lines,
         pixels.open("wb") as pixels_file,
-        lines.open("w", encoding="utf-8") as lines_file,
+        lines.open("w", encoding="utf-8", newline="\n") as lines_file,
         closing(_made(_Squares(records, making), count, making.workers)) as made,
     ):
         nothing = bytes(3 * side**2)

@@ -8,7 +8,7 @@ from cascade.config import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
 from cascade.settings import parse, read_yaml, to_yaml
-from cascade.training.state import checkpoints
+from cascade.training.state import begun_mark, checkpoints
 
 SETTINGS = "config.yaml"
 _SIGNS = {"stage": "stage.json", "adapter": "adapter_config.json"}
@@ -32,6 +32,13 @@ def check_resumed(output: Path) -> None:
             raise CascadeError(f"{folder}: is there already, and no {name} of a run; move it, or set another output")
 
 
+def mark_begun(output: Path) -> None:
+    """From now on what a run leaves behind may be there before its first checkpoint."""
+    if not checkpoints(output):
+        begun_mark(output).parent.mkdir(exist_ok=True)
+        begun_mark(output).touch()
+
+
 def is_own_settings(path: Path) -> bool:
     """Whether a file is settings as a run writes them: all of them, in their order, without a comment."""
     try:
@@ -42,13 +49,13 @@ def is_own_settings(path: Path) -> bool:
 
 def _check_beginning(output: Path) -> None:
     """Raises CascadeError for what a run leaves behind, whose checkpoints are gone, and for what is of no run."""
-    for name in _SIGNS:
+    begun = is_own_settings(output / SETTINGS)
+    for name in () if begun and begun_mark(output).exists() else _SIGNS:
         if (output / name).exists():
             raise CascadeError(
                 f"{output / name}: is there already, and the checkpoints that led to it are not; set another output;"
                 f" training.init_from={output} begins with its weights"
             )
-    begun = is_own_settings(output / SETTINGS)
     for name in () if begun else (SETTINGS, "log.jsonl", "samples", "checkpoints"):
         if (output / name).exists():
             raise CascadeError(f"{output / name}: is there already, and not of a run; set another output, or move it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade import system
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from cascade.config import FORMAT_VERSION, TrainConfig
 from cascade.errors import CascadeError, StorageError
@@ -28,7 +28,6 @@ from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _META = "state"
 """Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
@@ -75,6 +74,7 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
         write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
+    begun_mark(output).unlink(missing_ok=True)
     folders = checkpoints(output)
     kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
     for folder in folders:
@@ -101,8 +101,8 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
         return folder
     if checkpoints(output):
         raise CascadeError(
-            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} or set"
-            " another output"
+            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} and what was made"
+            " of them (stage, adapter), or set another output"
         )
     if not (output / "config.yaml").exists():
         raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
@@ -144,13 +144,13 @@ def only_writer(output: Path) -> Iterator[None]:
                 f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise StorageError(f"{output}: cannot be written: {error.strerror or error}") from error
-            logger.warning("%s: no locks on this file system; see that no other run writes into this folder", output)
+            raise StorageError(f"{output}: cannot be written: {error.strerror or error}") from error
         try:
             yield
         finally:
             _remove_unused(output, path)
+    if system.OPEN_FILES_STAY:
+        _remove_unused(output, path)
 
 
 def _remove_unused(output: Path, lock: Path) -> None:
@@ -176,6 +176,15 @@ def remove_unfinished(output: Path) -> None:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     return sorted(path for path in (output / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def begun_mark(output: Path) -> Path:
+    """A file that stands where checkpoints will, until there is the first one.
+
+    It tells a run that was killed between its first stage folder and its first checkpoint, and begins anew, from one
+    that is finished and has lost its checkpoints.
+    """
+    return output / "checkpoints" / ".begun"
 
 
 def _folder(output: Path, step: int) -> Path:

@@ -35,7 +35,7 @@ from cascade.training.accelerator import (
 )
 from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, is_due
 from cascade.training.ema import EMA
-from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings
+from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings, mark_begun
 from cascade.training.frozen import freeze
 from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
 from cascade.training.interrupt import Stopped, stop_signals
@@ -377,6 +377,7 @@ class Trainer:
     def _open_folder(self, first: int) -> None:
         remove_unfinished(self.output)
         self._write_settings()
+        mark_begun(self.output)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)

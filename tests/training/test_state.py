@@ -11,6 +11,7 @@ from helpers_training import WordEncoder, log_entries, micro_config, trainer
 from cascade.checkpoint import read_json, write_json
 from cascade.config import TrainConfig
 from cascade.errors import CascadeError
+from cascade.settings import to_yaml
 from cascade.training.state import RunState, checkpoints, load_newest, newest, remove_unfinished, save_state
 
 
@@ -133,7 +134,7 @@ def test_when_all_checkpoints_are_damaged_the_way_out_leads_out(config: TrainCon
     description(config, step=3).unlink()
     (Path(config.output) / "config.yaml").write_text("as it was begun")
     with pytest.raises(
-        CascadeError, match=r"run: every checkpoint is damaged; .* delete .*run/checkpoints or set another"
+        CascadeError, match=r"run: every checkpoint is damaged; .* delete .*run/checkpoints and .* or set another"
     ):
         load_newest(Path(config.output), config)
     shutil.rmtree(Path(config.output) / "checkpoints")
@@ -158,7 +159,7 @@ def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     config = config_with(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("as it was begun")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
     assert trainer(config).run(resume=True)
     assert load_newest(tmp_path / "run", config).step == 2
 
