@@ -60,8 +60,8 @@ def check_pixels(name: str, frames: int, size: tuple[int, int]) -> None:
     pixels = frames * size[0] * size[1]
     if frames > 1 and pixels > most_pixels():
         raise CascadeError(
-            f"{name}: {frames} frames of {size[0]}x{size[1]} have {pixels:,} pixels, more than {most_pixels():,}; make them"
-            f" smaller, or set {MOST_PIXELS} to as many"
+            f"{name}: {frames} frames of {size[0]}x{size[1]} have {pixels:,} pixels, more than {most_pixels():,}; make"
+            f" them smaller, or set {MOST_PIXELS} to as many"
         )
 
 
