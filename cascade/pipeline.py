@@ -32,7 +32,7 @@ from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
 from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
 from cascade.sampling import resolve_sampling
-from cascade.save import model_for_hub, write_model
+from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
@@ -95,18 +95,10 @@ class CascadePipeline:
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
-        from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
+        from cascade.load import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
 
-        return load_pipeline(
-            model,
-            super_resolution=super_resolution,
-            device=device,
-            dtype=dtype,
-            low_memory=low_memory,
-            captions=captions,
-            text_8bit=text_8bit,
-            adapters=adapters,
-        )
+        options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
+        return load_pipeline(model, options)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -282,7 +274,7 @@ class CascadePipeline:
         raises CascadeError if anything else stands there.
         """
         enlargers = None if self.enlargers is self.slots else self.enlargers
-        write_model(folder, self._text.load(), self.slots, enlargers, self.name, self.license, dtype)
+        write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""

@@ -151,7 +151,7 @@ def views(config: TrainConfig) -> object:
     """Pictures and captions of the first batches, or that there is an error."""
     seen = []
     try:
-        for batch in islice(batches(config.data, config.stage, 0, batch_size=4, workers=0), 12):
+        for batch in islice(batches(config.data.model_copy(update={"workers": 0}), config.stage, 0, batch_size=4), 12):
             seen.append(contents_of(batch))
     except CascadeError:
         return "error"

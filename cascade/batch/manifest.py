@@ -38,6 +38,7 @@ class Manifest:
         )
 
     def close(self) -> None:
+        """Close the file and its table."""
         self._file.close()
         self._table.close()
 

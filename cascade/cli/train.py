@@ -66,9 +66,11 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     end to end; those of drawn scenes are encoded when met. Stopped by Ctrl-C or SIGTERM and started
     again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
+    from tqdm import tqdm
+
     from cascade.batch.locks import processes
     from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
-    from cascade.text.cached import fill
+    from cascade.text.cached import Pace, fill
     from cascade.training.interrupt import stop_signals
 
     path = find_config(config)
@@ -82,9 +84,8 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     bar = sys.stderr.isatty() and number == 0
     with stop_signals() as stopped:
         captions = _captions(settings)
-        added = fill(
-            cache, encoder, captions, batch_size, progress=bar, process=number, processes=count, stopped=stopped
-        )
+        told = tqdm(captions, desc="captions", unit="caption", disable=not bar)
+        added = fill(cache, encoder, told, Pace(batch_size, stopped=stopped), share=(number, count))
     cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
     who = f"process {number}: " if count > 1 else ""
     click.echo(

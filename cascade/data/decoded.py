@@ -49,6 +49,7 @@ class Making:
 
     @property
     def name(self) -> str:
+        """Of its folder."""
         digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
         return f"{digest[:16]}-{self.resolution}-{self.aspect}"
 

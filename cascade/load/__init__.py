@@ -2,7 +2,7 @@
 
 from cascade.device import choose_device, choose_dtype
 from cascade.load.index import BUNDLED, ModelIndex, find_model, find_stage, read_index
-from cascade.load.pipeline import assemble, load_encoder, load_pipeline
+from cascade.load.pipeline import LoadOptions, assemble, load_encoder, load_pipeline
 from cascade.load.reading import read_reading
 from cascade.load.stage import load_stage, read_config, read_weights
 from cascade.load.training import (
@@ -17,6 +17,7 @@ from cascade.load.training import (
 
 __all__ = [
     "BUNDLED",
+    "LoadOptions",
     "ModelIndex",
     "assemble",
     "choose_device",

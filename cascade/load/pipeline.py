@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -24,18 +25,24 @@ from cascade.text.t5_files import text_weights
 logger = logging.getLogger("cascade.load")
 
 
-def load_pipeline(
-    model: str | Path | None = None,
-    *,
-    super_resolution: str | Path | Sequence[str | Path] | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    low_memory: bool = False,
-    captions: Captions | None = None,
-    text_8bit: bool = False,
-    adapters: Mapping[str, str | Path] | None = None,
-) -> CascadePipeline:
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded: the arguments of `CascadePipeline.from_pretrained`."""
+
+    super_resolution: str | Path | Sequence[str | Path] | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | str | None = None
+    low_memory: bool = False
+    captions: Captions | None = None
+    text_8bit: bool = False
+    adapters: Mapping[str, str | Path] | None = None
+
+
+def load_pipeline(model: str | Path | None = None, options: LoadOptions | None = None) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    options = options or LoadOptions()
+    captions, low_memory, text_8bit = options.captions, options.low_memory, options.text_8bit
+    super_resolution = options.super_resolution
     if captions is not None and captions not in get_args(Captions):
         raise CascadeError(f"captions: {captions!r}; expected one of {', '.join(get_args(Captions))}")
     index = read_index(model)
@@ -44,8 +51,8 @@ def load_pipeline(
         others = [find_stage(source) for source in _several(super_resolution)]
         check_reading(index.reading, others)
         stage_folders = stage_folders[:1] + others
-    target = choose_device(device)
-    number_format = choose_dtype(dtype, target)
+    target = choose_device(options.device)
+    number_format = choose_dtype(options.dtype, target)
     text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
     load_text = partial(
         TextEncoder.from_pretrained,
@@ -63,7 +70,7 @@ def load_pipeline(
     folders = list(dict.fromkeys([*stage_folders, *(enlargers or ())]))
     slots = {
         folder: slot_of(folder, target, number_format, low_memory, adapter)
-        for folder, adapter in _with_adapters(folders, adapters or {})
+        for folder, adapter in _with_adapters(folders, options.adapters or {})
     }
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
     level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG

@@ -28,6 +28,7 @@ class WatchedShelf(Shelf):
         self._on_put = on_put
 
     def put(self, key: str, pixels: Tensor) -> None:
+        """See `Shelf.put`; then it is told."""
         super().put(key, pixels)
         self._on_put(key, pixels)
 
