@@ -22,13 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline, __version__
-from cascade.build import build_stage
 from cascade.cli import main
 from cascade.cli.data import Reading
-from cascade.cli.model import gflop_per_call, network_calls
 from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
 from cascade.config import SamplingConfig, TextConfig
+from cascade.cost import StageCost
 from cascade.load import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
@@ -262,7 +261,7 @@ def test_arithmetic_counted_without_memory_is_that_of_the_real_network(index: in
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stage.network(torch.randn(1, 3, size, size), torch.zeros(1, 1, 1, 1), prepared)
     expected = counter.get_total_flops() / 1e9
-    assert gflop_per_call(build_stage(config, device="meta"), 5) == pytest.approx(expected)
+    assert StageCost(config).flops_per_call(5) / 1e9 == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +274,8 @@ def test_arithmetic_counted_without_memory_is_that_of_the_real_network(index: in
     ],
 )
 def test_network_calls_are_those_of_the_sampler(changes: dict[str, Any], calls: int) -> None:
-    stage, settings = tiny_stage(tiny_configs()[0]), SamplingConfig(**{"steps": 6, **changes})
-    assert network_calls(stage, settings) == calls == seen_by(stage, settings)
+    config, settings = tiny_configs()[0], SamplingConfig(**{"steps": 6, **changes})
+    assert StageCost(config).calls(settings) == calls == seen_by(tiny_stage(config), settings)
 
 
 def seen_by(stage: Stage, settings: SamplingConfig) -> int:

@@ -20,7 +20,8 @@ LAYERS = (
     "errors _version system values transfer files seeds locks scratch machine device allocator settings streaming hub"
     " images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
-    "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight load",
+    "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
+    " load",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports

@@ -119,7 +119,7 @@ def test_weights_are_counted_exactly() -> None:
 def test_info_says_which_setting_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: int, advice: str
 ) -> None:
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda: free)
+    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: free)
     assert main(["info", str(make_tiny_cascade(tmp_path / "tiny"))]) == 0
     assert advice in capsys.readouterr().out
 

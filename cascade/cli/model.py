@@ -15,10 +15,9 @@ from cascade.errors import CascadeError
 from cascade.values import per_stage
 
 if TYPE_CHECKING:
-    from cascade.config import SamplingConfig, StageConfig
+    from cascade.config import StageConfig
     from cascade.load import ModelIndex
     from cascade.memory import Way
-    from cascade.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -96,46 +95,18 @@ def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
 
 
 def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
-    from cascade.build import build_stage
-    from cascade.stage import count_parameters
+    from cascade.cost import StageCost
 
-    stage = build_stage(config, device="meta")
+    cost = StageCost(config)
     return Part(
         name=config.name,
         resolution=config.resolution,
-        parameters=count_parameters(stage.network),
+        parameters=cost.parameters,
         bytes=_size(folder / "unet" if (folder / "unet").is_dir() else folder),
-        steps=len(stage.noise_levels()) - 1,
-        calls=network_calls(stage, config.sampling),
-        gflop_per_call=gflop_per_call(stage, text_tokens),
+        steps=cost.steps,
+        calls=cost.calls(),
+        gflop_per_call=cost.flops_per_call(text_tokens) / 1e9,
     )
-
-
-def network_calls(stage: Stage, settings: SamplingConfig) -> int:
-    """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    evaluated = stage.evaluations(settings)
-    if settings.guidance == 1:
-        return len(evaluated)
-    low, high = settings.guidance_interval or (float("-inf"), float("inf"))
-    return sum(2 if low <= level <= high else 1 for level in evaluated)
-
-
-def gflop_per_call(stage: Stage, text_tokens: int) -> float:
-    """Multiplications and additions of one network call at the stage's own size, in 10^9; counted without memory.
-
-    stage: on the meta device. text_tokens: length of the text, to which every prompt is padded.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from cascade.stage import blank_call
-
-    with torch.device("meta"), torch.inference_mode():
-        z, level, cond = blank_call(stage.config, 1, text_tokens)
-        prepared = stage.network.prepare(cond)
-        with FlopCounterMode(display=False) as counter:
-            stage.network(z, level, prepared)
-    return counter.get_total_flops() / 1e9
 
 
 def _size(folder: Path) -> int:

@@ -64,7 +64,7 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
         device=target,
         dtype=text_format,
         eight_bit=text_8bit,
-        streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format),
+        streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format, target),
     )
     enlargers = None if super_resolution is not None else index.enlargers
     folders = list(dict.fromkeys([*stage_folders, *(enlargers or ())]))

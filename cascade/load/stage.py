@@ -71,7 +71,7 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
     """
     diffusers = deepfloyd.is_diffusers(folder)
     files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
-    if adapter is None and not fits(files, dtype):
+    if adapter is None and not fits(files, dtype, device):
         stage = build_stage(read_config(folder), device="meta")
         stage.network.eval().requires_grad_(False).to(dtype)
         stream(stage.network, files, device)
@@ -83,6 +83,6 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
     return stage
 
 
-def fits(files: Sequence[Path], dtype: torch.dtype) -> bool:
-    """Whether weights leave a fifth of the free memory for the rest."""
-    return stored_bytes(files, dtype) < 0.8 * machine.free_bytes()
+def fits(files: Sequence[Path], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights leave a fifth of a device's free memory for the rest."""
+    return stored_bytes(files, dtype) < 0.8 * machine.free_bytes(device)
