@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.text.embeddings import TextEmbeddings

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade import system
-from cascade.config import FORMAT_VERSION, StageConfig, TextReading
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextReading
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError, StorageError
 from cascade.files.text import json_text
 from cascade.settings import parse

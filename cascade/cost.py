@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade.build import build_stage
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.stage import Stage, blank_call, count_parameters
 
 _WHOLE_TENSORS = 3

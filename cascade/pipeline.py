@@ -20,7 +20,7 @@ from cascade.arguments import (
     seeds_of,
     stage_sizes,
 )
-from cascade.config import Captions
+from cascade.config.data import Captions
 from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.changes import Changes
@@ -95,7 +95,7 @@ class CascadePipeline:
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
-        from cascade.load import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
+        from cascade.load.pipeline import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
 
         options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
         return load_pipeline(model, options)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
-from cascade.config import FORMAT_VERSION
+from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
 from cascade.slots import StageSlot

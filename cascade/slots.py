@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.cost import StageCost
 from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes, is_out_of_memory

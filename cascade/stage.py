@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
 from cascade.diffusion.loss import Weighting, diffusion_loss

@@ -22,13 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline, __version__
-from cascade.cli import main
 from cascade.cli.data import Reading
+from cascade.cli.program import main
 from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, TextConfig
+from cascade.config.data import TextConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.cost import StageCost
-from cascade.load import load_train_config
+from cascade.load.training import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
@@ -59,7 +60,7 @@ def names(out: Path) -> list[str]:
 
 
 def test_the_module_is_the_same_program_and_help_loads_nothing_heavy() -> None:
-    code = "import sys; from cascade.cli import main; main(['generate', '--help']); print(*sys.modules)"
+    code = "import sys; from cascade.cli.program import main; main(['generate', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--num-images-per-prompt" in loaded
     assert not {"transformers", "accelerate", "datasets"} & set(loaded.split())
@@ -83,7 +84,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(
     status, _, err = run(capsys, "generate", "a", "--model", model, "--out", tmp_path / "out")
     assert (status, err.strip()) == (1, "cascade: stopped")
     assert not (tmp_path / "out").exists()
-    code = "import sys; from cascade.cli import main; sys.exit(main(['info', sys.argv[1]]))"
+    code = "import sys; from cascade.cli.program import main; sys.exit(main(['info', sys.argv[1]]))"
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as broken:

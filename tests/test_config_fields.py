@@ -36,12 +36,12 @@ from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
-from cascade.load import load_text_encoder, load_trainer
+from cascade.load.training import load_text_encoder, load_trainer
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage

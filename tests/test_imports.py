@@ -149,7 +149,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
 def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from cascade.cli import main\n"
+        "from cascade.cli.program import main\n"
         f"main({arguments!r})\n"
         "print(*{'torch', 'numpy', 'PIL', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -186,7 +186,7 @@ def test_importing_cascade_asks_no_network() -> None:
         "def refuse(event, _arguments):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
         "sys.addaudithook(refuse)\n"
-        "import cascade, cascade.cli, cascade.load\n"
+        "import cascade, cascade.cli.program, cascade.load.pipeline, cascade.load.training\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
 

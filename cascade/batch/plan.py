@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade.arguments import stage_sizes
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.drawing.batch_size import BatchSizes, Wish
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit
@@ -17,7 +17,7 @@ from cascade.drawing.engine import Conduct
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import PromptRecord
+from cascade.prompts.record import PromptRecord
 from cascade.sampling import resolve_sampling
 from cascade.slots import StageSlot
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cascade.prompts import Failure
+from cascade.prompts.record import Failure
 
 _BETWEEN_SECONDS = 0.2
 

@@ -16,12 +16,14 @@ from cascade.batch.plan import DrawOptions
 from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
+from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batch_size import Wish
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
-from cascade.load import choose_device, choose_dtype, read_index
+from cascade.load.index import read_index
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import count_prompts, given_prompts, read_prompts
+from cascade.prompts.reading import given_prompts, read_prompts
+from cascade.prompts.sources import count_prompts
 from cascade.values import SETTINGS
 
 

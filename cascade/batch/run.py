@@ -17,7 +17,7 @@ from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import Failure, PromptRecord
+from cascade.prompts.record import Failure, PromptRecord
 
 LOW_MEMORY_WINDOW = 64
 """Prompts that share one loading of the stages when memory is short."""

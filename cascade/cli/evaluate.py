@@ -136,7 +136,7 @@ def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict
     from cascade._version import __version__
     from cascade.batch.identity import weights_sha256
     from cascade.evaluation.drawing import used_sampling
-    from cascade.load import read_index
+    from cascade.load.index import read_index
 
     return {
         "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},

@@ -20,7 +20,7 @@ from cascade.system import STOP_SIGNALS
 from cascade.values import PRESETS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
-    from cascade.batch import Progress
+    from cascade.batch.progress import Progress
     from cascade.batch.request import BatchRequest, Outcome
 
 
@@ -137,7 +137,7 @@ class Screen:
 
     def progress(self) -> Progress:
         """While it goes on."""
-        from cascade.batch import Bar, JsonLog, Progress
+        from cascade.batch.progress import Bar, JsonLog, Progress
 
         if self.log_json:
             return JsonLog()

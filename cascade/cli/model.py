@@ -15,8 +15,8 @@ from cascade.errors import CascadeError
 from cascade.values import per_stage
 
 if TYPE_CHECKING:
-    from cascade.config import StageConfig
-    from cascade.load import ModelIndex
+    from cascade.config.stage import StageConfig
+    from cascade.load.index import ModelIndex
     from cascade.memory import Way
 
 
@@ -51,8 +51,9 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
-    from cascade.config import FORMAT_VERSION
-    from cascade.load import find_stage, read_config, read_index
+    from cascade.config.common import FORMAT_VERSION
+    from cascade.load.index import find_stage, read_index
+    from cascade.load.stage import read_config
     from cascade.machine import free_bytes
     from cascade.memory import text_memory, ways
 
@@ -84,7 +85,7 @@ def _memory(possible: Sequence[Way], free: int) -> str:
 
 
 def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
-    from cascade.load import read_config
+    from cascade.load.stage import read_config
 
     stages = [
         replace(_stage_part(folder, read_config(folder), index.max_text_length), draws=folder in index.stages)
@@ -187,7 +188,7 @@ def assemble(
     """
     import torch
 
-    from cascade.load import assemble as assemble_pipeline
+    from cascade.load.pipeline import assemble as assemble_pipeline
 
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     pipeline = assemble_pipeline(

@@ -26,7 +26,7 @@ def redraw(picture: str, request: BatchRequest) -> int:
     `overwrite` another picture of ours that stands there is replaced. Raises CascadeError when it says nothing of
     itself, or was drawn by another model, and for what would be written over.
     """
-    from cascade.batch import read_metadata
+    from cascade.batch.metadata import read_metadata
 
     said, format = read_metadata(picture)
     target = Path(request.out) / Path(picture).name

@@ -127,7 +127,7 @@ class Request:
         )
 
     def _card(self) -> Path | None:
-        from cascade.load import find_model
+        from cascade.load.index import find_model
 
         return find_model(self.model)
 

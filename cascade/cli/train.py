@@ -15,7 +15,7 @@ from cascade.cli.paths import path_argument
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
-    from cascade.config import TrainConfig
+    from cascade.config.training import TrainConfig
 
 PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     cascade train preset:tiny/base training.steps=200 output=runs/mine
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
-    from cascade.load import load_train_config, load_trainer
+    from cascade.load.training import load_train_config, load_trainer
     from cascade.training.state import checkpoints
 
     keep_freed_memory()
@@ -69,7 +69,8 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     from tqdm import tqdm
 
     from cascade.batch.locks import processes
-    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
+    from cascade.device import choose_device
+    from cascade.load.training import encoder_settings, load_plain_text_encoder, load_train_config, open_cache
     from cascade.text.cached import Pace, fill
     from cascade.training.interrupt import stop_signals
 

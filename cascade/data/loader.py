@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cascade.config import (
+from cascade.config.data import (
     DataConfig,
     FolderSource,
     HubSource,
     ParquetSource,
     ScenesSource,
     SourceConfig,
-    StageConfig,
     WebDatasetSource,
 )
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream

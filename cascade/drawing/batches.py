@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
 from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep

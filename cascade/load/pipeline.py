@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from cascade.config import Captions
+from cascade.config.data import Captions
 from cascade.device import choose_device, choose_dtype
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade import deepfloyd, machine
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.files.paths import path_of
 from cascade.models.convolution import Convolution
 from cascade.slots import StageSlot

@@ -13,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFi
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from cascade.batch import read_metadata
+from cascade.batch.metadata import read_metadata
 from cascade.server.asked import Asked, asked_of
 from cascade.server.card import model_card
 from cascade.server.pictures import checked_size

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cascade.batch import Target
+from cascade.batch.plan import Target
 from cascade.drawing.batch_size import BatchSizes
 from cascade.drawing.engine import shelf_key
 from cascade.drawing.shelf import Shelf

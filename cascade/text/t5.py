@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.config import Captions, TextReading
+from cascade.config.data import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
 from cascade.streaming import move_streamed

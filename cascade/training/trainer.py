@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
 from cascade.seeds import derive_seed

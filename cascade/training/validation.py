@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cascade.config import TrainConfig, ValidationConfig
+from cascade.config.training import TrainConfig, ValidationConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol

@@ -17,7 +17,9 @@ import torch
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
 from torch.utils.data import Dataset
 
-from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
+from cascade.config.data import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Mixture, Portion, Views, batches, captions_of
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError

@@ -11,7 +11,8 @@ import torch
 from tiny_data import encoded, plain_picture, write_tar
 
 from cascade.checkpoint import save_tensors
-from cascade.config import DataConfig, HubSource, SourceConfig, StageConfig, WebDatasetSource
+from cascade.config.data import DataConfig, HubSource, SourceConfig, WebDatasetSource
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.loader import Portion, batches, captions_of
 from cascade.data.order import ShardedSource

@@ -14,12 +14,14 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from cascade import CascadePipeline, TextEncoder
-from cascade.cli import main, program
-from cascade.config import TrainConfig
+from cascade.cli.program import main, program
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
-from cascade.load import find_stage, load_stage, load_train_config
-from cascade.prompts import read_prompts
+from cascade.load.index import find_stage
+from cascade.load.stage import load_stage
+from cascade.load.training import load_train_config
+from cascade.prompts.reading import read_prompts
 from cascade.settings import Settings, to_yaml
 from cascade.upscaling import read_picture
 

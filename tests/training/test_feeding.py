@@ -11,7 +11,7 @@ import torch
 from helpers_training import WordEncoder, micro_config
 
 from cascade.build import build_stage
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import batches
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder, fill
