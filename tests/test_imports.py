@@ -21,7 +21,7 @@ LAYERS = (
     " images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
     "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
-    " load",
+    " load probe",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
@@ -122,7 +122,7 @@ def test_importing_cascade_loads_nothing_heavy() -> None:
 
 
 OTHER_SYSTEM = f"cascade.system.{'posix' if sys.platform == 'win32' else 'windows'}"
-BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards")}
+BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards", "precision")}
 
 
 def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:

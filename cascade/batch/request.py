@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cascade.arguments import PerStage
 from cascade.batch.identity import model_identity, versions
 from cascade.batch.layout import WEBDATASET, Layout
@@ -16,12 +18,14 @@ from cascade.batch.plan import DrawOptions
 from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
-from cascade.device import choose_device, choose_dtype
+from cascade.device import choose_device
 from cascade.drawing.batch_size import Wish
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
 from cascade.load.index import read_index
+from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
+from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
 from cascade.prompts.sources import count_prompts
 from cascade.values import SETTINGS
@@ -99,9 +103,10 @@ class BatchRequest:
         progress = progress or Progress()
         with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
-            run_seed = output.begin(self._settings())["seed"]
+            settled = output.begin(self._settings())
+            run_seed = settled["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-            pipeline = self._pipeline()
+            pipeline = self._pipeline(settled["dtype"])
             progress.begin(self._total(output))
             summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
             progress.end()
@@ -145,12 +150,18 @@ class BatchRequest:
             **{name: getattr(self, name) for name in (*own, *stored)},
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,
-            "dtype": str(choose_dtype(self.dtype, device)).removeprefix("torch."),
+            "dtype": self._dtype(device),
         }
 
-    def _pipeline(self) -> CascadePipeline:
+    def _dtype(self, device: torch.device) -> str | dict[str, str]:
+        """The number format; where it was left to us, what is fastest here, which a run that stands there overrules."""
+        configs = map(read_config, read_index(self.model).stages)
+        name = str(settled_dtype(self.dtype, device, configs)).removeprefix("torch.")
+        return {"auto": name} if self.dtype == "auto" else name
+
+    def _pipeline(self, dtype: str) -> CascadePipeline:
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
+            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
         )
 
     def _options(self, run_seed: int) -> DrawOptions:

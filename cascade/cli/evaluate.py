@@ -71,7 +71,10 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures per call.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype: str | None, **values: Any) -> int:
     """Measure what a cascade draws: report.json, report.md and contact.png in FOLDER.

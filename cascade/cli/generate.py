@@ -100,7 +100,10 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Go this far to another seed's noise."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
 @click.option("--text-8bit", is_flag=True, help="Text encoder in 8 bits; needs the extra `quantized`.")

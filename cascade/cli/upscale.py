@@ -37,7 +37,10 @@ _POSITIVE = click.IntRange(min=1)
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
 @click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
 def upscale(

@@ -12,13 +12,14 @@ from typing import get_args
 import torch
 
 from cascade.config.data import Captions
-from cascade.device import choose_device, choose_dtype
+from cascade.device import choose_device
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
+from cascade.probe import settled_dtype
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 
@@ -52,7 +53,7 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
         check_reading(index.reading, others)
         stage_folders = stage_folders[:1] + others
     target = choose_device(options.device)
-    number_format = choose_dtype(options.dtype, target)
+    number_format = settled_dtype(options.dtype, target, map(read_config, stage_folders))
     text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
     load_text = partial(
         TextEncoder.from_pretrained,

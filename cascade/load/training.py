@@ -91,7 +91,9 @@ def load_trainer(config: TrainConfig) -> Trainer:
     """
     from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
     from cascade.training.guards import shortage_told
+    from cascade.training.precision import settled
 
+    config = settled(config)
     check_run(config, *expected_processes())
     with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
 from cascade.config.training import TrainConfig
@@ -48,6 +48,7 @@ from cascade.training.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from cascade.training.precision import settled
 from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
 from cascade.training.state import (
@@ -75,6 +76,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> None:
         """stage: with its starting weights. text: the frozen encoder, or one with a cache before it."""
+        config = settled(config)
         self.config, self.stage, self.text = config, stage, text
         self.output = Path(config.output)
         settings = config.training
