@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+
+from cascade import system
 
 _MALLOPT = {-3: (1 << 30, 1 << 25), -1: ((1 << 31) - 1,), -2: (1 << 26,)}
 """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h: bytes to try, older versions take 32 MB."""
@@ -20,9 +21,8 @@ def keep_freed_memory() -> bool:
     environment = [name for name in os.environ if name.startswith("MALLOC_")]
     if environment or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # no libc to be had this way, or one without mallopt
+    mallopt = getattr(system.c_library(), "mallopt", None)
+    if mallopt is None:
         return False
     taken = [any(mallopt(option, value) == 1 for value in values) for option, values in _MALLOPT.items()]
     return all(taken)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from cascade.bounds import COUNT, SIDE, AtMost
-from cascade.config import StageConfig
-from cascade.config.stage import PICTURE_CHANNELS
+from cascade.config.stage import PICTURE_CHANNELS, StageConfig
 from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes
 from cascade.quoting import quoted

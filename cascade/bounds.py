@@ -27,6 +27,7 @@ class AtMost:
 
     @property
     def validator(self) -> AfterValidator:
+        """To stand in an annotated type."""
         return AfterValidator(self)
 
 

@@ -15,7 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.config import FORMAT_VERSION, StageConfig, TextReading
+from cascade import system
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextReading
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import read_json_file
 from cascade.files.text import json_text
@@ -41,9 +44,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o666 & ~_umask())
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
+            system.sync(temporary)
+            system.replace(temporary, path)
+            system.sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -63,16 +66,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            _sync(temporary)
+                system.sync(file)
+            system.sync(temporary)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                path.replace(old / path.name)
-                temporary.replace(path)
+                system.replace(path, old / path.name)
+                system.replace(temporary, path)
                 shutil.rmtree(old)
             else:
-                temporary.replace(path)
-            _sync(path.parent)
+                system.replace(temporary, path)
+            system.sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -80,7 +83,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -191,14 +194,6 @@ def check_format(path: str | Path, version: object) -> None:
 
 def _on_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

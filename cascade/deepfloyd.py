@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
-from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
+from cascade.config.data import TextReading
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
 from cascade.files.variants import HALVES
-from cascade.models.if_unet import IF_NOISE
+from cascade.models.if_unet import IF_NOISE, IFUNetConfig
 from cascade.quoting import quoted
 from cascade.settings import parse
 

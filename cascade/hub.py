@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from cascade.errors import DownloadError
 
@@ -18,6 +18,7 @@ def may_be_on_hub(model: str | Path) -> bool:
     """Whether `model` is written like a hub id, and no local folder is called like its first part."""
     text = str(model)
     looks_so = isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
+    looks_so = looks_so and not PureWindowsPath(text).drive
     return looks_so and not Path(text.partition("/")[0]).exists()
 
 

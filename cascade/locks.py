@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 from weakref import WeakSet
 
+from cascade import system
+
+logger = logging.getLogger("cascade.files")
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _files: WeakSet[TextIO] = WeakSet()
+_told: set[Path] = set()
 
 
 def _let_go() -> None:
@@ -19,18 +25,35 @@ def _let_go() -> None:
         file.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+system.after_fork(_let_go)
+
+
+def take(handle: int, path: Path, *, shared: bool = False, wait: bool = True) -> bool:
+    """Lock an open file, alone or shared with others; one that is held is changed. Returns whether it is ours now.
+
+    Where the file system has no locks, as some of clusters, it is ours, and a warning says once what that means.
+    """
+    try:
+        return system.lock(handle, shared=shared, wait=wait)
+    except OSError as error:
+        _warn_or_raise(error, path)
+        return True
+
+
+def release(handle: int) -> None:
+    """Let others take it."""
+    with suppress(OSError):
+        system.unlock(handle)
 
 
 @contextmanager
-def held(handle: int) -> Iterator[None]:
+def held(handle: int, path: Path) -> Iterator[None]:
     """An open file, locked against the other processes of a run for a moment."""
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    take(handle, path)
     try:
         yield
     finally:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        release(handle)
 
 
 @contextmanager
@@ -40,11 +63,24 @@ def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]
     holder: what the file says of us to others meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open("a", encoding="utf-8") as file:
+        if not take(file.fileno(), path, wait=wait):
+            raise BlockingIOError(errno.EAGAIN, "another process has it", str(path))
         _files.add(file)
         if holder:
             file.truncate(0)
             file.write(holder)
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if not file.closed:
+                release(file.fileno())
+
+
+def _warn_or_raise(error: OSError, path: Path) -> None:
+    if error.errno not in _NO_LOCKS:
+        raise error
+    if path.parent not in _told:
+        _told.add(path.parent)
+        logger.warning("%s: no locks on this file system; see that no other run writes into this folder", path.parent)

@@ -75,8 +75,8 @@ def control_group_free_bytes(root: Path = Path("/")) -> list[int]:
         for limit, use, total in _LIMITS:
             # "max", files that are not there or not ours to read: no limit that we know of.
             with suppress(OSError, ValueError):
-                used = int((folder / use).read_text()) - _file_pages(folder / "memory.stat", total)
-                found.append(max(int((folder / limit).read_text()) - used, 0))
+                used = int((folder / use).read_text(encoding="utf-8")) - _file_pages(folder / "memory.stat", total)
+                found.append(max(int((folder / limit).read_text(encoding="utf-8")) - used, 0))
     return found
 
 
@@ -85,7 +85,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
     mounted, listing = root / "sys/fs/cgroup", root / "proc/self/cgroup"
     lines: list[str] = []
     with suppress(OSError):  # not there, or not ours to read
-        lines = listing.read_text().splitlines()
+        lines = listing.read_text(encoding="utf-8").splitlines()
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
@@ -97,5 +97,5 @@ def _control_groups(root: Path) -> Iterator[Path]:
 
 def _file_pages(stat: Path, total: str) -> int:
     """Bytes of read files that a control group's use counts, and that give way to whoever needs memory."""
-    numbers = dict(line.split() for line in stat.read_text().splitlines())
+    numbers = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
     return sum(int(numbers.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cascade.drawing.task import Step
 from cascade.errors import CascadeError
-from cascade.images import to_float, to_pil
+from cascade.images import contact_sheet, to_float, to_pil
 from cascade.quoting import quoted
+
+_COLUMNS = 4
+_SHOWN = 1024
+"""Pictures beside each other in a notebook, and the pixels that they may take together."""
 
 Callback = Callable[[str, int, int, Tensor], None]
 """callback(stage, step, steps, x_hat) after each step, x_hat (B, 3, H, W) in about [-1, 1]."""
@@ -30,6 +37,26 @@ class CascadeOutput:
     stages: dict[int, Any]
     seeds: list[int]
     prompts: list[str]
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the pictures, several on a sheet. None: they are no pictures of PIL."""
+        pictures = self.images if isinstance(self.images, list) else []
+        if not pictures:
+            return None
+        buffer = io.BytesIO()
+        columns = min(len(pictures), _COLUMNS)
+        cell = min(max(max(picture.size) for picture in pictures), _SHOWN // columns)
+        (pictures[0] if len(pictures) == 1 else contact_sheet(pictures, columns, cell=cell)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> str | None:
+        """The same with what each picture was drawn from below it."""
+        png = self._repr_png_()
+        if png is None:
+            return None
+        lines = dict.fromkeys(zip(self.prompts, self.seeds, strict=False))
+        said = "".join(f"<li>{html.escape(prompt)} <small>seed {seed}</small></li>" for prompt, seed in lines)
+        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{said}</ul>'
 
     @classmethod
     def of(cls, drawn: Mapping[int, Tensor], output_type: str, seeds: list[int], prompts: list[str]) -> Self:

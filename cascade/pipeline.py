@@ -22,8 +22,8 @@ from cascade.arguments import (
     stage_sizes,
 )
 from cascade.bounds import PICTURES
-from cascade.config import Captions
-from cascade.device import choose_device, choose_dtype
+from cascade.config.data import Captions
+from cascade.device import choose_device
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit, digest_of
@@ -33,8 +33,9 @@ from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
 from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
+from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
-from cascade.save import model_for_hub, write_model
+from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
@@ -90,25 +91,18 @@ class CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
         super_resolution: stage folders or `model/stage` that follow the model's base stage in place of its own.
-        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that has it.
+        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that has it;
+            `auto`: on a CPU whichever of the two it computes faster, see `cascade.probe`.
         low_memory: stages are loaded one at a time, and the text encoder is released after the prompts;
         what does not fit into memory even so is read from disk layer by layer. text_8bit: the text encoder's linear
         weights are int8, which needs the extra `quantized`.
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
-        from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
+        from cascade.load.pipeline import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
 
-        return load_pipeline(
-            model,
-            super_resolution=super_resolution,
-            device=device,
-            dtype=dtype,
-            low_memory=low_memory,
-            captions=captions,
-            text_8bit=text_8bit,
-            adapters=adapters,
-        )
+        options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
+        return load_pipeline(model, options)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -285,7 +279,7 @@ class CascadePipeline:
         raises CascadeError if anything else stands there.
         """
         enlargers = None if self.enlargers is self.slots else self.enlargers
-        write_model(folder, self._text.load(), self.slots, enlargers, self.name, self.license, dtype)
+        write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""
@@ -298,7 +292,8 @@ class CascadePipeline:
         Raises CascadeError, before anything moves, for a device or a format that is not there.
         """
         target = self.device if device is None else choose_device(device)
-        number_format = choose_dtype(self.dtype if dtype is None else dtype, target)
+        configs = [slot.config for slot in self.slots]
+        number_format = settled_dtype(self.dtype if dtype is None else dtype, target, configs)
         self._text.load().to(device=target)
         shared = self.enlargers is self.slots
         moved = {id(slot): slot.moved(target, number_format) for slot in [*self.slots, *self.enlargers]}

@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cascade.config import SamplingConfig, StageConfig, complete_sampler
+from cascade.config.samplers import complete_sampler
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.quoting import quoted
 from cascade.settings import Settings, parse

@@ -1,6 +1,6 @@
 """How many views a second everything beside the network gives: reading, decoding, text from its cache, noise, logging.
 
-    python scripts/bench_feeding.py [--sizes 64,256] [--workers 0,1,2] [--kinds decoded,png,webp] [--steps 40]
+    python scripts/bench_feeding.py [--sizes 64,256] [--workers 0,1,2] [--kinds decoded,png,webp] [--steps 40] [--peers]
 
 The real trainer, on torch's `meta` device, as if on a GPU that needs no time: in place of the network and its loss
 stands one product. Printed are
@@ -11,7 +11,9 @@ stands one product. Printed are
   there already, because to queue an operation on `meta` takes torch ten times as long as on a GPU;
 - what the decoder alone does on one core.
 
-At 256 px views are crops of pictures of 512.
+At 256 px views are crops of pictures of 512. `--peers`: beside it what two other libraries read, without their text
+encoder: diffusers' script (`datasets`, `with_transform`) and imagen-pytorch's loader (a list of files), both through
+torch's DataLoader. They transform by torchvision, which on a PIL picture calls Pillow as `transformed` does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
@@ -30,11 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import psutil
 import torch
 from measure import load_average
 from PIL import Image
 from torch import Tensor, nn
+
+from cascade.models.network import Network
 
 THERE = torch.device("meta")
 """Stands for a GPU that needs no time."""
@@ -55,13 +61,12 @@ class Fed:
     thread: float
 
 
-class Nothing(nn.Module):
+class Nothing(Network):
     """A network that costs nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self.activation_checkpointing = False
 
     def forward(self, z: Tensor, _log_snr: Tensor, _seen: object) -> Tensor:
         """(B, C, H, W) -> the same, times a number."""
@@ -75,8 +80,6 @@ def stored_size(size: int) -> int:
 
 def write_pictures(folder: Path, size: int, kind: str) -> Path:
     """Pictures with captions beside them: drawn scenes under grain, which compress about as photographs do."""
-    import random
-
     from cascade.data.scenes import describe, draw, random_scene
 
     target, side = folder / f"{kind}-{size}", stored_size(size)
@@ -94,7 +97,7 @@ def write_pictures(folder: Path, size: int, kind: str) -> Path:
 
 def settings(folder: Path, pictures: Path, size: int, workers: int, decoded: bool, steps: int) -> Any:
     """A run on these pictures, in which only feeding takes time."""
-    from cascade.config import TrainConfig
+    from cascade.config.training import TrainConfig
     from cascade.settings import parse
 
     stage: dict[str, Any] = {"name": "base", "resolution": stored_size(size), "model": {"text_dim": WIDTH}}
@@ -138,12 +141,12 @@ def on_a_fast_gpu() -> None:
 
     Accelerator.device = THERE
 
-    def nothing(_stage: object, network: Any, batch: Any, _loss: object, _weighting: object, draw: Any) -> Any:
+    def nothing(_stage: object, network: Any, batch: Any, _loss: object, draw: Any) -> Any:
         """The loss of a network that costs nothing: whatever is done on the GPU takes no time."""
         count = len(batch.samples)
         return network(draw.u.to(THERE), None, None), torch.empty(count, 1, 1, 1, device=THERE)
 
-    trainer.read, trainer.training_loss = ones, nothing
+    trainer.read, step.training_loss = ones, nothing
     step.counted_noise = lambda keys, shape: torch.empty(len(keys), *shape, device=THERE)  # one operation, not twenty
     trainer.EMA.distance = lambda *_: 0.0
     trainer.Trainer._save = lambda *_: None
@@ -212,6 +215,75 @@ def decoder_rate(pictures: Path) -> float:
     return len(paths) / (time.process_time() - start)
 
 
+def transformed(image: Image.Image, size: int) -> Tensor:
+    """As torchvision's RandomCrop, RandomHorizontalFlip and ToTensor do it: (3, size, size) in [-1, 1]."""
+    image = image.convert("RGB")
+    left, top = (random.randint(0, side - size) for side in image.size)
+    image = image.crop((left, top, left + size, top + size))
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32).div(255).sub(0.5).div(0.5)
+
+
+class Files(torch.utils.data.Dataset[Tensor]):
+    """As imagen-pytorch's `Dataset`: a list of files."""
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as image:
+            return transformed(image, self.size)
+
+
+def as_diffusers(paths: Sequence[Path], size: int) -> Any:
+    """As `train_text_to_image.py`: a table of pictures of `datasets`, transformed when it is read."""
+    from datasets import Dataset
+    from datasets import Image as Pictures
+
+    table = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Pictures())
+    return table.with_transform(lambda rows: {"pixel_values": [transformed(image, size) for image in rows["image"]]})
+
+
+def stacked(rows: Sequence[Any]) -> Tensor:
+    """A batch."""
+    return torch.stack([row["pixel_values"] if isinstance(row, dict) else row for row in rows])
+
+
+def peer_rate(peer: str, pictures: Path, size: int, workers: int, steps: int) -> tuple[float, float]:
+    """(views a second by the clock, by processor time) of another library's loader; the second half counts."""
+    torch.set_num_threads(1)
+    paths = sorted(path for path in pictures.iterdir() if path.suffix != ".txt")
+    data = Files(paths, size) if peer == "imagen-pytorch" else as_diffusers(paths, size)
+    loader = torch.utils.data.DataLoader(
+        data, BATCH[size], shuffle=True, num_workers=workers, collate_fn=stacked, persistent_workers=workers > 0
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    marks = []
+    for number in range(1, 2 * steps + 1):
+        next(batches)
+        if number in (steps, 2 * steps):
+            marks.append((time.perf_counter(), processor_seconds()))
+    clock, processors = (after - before for before, after in zip(*marks, strict=True))
+    cores = min(len(os.sched_getaffinity(0)), 1 + workers)
+    return BATCH[size] * steps / clock, BATCH[size] * steps / processors * cores
+
+
+def peer_table(sizes: Sequence[int], kinds: Sequence[str], workers: Sequence[int], steps: int) -> None:
+    """A line for each peer, size, kind of file, and number of workers."""
+    print("\n| px | from | workers | loader | views/s | by processor time |\n| ---: | --- | ---: | --- | ---: | ---: |")
+    for size, kind in itertools.product(sizes, [kind for kind in kinds if kind != "decoded"]):
+        with tempfile.TemporaryDirectory() as name:
+            pictures = write_pictures(Path(name), size, kind)
+            for count, peer in itertools.product(workers, ("diffusers", "imagen-pytorch")):
+                clock, processors = in_new_process(peer_rate, peer, pictures, size, count, steps)
+                print(f"| {size} | {kind} | {count} | {peer} | {clock:.0f} | {processors:.0f} |", flush=True)
+
+
 def in_new_process(function: Any, *arguments: Any) -> Any:
     """Its result; the process ends with it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -247,11 +319,14 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option("--workers", default="0,1,2", show_default=True)
 @click.option("--kinds", default="decoded,png,webp", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=40, show_default=True, help="Measured; as many warm up.")
-def main(sizes: str, workers: str, kinds: str, steps: int) -> None:
+@click.option("--peers", is_flag=True, help="Also what two other libraries read.")
+def main(sizes: str, workers: str, kinds: str, steps: int, peers: bool) -> None:
     """Print the table."""
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, torch {torch.__version__}, load {load_average():.1f}; batches of {json.dumps(BATCH)}\n")
     own_table(numbers(sizes), kinds.split(","), numbers(workers), steps)
+    if peers:
+        peer_table(numbers(sizes), kinds.split(","), numbers(workers), steps)
 
 
 if __name__ == "__main__":

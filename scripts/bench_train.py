@@ -40,13 +40,15 @@ from cascade.allocator import keep_freed_memory
 from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TrainConfig
-from cascade.load import choose_device, load_train_config
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.device import choose_device
+from cascade.load.training import load_train_config
 from cascade.text.embeddings import TextEmbeddings
+from cascade.training.precision import DTYPES, settled
 
 TOKENS = 16
 """Of a caption: about what captions have."""
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RandomText:
@@ -143,7 +145,7 @@ def trainer_table(
 
 def peer_table(config: TrainConfig, imagen: Path | None, repeats: int) -> None:
     """The same step in networks of like size, alternating, so that another busy process slows all of them."""
-    device, dtype = choose_device(None), PRECISIONS[config.training.precision]
+    device, dtype = choose_device(None), DTYPES[settled(config).training.precision]
     batch, ours = config.training.batch_size, pass_gflop(config.stage, None)
     steps: list[NetworkStep] = [our_step(config.stage, batch, TOKENS, device, dtype, ours)]
     steps.append(diffusers_step(ours, config.stage, batch, TOKENS, device, dtype))
@@ -168,7 +170,7 @@ def peer_table(config: TrainConfig, imagen: Path | None, repeats: int) -> None:
 
 def machine_peak(config: TrainConfig) -> float:
     """Of convolutions in the run's number format, in GFLOP/s."""
-    return convolution_peak(choose_device(None), PRECISIONS[config.training.precision])
+    return convolution_peak(choose_device(None), DTYPES[settled(config).training.precision])
 
 
 @click.command()

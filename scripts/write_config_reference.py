@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cascade.bounds import AtMost
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.settings import Settings
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"

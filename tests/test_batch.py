@@ -17,14 +17,17 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.batch import DrawOptions, Output, Planner, Summary, Target, plan, run_batch
+from cascade.batch.output import Output
+from cascade.batch.plan import DrawOptions, Planner, Target, plan
 from cascade.batch.report import write_grid
+from cascade.batch.run import Summary, run_batch
 from cascade.drawing.batches import draw_batch
 from cascade.drawing.engine import Engine
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Result, Undrawn
 from cascade.images import to_pil
-from cascade.prompts import Failure, PromptRecord, given_prompts
+from cascade.prompts.reading import given_prompts
+from cascade.prompts.record import Failure, PromptRecord
 from cascade.seeds import MAX_SEED
 
 

@@ -12,7 +12,8 @@ from helpers_training import micro_config
 
 from cascade import CascadeError, CascadePipeline
 from cascade.bounds import AtMost
-from cascade.config import StageConfig, TrainConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.settings import override, parse
 
 MANY = 10**30

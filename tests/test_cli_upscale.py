@@ -10,7 +10,7 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.cli import main
+from cascade.cli.program import main
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from cascade.checkpoint import read_stage_config
-from cascade.config import CosineSchedule, SamplingConfig, StageConfig, TrainConfig
+from cascade.config.noise import CosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.errors import CascadeError
-from cascade.load import BUNDLED, load_train_config
+from cascade.load.index import BUNDLED
+from cascade.load.training import load_train_config
 from cascade.settings import override, parse, read_yaml, to_yaml
 
 SMALLEST: dict[str, Any] = {

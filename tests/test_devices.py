@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,20 +15,18 @@ from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_c
 
 from cascade import CascadePipeline
 from cascade.build import build_stage
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.conditioning import Conditioning
-from cascade.config import (
-    IFUNetConfig,
-    LinearSchedule,
-    SamplingConfig,
-    SquaredCosineSchedule,
-    StageConfig,
-    TrainConfig,
-    UNetConfig,
-)
+from cascade.config.noise import LinearSchedule, SquaredCosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
-from cascade.load import choose_device, choose_dtype
+from cascade.models.if_unet import IFUNetConfig
+from cascade.models.unet import UNetConfig
+from cascade.probe import settled_dtype
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.training.state import load_newest
@@ -234,19 +233,33 @@ def test_bfloat16_is_taken_only_where_the_gpu_has_it(
         "Tesla T4 has no bfloat16: numbers are float32; float16 is faster where pictures stay finite"
     ]
     assert choose_dtype("float16", gpu) == torch.float16
-    with pytest.raises(CascadeError, match=r"dtype: Tesla T4 has no bfloat16; use float32, or float16"):
-        choose_dtype("bfloat16", gpu)
+    assert choose_dtype("bfloat16", gpu) == torch.bfloat16  # it is imitated, which `settled_dtype` says
     assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
-def test_training_in_bfloat16_is_refused_where_the_gpu_has_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_older_gpu_imitates_bfloat16_and_one_line_says_how_slowly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    gpu = torch.device("cuda:0")
+    without_bfloat16(monkeypatch, "cascade.device")
+    without_bfloat16(monkeypatch, "cascade.probe")
+    monkeypatch.setattr("cascade.probe.time_share", lambda *_: 3.4)
+    configs = [tiny_stage_config("base", 8)]
+    assert settled_dtype("bfloat16", gpu, configs) == torch.bfloat16
+    assert caplog.messages == ["bfloat16 takes 3.4 times as long as float32 on Tesla T4"]
+    assert settled_dtype("auto", gpu, configs) == torch.float32
+
+
+def test_bfloat16_is_refused_where_there_is_none_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from cascade.training.accelerator import build_accelerator
 
-    without_bfloat16(monkeypatch, "cascade.training.accelerator")
+    mps = torch.device("mps")
+    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: False)
+    with pytest.raises(CascadeError, match=r"dtype: device mps has no bfloat16; use float32, or float16"):
+        choose_dtype("bfloat16", mps)
     monkeypatch.setattr("cascade.training.accelerator.has_bfloat16", lambda _device: False)
-    with pytest.raises(CascadeError, match=r"training.precision: Tesla T4 has no bfloat16; use fp16 or fp32"):
+    monkeypatch.setattr("cascade.training.accelerator.launched_processes", lambda: SimpleNamespace(device=mps))
+    with pytest.raises(CascadeError, match=r"training.precision: device mps has no bfloat16; use fp16 or fp32"):
         build_accelerator(micro_config(tmp_path, "training.precision=bf16"))
 
 

@@ -17,10 +17,11 @@ PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
 LAYERS = (
-    "errors _version bounds quoting values transfer files seeds locks scratch machine device allocator settings "
+    "errors _version bounds quoting system values transfer files seeds locks scratch machine device allocator settings "
     "streaming hub images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
-    "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight load",
+    "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
+    " load probe",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
@@ -56,7 +57,7 @@ def imported_names(node: ast.AST) -> list[str]:
 
 def imported_parts(path: Path) -> set[str]:
     """The parts of the package that a file imports anywhere, in functions too."""
-    names = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)]
+    names = [name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in imported_names(node)]
     return {name.split(".")[1] for name in names if name.startswith("cascade.")} - {part_of(path)}
 
 
@@ -77,7 +78,7 @@ READS_STEP_NUMBERS = "if_unet"  # DeepFloyd IF's network, which was trained on t
 
 def test_networks_know_no_schedules_and_samplers_no_text() -> None:
     for path in modules():
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         if part_of(path) == "models":
             assert ("diffusion" in imported_parts(path)) == (path.stem == READS_STEP_NUMBERS), path
         if part_of(path) == "diffusion":
@@ -120,11 +121,14 @@ def test_importing_cascade_loads_nothing_heavy() -> None:
     assert loaded_by("cascade") == set()
 
 
-BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards")}
+OTHER_SYSTEM = f"cascade.system.{'posix' if sys.platform == 'win32' else 'windows'}"
+BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards", "precision")}
 
 
 def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:
-    names = [dotted(path) for path in modules() if dotted(path) not in BRING_ACCELERATE | {"cascade.__main__"}]
+    names = [
+        dotted(path) for path in modules() if dotted(path) not in {*BRING_ACCELERATE, "cascade.__main__", OTHER_SYSTEM}
+    ]
     assert loaded_by(", ".join(names)) == set()
 
 
@@ -133,7 +137,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
     imported = {
         name.partition(".")[0]
         for file in ("trainer", "accelerator", "actions", "guards")
-        for node in ast.parse((PACKAGE / "training" / f"{file}.py").read_text()).body
+        for node in ast.parse((PACKAGE / "training" / f"{file}.py").read_text(encoding="utf-8")).body
         for name in imported_names(node)
     }
     assert imported & HEAVY == {"accelerate"}
@@ -145,7 +149,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
 def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from cascade.cli import main\n"
+        "from cascade.cli.program import main\n"
         f"main({arguments!r})\n"
         "print(*{'torch', 'numpy', 'PIL', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -169,7 +173,7 @@ def test_ctrl_c_while_something_loads_is_one_line(package: str, tmp_path: Path) 
     (tmp_path / f"{package}.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
     command = [sys.executable, "-m", "cascade", "info"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", "cascade: stopped")
@@ -182,14 +186,14 @@ def test_importing_cascade_asks_no_network() -> None:
         "def refuse(event, _arguments):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
         "sys.addaudithook(refuse)\n"
-        "import cascade, cascade.cli, cascade.load\n"
+        "import cascade, cascade.cli.program, cascade.load.pipeline, cascade.load.training\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
 
 
 def test_the_public_names_are_complete_and_typed() -> None:
     """Every name that the package imports for its users is in `__all__`; their parameters and results have types."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "cascade" in str(node.module)]
     imported = {name.name for node in ours for name in node.names}
     assert set(cascade.__all__) == imported

@@ -15,7 +15,7 @@ from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, 
 from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, Stage
-from cascade.load import assemble
+from cascade.load.pipeline import assemble
 from cascade.slots import StageSlot
 
 LONG = "a blue star and two green circles of the fox style"

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cascade.checkpoint import write_text
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.memory import LiveBytes, TrainingMemory, training_memory, weight_bytes
 from cascade.preflight import check_memory, check_run, run_bytes

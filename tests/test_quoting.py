@@ -13,9 +13,9 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade.batch.progress import JsonLog, Progress
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.cli.say import PlainFormatter
-from cascade.prompts import Failure
+from cascade.prompts.record import Failure
 from cascade.quoting import LONGEST, LONGEST_LINE, message, named, quoted, shown, shown_json, shown_lines
 from cascade.settings import override
 
@@ -94,14 +94,14 @@ def test_values_that_python_cannot_write_are_named_by_their_type() -> None:
 # --- where it is printed -----------------------------------------------------------------------------------
 
 
-def test_results_of_a_command_show_the_names_of_files(
+def test_results_of_a_command_show_the_names_of_folders(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / f"a{CLEAR}b.png"
+    picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
-    options = ["--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out"), "--to", "16"]
+    options = ["--model", str(model), "--device", "cpu", "--out", str(tmp_path / f"o{CLEAR}t"), "--to", "16"]
     assert main(["upscale", str(picture), *options]) == 0
-    assert r"a\x1b[2Jb.png: 16x16" in capsys.readouterr().out
+    assert r"o\x1b[2Jt/a.png: 16x16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_warnings_and_log_messages_show_it_too(
         logging.getLogger("cascade").info("b%s", CLEAR)
         return 0
 
-    monkeypatch.setattr("cascade.cli.program.main", talking)
+    monkeypatch.setattr("cascade.cli.program.program.main", talking)
     assert main([]) == 0
     assert capsys.readouterr().err == "cascade: warning: a\\x1b[2J\nb\\x1b[2J\n"
     record = logging.LogRecord("cascade", logging.INFO, "", 1, "x" * 10_000, (), None)

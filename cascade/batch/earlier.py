@@ -143,6 +143,8 @@ def not_ours(path: Path) -> CascadeError:
 def with_seed(settings: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Settings as JSON would give them back, with a seed: their own, that of the earlier run, or a new one."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
+    if isinstance(plain.get("dtype"), dict):
+        plain["dtype"] = plain["dtype"]["auto"] if earlier is None else earlier["dtype"]
     if plain.get("seed") is None:
         plain["seed"] = fresh_seed() if earlier is None else earlier["seed"]
     return plain

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import time
 from pathlib import Path
 
+from cascade import system
 from cascade.errors import CascadeError
+from cascade.locks import take
 
 _DONE = b"\1"
 _PATIENCE_SECONDS = 2.0  # for the first process of our own launch to say that it is ours
@@ -22,17 +23,17 @@ class RunLock:
 
     def __init__(self, path: Path, launch: str | None) -> None:
         """launch: names the processes that belong together; None: this one alone."""
-        self._file = path.open("a+")
+        self._file = path.open("a+", encoding="utf-8")
         self._path, self._launch = path, launch
         self.first = False
 
     def acquire(self) -> None:
         """Raises CascadeError when another run holds it. `first` says whether we have to prepare the folder."""
         start = time.monotonic()
-        while not self._try(fcntl.LOCK_EX):
+        while not take(self._file.fileno(), self._path, wait=False):
             holder = self._holder()
             if self._launch is not None and holder == self._launch:
-                fcntl.flock(self._file, fcntl.LOCK_SH)  # waits while the first one prepares
+                take(self._file.fileno(), self._path, shared=True)  # waits while the first one prepares
                 return
             if time.monotonic() - start > _PATIENCE_SECONDS or self._launch is None:
                 raise CascadeError(
@@ -49,17 +50,11 @@ class RunLock:
     def share(self) -> None:
         """The folder is prepared: let the others of the launch in."""
         if self._launch is not None:
-            fcntl.flock(self._file, fcntl.LOCK_SH)
+            take(self._file.fileno(), self._path, shared=True)
 
     def close(self) -> None:
+        """Let go of the lock."""
         self._file.close()
-
-    def _try(self, kind: int) -> bool:
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     def _holder(self) -> str:
         self._file.seek(0)
@@ -73,40 +68,38 @@ class Claims:
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
 
     def take(self, number: int) -> bool:
-        """Whether nobody else works on it, and now we do."""
-        try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):  # which of them differs between systems
-            return False
-        return True
+        """Whether nobody else works on it, and now we do. Raises OSError where the file system has no locks."""
+        return system.lock_byte(self._file.fileno(), number)
 
     def wait(self, number: int) -> None:
         """Until nobody works on it."""
-        fcntl.lockf(self._handle, fcntl.LOCK_EX, 1, number)
+        system.lock_byte(self._file.fileno(), number, wait=True)
         self.release(number)
 
     def is_done(self, number: int) -> bool:
         """Whether a process of this run has finished it."""
-        return os.pread(self._handle, 1, number) == _DONE
+        return system.read_at(self._file.fileno(), 1, number) == _DONE
 
     def finish(self, number: int) -> None:
         """It is done, and we no longer work on it."""
-        os.pwrite(self._handle, _DONE, number)
+        system.write_at(self._file.fileno(), _DONE, number)
         self.release(number)
 
     def clear(self) -> None:
         """Nothing is done."""
-        os.ftruncate(self._handle, 0)
+        self._file.truncate(0)
 
     def release(self, number: int) -> None:
         """We no longer work on it."""
-        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)
+        system.unlock_byte(self._file.fileno(), number)
 
     def close(self) -> None:
-        os.close(self._handle)
+        """Let go of the lock."""
+        self._file.close()
 
 
 def processes() -> tuple[int, int, str | None]:

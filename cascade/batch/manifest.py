@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cascade import system
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import parse_json
@@ -27,7 +27,7 @@ class Manifest:
         """Opens or begins the file. Raises CascadeError when it cannot be written."""
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
         self._mutex = threading.RLock()  # the thread that draws looks up while the one that writes appends
@@ -40,12 +40,13 @@ class Manifest:
         )
 
     def close(self) -> None:
-        os.close(self._handle)
+        """Close the file and its table."""
+        self._file.close()
         self._table.close()
 
     def refresh(self) -> None:
         """Read the whole lines that were added since, by whichever process."""
-        with self._mutex, held(self._handle):
+        with self._mutex, held(self._file.fileno(), self.path):
             self._refresh()
 
     def find(self, index: int, number: int) -> dict[str, Any] | None:
@@ -54,7 +55,7 @@ class Manifest:
             row = self._table.execute(
                 "SELECT length, start FROM finished WHERE line = ? AND number = ?", (index, number)
             ).fetchone()
-            return None if row is None else json.loads(os.pread(self._handle, *row))
+            return None if row is None else json.loads(system.read_at(self._file.fileno(), *row))
 
     @property
     def size(self) -> int:
@@ -73,9 +74,9 @@ class Manifest:
         line = json_text(entry).encode() + b"\n"
         try:
             self._check_there()
-            with self._mutex, held(self._handle):
+            with self._mutex, held(self._file.fileno(), self.path):
                 self._refresh()  # also cuts off what a killed process left behind
-                os.ftruncate(self._handle, self._read)
+                self._file.truncate(self._read)
                 self._write_whole(line)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -84,14 +85,14 @@ class Manifest:
         """On a full disk the system writes what fits, and tells only when asked for the rest."""
         try:
             while line:
-                line = line[os.write(self._handle, line) :]
+                line = line[self._file.write(line) :]
         except OSError:
-            os.ftruncate(self._handle, self._read)
+            self._file.truncate(self._read)
             raise
 
     def is_empty(self) -> bool:
-        """Whether no process ever wrote a line."""
-        return os.fstat(self._handle).st_size == 0
+        """Whether it is there, and no process ever wrote a line."""
+        return self.path.exists() and self.path.stat().st_size == 0
 
     def tidy(self, temporary: Path) -> None:
         """Sort by index, and leave out lines that newer ones replaced. Only when nobody else writes.
@@ -104,11 +105,11 @@ class Manifest:
         try:
             with temporary.open("wb") as file:
                 file.writelines(self._lines())
-            temporary.replace(self.path)
+            self._file.close()  # Windows replaces no open file
+            system.replace(temporary, self.path)
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
-        os.close(self._handle)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND)
         self._table.execute("DELETE FROM finished")
         self._read, self._tidy, self._last = 0, True, (-1, -1)
         self.refresh()
@@ -120,12 +121,12 @@ class Manifest:
     def _lines(self) -> Iterator[bytes]:
         # A cursor of its own: entries are appended while others are read.
         rows = self._table.execute("SELECT start, length FROM finished ORDER BY line, number")
-        return (os.pread(self._handle, length, start) for start, length in rows)
+        return (system.read_at(self._file.fileno(), length, start) for start, length in rows)
 
     def _refresh(self) -> None:
         rest = b""
         start = self._read
-        while chunk := os.pread(self._handle, _CHUNK, start + len(rest)):
+        while chunk := system.read_at(self._file.fileno(), _CHUNK, start + len(rest)):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 self._learn(line, start)
@@ -146,8 +147,7 @@ class Manifest:
 
     def _check_there(self) -> None:
         """Writing to a file that was removed would succeed, into nothing."""
-        own, there = os.fstat(self._handle), self.path.stat()
-        if (own.st_dev, own.st_ino) != (there.st_dev, there.st_ino):
+        if not system.is_same_file(self._file.fileno(), self.path):
             raise FileNotFoundError(2, "it was replaced while the run wrote to it")
 
     def _unwritable(self, error: OSError) -> StorageError:

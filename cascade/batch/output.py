@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cascade import system
 from cascade.batch.earlier import MADE_BY, PROGRAM, RUN, STATE, EarlierRun, with_seed
 from cascade.batch.layout import Layout
 from cascade.batch.manifest import Manifest
@@ -21,7 +21,8 @@ from cascade.batch.team import Team
 from cascade.errors import StorageError
 from cascade.files.paths import path_of
 from cascade.files.text import json_text
-from cascade.prompts import Failure
+from cascade.locks import held
+from cascade.prompts.record import Failure
 
 
 class Output:
@@ -106,6 +107,8 @@ class Output:
             self._manifest.close()
         self.team.leave()
         if nothing and self._made and self.team.rank == 0:
+            if system.OPEN_FILES_STAY:
+                self.team.unlock()
             for path in (self.folder / RUN, self.path("manifest", ".jsonl"), self.path("failures", ".jsonl")):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self._state, ignore_errors=True)
@@ -159,9 +162,10 @@ class Output:
     def fail(self, failure: Failure, **more: Any) -> None:
         """Write down what could not be drawn."""
         line = {"origin": failure.origin, "index": failure.index, "reason": failure.reason, **more}
-        with self._writing(), self.path("failures", ".jsonl").open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self.path("failures", ".jsonl")
+        with self._writing(), path.open("a", encoding="utf-8", newline="\n") as file, held(file.fileno(), path):
             file.write(json_text(line) + "\n")
+            file.flush()
 
     def finish(self, unit: int) -> None:
         """All pictures of a unit are written: pack it, and let others see."""
@@ -200,7 +204,7 @@ class Output:
         with self._writing():
             self._earlier.note_made(stem, ending)
             write(temporary)
-            temporary.replace(self.path(stem, ending))
+            system.replace(temporary, self.path(stem, ending))
 
     def path(self, stem: str, ending: str) -> Path:
         """A file beside the pictures, each shard's its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -9,9 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cascade.files.text import json_text
-from cascade.prompts import Failure
-from cascade.quoting import message, shown_json
+from cascade.prompts.record import Failure
+from cascade.quoting import message
 
 _BETWEEN_SECONDS = 0.2
 
@@ -77,7 +77,7 @@ class Bar(Progress):
 
 
 class JsonLog(Progress):
-    """A line of JSON for everything that happens, on stdout."""
+    """A line of JSON for everything that happens, on stdout: ASCII, which every terminal and pipe takes."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file or sys.stdout
@@ -104,4 +104,4 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """One line, at once."""
-        print(shown_json(json_text({"event": event, **values})), file=self._file, flush=True)
+        print(json.dumps({"event": event, **values}), file=self._file, flush=True)

@@ -59,7 +59,7 @@ def write_page(entries: Iterable[Mapping[str, Any]], path: Path, title: str) -> 
     """One HTML file without anything from elsewhere: pictures beside prompts, searchable, loaded as they are seen."""
     parts = _PAGE.read_text(encoding="utf-8").split("PICTURES")
     head, tail = (part.replace("TITLE", _escaped(well_formed(title))) for part in parts)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(head)
         for number, entry in enumerate(entries):
             size, seed = entry["settings"], str(entry["seed"])  # as text: JavaScript would round it

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from cascade import system
 from cascade.batch.earlier import not_ours
 from cascade.batch.plan import subfolder
 
@@ -114,8 +115,8 @@ class TarStore:
                 information = tarfile.TarInfo(member)
                 information.size = len(content)
                 file.addfile(information, io.BytesIO(content))
-        packed.replace(self._folder / tar)
         self._open = ("", {})
+        system.replace(packed, self._folder / tar)
         shutil.rmtree(waiting)
 
     def _tar(self, unit: int) -> str:
@@ -145,14 +146,15 @@ def place(path: Path, content: bytes, temporary: Path) -> None:
     Nothing is synced to the disk: what a power cut takes, the next run misses by its SHA-256 and draws again.
     """
     handle, name = tempfile.mkstemp(dir=temporary)
+    written = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-            os.fchmod(file.fileno(), 0o644)
+        written.chmod(0o644)
         path.parent.mkdir(exist_ok=True, parents=True)
-        os.replace(name, path)  # noqa: PTH105 - `name` is text
+        system.replace(written, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise
 
 

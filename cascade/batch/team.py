@@ -37,7 +37,7 @@ class Team:
         """The folder is prepared. before: how long the manifest was then."""
         assert self._lock is not None, "enter() comes first"
         self._opened(self._claims).clear()
-        self._path("before").write_text(str(before))
+        self._path("before").write_text(str(before), encoding="ascii")
         self._lock.share()
 
     def start(self) -> None:
@@ -47,7 +47,7 @@ class Team:
     @property
     def before(self) -> int:
         """How long the manifest was when the first of us came."""
-        return int(self._path("before").read_text())
+        return int(self._path("before").read_text(encoding="ascii"))
 
     def claim(self, unit: int) -> bool:
         """Whether we may draw a unit: nobody draws it, or has. Of several it is whoever comes first."""

@@ -15,7 +15,9 @@ from cascade.cli.train import find_config
 from cascade.text.captions import prepare_caption
 
 if TYPE_CHECKING:
-    from cascade.config import DataConfig, StageConfig, TextConfig, TrainConfig
+    from cascade.config.data import DataConfig, TextConfig
+    from cascade.config.stage import StageConfig
+    from cascade.config.training import TrainConfig
     from cascade.data.survey import Survey
     from cascade.text.tokens import TokenCounter
 
@@ -42,7 +44,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
     from cascade.files.ours import SOFTWARE, check_png
-    from cascade.load import load_train_config, text_encoder_source
+    from cascade.load.training import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 
     check_png(Path(sheet), _PROGRAM)

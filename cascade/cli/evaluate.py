@@ -72,7 +72,10 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures per call.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype: str | None, **values: Any) -> int:
     """Measure what a cascade draws: report.json, report.md and contact.png in FOLDER.
@@ -137,7 +140,7 @@ def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict
     from cascade._version import __version__
     from cascade.batch.identity import weights_sha256
     from cascade.evaluation.drawing import used_sampling
-    from cascade.load import read_index
+    from cascade.load.index import read_index
 
     return {
         "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},

@@ -17,10 +17,9 @@ from cascade.quoting import quoted
 from cascade.values import per_stage
 
 if TYPE_CHECKING:
-    from cascade.config import SamplingConfig, StageConfig
-    from cascade.load import ModelIndex
+    from cascade.config.stage import StageConfig
+    from cascade.load.index import ModelIndex
     from cascade.memory import Way
-    from cascade.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
-    from cascade.config import FORMAT_VERSION
-    from cascade.load import find_stage, read_config, read_index
+    from cascade.config.common import FORMAT_VERSION
+    from cascade.load.index import find_stage, read_index
+    from cascade.load.stage import read_config
     from cascade.machine import free_bytes
     from cascade.memory import text_memory, ways
 
@@ -87,7 +87,7 @@ def _memory(possible: Sequence[Way], free: int) -> str:
 
 
 def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
-    from cascade.load import read_config
+    from cascade.load.stage import read_config
 
     stages = [
         replace(_stage_part(folder, read_config(folder), index.max_text_length), draws=folder in index.stages)
@@ -98,46 +98,18 @@ def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
 
 
 def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
-    from cascade.build import build_stage
-    from cascade.stage import count_parameters
+    from cascade.cost import StageCost
 
-    stage = build_stage(config, device="meta")
+    cost = StageCost(config)
     return Part(
         name=config.name,
         resolution=config.resolution,
-        parameters=count_parameters(stage.network),
+        parameters=cost.parameters,
         bytes=_size(folder / "unet" if (folder / "unet").is_dir() else folder),
-        steps=len(stage.noise_levels()) - 1,
-        calls=network_calls(stage, config.sampling),
-        gflop_per_call=gflop_per_call(stage, text_tokens),
+        steps=cost.steps,
+        calls=cost.calls(),
+        gflop_per_call=cost.flops_per_call(text_tokens) / 1e9,
     )
-
-
-def network_calls(stage: Stage, settings: SamplingConfig) -> int:
-    """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    evaluated = stage.evaluations(settings)
-    if settings.guidance == 1:
-        return len(evaluated)
-    low, high = settings.guidance_interval or (float("-inf"), float("inf"))
-    return sum(2 if low <= level <= high else 1 for level in evaluated)
-
-
-def gflop_per_call(stage: Stage, text_tokens: int) -> float:
-    """Multiplications and additions of one network call at the stage's own size, in 10^9; counted without memory.
-
-    stage: on the meta device. text_tokens: length of the text, to which every prompt is padded.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from cascade.stage import blank_call
-
-    with torch.device("meta"), torch.inference_mode():
-        z, level, cond = blank_call(stage.config, 1, text_tokens)
-        prepared = stage.network.prepare(cond)
-        with FlopCounterMode(display=False) as counter:
-            stage.network(z, level, prepared)
-    return counter.get_total_flops() / 1e9
 
 
 def _size(folder: Path) -> int:
@@ -218,7 +190,7 @@ def assemble(
     """
     import torch
 
-    from cascade.load import assemble as assemble_pipeline
+    from cascade.load.pipeline import assemble as assemble_pipeline
 
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     pipeline = assemble_pipeline(

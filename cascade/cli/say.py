@@ -18,4 +18,5 @@ class PlainFormatter(logging.Formatter):
     """The message alone."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Its lines, escaped and cut as `say` does."""
         return message(super().format(record))

@@ -34,7 +34,9 @@ _OPTIONS = (
     click.option("--no-auth", is_flag=True, help="Let everyone in who reaches --host, without a key."),
     click.option("--most-waiting", type=click.IntRange(min=1), default=500, show_default=True, help="Pictures."),
     click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one."),
-    click.option("--dtype", help="float32, bfloat16 or float16; default: as the device has it."),
+    click.option(
+        "--dtype", help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it."
+    ),
     click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time."),
 )
 
@@ -128,7 +130,7 @@ class Request:
         )
 
     def _card(self) -> Path | None:
-        from cascade.load import find_model
+        from cascade.load.index import find_model
 
         return find_model(self.model)
 

@@ -12,6 +12,7 @@ from cascade.cli.paths import path_argument, path_option
 from cascade.cli.say import say
 from cascade.cli.upscaled import MANIFEST, Enlarger
 from cascade.errors import CascadeError, StorageError
+from cascade.files.names import alike, portable
 from cascade.files.parsed import parse_json
 from cascade.seeds import MAX_SEED
 from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
@@ -37,7 +38,10 @@ _POSITIVE = click.IntRange(min=1)
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU that has it.")
+@click.option(
+    "--dtype",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+)
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
 @click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
 def upscale(
@@ -88,14 +92,15 @@ def upscale(
 def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
     """The file that each picture becomes. Raises CascadeError when two would become the same, or `out` is no folder."""
     targets: dict[str, Path] = {}
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for image in dict.fromkeys(images):
-        target = out / f"{Path(image).stem}.png"
-        if target in taken:
-            raise CascadeError(f"{image}: would become {target}, as {taken[target]} does; give them two --out folders")
+        target = out / f"{portable(Path(image).stem)}.png"
+        same = alike(target.name)
+        if same in taken:
+            raise CascadeError(f"{image}: would become {target}, as {taken[same]} does; give them two --out folders")
         if target.exists() and Path(image).exists() and target.samefile(image):
             raise CascadeError(f"{image}: would be overwritten; name another folder with --out")
-        targets[image], taken[target] = target, image
+        targets[image], taken[same] = target, image
     _check_manifest(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

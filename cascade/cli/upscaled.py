@@ -115,7 +115,7 @@ def _write(target: Path, drawn: Frames, entry: Mapping[str, Any]) -> None:
         with atomic_file(target) as temporary:
             save_png(temporary, drawn, chunks)
         line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
-        with (target.parent / MANIFEST).open("a", encoding="utf-8") as manifest:
+        with (target.parent / MANIFEST).open("a", encoding="utf-8", newline="\n") as manifest:
             manifest.write(json_text(line) + "\n")
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None

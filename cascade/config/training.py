@@ -103,8 +103,9 @@ class TrainingConfig(Settings):
     """Pictures per optimizer step, over all processes and accumulation."""
     accumulation: Pictures = 1
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic inside the network; weights stay float32. fp16 needs a GPU, bf16 one since NVIDIA's Ampere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic inside the network; weights stay float32. `auto`: bf16 on GPUs that have it, on a processor if it is
+    faster there than fp32. A run keeps what it began with. fp16 needs a GPU."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random follows from it."""
     init_from: PathText | None = None

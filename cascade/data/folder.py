@@ -45,6 +45,8 @@ class FolderRecords:
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
         self._paths = sorted(pictures | self._listed.keys())
+        # Known beforehand, because to ask for each ending of each picture costs as much as to decode a small one.
+        self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
         if not self._paths:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
 
@@ -63,7 +65,8 @@ class FolderRecords:
     def _captions_of(self, path: Path) -> tuple[str, ...]:
         if path in self._listed:
             return self._listed[path]
-        texts = (_sidecar(path.with_suffix(ending)) for ending in SIDECARS)
+        beside = (path.with_suffix(ending) for ending in SIDECARS)
+        texts = (_sidecar(file) for file in beside if file in self._sidecars)
         return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
 
 

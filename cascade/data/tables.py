@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cascade.config import HubSource, ParquetSource
+from cascade.config.data import HubSource, ParquetSource
 from cascade.data.dataset import Record, caption_variants, encoded_picture
 from cascade.errors import CascadeError
 from cascade.quoting import quoted

@@ -7,25 +7,23 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import queues
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.errors import CascadeError
+from cascade.system import CHILD_ENDED, shared_memory
 
 logger = logging.getLogger("cascade.data")
 
 T = TypeVar("T")
 
-SHARED_MEMORY = Path("/dev/shm")
 _AHEAD = 3  # items of a process that may lie in shared memory: two that wait, one that is made
 
 
@@ -40,7 +38,8 @@ def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> G
     can be started, and this one reads. Raises ReaderDiedError within seconds when one of them is killed.
     """
     if not _can_start():
-        logger.warning("%s cannot be written, which processes need that read; this one reads", SHARED_MEMORY)
+        place, _ = shared_memory() or ("shared memory", 0)
+        logger.warning("%s cannot be written, which processes need that read; this one reads", place)
         yield from map(items.__getitem__, places)
         return
     with warnings.catch_warnings():
@@ -99,24 +98,19 @@ def _taken(loaded: Iterator[T | _Piped]) -> Iterator[T]:
             yield item
             continue
         if not told:
-            free = _free_bytes() / 1e6
+            place, free = shared_memory() or ("shared memory", 0)
             logger.warning(
                 "%s has %.1f MB free, too little for data.workers: what they read comes through pipes, which takes"
-                " longer; a container gets more by --shm-size", SHARED_MEMORY, free,
+                " longer; a container gets more by --shm-size", place, free / 1e6,
             )  # fmt: skip
             told = True
         yield pickle.loads(item.content)
 
 
 def _free_bytes() -> float:
-    """Of shared memory; without limit where a system has it elsewhere."""
-    if sys.platform != "linux":
-        return float("inf")
-    try:
-        status = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize
+    """Of shared memory; without limit where a system sets none."""
+    limited = shared_memory()
+    return float("inf") if limited is None else limited[1]
 
 
 def _can_start() -> bool:
@@ -134,10 +128,10 @@ def _deaths_found_by_asking() -> Iterator[None]:
 
     Without that it finds out when it waits for a batch, where it looks every five seconds.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler = None if CHILD_ENDED is None else signal.getsignal(CHILD_ENDED)
     yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
+    if CHILD_ENDED is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(CHILD_ENDED, handler)
 
 
 @contextmanager

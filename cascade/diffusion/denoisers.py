@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import Denoiser, Estimate, number_of, with_x, x_of
+from cascade.diffusion.noise import Denoiser, Estimate, number_of, x_of
 
 
 class Joinable(Protocol):
@@ -66,14 +67,19 @@ def guide(
     return denoise
 
 
+def with_changed(denoise: Denoiser, change: Callable[[Tensor], Tensor]) -> Denoiser:
+    """The denoiser whose x_hat is changed; a variance beside it stays as it is."""
+
+    def changed(z: Tensor, log_snr: Tensor) -> Estimate:
+        estimate = denoise(z, log_snr)
+        return (change(estimate[0]), estimate[1]) if isinstance(estimate, tuple) else change(estimate)
+
+    return changed
+
+
 def clip(denoise: Denoiser) -> Denoiser:
     """Static thresholding: x_hat is clipped to [-1, 1]."""
-
-    def clipped(z: Tensor, log_snr: Tensor) -> Estimate:
-        estimate = denoise(z, log_snr)
-        return with_x(estimate, x_of(estimate).clamp(-1, 1))
-
-    return clipped
+    return with_changed(denoise, lambda x_hat: x_hat.clamp(-1, 1))
 
 
 def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) -> Denoiser:
@@ -83,14 +89,12 @@ def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) ->
     `sample_max_value`). Source: Saharia et al. (2022) sec. 2.3 and fig. A.10.
     """
 
-    def thresholded(z: Tensor, log_snr: Tensor) -> Estimate:
-        estimate = denoise(z, log_snr)
-        x_hat = x_of(estimate)
+    def scaled(x_hat: Tensor) -> Tensor:
         s = quantile_of_rows(x_hat.float().abs().flatten(1), quantile).clamp(1.0, maximum)
         s = s.to(x_hat.dtype)[:, None, None, None]
-        return with_x(estimate, x_hat.clamp(-s, s) / s)
+        return x_hat.clamp(-s, s) / s
 
-    return thresholded
+    return with_changed(denoise, scaled)
 
 
 def quantile_of_rows(values: Tensor, quantile: float) -> Tensor:
@@ -123,19 +127,9 @@ def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
     (ResShift, Yue et al. 2023, states it as a process of its own). Around `clip` or `threshold`, which must act on
     the picture: to_residual(clip(to_picture(denoise, base, scale)), base, scale).
     """
-
-    def picture(z: Tensor, log_snr: Tensor) -> Estimate:
-        estimate = denoise(z, log_snr)
-        return with_x(estimate, base + scale * x_of(estimate))
-
-    return picture
+    return with_changed(denoise, lambda x_hat: base + scale * x_hat)
 
 
 def to_residual(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
     """The inverse of `to_picture`."""
-
-    def residual(z: Tensor, log_snr: Tensor) -> Estimate:
-        estimate = denoise(z, log_snr)
-        return with_x(estimate, (x_of(estimate) - base) / scale)
-
-    return residual
+    return with_changed(denoise, lambda x_hat: (x_hat - base) / scale)

@@ -8,16 +8,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cascade.diffusion.denoisers import with_changed
 from cascade.diffusion.noise import (
     CLEAN,
     Denoiser,
-    Estimate,
     alpha,
     diffuse,
     noise_like,
     posterior,
     step_beta,
-    with_x,
     x_of,
 )
 from cascade.diffusion.samplers import Generators, OnStep
@@ -51,12 +50,7 @@ def keep_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
     Whichever sampler follows then puts the known pixels in at every step at their noise level: by DDIM's step they keep
     the noise that they began with, by DDPM's they are drawn from q(z_s | z_t, x).
     """
-
-    def kept(z: Tensor, log_snr: Tensor) -> Estimate:
-        estimate = denoise(z, log_snr)
-        return with_x(estimate, torch.lerp(x, x_of(estimate), mask))
-
-    return kept
+    return with_changed(denoise, lambda x_hat: torch.lerp(x, x_hat, mask))
 
 
 def levels_from(schedule: NoiseSchedule, log_snrs: Tensor, strength: float) -> Tensor:

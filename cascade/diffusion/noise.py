@@ -35,11 +35,6 @@ def x_of(estimate: Estimate) -> Tensor:
     return estimate[0] if isinstance(estimate, tuple) else estimate
 
 
-def with_x(estimate: Estimate, x_hat: Tensor) -> Estimate:
-    """The estimate with another x_hat, its variance as it was."""
-    return (x_hat, estimate[1]) if isinstance(estimate, tuple) else x_hat
-
-
 _numbers = WeakTensorKeyDictionary()
 
 

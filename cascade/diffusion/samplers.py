@@ -12,7 +12,7 @@ settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -65,7 +65,7 @@ def _ignore(step: int, x_hat: Tensor) -> None:
     """The callback of those who do not watch."""
 
 
-def _pairs(z: Tensor, log_snrs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _pairs(z: Tensor, log_snrs: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1); infinite after the last step to `CLEAN`.
 
     In the formulas of a step an infinite log SNR is exactly x: alpha is 1, and what is left of z and of noise is 0.
@@ -74,7 +74,7 @@ def _pairs(z: Tensor, log_snrs: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     numbers[-1] = math.inf if numbers[-1] >= CLEAN else numbers[-1]
     levels = on_device(torch.tensor(numbers), z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
     noted = [note_number(level, number) for level, number in zip(levels.unbind(), numbers, strict=True)]
-    yield from ((step, *pair) for step, pair in enumerate(pairwise(noted)))
+    return [(step, *pair) for step, pair in enumerate(pairwise(noted))]
 
 
 def _move(x_hat: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:

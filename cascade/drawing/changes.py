@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cascade.arguments import PerStage, common_step, integer, positive
 from cascade.bounds import ROUNDS
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
 from cascade.errors import CascadeError
 from cascade.sampling import check_stages

@@ -37,7 +37,7 @@ class Conduct:
     batch_size: Wish = None
     keep_stages: bool = False
     stop: Callable[[], bool] = lambda: False
-    abort: Callable[[], bool] = lambda: False
+    abort: Callable[[], bool] | None = None
     on_step: Callable[[Step], None] | None = None
 
 
@@ -153,13 +153,13 @@ class Engine:
         if low is not None:
             low = padded(low, stage.config)
             height, width = (side * stage.scale for side in low.shape[-2:])
-        steps = stage.count_steps(drawing.settings)
+        name, steps = stage.name, stage.count_steps(drawing.settings)
 
         def on_step(step: int, x_hat: Tensor) -> None:
             if self._conduct.on_step is not None:
                 x_hat = x_hat[: len(batch), :, : drawing.size[0], : drawing.size[1]]
-                self._conduct.on_step(Step(stage.name, step, steps, *place, batch, x_hat))
-            if self._conduct.abort():
+                self._conduct.on_step(Step(name, step, steps, *place, batch, x_hat))
+            if self._conduct.abort is not None and self._conduct.abort():
                 raise StoppedError
 
         inputs = Inputs(

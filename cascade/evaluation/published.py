@@ -121,7 +121,7 @@ def load_inception(source: str) -> Inception:
     try:
         import torchmetrics  # noqa: F401 - only whether it is there
     except ImportError:
-        raise CascadeError("--inception: needs torchmetrics; pip install cascade-diffusion[metrics]") from None
+        raise CascadeError("--inception: needs torchmetrics; pip install 'cascade-diffusion[metrics]'") from None
     path = _weights_file(source)
     stored = load_tensors(path)
     network = Inception()

@@ -42,6 +42,7 @@ class Frames:
 
     @property
     def is_animated(self) -> bool:
+        """Whether there is more than one picture."""
         return len(self.images) > 1
 
 

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from cascade import system
+
 _CHUNK = 1 << 13
 _LOOKED_AT = 4096  # bytes that tell the encoding
 _MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
@@ -34,7 +36,7 @@ class NoFileError(OSError):
 
 def open_regular(path: str | Path) -> BinaryIO:
     """A file, for reading. Raises OSError: NoFileError for a pipe or a device, where reading might wait for ever."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = system.open_to_read(path)
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
         return open(handle, "rb")  # noqa: PTH123 - of what is open already; raises IsADirectoryError

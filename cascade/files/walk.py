@@ -11,9 +11,14 @@ from pathlib import Path
 
 @dataclass
 class Walk:
-    """What was found. problems: a line for each folder or file that cannot be read, with its reason."""
+    """What was found.
+
+    others: pipes, devices and links that lead nowhere. problems: a line for each of these, and for each folder and file
+    that cannot be read, with its reason.
+    """
 
     files: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -60,6 +65,7 @@ def _sort_out(entries: Iterable[os.DirEntry[str]], found: Walk, folders: deque[P
             elif entry.is_file():
                 found.files.append(path)
             else:
+                found.others.append(path)
                 found.problems.append(_told(path, "a link that leads nowhere" if entry.is_symlink() else "no file"))
         except OSError as error:  # a circle of links
             found.problems.append(_told(path, error))

@@ -10,13 +10,14 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cascade.batch import Describer, DrawOptions, Job, Planner, Target
-from cascade.batch.metadata import encode
+from cascade.batch.metadata import Describer, encode
+from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
 from cascade.images import to_pil
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import COLUMNS, BadLineError, checked, record_of, without_nulls
+from cascade.prompts.columns import COLUMNS, checked, without_nulls
+from cascade.prompts.record import BadLineError, record_of
 from cascade.quoting import quoted
 from cascade.values import SETTINGS
 

@@ -11,7 +11,7 @@ import torch
 
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
-from cascade.config import Captions, TextReading
+from cascade.config.data import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded, plain_path
 from cascade.hub import download, may_be_on_hub

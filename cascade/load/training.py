@@ -11,7 +11,9 @@ import torch
 
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
-from cascade.config import FORMAT_VERSION, TextConfig, TextReading, TrainConfig
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextConfig, TextReading
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
@@ -89,7 +91,9 @@ def load_trainer(config: TrainConfig) -> Trainer:
     """
     from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
     from cascade.training.guards import shortage_told
+    from cascade.training.precision import settled
 
+    config = settled(config)
     check_run(config, *expected_processes())
     with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)

@@ -1,12 +1,17 @@
-"""Attention of a feature map's pixels: to all of them, with the text tokens joined, or to the text tokens alone."""
+"""Attention of a feature map's pixels to all of them, with the text tokens joined, or to the text tokens alone.
+
+`attend` is softmax attention, on a CPU in bfloat16 by matrix products: torch's fused kernel is as slow as in float32.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from cascade.models.attend import attend
 from cascade.models.blocks import Normalize, zero_init
 
 KeysValues = tuple[Tensor, Tensor]
@@ -66,3 +71,99 @@ class Attention(nn.Module):
             return key, value, None
         mask = None if visible is None else F.pad(visible, (key.shape[2], 0), value=True)  # pixels are always visible
         return torch.cat([key, text[0]], dim=2), torch.cat([value, text[1]], dim=2), mask
+
+
+FEW_QUERIES = 256
+"""Up to here all heads are multiplied at once."""
+LEAST_SCORES, MOST_SCORES = 50_000, 8_000_000
+"""Of one head: fewer are left to torch, more no longer lie in the cache."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head.
+
+    query: (B, heads, M, d); key, value: (B, heads, N, d); mask: (B, 1, 1, N) bool, True where a key is seen, None when
+    all are -> (B, heads, M, d).
+
+    With 64 queries the gradient of torch's fused kernel takes four times as long as its forward pass, two plain
+    products a third of both; with 1,024, head by head, the two passes take seven tenths of torch's time. The gradient
+    of the softmax is written out: torch's own takes more than twice as long in bfloat16.
+    """
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    moderate = LEAST_SCORES <= query.shape[2] * key.shape[2] <= MOST_SCORES
+    if slow and query.requires_grad and query.shape[2] <= FEW_QUERIES:
+        together: Tensor = _AllHeads.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
+        return together
+    if slow and moderate:
+        answer: Tensor = _HeadByHead.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
+        return answer
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class _AllHeads(torch.autograd.Function):
+    """The scores of all heads at once, kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # it would take the softmax in float32
+            query = query * query.shape[-1] ** -0.5
+            scores = _scores(query, key, mask)
+            answer = scores @ value
+        ctx.save_for_backward(query, key, value, scores, answer)
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, scores, answer = ctx.saved_tensors
+        along = (gradients[0] * answer).sum(-1, keepdim=True)
+        to_query, to_key, to_value = _gradients(query, key, value, scores, gradients[0], along)
+        return to_query * query.shape[-1] ** -0.5, to_key, to_value, None
+
+
+class _HeadByHead(torch.autograd.Function):
+    """The scores of one head at a time; the backward pass computes them again, as flash attention does (Dao 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        answer = torch.empty_like(query)
+        query = query * query.shape[-1] ** -0.5
+        with torch.autocast("cpu", enabled=False):  # it would take the softmax in float32
+            for one in _heads(query):
+                answer[one] = _scores(query[one], key[one], None if mask is None else mask[one[0], 0]) @ value[one]
+        ctx.save_for_backward(query, key, value, mask, answer)
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, mask, answer = ctx.saved_tensors
+        to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        along = (gradients[0] * answer).sum(-1, keepdim=True)  # (B, heads, M, 1)
+        for one in _heads(query):
+            scores = _scores(query[one], key[one], None if mask is None else mask[one[0], 0])
+            to_query[one], to_key[one], to_value[one] = _gradients(
+                query[one], key[one], value[one], scores, gradients[0][one], along[one]
+            )
+        return to_query * query.shape[-1] ** -0.5, to_key, to_value, None
+
+
+def _heads(query: Tensor) -> list[tuple[int, int]]:
+    """(picture, head) of each of them."""
+    return [(picture, head) for picture in range(query.shape[0]) for head in range(query.shape[1])]
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """(..., M, d), (..., N, d) -> (..., M, N): the shares in which the keys answer."""
+    products = query @ key.mT
+    if mask is not None:
+        products = products.masked_fill_(~mask, float("-inf"))
+    return products.softmax(dim=-1)
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, gradient: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scaled query, key and value, from that of the answer; along: (..., M, 1), sums of gradient times answer."""
+    to_products = (gradient @ value.mT).sub_(along).mul_(scores)  # (..., M, N)
+    return to_products @ key, to_products.mT @ query, scores.mT @ gradient

@@ -1,4 +1,4 @@
-"""Residual blocks, and the steps between levels."""
+"""What enters a network, residual blocks, and the steps between levels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Normalize(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.groups is not None:
-            return group_norm(h, self.groups, self.weight, self.bias)
+            norm = group_norm if torch.is_grad_enabled() else F.group_norm  # ours differs in its gradient alone
+            return norm(h, self.groups, self.weight, self.bias)
         # A view when h is channels-last, as it is here; torch has a fused kernel for LayerNorm only.
         pixels = h.permute(0, 2, 3, 1)
         return F.layer_norm(pixels, (self.channels,), self.weight, self.bias).permute(0, 3, 1, 2)
@@ -142,6 +143,26 @@ class EnlargingUpsample(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H stride, W stride)."""
         return self.conv(F.interpolate(h, scale_factor=self.stride, mode="nearest") if self.stride > 1 else h)
+
+
+def stacked(z: Tensor, low_res: Tensor | None, step: int) -> Tensor:
+    """The noisy picture and the smaller one, upsampled, as channels of one: (B, C, H, W) -> (B, C + C', H, W).
+
+    step: what H and W are multiples of. Raises ValueError for other sizes.
+    """
+    height, width = z.shape[-2:]
+    if height % step or width % step:
+        raise ValueError(
+            f"height {height} and width {width} must be multiples of {step}, by which this network divides them"
+        )
+    if low_res is None:
+        return z
+    if low_res.shape[-2:] != z.shape[-2:]:
+        raise ValueError(
+            f"low_res is {low_res.shape[-2]} x {low_res.shape[-1]}, the noisy picture {height} x {width};"
+            " upsample it to the same size"
+        )
+    return torch.cat([z, low_res], dim=1)
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
 from cascade.models.attention import KeysValues
-from cascade.models.checks import check_conditions
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
-from cascade.models.network import Network
+from cascade.models.network import Network, check_conditions
 
 TextUse = Literal["attention", "pooled", "none"]
 """Tokens join attention's keys and values, and pooled text the embedding; the latter alone; or no text is read."""

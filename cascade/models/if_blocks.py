@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.models.attend import attend
+from cascade.models.attention import attend
 from cascade.models.convolution import Convolution
 
 if TYPE_CHECKING:  # the settings stand with the network that is made of these

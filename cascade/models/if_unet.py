@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from cascade.bounds import Layers, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.diffusion.schedules import DiscreteSchedule, squared_cosine_betas
-from cascade.models.checks import check_conditions, check_size
+from cascade.models.blocks import stacked
 from cascade.models.convolution import one_generation
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
 from cascade.models.if_levels import Level, Middle, level_down, level_up
-from cascade.models.network import Geometry, Network, NetworkConfig
+from cascade.models.network import Geometry, Network, NetworkConfig, check_conditions
 
 IF_NOISE = DiscreteSchedule(squared_cosine_betas(1000))
 """The noise levels whose numbers the networks read, whatever schedule a stage is drawn with."""
@@ -171,7 +171,7 @@ class IFUNet(Network):
             return self._output(z, log_snr, cond)
 
     def _output(self, z: Tensor, log_snr: Tensor, seen: IFPrepared) -> Tensor:
-        check_size(z, seen.low_res, self.divisor)
+        x = stacked(z, seen.low_res, self.divisor)
         embedding = F.gelu(self.time_embedding(self._sinusoids(log_snr)) + seen.embedding)  # (B, E)
         text = iter(seen.text)
 
@@ -180,7 +180,6 @@ class IFUNet(Network):
             h = self._run(block, h, embedding)
             return h if attention is None else self._run(attention, h, next(text))
 
-        x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
         h = self.conv_in(x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for level in self._levels(self.down_blocks):

@@ -70,6 +70,15 @@ class Network(nn.Module):
         return sorted({type(block).__name__ for block in self.sharded_blocks()})
 
 
+def check_conditions(cond: Conditioning, low_res_channels: int) -> None:
+    """Raises ValueError when a smaller picture is missing, or there without a place for it."""
+    complete = cond.low_res is not None and cond.low_res_log_snr is not None
+    if low_res_channels and not complete:
+        raise ValueError("a super-resolution network needs low_res and low_res_log_snr in its conditions")
+    if not low_res_channels and cond.low_res is not None:
+        raise ValueError("a base network sees no smaller picture; leave low_res out of its conditions")
+
+
 class NetworkConfig(Settings):
     """The settings of a network, which stand in one file with it, and build it.
 

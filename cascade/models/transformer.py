@@ -20,10 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cascade.bounds import Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
-from cascade.models.attend import attend
-from cascade.models.attention import KeysValues
-from cascade.models.blocks import depth_to_space, space_to_depth, zero_init
-from cascade.models.checks import check_size
+from cascade.models.attention import KeysValues, attend
+from cascade.models.blocks import depth_to_space, space_to_depth, stacked, zero_init
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list
 
@@ -157,9 +155,8 @@ class Transformer(ConditionedNetwork):
         Raises ValueError for any other size.
         """
         seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
-        check_size(z, seen.low_res, self.config.patch)
+        x = stacked(z, seen.low_res, self.config.patch)
         embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
-        x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
         patches = space_to_depth(x.to(self.head.weight.dtype), self.config.patch)  # (B, C P P, H / P, W / P)
         rows, columns = patches.shape[-2:]
         where = centres(rows, columns, z.device)  # (N, 2)

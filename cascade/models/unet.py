@@ -20,10 +20,21 @@ from torch.utils.checkpoint import checkpoint
 from cascade.bounds import LAYERS, Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.models.attention import Attention, KeysValues
-from cascade.models.blocks import Normalize, ResidualBlock, depth_to_space, silu, space_to_depth, zero_init
-from cascade.models.checks import check_size
+from cascade.models.blocks import (
+    AddingResidualBlock,
+    Downsample,
+    EnlargingUpsample,
+    Normalize,
+    ResidualBlock,
+    StridedDownsample,
+    Upsample,
+    depth_to_space,
+    silu,
+    space_to_depth,
+    stacked,
+    zero_init,
+)
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
-from cascade.models.levels import Block, Level
 from cascade.models.network import Geometry, NetworkConfig, module_list, rounded_up
 
 
@@ -130,6 +141,50 @@ class UNetConfig(NetworkConfig):
         return UNet(self, channels, low_res_channels)
 
 
+class Block(nn.Module):
+    """A residual block, followed by attention at the levels that have it."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, attends: bool, dropout: float) -> None:
+        super().__init__()
+        residual = AddingResidualBlock if config.modulation == "add" else ResidualBlock
+        self.residual = residual(channels_in, channels, config.embedding_dim, config.norm, config.groups, dropout)
+        text_dim = config.text_dim if config.text == "attention" else None
+        self.attention: Attention | None = None
+        if attends:
+            self.attention = Attention(
+                channels, config.head_dim, text_dim, config.norm, config.groups, config.self_attention
+            )
+
+    def read_text(self, text: Tensor | None) -> KeysValues | None:
+        """Keys and values of normalized text (B, N, D); None for a block that reads none."""
+        return None if text is None or self.attention is None else self.attention.read_text(text)
+
+    def forward(self, h: Tensor, embedding: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
+        """(B, C_in, H, W) -> (B, C, H, W)."""
+        h = self.residual(h, embedding)
+        return h if self.attention is None else self.attention(h, text, visible)
+
+
+class Level(nn.Module):
+    """One resolution: down, blocks on the way down, the same number on the way up with the skips, up."""
+
+    def __init__(self, config: UNetConfig, index: int) -> None:
+        super().__init__()
+        channels, stride = config.channels[index], config.strides[index]
+        outer = config.channels[max(index - 1, 0)]
+        count, every = config.blocks[index], config.attention_after == "blocks"
+        attends = [config.attention[index] and (every or place == count - 1) for place in range(count)]
+        joined = 2 * channels if config.skips == "concat" else channels
+        changes = stride > 1 or outer != channels
+        by_conv = config.resampling == "conv"
+        down, up = (StridedDownsample, EnlargingUpsample) if by_conv else (Downsample, Upsample)
+        self.down: nn.Module = down(outer, channels, stride) if changes else nn.Identity()
+        dropout = config.dropout if config.attention[index] else 0.0
+        self.encode = module_list(Block(config, channels, channels, each, dropout) for each in attends)
+        self.decode = module_list(Block(config, joined, channels, each, dropout) for each in attends)
+        self.up: nn.Module = up(channels, outer, stride) if changes else nn.Identity()
+
+
 class UNet(ConditionedNetwork):
     """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
 
@@ -154,35 +209,30 @@ class UNet(ConditionedNetwork):
         Raises ValueError for any other size.
         """
         seen = self.prepare(cond) if isinstance(cond, Conditioning) else cond
-        check_size(z, seen.low_res, self.divisor)
         embedding = F.silu(self.noise_level(log_snr) + seen.embedding)  # (B, E)
+        run = recomputed if self.activation_checkpointing and torch.is_grad_enabled() else nn.Module.__call__
         text = iter(seen.text)
-
-        def apply(block: Block, h: Tensor) -> Tensor:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, h, embedding, next(text), seen.visible, use_reentrant=False)
-            return block(h, embedding, next(text), seen.visible)
-
-        x = z if seen.low_res is None else torch.cat([z, seen.low_res], dim=1)
-        x = x.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
-        h = self.stem(space_to_depth(x, self.config.patch))
+        x = stacked(z, seen.low_res, self.divisor).to(self.stem.weight.dtype)
+        h = self.stem(space_to_depth(x.contiguous(memory_format=torch.channels_last), self.config.patch))
         skips: list[list[Tensor]] = []
         for level in self.levels:
             h = level.down(h)
-            skips.append([h := apply(block, h) for block in level.encode])
-            skips[-1] = skips[-1][-1:] if self.config.skips == "level" else skips[-1]
+            skips.append([])
+            for block in level.encode:
+                h = run(block, h, embedding, next(text), seen.visible)
+                skips[-1].append(h)
         for block in self.middle:
-            h = apply(block, h)
+            h = run(block, h, embedding, next(text), seen.visible)
         for level in reversed(self.levels):
-            from_encoder = skips.pop()
+            from_encoder = skips.pop()[-1 if self.config.skips == "level" else 0 :]
             for block in level.decode:
-                h = apply(block, self._join(h, from_encoder.pop()) if from_encoder else h)
+                if from_encoder:
+                    skip = from_encoder.pop()
+                    skip = skip if self.config.skip_scale == 1 else skip * self.config.skip_scale
+                    h = torch.cat([h, skip], dim=1) if self.config.skips == "concat" else h + skip
+                h = run(block, h, embedding, next(text), seen.visible)
             h = level.up(h)
         return depth_to_space(self.head(silu(self.head_norm(h))), self.config.patch)
-
-    def _join(self, h: Tensor, skip: Tensor) -> Tensor:
-        skip = skip if self.config.skip_scale == 1 else skip * self.config.skip_scale
-        return torch.cat([h, skip], dim=1) if self.config.skips == "concat" else h + skip
 
     def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
         """See `ConditionedNetwork.read_text`."""
@@ -204,3 +254,9 @@ class UNet(ConditionedNetwork):
     def sharded_blocks(self) -> Sequence[ResidualBlock]:
         """Residual blocks, where most weights are; the text projections of attention are read before a block runs."""
         return [block.residual for block in self.blocks()]
+
+
+def recomputed(block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
+    """A block whose activations are computed again in the backward pass."""
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return output

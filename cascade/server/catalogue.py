@@ -55,6 +55,7 @@ class Catalogue:
         self._table.execute("CREATE INDEX by_time ON pictures (drawn, id)")
 
     def close(self) -> None:
+        """Close the table."""
         self._table.close()
 
     def refresh(self, stars: Collection[str]) -> None:

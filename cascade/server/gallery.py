@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from cascade.batch import Finished, Layout
+from cascade.batch.layout import Layout
 from cascade.batch.locks import RunLock
 from cascade.batch.manifest import Manifest
 from cascade.batch.metadata import sidecar
-from cascade.batch.pictures import Pictures
+from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import parse_json, read_json_file

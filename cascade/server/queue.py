@@ -16,7 +16,7 @@ from cascade.pipeline import CascadePipeline
 from cascade.server.asked import Asked
 from cascade.server.events import Event, Hub
 from cascade.server.gallery import Gallery
-from cascade.server.jobs import Job, State
+from cascade.server.jobs import Job
 from cascade.server.waiting import WaitingLine
 from cascade.server.worker import Worker
 from cascade.settings import parse
@@ -119,6 +119,3 @@ def _read(path: Path) -> list[Mapping[str, Any]]:
     except (OSError, ValueError, TypeError) as error:
         logger.warning("%s: not readable: %s", path, error)
         return []
-
-
-__all__ = ["MOST_WAITING", "Queue", "State"]

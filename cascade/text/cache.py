@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.checkpoint import check_format, read_json, save_tensors, write_json, write_text, writing
-from cascade.config import FORMAT_VERSION
+from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.locks import lock_file

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from cascade.config import TrainConfig, TrainingConfig
+from cascade.config.training import TrainConfig, TrainingConfig
 from cascade.errors import CascadeError
 from cascade.machine import has_bfloat16, name_of
 
@@ -31,7 +31,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.training.precision
     trackers = list(config.training.trackers)
     device = launched_processes().device
-    if precision == "bf16" and not has_bfloat16(device):
+    assert precision != "auto", "settled before"
+    if precision == "bf16" and device.type == "mps" and not has_bfloat16(device):  # NVIDIA's older GPUs imitate it
         raise CascadeError(f"training.precision: {name_of(device)} has no bfloat16; use fp16 or fp32")
     if precision == "fp16" and device.type == "cpu":
         raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
@@ -53,7 +54,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
         found = {str(tracker) for tracker in accelerator.log_with}
         missing = [tracker for tracker in trackers if tracker not in found]
-        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; install it, or leave it out")
+        how = "pip install 'cascade-diffusion[tensorboard]'" if missing == ["tensorboard"] else "install it"
+        raise CascadeError(f"training.trackers: {', '.join(missing)} is not installed; {how}, or leave it out")
     return accelerator
 
 
@@ -97,7 +99,7 @@ def check_shardable(settings: TrainingConfig) -> None:
         )
 
 
-def from_main(accelerator: Accelerator, action: Callable[[], ResultT]) -> ResultT:
+def from_main(accelerator: Accelerator | PartialState, action: Callable[[], ResultT]) -> ResultT:
     """Run `action` on the main process alone; its result in every process, which wait for it.
 
     What it raises ends every process, the others with a CascadeError: were they not told, they would wait until their

@@ -1,10 +1,12 @@
-"""Being asked to stop: Ctrl-C, and the SIGTERM of schedulers."""
+"""Being asked to stop: Ctrl-C, and the SIGTERM of schedulers or Ctrl-Break of Windows."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from cascade.system import STOP_SIGNALS
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -13,7 +15,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second Ctrl-C stops at once.
+    """Ctrl-C and the system's STOP_SIGNALS ask to stop after the step at hand; a second Ctrl-C stops at once.
 
     Gives a function that says whether one was received.
     """
@@ -24,7 +26,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, *STOP_SIGNALS)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(received)

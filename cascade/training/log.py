@@ -105,7 +105,7 @@ class RunLog:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one entry; a number that is not finite, which JSON has not, as null."""
         self.entries.append({"step": step, **{name: _finite(value) for name, value in values.items()}})
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(self.entries[-1], allow_nan=False) + "\n")
 
 

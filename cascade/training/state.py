@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade import system
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
-from cascade.config import FORMAT_VERSION, TrainConfig
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError, StorageError
 from cascade.locks import lock_file
 from cascade.training.changes import check_changes, check_surroundings
@@ -28,7 +29,6 @@ from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _META = "state"
 """Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
@@ -145,13 +145,13 @@ def only_writer(output: Path) -> Iterator[None]:
                 f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise StorageError(f"{output}: cannot be written: {error.strerror or error}") from error
-            logger.warning("%s: no locks on this file system; see that no other run writes into this folder", output)
+            raise StorageError(f"{output}: cannot be written: {error.strerror or error}") from error
         try:
             yield
         finally:
             _remove_unused(output, path)
+    if system.OPEN_FILES_STAY:
+        _remove_unused(output, path)
 
 
 def _remove_unused(output: Path, lock: Path) -> None:

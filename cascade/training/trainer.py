@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
-from cascade.config import TrainConfig
-from cascade.data.loader import Batch, batches
+from cascade.config.training import TrainConfig
+from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
@@ -48,6 +48,7 @@ from cascade.training.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from cascade.training.precision import settled
 from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
 from cascade.training.state import (
@@ -75,6 +76,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> None:
         """stage: with its starting weights. text: the frozen encoder, or one with a cache before it."""
+        config = settled(config)
         self.config, self.stage, self.text = config, stage, text
         self.output = Path(config.output)
         settings = config.training
@@ -396,9 +398,9 @@ class Trainer:
             self.stage.config,
             settings.seed,
             batch_size=self._pass_size,
-            first_batch=first_step * settings.accumulation,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            portion=Portion(
+                self.accelerator.process_index, self.accelerator.num_processes, first_step * settings.accumulation
+            ),
             # Looked up by whoever reads the pictures, so that this thread has nothing to do with text.
             beside=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,
         )

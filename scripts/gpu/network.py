@@ -13,11 +13,10 @@ from torch import Tensor
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.models.conditioned import Seen
-from cascade.models.levels import Block
-from cascade.models.unet import UNet
+from cascade.models.unet import Block, UNet
 
 MOST_BYTES = 15 * 2**20
 """Of one file of weights, so that it passes where files of 16 MiB do."""

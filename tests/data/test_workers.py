@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +86,9 @@ def numbers(workers: int) -> list[int]:
 def test_small_shared_memory_is_done_without_and_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_free_bytes", lambda: 8000)  # of one item, and less than two processes may need
+    monkeypatch.setattr(
+        module, "shared_memory", lambda: (Path("/dev/shm"), 8000)
+    )  # of one item, and less than two processes may need
     assert numbers(2) == list(range(20))
     (record,) = caplog.records
     assert "0.0 MB free, too little for data.workers: what they read comes through pipes" in record.message

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cascade.models import attend as module
-from cascade.models.attend import attend
+from cascade.models import attention as module
+from cascade.models.attention import attend
 
 MANY = (2, 3, 256, 16)
 """(B, heads, M, d): with 333 keys enough scores to be taken head by head."""

@@ -11,8 +11,8 @@ from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.batch import read_metadata
-from cascade.cli import main
+from cascade.batch.metadata import read_metadata
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.server.gallery import Gallery
 

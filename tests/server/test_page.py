@@ -140,6 +140,7 @@ def test_stop_ends_a_job_and_leaves_what_is_there(page: Page, studio: Live) -> N
     assert studio.queue.jobs()[-1].state == "stopped"
 
 
+@pytest.mark.slow
 def test_two_tabs_share_the_queue_and_the_news(page: Page, studio: Live, browser: Browser) -> None:
     other = browser.new_context().new_page()
     opened(other, studio)
@@ -176,6 +177,7 @@ def test_the_form_says_what_is_drawn(page: Page, studio: Live) -> None:
     expect(page.locator("#seed")).to_have_value("77")  # a seed that was typed is kept
 
 
+@pytest.mark.slow
 def test_a_seed_is_open_until_it_is_locked(page: Page, studio: Live) -> None:
     page.locator("#seed-dice").click()
     rolled = page.locator("#seed").input_value()
@@ -188,6 +190,7 @@ def test_a_seed_is_open_until_it_is_locked(page: Page, studio: Live) -> None:
     expect(page.locator("#seed")).to_have_value(rolled)
 
 
+@pytest.mark.slow
 def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(page: Page, studio: Live, tmp_path: Path) -> None:
     page.locator("#seed").fill("123")
     page.get_by_label("8 px", exact=True).check()
@@ -221,12 +224,14 @@ def dropped(page: Page, path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_none_of_ours_is_refused_with_a_reason(page: Page, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"nothing")
     page.locator("#read-file").set_input_files(tmp_path / "x.png")
     expect(page.locator("#toasts")).to_contain_text("not a readable picture")
 
 
+@pytest.mark.slow
 def test_star_search_delete_and_undo(page: Page) -> None:
     draw(page, "an owl to be starred")
     page.locator(".tile").first.hover()
@@ -243,6 +248,7 @@ def test_star_search_delete_and_undo(page: Page) -> None:
     expect(page.locator(".tile")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_two_pictures_are_compared_with_a_slider_and_by_keyboard(page: Page) -> None:
     draw(page, "first of two")
     draw(page, "second of two")
@@ -258,6 +264,7 @@ def test_two_pictures_are_compared_with_a_slider_and_by_keyboard(page: Page) -> 
     expect(page.locator("#comparison")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_draw_again_draws_the_same_with_another_seed(page: Page, studio: Live) -> None:
     page.get_by_label("16 px", exact=True).check()
     draw(page, "a fox once more")
@@ -281,6 +288,7 @@ def test_script_in_prompts_and_style_words_stays_text(page: Page, studio: Live) 
     assert page.evaluate("() => window.trapped") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1600, "light"), (1600, "dark")])
 def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(
     studio: Live, browser: Browser, width: int, scheme: str

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.training.log import band_names
 from cascade.training.plot import MOST_POINTS, draw_curves, panels, read_curves, thinned

@@ -19,7 +19,8 @@ from torch import nn
 
 from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
-from cascade.load import load_stage, load_train_config, load_trainer
+from cascade.load.stage import load_stage
+from cascade.load.training import load_train_config, load_trainer
 from cascade.training.actions import Moment
 from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names

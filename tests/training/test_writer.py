@@ -90,11 +90,11 @@ def test_a_run_that_is_not_there_leaves_no_folder_when_it_is_resumed(tmp_path: P
 def test_where_there_are_no_locks_a_run_warns_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unable(*_arguments: object) -> None:
+    def unable(*_arguments: object, **_more: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("cascade.locks.fcntl.flock", unable)
-    with caplog.at_level(logging.WARNING, "cascade.training"):
+    monkeypatch.setattr("cascade.system.lock", unable)
+    with caplog.at_level(logging.WARNING, "cascade.files"):
         assert trainer(micro_config(tmp_path / "run")).run()
     assert "no locks on this file system; see that no other run writes into this folder" in caplog.text
 

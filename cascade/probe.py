@@ -1,0 +1,241 @@
+"""Which number format a machine computes a stage in the fastest: measured once, in a moment, and remembered.
+
+Processors without instructions for bfloat16, such as Intel's for desktops and AMD's before Zen 4, imitate it, and take
+several times as long as in float32; others take half. No list of processors tells that for sure, a clock does.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import operator
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade import system
+from cascade.build import build_stage
+from cascade.checkpoint import read_json, write_json
+from cascade.config.stage import StageConfig
+from cascade.device import choose_dtype
+from cascade.errors import CascadeError
+from cascade.machine import has_bfloat16, name_of
+from cascade.models.convolution import one_generation
+from cascade.stage import blank_call
+
+logger = logging.getLogger("cascade.load")
+
+GAIN = 0.9
+"""Another format is chosen where it takes at most this share of float32's time: rounding wants a reason."""
+SLOW = 1.2
+"""From this share on, what was asked for is worth a warning."""
+_LAYERS = 2  # those with the most arithmetic
+_OPERATIONS = 1e8  # in a forward pass of a layer: about a millisecond
+_REPEATS = 5
+_SECONDS = 0.25  # for a layer
+_TEXT_TOKENS = 16
+_REMEMBERED = 200
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed: a stage, on how many pictures at a time, and whether it is trained."""
+
+    config: StageConfig
+    pictures: int = 2
+    trained: bool = False
+
+
+def faster_format(work: Sequence[Work], device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, whichever a device computes some stages in faster; on a GPU, bfloat16 where it has it."""
+    if device.type != "cpu":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    share = time_share(work, device, torch.bfloat16)
+    chosen = torch.bfloat16 if share <= GAIN else torch.float32
+    logger.info("numbers are %s: bfloat16 takes %.2g of float32's time here", _plain(chosen), share)
+    return chosen
+
+
+def warn_if_slow(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> None:
+    """One line where a format that was asked for takes longer than float32, and how much."""
+    share = time_share(work, device, dtype)
+    if share >= SLOW:
+        _tell_once(f"{_plain(dtype)} takes {share:.1f} times as long as float32 on {name_of(device)}")
+
+
+@cache
+def _tell_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+def settled_dtype(dtype: torch.dtype | str | None, device: torch.device, configs: Iterable[StageConfig]) -> torch.dtype:
+    """The number format to draw in: the one asked for, `auto` for the fastest, None for the device's usual one.
+
+    Raises CascadeError for one that does not exist, or not there.
+    """
+    if dtype == "auto":
+        return faster_format([Work(config) for config in configs], device)
+    chosen = choose_dtype(dtype, device)
+    if dtype is not None and chosen != torch.float32 and _may_be_slow(device):
+        warn_if_slow([Work(config) for config in configs], device, chosen)
+    return chosen
+
+
+def time_share(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> float:
+    """The time that the largest layers of some stages take, in shares of float32's. Kept for the machine."""
+    key = _key(work, device, dtype)
+    known = _remembered()
+    if key not in known:
+        known[key] = _measured([layer for part in work for layer in _largest(part)], device, dtype)
+        _remember(known)
+    return known[key]
+
+
+# --- what is measured
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer without data, the shape of what it reads, its operations there, and in how many places it stands."""
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    operations: float
+    trained: bool
+    places: int = 1
+
+    def cut(self) -> tuple[int, ...]:
+        """The shape with fewer rows or pictures, for about `_OPERATIONS`."""
+        share = min(1.0, _OPERATIONS / self.operations)
+        first = max(1, round(self.shape[0] * share))
+        if first > 1 or len(self.shape) < 3:
+            return (first, *self.shape[1:])
+        axis = 2 if len(self.shape) == 4 else 1
+        rows = max(4, round(self.shape[axis] * self.shape[0] * share))
+        return (1, *self.shape[1:axis], min(rows, self.shape[axis]), *self.shape[axis + 1 :])
+
+
+def _largest(work: Work) -> list[_Layer]:
+    """The layers of a stage that make up most of its arithmetic, each kind once."""
+    found: dict[tuple[Any, ...], _Layer] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        operations = 2.0 * output.numel() * weight[0].numel()
+        shape = tuple(inputs[0].shape)
+        key = (type(module).__name__, tuple(weight.shape), shape)
+        places = found[key].places + 1 if key in found else 1
+        found[key] = _Layer(module, shape, operations, work.trained, places)
+
+    network = build_stage(work.config, device="meta").network
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(note)
+    with torch.device("meta"), torch.no_grad():
+        z, level, cond = blank_call(work.config, work.pictures, _TEXT_TOKENS)
+        network(z, level, cond)
+    return sorted(found.values(), key=lambda layer: -layer.operations * layer.places)[:_LAYERS]
+
+
+def _measured(layers: Sequence[_Layer], device: torch.device, dtype: torch.dtype) -> float:
+    """The mean over the layers, by their operations.
+
+    On one thread: several wait for each other wherever something else runs as well, and that hides the difference.
+    """
+    weights = [layer.operations * layer.places for layer in layers]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        shares = [_share(layer, device, dtype) for layer in layers]
+    finally:
+        torch.set_num_threads(threads)
+    return round(sum(map(operator.mul, weights, shares)) / sum(weights), 3)
+
+
+def _share(layer: _Layer, device: torch.device, dtype: torch.dtype) -> float:
+    """The shortest of a few calls in the one and the other format, by turns."""
+    plain, other = (_calls(layer, device, form) for form in (torch.float32, dtype))
+    start, pairs = time.perf_counter(), [(next(plain), next(other))]
+    while len(pairs) < 1 + _REPEATS and (len(pairs) < 2 or time.perf_counter() - start < _SECONDS):
+        pairs.append((next(plain), next(other)))
+    usual, asked = map(min, zip(*pairs[1:], strict=True))  # the first call sets things up
+    return asked / usual
+
+
+def _calls(layer: _Layer, device: torch.device, dtype: torch.dtype) -> Iterator[float]:
+    """Seconds of a layer's pass, and of its gradients where it is trained."""
+    module = copy.deepcopy(layer.module).to_empty(device=device)
+    for weight in module.parameters():
+        nn.init.uniform_(weight, -0.1, 0.1)
+    module.to(dtype).requires_grad_(layer.trained)
+    x = torch.randn(layer.cut(), device=device).to(dtype)
+    if x.dim() == 4:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_(layer.trained)
+    while True:
+        yield _seconds(module, x, layer.trained)
+
+
+def _seconds(module: nn.Module, x: Tensor, trained: bool) -> float:
+    with nullcontext() if trained else torch.no_grad(), one_generation(module):
+        start = time.perf_counter()
+        y = module(x)
+        if trained:
+            y.sum().backward()
+        if y.is_cuda:
+            torch.cuda.synchronize(y.device)
+        return time.perf_counter() - start
+
+
+def _may_be_slow(device: torch.device) -> bool:
+    """Whether a look is worth its time: GPUs with bfloat16 of their own have float16 as well."""
+    return device.type == "cpu" or (device.type == "cuda" and not has_bfloat16(device))
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- what is remembered
+
+
+def _key(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> str:
+    """Another machine or torch may have another answer, and so have other stages."""
+    machine = name_of(device) if device.type == "cuda" else _processor()
+    parts = [(part.config.model, part.config.resolution, part.pictures, part.trained) for part in work]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    return f"{machine}, torch {torch.__version__}, {_plain(dtype)}, {digest}"
+
+
+@cache
+def _processor() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        return f"{next(names, platform.machine())} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _memory_file() -> Path:
+    return system.cache_folder() / "cascade" / "number-formats.json"
+
+
+def _remembered() -> dict[str, float]:
+    with suppress(CascadeError, RuntimeError):  # not there, damaged, or no home
+        return {key: float(value) for key, value in read_json(_memory_file()).items()}
+    return {}
+
+
+def _remember(shares: dict[str, float]) -> None:
+    with suppress(CascadeError, OSError, RuntimeError):  # a home that cannot be written: measured again next time
+        write_json(_memory_file(), dict(list(shares.items())[-_REMEMBERED:]))
