@@ -179,7 +179,7 @@ def test_a_wrong_run_ends_before_its_first_step(
     error = capsys.readouterr().err
     assert case.message.replace("FOLDER", str(tmp_path)) in error
     assert "Traceback" not in error
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     log = tmp_path / "run" / "log.jsonl"
     assert not log.exists() or log.read_text() == ""
 
