@@ -27,7 +27,8 @@ def settled(config: TrainConfig) -> TrainConfig:
     state = launched_processes()
     training = config.training
     if training.precision != "auto":
-        if state.is_main_process and training.precision != "fp32":
+        refused = training.precision == "fp16" and state.device.type == "cpu"  # in a moment, by the accelerator
+        if state.is_main_process and training.precision != "fp32" and not refused:
             warn_if_slow([_work(config)], state.device, DTYPES[training.precision])
         return config
     chosen = from_main(state, lambda: _begun_in(config) or _NAMES[faster_format([_work(config)], state.device)])
