@@ -465,7 +465,7 @@ def test_a_resume_needs_no_more_the_stage_that_its_settings_named(tmp_path: Path
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
     tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cascade import load
+    from cascade.load import training as load
     from cascade.text.cached import fill
 
     config = micro_config(tmp_path / "run", *tiny_t5, f"text.cache={tmp_path / 'cache'}").text
