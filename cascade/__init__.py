@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cascade._version import __version__
-
 if TYPE_CHECKING:
+    from cascade._version import __version__
+    from cascade.batch.request import generate_files
     from cascade.conditioning import Conditioning
-    from cascade.config import StageConfig, TrainConfig
+    from cascade.config.stage import StageConfig
+    from cascade.config.training import TrainConfig
     from cascade.errors import CascadeError, DownloadError, ShortageError, StorageError
-    from cascade.load import load_train_config
+    from cascade.load.training import load_train_config
     from cascade.output import CascadeOutput
     from cascade.pipeline import CascadePipeline
     from cascade.stage import Stage
@@ -36,10 +37,12 @@ __all__ = [
     "TextEncoder",
     "TrainConfig",
     "__version__",
+    "generate_files",
     "load_train_config",
 ]
 
 _MODULES = {
+    "__version__": "_version",
     "CascadeError": "errors",
     "CascadeOutput": "output",
     "CascadePipeline": "pipeline",
@@ -47,12 +50,13 @@ _MODULES = {
     "DownloadError": "errors",
     "ShortageError": "errors",
     "Stage": "stage",
-    "StageConfig": "config",
+    "StageConfig": "config.stage",
     "StorageError": "errors",
     "TextEmbeddings": "text.embeddings",
     "TextEncoder": "text.t5",
-    "TrainConfig": "config",
-    "load_train_config": "load",
+    "TrainConfig": "config.training",
+    "generate_files": "batch.request",
+    "load_train_config": "load.training",
 }
 
 

@@ -8,7 +8,7 @@ def run() -> int:
     """The program, whose exit status is returned. Ctrl-C ends it with one line, also while it is still loading."""
     _print_what_can_be_printed()
     try:
-        from cascade.cli import main
+        from cascade.cli.program import main
 
         return main()
     except KeyboardInterrupt:

@@ -9,9 +9,13 @@ from itertools import pairwise
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 
-from cascade.config import StageConfig
-from cascade.errors import CascadeError
+from cascade.bounds import COUNT, SIDE, AtMost
+from cascade.config.stage import PICTURE_CHANNELS, StageConfig
+from cascade.errors import CascadeError, ShortageError
+from cascade.machine import free_bytes
+from cascade.quoting import quoted
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.text.embeddings import TextEmbeddings
 
@@ -48,7 +52,7 @@ def texts_of(name: str, value: Any) -> list[str]:
     texts: list[Any] = list(value) if several else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise CascadeError(f"{name}: {text!r} is no text; expected a string, or a list of strings")
+            raise CascadeError(f"{name}: {quoted(text)} is no text; expected a string, or a list of strings")
     return texts
 
 
@@ -82,15 +86,23 @@ def integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise CascadeError(f"{name}: {value!r}; expected a whole number") from None
+        raise CascadeError(f"{name}: {quoted(value)}; expected a whole number") from None
 
 
-def positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any, most: AtMost = COUNT) -> int:
     """A whole number of at least 1."""
-    number = integer(name, value)
+    number = at_most(name, value, most)
     if number < 1:
         raise CascadeError(f"{name}: {value}; expected at least 1")
     return number
+
+
+def at_most(name: str, value: Any, most: AtMost) -> int:
+    """A whole number within a bound."""
+    try:
+        return most(integer(name, value))
+    except ValueError as error:
+        raise error if isinstance(error, CascadeError) else CascadeError(f"{name}: {error}") from None
 
 
 def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
@@ -100,13 +112,23 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
     for stage in stages:
         pair = []
         for name, wanted in (("height", height), ("width", width)):
-            pixels, rest = divmod((last if wanted is None else integer(name, wanted)) * stage.resolution, last)
+            pixels, rest = divmod((last if wanted is None else at_most(name, wanted, SIDE)) * stage.resolution, last)
             if rest or pixels % stage.geometry.divisor or pixels < 1:
                 step = common_step(stages)
                 raise CascadeError(f"{name}: {wanted} is not possible; expected a multiple of {step}")
             pair.append(pixels)
         sizes.append((pair[0], pair[1]))
     return sizes
+
+
+def check_result(pictures: int, size: tuple[int, int]) -> None:
+    """Raises CascadeError when so many pictures of a height and width do not fit into memory together."""
+    needed, free = pictures * size[0] * size[1] * PICTURE_CHANNELS, free_bytes(torch.device("cpu"))
+    if pictures > 1 and needed > free:  # of a single one its stage counts what drawing it takes
+        raise ShortageError(
+            f"{pictures:,} pictures of {size[0]}x{size[1]} have {needed / 1e9:.1f} GB in all,"
+            f" {free / 1e9:.1f} GB are free; ask for fewer at a time, or use `cascade generate`, which keeps none"
+        )
 
 
 def common_step(stages: Sequence[StageConfig]) -> int:

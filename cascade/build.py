@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cascade.config import (
-    ConstantSchedule,
-    CosineSchedule,
-    LinearSchedule,
-    ScheduleConfig,
-    SquaredCosineSchedule,
-    StageConfig,
-)
+from cascade.config.noise import ConstantSchedule, CosineSchedule, LinearSchedule, ScheduleConfig, SquaredCosineSchedule
+from cascade.config.stage import StageConfig
 from cascade.diffusion import schedules
 from cascade.models.network import Network
 from cascade.stage import Stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade import system
-from cascade.config import FORMAT_VERSION, StageConfig, TextReading
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextReading
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import read_json_file
 from cascade.files.text import json_text
+from cascade.quoting import quoted
 from cascade.settings import parse
 
 _READING = "text"
@@ -91,7 +94,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CascadeError when it is missing, damaged or no object."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_json_file(path)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -184,8 +187,8 @@ def check_format(path: str | Path, version: object) -> None:
     """Raises CascadeError unless a file's `format` is the one that this version reads."""
     if version != FORMAT_VERSION:
         raise CascadeError(
-            f"{path}: format {version!r}; this version of cascade reads format {FORMAT_VERSION}; use the version that"
-            " wrote the file, or write it again with this one"
+            f"{path}: format {quoted(version)}; this version of cascade reads format {FORMAT_VERSION}; use the version"
+            " that wrote the file, or write it again with this one"
         )
 
 

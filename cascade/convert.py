@@ -8,12 +8,16 @@ from pathlib import Path
 
 from cascade import deepfloyd
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
-from cascade.config import FORMAT_VERSION, StageConfig, TextReading
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextReading
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded, path_of
 from cascade.files.variants import one_variant, variant_of
 from cascade.hub import download, may_be_on_hub
-from cascade.load import ModelIndex, find_stage, read_config, read_index, read_reading, read_weights
+from cascade.load.index import ModelIndex, find_stage, read_index
+from cascade.load.reading import read_reading
+from cascade.load.stage import read_config, read_weights
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",

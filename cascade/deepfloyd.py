@@ -16,11 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.checkpoint import load_tensors, read_json, save_tensors, write_json
-from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, TextReading
+from cascade.config.data import TextReading
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
 from cascade.files.variants import HALVES
-from cascade.models.if_unet import IF_NOISE
+from cascade.models.if_unet import IF_NOISE, IFUNetConfig
+from cascade.quoting import quoted
 from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
@@ -95,7 +99,7 @@ def read_stage(folder: str | Path) -> StageConfig:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in ("IFPipeline", "IFSuperResolutionPipeline"):
         raise CascadeError(
-            f"{folder / 'model_index.json'}: _class_name: {index.get('_class_name')!r}; expected IFPipeline or"
+            f"{folder / 'model_index.json'}: _class_name: {quoted(index.get('_class_name'))}; expected IFPipeline or"
             " IFSuperResolutionPipeline, the stages of DeepFloyd IF"
         )
     path = folder / "unet" / "config.json"
@@ -151,11 +155,11 @@ def _check_unet(unet: Mapping[str, Any], path: Path) -> None:
         value = unet.get(setting, defaults.get(setting))
         if value not in allowed:
             wanted = " or ".join(repr(one) for one in allowed)
-            raise CascadeError(f"{path}: {setting}: {value!r}; a network of DeepFloyd IF has {wanted}")
+            raise CascadeError(f"{path}: {setting}: {quoted(value)}; a network of DeepFloyd IF has {wanted}")
     if (unet.get("time_embedding_act_fn") == "gelu") != bool(unet.get("resnet_skip_time_act")):
         raise CascadeError(
-            f"{path}: time_embedding_act_fn: {unet.get('time_embedding_act_fn')!r}, but resnet_skip_time_act:"
-            f" {unet.get('resnet_skip_time_act')!r}; the embedding would pass no GELU, or two"
+            f"{path}: time_embedding_act_fn: {quoted(unet.get('time_embedding_act_fn'))}, but resnet_skip_time_act:"
+            f" {quoted(unet.get('resnet_skip_time_act'))}; the embedding would pass no GELU, or two"
         )
     if unet.get("resnet_out_scale_factor", 1.0) != unet.get("mid_block_scale_factor", 1.0):
         raise CascadeError(f"{path}: resnet_out_scale_factor and mid_block_scale_factor differ; in IF they are one")
@@ -163,7 +167,7 @@ def _check_unet(unet: Mapping[str, Any], path: Path) -> None:
     if missing:
         raise CascadeError(f"{path}: {missing[0]} is missing; download the file again")
     if not isinstance(unet.get("sample_size"), int):
-        raise CascadeError(f"{path}: sample_size: {unet.get('sample_size')!r}; expected the size of the pictures")
+        raise CascadeError(f"{path}: sample_size: {quoted(unet.get('sample_size'))}; expected the size of the pictures")
 
 
 def _network(unet: Mapping[str, Any], names: Iterable[str], path: Path) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def _network(unet: Mapping[str, Any], names: Iterable[str], path: Path) -> dict[
     types = unet["down_block_types"]
     unknown = [name for name in types if name not in _UNET_TYPES]
     if unknown:
-        raise CascadeError(f"{path}: down_block_types: {unknown[0]!r}; expected {' or '.join(_UNET_TYPES)}")
+        raise CascadeError(f"{path}: down_block_types: {quoted(unknown[0])}; expected {' or '.join(_UNET_TYPES)}")
     heads = unet["attention_head_dim"]
     if isinstance(heads, list) and len(set(heads)) > 1:
         raise CascadeError(f"{path}: attention_head_dim: {heads}; in IF all heads have one width")
@@ -206,7 +210,7 @@ def _noise(scheduler: Mapping[str, Any], folder: Path, enlarges: bool) -> dict[s
     ):
         value = scheduler[setting]
         if value not in allowed:
-            raise CascadeError(f"{path}: {setting}: {value!r}; expected {' or '.join(map(str, allowed))}")
+            raise CascadeError(f"{path}: {setting}: {quoted(value)}; expected {' or '.join(map(str, allowed))}")
     dynamic, clips = scheduler["thresholding"], scheduler["clip_sample"]
     return {
         "schedule": {"kind": "squared_cosine", "steps": scheduler["num_train_timesteps"]},

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
-from cascade.config import StageConfig, TextConfig, TrainConfig
+from cascade.config.data import TextConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.files.variants import one_variant
 from cascade.models.convolution import Convolution
 from cascade.stage import Stage, blank_call

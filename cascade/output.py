@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from cascade.drawing.task import Step
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet, to_float, to_pil
+from cascade.quoting import quoted
 
 _COLUMNS = 4
 _SHOWN = 1024
@@ -38,7 +39,7 @@ class CascadeOutput:
     prompts: list[str]
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the pictures, on a sheet where there are several. None: they are not PIL's."""
+        """What a notebook shows: the pictures, several on a sheet. None: they are no pictures of PIL."""
         pictures = self.images if isinstance(self.images, list) else []
         if not pictures:
             return None
@@ -78,9 +79,9 @@ def as_type(pixels: Tensor, output_type: str) -> Any:
 def check_wishes(output_type: str, callback: Callback | None) -> None:
     """Raises CascadeError for a type that pictures do not come in, and for a callback that cannot be called."""
     if callback is not None and not callable(callback):
-        raise CascadeError(f"callback: {callback!r}; expected a function (stage, step, steps, x_hat)")
+        raise CascadeError(f"callback: {quoted(callback)}; expected a function (stage, step, steps, x_hat)")
     if output_type not in ("pil", "np", "pt"):
-        raise CascadeError(f'output_type: {output_type!r}; expected "pil", "np" or "pt"')
+        raise CascadeError(f'output_type: {quoted(output_type)}; expected "pil", "np" or "pt"')
 
 
 class Watcher:

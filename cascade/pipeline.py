@@ -11,6 +11,7 @@ import torch
 from cascade.arguments import (
     PerStage,
     check_chain,
+    check_result,
     check_text_widths,
     integer,
     negatives_of,
@@ -20,7 +21,8 @@ from cascade.arguments import (
     seeds_of,
     stage_sizes,
 )
-from cascade.config import Captions
+from cascade.bounds import PICTURES
+from cascade.config.data import Captions
 from cascade.device import choose_device
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.changes import Changes
@@ -33,7 +35,7 @@ from cascade.errors import CascadeError
 from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
-from cascade.save import model_for_hub, write_model
+from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
@@ -97,18 +99,10 @@ class CascadePipeline:
         captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
-        from cascade.load import load_pipeline  # loading stands above; see docs/architecture.md
+        from cascade.load.pipeline import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
 
-        return load_pipeline(
-            model,
-            super_resolution=super_resolution,
-            device=device,
-            dtype=dtype,
-            low_memory=low_memory,
-            captions=captions,
-            text_8bit=text_8bit,
-            adapters=adapters,
-        )
+        options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
+        return load_pipeline(model, options)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -179,7 +173,8 @@ class CascadePipeline:
         edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
-        numbers = range(positive("num_images_per_prompt", num_images_per_prompt))
+        numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
+        check_result(len(prompts) * len(numbers), size)
         stages = {slot.config.name: settings[slot.config.name] for slot in slots}
         tasks = [
             self.task(
@@ -199,7 +194,7 @@ class CascadePipeline:
             for index in range(len(prompts))
             for number in numbers
         ]
-        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size)
+        count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size, PICTURES)
         with Watcher(progress, callback) as watcher:
             drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
         pixels = {
@@ -284,7 +279,7 @@ class CascadePipeline:
         raises CascadeError if anything else stands there.
         """
         enlargers = None if self.enlargers is self.slots else self.enlargers
-        write_model(folder, self._text.load(), self.slots, enlargers, self.name, self.license, dtype)
+        write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
         """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""

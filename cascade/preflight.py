@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.errors import ShortageError, StorageError
 from cascade.machine import free_bytes
 from cascade.memory import TrainingMemory, trained_bytes, training_memory

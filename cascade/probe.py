@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cascade import system
 from cascade.build import build_stage
 from cascade.checkpoint import read_json, write_json
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.device import choose_dtype
 from cascade.errors import CascadeError
 from cascade.machine import has_bfloat16, name_of

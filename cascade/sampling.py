@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cascade.config import SamplingConfig, StageConfig, complete_sampler
+from cascade.config.samplers import complete_sampler
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.settings import Settings, parse
 from cascade.values import PRESETS
 
@@ -20,9 +23,11 @@ def resolve_sampling(
     Raises CascadeError for an unknown preset or stage, and for a value that the setting does not allow.
     """
     if preset is not None and preset not in PRESETS:
-        raise CascadeError(f"preset: {preset!r}; expected one of {', '.join(PRESETS)}")
+        raise CascadeError(f"preset: {quoted(preset)}; expected one of {', '.join(PRESETS)}")
     if preset not in (None, "default") and not any(preset in stage.presets for stage in stages):
-        raise CascadeError(f"preset: no stage of this cascade defines {preset!r}; leave it out, or give steps instead")
+        raise CascadeError(
+            f"preset: no stage of this cascade defines {quoted(preset)}; leave it out, or give steps instead"
+        )
     names = [stage.name for stage in stages]
     for setting, value in overrides.items():
         if _by_stage(setting, value):
@@ -76,4 +81,4 @@ def _check_name(setting: str, name: object, names: Sequence[str], what: str) -> 
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         where = "this cascade has" if what == "stage" else "there are"
-        raise CascadeError(f"{setting}: no {what} is called {name!r}; {where} {', '.join(names)}{hint}")
+        raise CascadeError(f"{setting}: no {what} is called {quoted(name)}; {where} {', '.join(names)}{hint}")

@@ -5,31 +5,33 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
-from cascade.config import FORMAT_VERSION
+from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
 from cascade.slots import StageSlot
 from cascade.text.t5 import TextEncoder
 
 
-def write_model(
-    folder: str | Path,
-    text_encoder: TextEncoder,
-    slots: Sequence[StageSlot],
-    enlargers: Sequence[StageSlot] | None,
-    name: str,
-    license: str,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`.
+@dataclass(frozen=True)
+class Parts:
+    """What a model consists of. enlargers: the stages of `upscale` where they are not those of the cascade."""
 
-    enlargers: the stages of `upscale` where they are not those of the cascade.
-    """
+    text_encoder: TextEncoder
+    slots: Sequence[StageSlot]
+    enlargers: Sequence[StageSlot] | None
+    name: str
+    license: str
+
+
+def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = None) -> None:
+    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`."""
+    text_encoder, slots, enlargers = model.text_encoder, model.slots, model.enlargers
     folder = plain_path(folder)
     if folder.exists() and not _may_be_replaced(folder):
         raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the cascade")
@@ -42,8 +44,8 @@ def write_model(
             temporary / "cascade.json",
             {
                 "format": FORMAT_VERSION,
-                "name": name,
-                "license": license,
+                "name": model.name,
+                "license": model.license,
                 "stages": [slot.config.name for slot in slots],
                 **({} if enlargers is None else {"enlargers": [slot.config.name for slot in enlargers]}),
                 "max_text_length": text_encoder.max_length,

@@ -30,6 +30,7 @@ class ScratchTable:
             self._database.executemany(statement, rows)
 
     def close(self) -> None:
+        """Remove the table."""
         self._database.close()
 
 

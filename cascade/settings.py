@@ -8,15 +8,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
-
-PositiveInt = Annotated[int, Field(gt=0)]
+from cascade.quoting import named, quoted
 
 
 class Settings(BaseModel):
@@ -73,6 +72,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise CascadeError(f"{path}: {error}") from None
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
+    except RecursionError:
+        raise CascadeError(f"{path}: not valid YAML: too many brackets within brackets") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -87,11 +88,11 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator or not name:
-            raise CascadeError(f"{assignment!r}: expected key=value, such as training.steps=100")
+            raise CascadeError(f"{quoted(assignment)}: expected key=value, such as training.steps=100")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
-            raise CascadeError(f"{assignment[:200]!r}: {text[:80]!r} is not a YAML value") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise CascadeError(f"{quoted(assignment)}: {quoted(text)} is not a YAML value") from None
         _assign(data, name.split("."), value, assignment)
     return data
 
@@ -102,11 +103,12 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
         if isinstance(data, list):
             if not key.isdecimal() or int(key) >= len(data):
                 raise CascadeError(
-                    f"{assignment!r}: {'.'.join(keys[:depth])} is a list of {len(data)}; {key!r} is no place in it"
+                    f"{quoted(assignment)}: {named(keys[:depth])} is a list of {len(data)};"
+                    f" {quoted(key)} is no place in it"
                 )
             position = int(key)
         elif not isinstance(data, dict):
-            raise CascadeError(f"{assignment!r}: {'.'.join(keys[:depth])} is a value, not a section")
+            raise CascadeError(f"{quoted(assignment)}: {named(keys[:depth])} is a value, not a section")
         if depth == len(keys) - 1:
             data[position] = value
         else:
@@ -142,7 +144,7 @@ def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
     """One line on what pydantic says of one setting: several things where its value may be of several types."""
     first = mistakes[0]
     section, path = _walk(kind, first["loc"])
-    dotted = ".".join(path)
+    dotted = named(path)
     match first["type"]:
         case "extra_forbidden":
             return _unknown(section, path)
@@ -167,19 +169,19 @@ def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
 
 
 def _unknown(section: type[Settings] | None, path: Sequence[str]) -> str:
-    parent = ".".join(path[:-1])
+    parent = named(path[:-1])
     known = list(section.model_fields) if section else []
     close = difflib.get_close_matches(path[-1], known, n=1)
     if close:
-        return f"{'.'.join(path)} is not a setting; did you mean {'.'.join([*path[:-1], close[0]])}?"
-    return f"{'.'.join(path)} is not a setting; {parent or 'the file'} has {', '.join(known)}"
+        return f"{named(path)} is not a setting; did you mean {named([*path[:-1], close[0]])}?"
+    return f"{named(path)} is not a setting; {parent or 'the file'} has {', '.join(known)}"
 
 
-def _not_one_of(setting: str, value: str, quoted: str) -> str:
-    names = re.findall(r"'(.+?)'", quoted)
+def _not_one_of(setting: str, value: str, expected: str) -> str:
+    names = re.findall(r"'(.+?)'", expected)
     close = difflib.get_close_matches(value, names, n=1)
     guess = f"; did you mean {close[0]}?" if close else ""
-    return f"{setting}: {value!r} is not one of {', '.join(names)}{guess}"
+    return f"{setting}: {quoted(value)} is not one of {', '.join(names)}{guess}"
 
 
 def _walk(kind: type[Settings], location: Sequence[str | int]) -> tuple[type[Settings] | None, list[str]]:

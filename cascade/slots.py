@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
+from cascade.cost import StageCost
 from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes, is_out_of_memory
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
-
-_WHOLE_TENSORS = 3
-"""Tensors of the whole picture that any sampler holds at least: noisy picture, estimate, enlarged smaller picture."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +90,7 @@ def check_memory(
     tile: int | None = None,
 ) -> None:
     """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
-    geometry, at_once = stage.geometry, math.prod(size)
-    if tile is not None:
-        seen = tile + 2 * (geometry.receptive_radius or 0)
-        at_once = min(at_once, seen**2)
-    picture = stage.channels * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
-    needed = batch_size * (picture + at_once * geometry.least_activations * dtype.itemsize)
+    needed = batch_size * StageCost(stage).least_bytes(size, dtype, tile)
     free = free_bytes(device)
     if needed > free:
         raise MemoryError(f": needs more than {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")

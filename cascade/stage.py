@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
 from cascade.diffusion.loss import Weighting, diffusion_loss
@@ -45,9 +46,12 @@ class Stage:
     config: StageConfig
     network: Network
     schedule: NoiseSchedule
+    known: Known | None = None
+    """What the pictures that it draws start from, and which of their pixels stay; see `knowing`."""
 
     @property
     def name(self) -> str:
+        """By which per-stage options speak of it."""
         return self.config.name
 
     @property
@@ -57,6 +61,7 @@ class Stage:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights lie."""
         return next(self.network.parameters()).device
 
     def prepare(self, cond: Conditioning) -> Denoiser:
@@ -79,13 +84,11 @@ class Stage:
         rng: Generators,
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
-        known: Known | None = None,
     ) -> Tensor:
         """Draw pictures from the noise z (B, C, H, W), whose size they have: float32, about [-1, 1].
 
         cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
         rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
-        known: what the pictures start from, and which of their pixels stay.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
@@ -93,6 +96,7 @@ class Stage:
         differs = self.config.path == "residual"  # else r is the picture
         picture = limit(denoisers.to_picture(guided, base, scale) if differs else guided, settings)
         log_snrs = self.noise_levels(settings)
+        known = self.known
         if known is not None:
             log_snrs = levels_from(self.schedule, log_snrs, known.strength)
             if len(log_snrs) == 1:
@@ -122,7 +126,8 @@ class Stage:
         seen = self.enlarge(cond)
         kind = self.config.parameterization
         step = self.schedule.reverse_step(log_snr) if isinstance(self.schedule, DiscreteSchedule) else None
-        return diffusion_loss(lambda z, level: network(z, level, seen), kind, weighting, r, log_snr, eps, step)
+        weighting = replace(weighting, step=step)
+        return diffusion_loss(lambda z, level: network(z, level, seen), kind, weighting, r, log_snr, eps)
 
     def noise_levels(self, settings: SamplingConfig | None = None) -> Tensor:
         """Log SNR from step to step, and at the end: (N + 1,), increasing.
@@ -201,6 +206,10 @@ class Stage:
             return self
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
+
+    def knowing(self, known: Known | None) -> Stage:
+        """This stage, drawing pictures of which something is known."""
+        return self if known is None else replace(self, known=known)
 
     def tiled(self, side: int | None) -> Stage:
         """This stage, whose network is given squares of this side one at a time; None: whole pictures.

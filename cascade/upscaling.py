@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.arguments import positive
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
 from cascade.files.picture import open_picture, picture_told

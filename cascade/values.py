@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
+from cascade.quoting import quoted
+
 T = TypeVar("T")
 PRESETS = ("fast", "default", "best")
 SETTINGS = ("steps", "guidance", "sampler", "aug_level", "threshold")
@@ -20,7 +22,7 @@ def per_stage(text: str, convert: Callable[[str], T]) -> T | dict[str, T]:
     for part in text.split(","):
         name, separator, value = (piece.strip() for piece in part.partition("="))
         if not separator or not name or name in values:
-            raise ValueError(f"{text!r}; expected one value, or each stage once as in base=20,sr256=4")
+            raise ValueError(f"{quoted(text)}; expected one value, or each stage once as in base=20,sr256=4")
         values[name] = convert(value)
     return values
 
@@ -30,7 +32,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text[:40]!r} is not a whole number") from None
+        raise ValueError(f"{quoted(text)} is not a whole number") from None
 
 
 def number(text: str) -> float:
@@ -40,7 +42,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]!r} is not a number")
+        raise ValueError(f"{quoted(text)} is not a number")
     return value
 
 
@@ -51,4 +53,4 @@ def threshold_value(text: str) -> float | str:
     try:
         return number(text)
     except ValueError:
-        raise ValueError(f"{text[:40]!r}; expected a quantile such as 0.995, clip or none") from None
+        raise ValueError(f"{quoted(text)}; expected a quantile such as 0.995, clip or none") from None

@@ -33,16 +33,20 @@ import click
 from measure import load_average
 
 from cascade import CascadePipeline, StageConfig, TextEncoder
-from cascade.batch import DrawOptions, Output, Planner, run_batch
+from cascade.batch.output import Output
+from cascade.batch.plan import DrawOptions, Planner
+from cascade.batch.run import run_batch
 from cascade.build import build_stage
-from cascade.config import SamplingConfig, UNetConfig
-from cascade.load import BUNDLED
-from cascade.prompts import PromptRecord, read_prompts
+from cascade.config.sampling import SamplingConfig
+from cascade.load.index import BUNDLED
+from cascade.models.unet import UNetConfig
+from cascade.prompts.reading import read_prompts
+from cascade.prompts.record import PromptRecord
 
 PARTS = ("overhead", "start-up", "memory", "processes")
 MEMORY = """
 import resource, sys
-from cascade.cli import main
+from cascade.cli.program import main
 main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """

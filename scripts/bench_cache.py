@@ -30,7 +30,8 @@ from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
 from cascade.data.scenes import describe, random_scene
-from cascade.load import BUNDLED, load_train_config
+from cascade.load.index import BUNDLED
+from cascade.load.training import load_train_config
 from cascade.text.cache import EmbeddingCache
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.tokens import TokenCounter

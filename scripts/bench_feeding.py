@@ -97,7 +97,7 @@ def write_pictures(folder: Path, size: int, kind: str) -> Path:
 
 def settings(folder: Path, pictures: Path, size: int, workers: int, decoded: bool, steps: int) -> Any:
     """A run on these pictures, in which only feeding takes time."""
-    from cascade.config import TrainConfig
+    from cascade.config.training import TrainConfig
     from cascade.settings import parse
 
     stage: dict[str, Any] = {"name": "base", "resolution": stored_size(size), "model": {"text_dim": WIDTH}}

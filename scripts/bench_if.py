@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
-from cascade.models.if_unet import IF_NOISE
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.stage import StageConfig
+from cascade.models.if_unet import IF_NOISE, IFUNetConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -40,8 +40,10 @@ from cascade.allocator import keep_freed_memory
 from cascade.build import build_stage
 from cascade.cli.train import find_config
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig, TrainConfig
-from cascade.load import choose_device, load_train_config
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.device import choose_device
+from cascade.load.training import load_train_config
 from cascade.text.embeddings import TextEmbeddings
 from cascade.training.precision import DTYPES, settled
 

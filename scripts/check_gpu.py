@@ -111,8 +111,11 @@ def gradient_error(device: torch.device) -> float:
 def some_stage(name: str) -> Any:
     """A stage of the bundled cascade, or one with IF's network, small, and random weights."""
     from cascade.build import build_stage
-    from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
-    from cascade.load import find_stage, load_stage
+    from cascade.config.noise import SquaredCosineSchedule
+    from cascade.config.stage import StageConfig
+    from cascade.load.index import find_stage
+    from cascade.load.stage import load_stage
+    from cascade.models.if_unet import IFUNetConfig
 
     if name != "if":
         return load_stage(find_stage(f"bundled/{name}"))

@@ -22,7 +22,8 @@ from cascade import Stage
 from cascade.drawing.engine import Engine
 from cascade.evaluation.super_resolution import AVERAGED, Pair, enlarged, measure, read_pairs, resized
 from cascade.evaluation.tower import load_tower
-from cascade.load import load_encoder, load_stage
+from cascade.load.pipeline import load_encoder
+from cascade.load.stage import load_stage
 from cascade.slots import StageSlot
 
 

@@ -35,7 +35,8 @@ from cascade.diffusion import denoisers
 from cascade.diffusion.noise import CLEAN, diffuse, noise_like
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
-from cascade.load import load_encoder, load_stage
+from cascade.load.pipeline import load_encoder
+from cascade.load.stage import load_stage
 from cascade.seeds import generator
 from cascade.stage import limit, run_sampler
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.stage import StageConfig
 from cascade.deepfloyd import unet_settings
+from cascade.models.if_unet import IFUNetConfig
 from cascade.training.optim import AdamW
 
 Call = Callable[[nn.Module], Tensor]

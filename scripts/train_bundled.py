@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from cascade.load import load_train_config
+from cascade.load.training import load_train_config
 
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"

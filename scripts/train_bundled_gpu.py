@@ -34,7 +34,8 @@ from torch import Tensor
 from cascade.build import build_stage
 from cascade.checkpoint import load_weights, save_tensors, write_json
 from cascade.conditioning import Conditioning
-from cascade.config import FORMAT_VERSION, StageConfig
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.stage import StageConfig
 from cascade.device import choose_device
 from cascade.errors import CascadeError
 from cascade.stage import Stage

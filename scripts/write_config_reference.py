@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cascade.config import TrainConfig
+from cascade.bounds import AtMost
+from cascade.config.training import TrainConfig
 from cascade.settings import Settings
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -96,6 +98,8 @@ def type_name(annotation: Any) -> str:
 
 def bound(item: Any) -> str:
     """`> 0`, `<= 1`, or nothing."""
+    if isinstance(item, AfterValidator):
+        return f"<= {item.func.greatest:,}" if isinstance(item.func, AtMost) else ""
     if isinstance(item, FieldInfo):
         return ", ".join(text for text in (bound(inner) for inner in item.metadata) if text)
     for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cascade.config import Kind
 from cascade.diffusion.noise import predicted_eps
-from cascade.diffusion.parameterization import target
+from cascade.diffusion.parameterization import Kind, target
 
 
 def from_x(kind: Kind, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.build import build_stage
-from cascade.config import StageConfig, TrainConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.preflight import check_run
 from cascade.settings import override, parse, to_yaml
 from cascade.stage import Stage
@@ -119,7 +120,7 @@ def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
 
     At a zero last layer most of a network has no effect.
     """
-    from cascade.load import load_trainer
+    from cascade.load.training import load_trainer
 
     def filled(settings: StageConfig, seed: int) -> Stage:
         stage = build_stage(settings, seed=seed)

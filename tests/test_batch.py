@@ -17,14 +17,17 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.batch import DrawOptions, Output, Planner, Summary, Target, plan, run_batch
+from cascade.batch.output import Output
+from cascade.batch.plan import DrawOptions, Planner, Target, plan
 from cascade.batch.report import write_grid
+from cascade.batch.run import Summary, run_batch
 from cascade.drawing.batches import draw_batch
 from cascade.drawing.engine import Engine
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Result, Undrawn
 from cascade.images import to_pil
-from cascade.prompts import Failure, PromptRecord, given_prompts
+from cascade.prompts.reading import given_prompts
+from cascade.prompts.record import Failure, PromptRecord
 from cascade.seeds import MAX_SEED
 
 
@@ -230,6 +233,12 @@ def run(pipeline: CascadePipeline, out: Path, records: Iterable[PromptRecord | F
         output.complete()
         output.write_with("grid", ".png", lambda path: write_grid(output.manifest.entries(), output.read, path))
     return summary
+
+
+def test_a_contact_sheet_names_the_picture_that_is_damaged(tmp_path: Path) -> None:
+    entries = [{"file": "000000-a-fox.png", "prompt": "a fox"}]
+    with pytest.raises(CascadeError, match=r"^000000-a-fox\.png: not a readable picture"):
+        write_grid(entries, lambda _name: b"\x89PNG\r\n", tmp_path / "grid.png")
 
 
 def manifest(out: Path) -> list[dict[str, Any]]:

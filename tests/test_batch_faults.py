@@ -24,11 +24,13 @@ from pyarrow import parquet
 from torch import Tensor
 
 from cascade import CascadeError
-from cascade.batch import Finished, Layout, Output
+from cascade.batch.layout import Layout
 from cascade.batch.locks import Claims
+from cascade.batch.output import Output
+from cascade.batch.pictures import Finished
 from cascade.batch.plan import subfolder
 from cascade.batch.writer import BackgroundWriter
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.drawing.batches import draw_batch
 
 PROMPTS = [f"a fox in picture {number}" for number in range(6)]

@@ -22,7 +22,7 @@ import torch
 from helpers_model import make_tiny_cascade
 
 import cascade
-from cascade.cli import main
+from cascade.cli.program import main
 
 PROMPTS = 24
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -395,7 +395,7 @@ def test_two_processes_and_three_kills_change_nothing(
     script.write_text(
         "import pathlib, sys, time\n"
         "from cascade.batch.output import Output\n"
-        "from cascade.cli import main\n"
+        "from cascade.cli.program import main\n"
         "write = Output.write\n"
         "def written(self, *arguments):\n"
         f"    pathlib.Path({str(log)!r}, f'{{self.team.rank}}-of-{{self.team.count}}').touch()\n"

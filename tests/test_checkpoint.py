@@ -24,7 +24,7 @@ from cascade.checkpoint import (
     write_json,
     write_text,
 )
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 
 

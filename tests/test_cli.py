@@ -22,14 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline, __version__
-from cascade.build import build_stage
-from cascade.cli import main
 from cascade.cli.data import Reading
-from cascade.cli.model import gflop_per_call, network_calls
+from cascade.cli.program import main
 from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, TextConfig
-from cascade.load import load_train_config
+from cascade.config.data import TextConfig
+from cascade.config.sampling import SamplingConfig
+from cascade.cost import StageCost
+from cascade.load.training import load_train_config
 from cascade.settings import to_yaml
 from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
@@ -60,7 +60,7 @@ def names(out: Path) -> list[str]:
 
 
 def test_the_module_is_the_same_program_and_help_loads_nothing_heavy() -> None:
-    code = "import sys; from cascade.cli import main; main(['generate', '--help']); print(*sys.modules)"
+    code = "import sys; from cascade.cli.program import main; main(['generate', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--num-images-per-prompt" in loaded
     assert not {"transformers", "accelerate", "datasets"} & set(loaded.split())
@@ -84,7 +84,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(
     status, _, err = run(capsys, "generate", "a", "--model", model, "--out", tmp_path / "out")
     assert (status, err.strip()) == (1, "cascade: stopped")
     assert not (tmp_path / "out").exists()
-    code = "import sys; from cascade.cli import main; sys.exit(main(['info', sys.argv[1]]))"
+    code = "import sys; from cascade.cli.program import main; sys.exit(main(['info', sys.argv[1]]))"
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as broken:
@@ -262,7 +262,7 @@ def test_arithmetic_counted_without_memory_is_that_of_the_real_network(index: in
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stage.network(torch.randn(1, 3, size, size), torch.zeros(1, 1, 1, 1), prepared)
     expected = counter.get_total_flops() / 1e9
-    assert gflop_per_call(build_stage(config, device="meta"), 5) == pytest.approx(expected)
+    assert StageCost(config).flops_per_call(5) / 1e9 == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +275,8 @@ def test_arithmetic_counted_without_memory_is_that_of_the_real_network(index: in
     ],
 )
 def test_network_calls_are_those_of_the_sampler(changes: dict[str, Any], calls: int) -> None:
-    stage, settings = tiny_stage(tiny_configs()[0]), SamplingConfig(**{"steps": 6, **changes})
-    assert network_calls(stage, settings) == calls == seen_by(stage, settings)
+    config, settings = tiny_configs()[0], SamplingConfig(**{"steps": 6, **changes})
+    assert StageCost(config).calls(settings) == calls == seen_by(tiny_stage(config), settings)
 
 
 def seen_by(stage: Stage, settings: SamplingConfig) -> int:

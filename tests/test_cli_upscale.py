@@ -10,7 +10,7 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.cli import main
+from cascade.cli.program import main
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,75 @@ def test_a_picture_that_fails_is_named_and_the_others_are_made(
     out, err = capsys.readouterr()
     assert "broken.png: not a readable picture" in err
     assert "red.png: 16x12" in out
+
+
+# --- what a file holds besides its pixels ------------------------------------------------------------------
+
+
+def test_frames_are_enlarged_one_by_one_and_shown_as_long(model: Path, folder: Path) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=[40, 700], loop=0)
+    assert upscale(model, folder, folder / "a.gif", "--to", 16) == 0
+    pipeline = CascadePipeline.from_pretrained(model, device="cpu")
+    with Image.open(folder / "out" / "a.png") as image:
+        assert (image.size, image.n_frames, image.info["loop"]) == ((16, 12), 2, 0)  # type: ignore[attr-defined]
+        for place, duration in enumerate((40, 700)):
+            image.seek(place)
+            image.load()
+            assert image.info["duration"] == pytest.approx(duration)
+            alone = pipeline.upscale(frames[place], to=16, seed=0).images[0]
+            assert image.convert("RGB").tobytes() == alone.tobytes()
+    assert manifest(folder)[-1]["frames"] == 2
+
+
+def test_an_animation_that_is_there_is_kept_and_a_damaged_one_is_not(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=40)
+    for said in ("16x12, 2 frames", "kept"):
+        assert upscale(model, folder, folder / "a.gif", "--to", 16) == 0
+        assert said in capsys.readouterr().out
+    content = (folder / "out" / "a.png").read_bytes()
+    (folder / "out" / "a.png").write_bytes(content[: content.rindex(b"fdAT") + 9])
+    assert upscale(model, folder, folder / "a.gif", "--to", 16) == 2
+    assert upscale(model, folder, folder / "a.gif", "--to", 16, "--overwrite") == 0
+
+
+def test_transparency_is_enlarged_and_hidden_colours_leave_no_fringe(model: Path, folder: Path) -> None:
+    """A red square under whose transparent surroundings lies white, becomes what a red picture becomes."""
+    square = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    square.paste((255, 0, 0, 255), (2, 2, 6, 6))
+    square.save(folder / "square.png")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "plain.png")
+    assert upscale(model, folder, folder / "square.png", folder / "plain.png", "--to", 16) == 0
+    with Image.open(folder / "out" / "square.png") as image, Image.open(folder / "out" / "plain.png") as plain:
+        assert (image.mode, plain.mode) == ("RGBA", "RGB")
+        assert image.convert("RGB").tobytes() == plain.tobytes()
+        alpha = image.getchannel("A")
+        assert [alpha.getpixel(place) for place in ((0, 0), (8, 8), (15, 8))] == [0, 255, 0]
+
+
+def test_a_result_of_too_many_frames_is_refused_before_one_is_drawn(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=40)
+    monkeypatch.setenv("CASCADE_MAX_PIXELS", "383")
+    monkeypatch.setattr(CascadePipeline, "upscale", lambda *_, **__: pytest.fail("drawn"))
+    assert upscale(model, folder, folder / "a.gif", "--to", 16) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.gif: 2 frames of 16x12 have 384 pixels, more than 383; make them smaller" in line
+
+
+def test_what_the_camera_noted_stays(model: Path, folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "Camera", 6
+    Image.new("RGB", (8, 6)).save(folder / "photo.jpg", exif=exif)
+    assert upscale(model, folder, folder / "photo.jpg", "--to", 16) == 0
+    with Image.open(folder / "out" / "photo.png") as image:
+        assert image.size == (12, 16)
+        assert dict(image.getexif()) == {0x010F: "Camera"}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from cascade.checkpoint import read_stage_config
-from cascade.config import CosineSchedule, SamplingConfig, StageConfig, TrainConfig
+from cascade.config.noise import CosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.errors import CascadeError
-from cascade.load import BUNDLED, load_train_config
+from cascade.load.index import BUNDLED
+from cascade.load.training import load_train_config
 from cascade.settings import override, parse, read_yaml, to_yaml
 
 SMALLEST: dict[str, Any] = {
@@ -69,10 +73,14 @@ MISTAKES = [
         f"training.seed: should be less than or equal to {2**63 - 1}, not {2**63}",
     ),
     ("training.optimizer.betas=[0.9, 1.0]", "training.optimizer.betas.1: should be less than 1, not 1.0"),
-    ("stage.sampling.steps=1000001", "stage.sampling.steps: should be less than or equal to 1000000, not 1000001"),
+    (
+        "stage.sampling.steps=1000001",
+        "stage.sampling.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are usual",
+    ),
     (
         "stage.presets.fast.steps=1000001",
-        "stage.presets.fast.steps: should be less than or equal to 1000000, not 1000001",
+        "stage.presets.fast.steps: 1,000,001 is more than 100,000, each of which calls the network; up to 1,000 are"
+        " usual",
     ),
     (
         "stage.sampling.guidance_interval=[3, -2.5]",

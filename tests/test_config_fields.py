@@ -36,12 +36,12 @@ from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
-from cascade.load import load_text_encoder, load_trainer
+from cascade.load.training import load_text_encoder, load_trainer
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
 from cascade.stage import Stage
@@ -151,7 +151,7 @@ def views(config: TrainConfig) -> object:
     """Pictures and captions of the first batches, or that there is an error."""
     seen = []
     try:
-        for batch in islice(batches(config.data, config.stage, 0, batch_size=4, workers=0), 12):
+        for batch in islice(batches(config.data.model_copy(update={"workers": 0}), config.stage, 0, batch_size=4), 12):
             seen.append(contents_of(batch))
     except CascadeError:
         return "error"

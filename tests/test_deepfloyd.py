@@ -14,22 +14,26 @@ from helpers_if import TEXT_DIM, make_if, make_unet, own_picture, peer_picture
 from torch import Tensor
 
 from cascade import CascadePipeline
-from cascade.batch import DrawOptions, plan
 from cascade.batch.identity import model_identity
+from cascade.batch.plan import DrawOptions, plan
 from cascade.build import build_stage
 from cascade.checkpoint import save_stage
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.conditioning import Conditioning
-from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig, UNetConfig
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage, read_weights
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
 from cascade.errors import CascadeError
-from cascade.load import load_stage, read_index
+from cascade.load.index import read_index
+from cascade.load.stage import load_stage
 from cascade.memory import stage_memory
 from cascade.models.convolution import Convolution
-from cascade.models.if_unet import IF_NOISE
-from cascade.prompts import given_prompts
+from cascade.models.if_unet import IF_NOISE, IFUNetConfig
+from cascade.models.unet import UNetConfig
+from cascade.prompts.reading import given_prompts
 from cascade.stage import Stage, count_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own

@@ -15,20 +15,17 @@ from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_c
 
 from cascade import CascadePipeline
 from cascade.build import build_stage
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.conditioning import Conditioning
-from cascade.config import (
-    IFUNetConfig,
-    LinearSchedule,
-    SamplingConfig,
-    SquaredCosineSchedule,
-    StageConfig,
-    TrainConfig,
-    UNetConfig,
-)
+from cascade.config.noise import LinearSchedule, SquaredCosineSchedule
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
-from cascade.load import choose_device, choose_dtype
+from cascade.models.if_unet import IFUNetConfig
+from cascade.models.unet import UNetConfig
 from cascade.probe import settled_dtype
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings

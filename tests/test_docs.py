@@ -127,6 +127,13 @@ def test_the_commands_on_changing_pictures_run(checkout: Path):
 
 
 @pytest.mark.slow
+def test_the_python_of_the_page_on_batches_runs(checkout: Path):
+    (checkout / "batch.py").write_text("\n".join(commands("docs/batch.md", "python")[:7]), encoding="utf-8")
+    run("python batch.py", checkout)
+    assert len(list((checkout / "more").glob("0*.png"))) == 4
+
+
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(checkout: Path):
     (checkout / "readme.py").write_text("\n".join(commands("README.md", "python")), encoding="utf-8")
     run("python readme.py", checkout)

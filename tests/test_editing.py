@@ -13,7 +13,7 @@ from helpers_model import make_tiny_cascade
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.drawing.edit import Box, Edit, edit_of, extended
 
 NOISE = np.random.default_rng(0)

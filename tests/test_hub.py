@@ -20,7 +20,7 @@ from cascade import CascadePipeline
 from cascade.convert import convert
 from cascade.errors import CascadeError
 from cascade.hub import download
-from cascade.load import load_stage
+from cascade.load.stage import load_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 

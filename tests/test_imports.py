@@ -17,11 +17,11 @@ PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
 LAYERS = (
-    "errors _version system values transfer files seeds locks scratch machine device allocator settings streaming hub"
-    " images",
+    "errors _version bounds quoting system values transfer files seeds locks scratch machine device allocator settings "
+    "streaming hub images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
-    "arguments sampling slots upscaling drawing output save pipeline prompts training evaluation memory preflight probe"
-    " load",
+    "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
+    " load probe",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
@@ -149,7 +149,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
 def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from cascade.cli import main\n"
+        "from cascade.cli.program import main\n"
         f"main({arguments!r})\n"
         "print(*{'torch', 'numpy', 'PIL', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -186,7 +186,7 @@ def test_importing_cascade_asks_no_network() -> None:
         "def refuse(event, _arguments):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
         "sys.addaudithook(refuse)\n"
-        "import cascade, cascade.cli, cascade.load\n"
+        "import cascade, cascade.cli.program, cascade.load.pipeline, cascade.load.training\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
 

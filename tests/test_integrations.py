@@ -18,10 +18,11 @@ from PIL import Image
 
 import cascade
 from cascade import CascadeError, CascadePipeline
-from cascade.batch import read_metadata
-from cascade.cli import main
+from cascade.batch.metadata import read_metadata
+from cascade.cli.program import main
 from cascade.integrations.ray import Drawer, draw_options
-from cascade.prompts import PromptRecord, read_prompts
+from cascade.prompts.reading import read_prompts
+from cascade.prompts.record import PromptRecord
 from cascade.seeds import derive_seed
 
 UNTIL = 8

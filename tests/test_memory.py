@@ -14,8 +14,9 @@ import torch
 from helpers_model import make_tiny_cascade, tiny_configs
 from helpers_text import make_tiny_t5
 
-from cascade.cli import main
-from cascade.config import IFUNetConfig, SquaredCosineSchedule, StageConfig
+from cascade.cli.program import main
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.stage import StageConfig
 from cascade.memory import (
     OVERHEAD_BYTES,
     LiveBytes,
@@ -26,6 +27,7 @@ from cascade.memory import (
     ways,
     weight_bytes,
 )
+from cascade.models.if_unet import IFUNetConfig
 
 
 def test_the_peak_is_that_of_tensors_alive_at_the_same_time() -> None:
@@ -119,7 +121,7 @@ def test_weights_are_counted_exactly() -> None:
 def test_info_says_which_setting_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: int, advice: str
 ) -> None:
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda: free)
+    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: free)
     assert main(["info", str(make_tiny_cascade(tmp_path / "tiny"))]) == 0
     assert advice in capsys.readouterr().out
 
@@ -143,7 +145,10 @@ def test_a_step_at_the_size_of_if_i_m_stays_within_the_estimate(dtype: str) -> N
         import resource, torch
         from cascade.build import build_stage
         from cascade.conditioning import Conditioning
-        from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig
+        from cascade.config.noise import SquaredCosineSchedule
+        from cascade.config.sampling import SamplingConfig
+        from cascade.config.stage import StageConfig
+        from cascade.models.if_unet import IFUNetConfig
         sampling = SamplingConfig(sampler="ddpm", steps=1, guidance=7.0, variance="learned")
         config = StageConfig(
             name="base", resolution=64, schedule=SquaredCosineSchedule(), model=IFUNetConfig(), sampling=sampling
@@ -160,7 +165,10 @@ def test_a_step_at_the_size_of_if_i_m_stays_within_the_estimate(dtype: str) -> N
         print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    from cascade.config import IFUNetConfig, SamplingConfig, SquaredCosineSchedule, StageConfig
+    from cascade.config.noise import SquaredCosineSchedule
+    from cascade.config.sampling import SamplingConfig
+    from cascade.config.stage import StageConfig
+    from cascade.models.if_unet import IFUNetConfig
 
     config = StageConfig(
         name="base",

@@ -15,7 +15,7 @@ from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, 
 from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, Stage
-from cascade.load import assemble
+from cascade.load.pipeline import assemble
 from cascade.slots import StageSlot
 
 LONG = "a blue star and two green circles of the fox style"
@@ -324,7 +324,7 @@ def test_formats_and_devices_that_cannot_draw_are_refused(model: Path, options: 
         CascadePipeline.from_pretrained(model, **({"device": "cpu"} | options))
 
 
-@pytest.mark.parametrize("options", [{"height": 8 * 10**8}, {"batch_size": 10**8}], ids=str)
+@pytest.mark.parametrize("options", [{"height": 1 << 16, "width": 1 << 16}, {"batch_size": 10**7}], ids=str)
 def test_what_cannot_fit_into_memory_is_refused_before_noise_is_drawn(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:

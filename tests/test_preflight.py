@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cascade.checkpoint import write_text
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.memory import LiveBytes, TrainingMemory, training_memory, weight_bytes
 from cascade.preflight import check_memory, check_run, run_bytes
@@ -179,7 +179,7 @@ def test_a_wrong_run_ends_before_its_first_step(
     error = capsys.readouterr().err
     assert case.message.replace("FOLDER", str(tmp_path)) in error
     assert "Traceback" not in error
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     log = tmp_path / "run" / "log.jsonl"
     assert not log.exists() or log.read_text() == ""
 

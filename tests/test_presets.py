@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cascade.build import build_stage
-from cascade.load import load_train_config
+from cascade.load.training import load_train_config
 from cascade.preflight import run_bytes
 from cascade.stage import count_parameters
 

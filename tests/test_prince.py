@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from reference import chapter18
 
 from cascade.build import build_stage
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.conditioning import Conditioning
 from cascade.diffusion.loss import uniform_levels
 from cascade.diffusion.noise import noise_like
-from cascade.load import load_train_config, load_trainer
+from cascade.load.training import load_train_config, load_trainer
 from cascade.seeds import generator
 from cascade.stage import Stage
 from cascade.training.step import TrainingBatch, draw_noise

@@ -13,8 +13,9 @@ from helpers_training import micro_config, trainer
 
 from cascade import CascadePipeline, probe, system
 from cascade.checkpoint import read_stage_config
-from cascade.cli import main
-from cascade.load import load_train_config, read_index
+from cascade.cli.program import main
+from cascade.load.index import read_index
+from cascade.load.training import load_train_config
 from cascade.probe import Work, faster_format, settled_dtype, time_share, warn_if_slow
 from cascade.settings import read_yaml
 

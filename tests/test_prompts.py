@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cascade import CascadeError
-from cascade.prompts import Failure, PromptRecord, count_prompts, given_prompts, read_prompts
-from cascade.prompts.sources import rows_of
+from cascade.prompts.reading import given_prompts, read_prompts
+from cascade.prompts.record import Failure, PromptRecord
+from cascade.prompts.sources import count_prompts, rows_of
 from cascade.seeds import derive_seed
 
 

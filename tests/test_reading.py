@@ -15,11 +15,14 @@ from helpers_training import micro_settings
 
 from cascade import CascadePipeline
 from cascade.checkpoint import save_stage
-from cascade.cli import main
-from cascade.config import TextReading
+from cascade.cli.program import main
+from cascade.config.data import TextReading
 from cascade.deepfloyd import READING as IF_READING
 from cascade.errors import CascadeError
-from cascade.load import assemble, load_encoder, load_train_config, load_trainer, read_index, read_reading
+from cascade.load.index import read_index
+from cascade.load.pipeline import assemble, load_encoder
+from cascade.load.reading import read_reading
+from cascade.load.training import load_train_config, load_trainer
 
 PADDED = TextReading(max_length=150, padded=True, captions="deepfloyd")
 ZEROS = TextReading(max_length=150, null_text="zeros")

@@ -14,7 +14,7 @@ from helpers_model import make_tiny_cascade
 
 import cascade
 from cascade import CascadeError
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.drawing.recipe import Recipe
 
 PACKAGE = Path(cascade.__file__).parent
@@ -85,8 +85,8 @@ SPICED = """
 import json, sys
 from pathlib import Path
 from PIL import Image
-from cascade.batch import Target
-from cascade.cli import main
+from cascade.batch.plan import Target
+from cascade.cli.program import main
 from cascade.drawing.shelf import Shelf
 
 plain, spice = Target.recipe.fget, "hot"

@@ -14,11 +14,13 @@ from torch import Tensor
 import cascade
 from cascade.batch.manifest import made_by
 from cascade.build import build_stage
-from cascade.config import PresetConfig, SamplingConfig, StageConfig, UNetConfig, with_sampler_section
-from cascade.config.samplers import SECTIONS, section
+from cascade.config.samplers import SECTIONS, section, with_sampler_section
+from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import Denoiser
 from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, Option
 from cascade.errors import CascadeError
+from cascade.models.unet import UNetConfig
 from cascade.sampling import resolve_sampling
 from cascade.settings import parse
 

@@ -13,7 +13,7 @@ import pytest
 from helpers_model import make_tiny_cascade
 
 from cascade import locks, system
-from cascade.cli import main
+from cascade.cli.program import main
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig, StageConfig
+from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion.denoisers import clip, guide
 from cascade.diffusion.loss import Weighting
 from cascade.diffusion.noise import alpha, diffuse, noise_like

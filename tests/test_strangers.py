@@ -12,7 +12,7 @@ from helpers_training import log_entries, micro_config, trainer
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.evaluation.report import check_folder
 from cascade.files.ours import check_png
 from cascade.settings import to_yaml

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from cascade.build import build_network
 from cascade.conditioning import Conditioning
-from cascade.config import IFUNetConfig, ModelConfig, SquaredCosineSchedule, StageConfig, UNetConfig
+from cascade.config.network import ModelConfig
+from cascade.config.noise import SquaredCosineSchedule
+from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import noise_like
 from cascade.errors import CascadeError
 from cascade.memory import LiveBytes
+from cascade.models.if_unet import IFUNetConfig
 from cascade.models.tiled import in_tiles, tiles
+from cascade.models.unet import UNetConfig
 from cascade.seeds import generator
 from cascade.stage import Stage
 

@@ -14,8 +14,9 @@ from helpers_training import TRANSFORMER, log_entries, micro_config, micro_setti
 from PIL import Image
 
 from cascade import CascadePipeline, TextEncoder
-from cascade.cli import main
-from cascade.config import StageConfig, TrainConfig
+from cascade.cli.program import main
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.memory import stage_memory, training_memory
 from cascade.models.transformer import TransformerConfig
 from cascade.settings import override

@@ -14,11 +14,11 @@ from PIL import Image
 
 import cascade
 from cascade import CascadeError, CascadePipeline
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.evaluation.fidelity import consistency
 from cascade.images import back_project, downsample, to_float
-from cascade.load import load_stage
+from cascade.load.stage import load_stage
 from cascade.text.t5 import TextEmbeddings
 from cascade.upscaling import padded, read_picture, route, target_size
 

@@ -19,9 +19,9 @@ from helpers_text import make_tiny_t5
 from helpers_training import micro_settings
 
 from cascade.checkpoint import save_stage
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
-from cascade.load import find_stage
+from cascade.load.index import find_stage
 from cascade.models.unet import UNet
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cascade._version import __version__
 from cascade.errors import CascadeError
-from cascade.load import ModelIndex
+from cascade.load.index import ModelIndex
 
 _LOOKED_AT = 1 << 16
 

@@ -53,6 +53,7 @@ class RunLock:
             take(self._file.fileno(), self._path, shared=True)
 
     def close(self) -> None:
+        """Let go of the lock."""
         self._file.close()
 
     def _holder(self) -> str:
@@ -97,6 +98,7 @@ class Claims:
         system.unlock_byte(self._file.fileno(), number)
 
     def close(self) -> None:
+        """Let go of the lock."""
         self._file.close()
 
 

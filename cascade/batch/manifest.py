@@ -11,8 +11,10 @@ from typing import Any
 from cascade import system
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json
 from cascade.files.text import json_text
 from cascade.locks import held
+from cascade.quoting import quoted
 from cascade.scratch import ScratchTable
 
 _CHUNK = 1 << 20
@@ -38,6 +40,7 @@ class Manifest:
         )
 
     def close(self) -> None:
+        """Close the file and its table."""
         self._file.close()
         self._table.close()
 
@@ -132,12 +135,12 @@ class Manifest:
 
     def _learn(self, line: bytes, start: int) -> None:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             key = (int(entry["index"]), int(entry["number"]))
             made_by(entry)
             row = (*key, start, len(line) + 1)
-        except (ValueError, KeyError, TypeError):
-            raise CascadeError(f"{self.path}: a line is damaged: {line[:40]!r}; remove it, or --overwrite") from None
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
+            raise CascadeError(f"{self.path}: a line is damaged: {quoted(line)}; remove it, or --overwrite") from None
         self._tidy = self._tidy and key > self._last
         self._last = key
         self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)

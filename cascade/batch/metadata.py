@@ -19,6 +19,7 @@ from cascade.checkpoint import read_json
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.files.picture import open_picture, picture_told
 from cascade.pipeline import CascadePipeline
 from cascade.text.captions import well_formed
@@ -130,9 +131,9 @@ def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
     """`_inside`, from JSON or from chunks. Raises KeyError, ValueError or TypeError for what is none."""
     if "all" in text:
         beside = Path(sidecar(str(path)))
-        data = read_json(beside) if not text["all"] and beside.exists() else json.loads(text["all"])
+        data = read_json(beside) if not text["all"] and beside.exists() else parse_json(text["all"])
     else:
-        data = {name: value if name in _TEXTS else json.loads(value) for name, value in _known(text).items()}
+        data = {name: value if name in _TEXTS else parse_json(value) for name, value in _known(text).items()}
     for name in ("num_images", "index"):
         data[name] = int(data[name])
     Recipe.digest_of(data)

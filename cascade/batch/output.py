@@ -22,7 +22,7 @@ from cascade.errors import StorageError
 from cascade.files.paths import path_of
 from cascade.files.text import json_text
 from cascade.locks import held
-from cascade.prompts import Failure
+from cascade.prompts.record import Failure
 
 
 class Output:

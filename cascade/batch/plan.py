@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade.arguments import stage_sizes
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.drawing.batch_size import BatchSizes, Wish
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit
@@ -17,7 +17,7 @@ from cascade.drawing.engine import Conduct
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import PromptRecord
+from cascade.prompts.record import PromptRecord
 from cascade.sampling import resolve_sampling
 from cascade.slots import StageSlot
 
@@ -35,6 +35,7 @@ class DrawOptions:
     batch_size: see `cascade.drawing.batch_size.Wish`. changes: a picture to be changed, and how; a line may name its
     own.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
+    strict: the first failure ends the run. low_memory: smaller pictures wait on the disk.
     """
 
     run_seed: int
@@ -49,6 +50,8 @@ class DrawOptions:
     window: int | None = None
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)
+    strict: bool = False
+    low_memory: bool = False
 
     def conduct(self, **more: Any) -> Conduct:
         """How the engine goes about it. more: further fields of `Conduct`."""

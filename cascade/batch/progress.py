@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cascade.prompts import Failure
+from cascade.prompts.record import Failure
+from cascade.quoting import message
 
 _BETWEEN_SECONDS = 0.2
 
@@ -32,7 +33,7 @@ class Progress:
 
     def failed(self, failure: Failure) -> None:
         """Something could not be drawn."""
-        print(failure, file=sys.stderr)
+        print(message(str(failure).replace("\n", " ")), file=sys.stderr)
 
     def end(self) -> None:
         """Nothing more comes."""
@@ -66,7 +67,7 @@ class Bar(Progress):
 
     def failed(self, failure: Failure) -> None:
         self._failures += 1
-        tqdm.write(str(failure), file=sys.stderr)
+        tqdm.write(message(str(failure).replace("\n", " ")), file=sys.stderr)
         if self._bar is not None:
             self._bar.set_postfix(failed=self._failures)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from PIL import Image
-
+from cascade.files.picture import read_rgb
 from cascade.files.text import json_text
 from cascade.images import contact_sheet
 from cascade.text.captions import well_formed
@@ -77,12 +76,15 @@ def _escaped(text: str) -> str:
 def write_grid(
     entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
 ) -> None:
-    """A contact sheet of the first pictures, PNG. read: the content of a file of the manifest, or None."""
+    """A contact sheet of the first pictures, PNG. read: the content of a file of the manifest, or None.
+
+    Raises CascadeError for a picture that is damaged.
+    """
     labels, images = [], []
     for entry in islice(entries, GRID_PICTURES):
         content = read(entry["file"])
         if content is not None:
-            thumbnail = Image.open(io.BytesIO(content)).convert("RGB")
+            thumbnail = read_rgb(io.BytesIO(content), entry["file"])
             thumbnail.thumbnail((GRID_CELL, GRID_CELL))
             images.append(thumbnail)
             labels.append(" ".join(entry["prompt"].split())[:60])

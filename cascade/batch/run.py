@@ -17,7 +17,7 @@ from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import Failure, PromptRecord
+from cascade.prompts.record import Failure, PromptRecord
 
 LOW_MEMORY_WINDOW = 64
 """Prompts that share one loading of the stages when memory is short."""
@@ -47,21 +47,18 @@ def run_batch(
     output: Output,
     progress: Progress | None = None,
     *,
-    strict: bool = False,
-    low_memory: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Draw and write every record that `output`, which has begun, does not hold yet.
 
-    strict: the first failure ends the run. low_memory: smaller pictures wait on the disk. stop: asked now and then.
-    Raises CascadeError for what the call itself asks for, when that is not possible.
+    stop: asked now and then. Raises CascadeError for what the call itself asks for, when that is not possible.
     """
     planner, told = Planner(pipeline, options), progress or Progress()
     conduct = options.conduct(stop=stop, on_step=lambda step: told.step(step.stage, step.step, step.steps))
-    engine = pipeline.engine(conduct, Shelf(output.shelf) if low_memory else None)
+    engine = pipeline.engine(conduct, Shelf(output.shelf) if options.low_memory else None)
     window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        run = _Run(planner, engine, Describer(pipeline, options), output, writer, told, strict)
+        run = _Run(planner, engine, Describer(pipeline, options), output, writer, told, options.strict)
         try:
             for unit, lines in _units(records, output, window):
                 if stop():

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.cli.train import find_config
 from cascade.text.captions import prepare_caption
 
 if TYPE_CHECKING:
-    from cascade.config import DataConfig, StageConfig, TextConfig, TrainConfig
+    from cascade.config.data import DataConfig, TextConfig
+    from cascade.config.stage import StageConfig
+    from cascade.config.training import TrainConfig
     from cascade.data.survey import Survey
     from cascade.text.tokens import TokenCounter
 
@@ -41,7 +44,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
     from cascade.files.ours import SOFTWARE, check_png
-    from cascade.load import load_train_config, text_encoder_source
+    from cascade.load.training import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 
     check_png(Path(sheet), _PROGRAM)
@@ -53,14 +56,14 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
         tempfile.TemporaryFile(dir=Path(sheet).parent).close()
     surveys = surveys_of(settings, limit)
     for found in surveys:
-        click.echo("\n".join(describe(found, settings.data, settings.stage)))
-    click.echo("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
+        say("\n".join(describe(found, settings.data, settings.stage)))
+    say("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
     picture = view_sheet(settings.data, settings.stage, settings.training.seed, views, reading.label)
     with atomic_file(Path(sheet)) as temporary:
         text = PngInfo()
         text.add_text(SOFTWARE, _PROGRAM)
         picture.save(temporary, format="PNG", pnginfo=text)
-    click.echo(f"the first {views} views: {sheet}")
+    say(f"the first {views} views: {sheet}")
     return 1 if any(found.problems for found in surveys) else 0
 
 

@@ -13,6 +13,7 @@ import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 from cascade.seeds import MAX_SEED
 from cascade.values import number, whole_number
@@ -97,8 +98,8 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
     run = _run(model, pipeline, request)
     report = measure(pipeline, request)
     write_report(report, run, out)
-    click.echo(markdown(report, run))
-    click.echo(f"report.json, report.md and contact.png in {out}")
+    say(markdown(report, run))
+    say(f"report.json, report.md and contact.png in {out}")
     return 0
 
 
@@ -139,7 +140,7 @@ def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict
     from cascade._version import __version__
     from cascade.batch.identity import weights_sha256
     from cascade.evaluation.drawing import used_sampling
-    from cascade.load import read_index
+    from cascade.load.index import read_index
 
     return {
         "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},

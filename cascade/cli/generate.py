@@ -8,24 +8,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cascade.cli.paths import path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.seeds import MAX_SEED
 from cascade.system import STOP_SIGNALS
-from cascade.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
+from cascade.values import PRESETS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
-    import torch
-
-    from cascade.batch import DrawOptions, Layout, Output, Progress, Summary
-    from cascade.drawing.changes import Changes
-    from cascade.pipeline import CascadePipeline
+    from cascade.batch.progress import Progress
+    from cascade.batch.request import BatchRequest, Outcome
 
 
 def for_stages(
@@ -63,7 +61,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     which, _, count = text.partition("/")
     if which.isdecimal() and count.isdecimal() and 1 <= int(which) <= int(count):
         return (int(which) - 1, int(count))
-    raise click.BadParameter(f"{text!r}; expected which of how many, such as 3/16.")
+    raise click.BadParameter(f"{quoted(text)}; expected which of how many, such as 3/16.")
 
 
 @click.command()
@@ -121,230 +119,63 @@ def generate(**values: Any) -> int:
     cascade generate "a red apple" "two blue stars" --seed 7
     cascade generate --prompts prompts.jsonl --out pictures
     """
-    request = Request(**values)
-    if request.from_image is not None:
-        from cascade.cli.redraw import redraw
+    from cascade.batch.request import BatchRequest
 
-        if request.prompts or request.file:
-            raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
-        return redraw(
-            request.from_image,
-            model=request.model,
-            out=request.out,
-            device=request.device,
-            changes=request.changes(),
-            overwrite=request.overwrite,
-        )
-    if bool(request.prompts) == bool(request.file):
-        raise CascadeError("give either prompts or --prompts FILE")
-    if request.html and request.format == "webdataset":
-        raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
-    return request.run()
+    screen = Screen(values.pop("quiet"), values.pop("log_json"))
+    picture = values.pop("from_image")
+    request = BatchRequest(**values)
+    if picture is None:
+        return _drawn(request, screen)
+    from cascade.cli.redraw import redraw
+
+    if request.prompts or request.file:
+        raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
+    return redraw(picture, request)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asks for; one field an option."""
+@dataclass(frozen=True)
+class Screen:
+    """What a person or a program sees of a run."""
 
-    prompts: tuple[str, ...]
-    file: str | None
-    strict: bool
-    from_image: str | None
-    model: str | None
-    out: str
-    overwrite: bool
-    format: str
-    tar_size: int
-    manifest: str
-    html: bool
-    shard: tuple[int, int]
-    seed: int | None
-    num_images_per_prompt: int
-    negative_prompt: str | None
-    steps: int | dict[str, int] | None
-    guidance: float | dict[str, float] | None
-    sampler: str | dict[str, str] | None
-    aug_level: float | dict[str, float] | None
-    threshold: float | str | dict[str, float | str] | None
-    preset: str | None
-    until: int | None
-    height: int | None
-    width: int | None
-    save_stages: bool
-    image: str | None
-    mask: str | None
-    strength: float | dict[str, float] | None
-    extend: dict[str, int] | None
-    resampling: int
-    variation: tuple[int, float] | None
-    grid: bool
-    device: str | None
-    dtype: str | None
-    batch_size: int | str | None
-    low_memory: bool
-    text_8bit: bool
-    window: int | None
-    log_json: bool
     quiet: bool
+    log_json: bool
 
-    def run(self) -> int:
-        """Draw everything; the exit status."""
-        from cascade.batch import Output, run_batch
-        from cascade.prompts import given_prompts, read_prompts
-
-        with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
-            self._check_split(output)
-            settled = output.begin(self._settings())
-            run_seed = settled["seed"]
-            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-            pipeline = self._pipeline(settled["dtype"])
-            progress = self._progress()
-            progress.begin(self._total(output))
-            with _told_to_stop() as stop:
-                summary = run_batch(
-                    pipeline, records, self._options(run_seed), output, progress,
-                    strict=self.strict, low_memory=self.low_memory, stop=stop,
-                )  # fmt: skip
-            progress.end()
-            return self._finish(output, summary, run_seed)
-
-    def _extras(self) -> list[tuple[str, str]]:
-        """What is written beside the pictures, as (stem, ending)."""
-        asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
-        return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
-
-    def _layout(self) -> Layout:
-        from cascade.batch import Layout
-
-        return Layout(self.format, self.tar_size, self.shard)
-
-    def _check_split(self, output: Output) -> None:
-        """Several processes read the same prompts and must know the same seed."""
-        if output.team.count > 1 and self.file == "-":
-            raise CascadeError("--prompts -: several processes cannot share standard input; name a file")
-        if self.shard[1] > 1 and self.seed is None:
-            raise CascadeError("--shard: shards need the same seed; give one with --seed")
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides the bytes of the output; `Output` refuses to continue a run of which any was different."""
-        from cascade.batch.identity import model_identity, versions
-        from cascade.load import choose_device, read_index
-
-        device = choose_device(self.device)
-        own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
-        stored = ("batch_size", "format", "save_stages")
-        return {
-            "versions": versions(),
-            "model": model_identity(read_index(self.model)),
-            **{name: getattr(self, name) for name in (*own, *stored)},
-            "tar_size": self.tar_size if self.format == "webdataset" else None,
-            "device": device.type,
-            "dtype": self._dtype(device),
-        }
-
-    def _dtype(self, device: torch.device) -> str | dict[str, str]:
-        """The number format; where it was left to us, what is fastest here, which a run that stands there overrules."""
-        from cascade.load import read_config, read_index
-        from cascade.probe import settled_dtype
-
-        configs = map(read_config, read_index(self.model).stages)
-        name = str(settled_dtype(self.dtype, device, configs)).removeprefix("torch.")
-        return {"auto": name} if self.dtype == "auto" else name
-
-    def _pipeline(self, dtype: str) -> CascadePipeline:
-        from cascade.pipeline import CascadePipeline
-
-        return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
-        )
-
-    def _options(self, run_seed: int) -> DrawOptions:
-        from cascade.batch import LOW_MEMORY_WINDOW, DrawOptions
-
-        return DrawOptions(
-            run_seed=run_seed,
-            num_images=self.num_images_per_prompt,
-            negative_prompt=self.negative_prompt,
-            until=self.until,
-            height=self.height,
-            width=self.width,
-            sampling={name: getattr(self, name) for name in SETTINGS},
-            preset=self.preset,
-            batch_size=self.batch_size,
-            window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
-            save_stages=self.save_stages,
-            changes=self.changes(),
-        )
-
-    def changes(self) -> Changes:
-        """The picture to be changed, and how."""
-        from cascade.drawing.changes import Changes
-
-        if self.extend is not None and not isinstance(self.extend, dict):
-            raise CascadeError("--extend: expected sides, such as left=64,top=32")
-        return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
-
-    def _progress(self) -> Progress:
-        from cascade.batch import Bar, JsonLog, Progress
+    def progress(self) -> Progress:
+        """While it goes on."""
+        from cascade.batch.progress import Bar, JsonLog, Progress
 
         if self.log_json:
             return JsonLog()
         return Bar() if sys.stderr.isatty() and not self.quiet else Progress()
 
-    def _total(self, output: Output) -> int | None:
-        """Pictures of this process, about."""
-        from cascade.prompts import count_prompts
-
-        prompts = count_prompts(self.file) if self.file else len(self.prompts)
-        if prompts is None:
-            return None
-        return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.team.count))
-
-    def _finish(self, output: Output, summary: Summary, run_seed: int) -> int:
-        """What comes once all is drawn; with several processes, the first does it for all."""
-        output.team.wait_for_the_others()
-        summary.stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
-        if output.team.rank > 0:
-            return 0
-        output.manifest.refresh()
-        pictures, kept, failures = output.manifest.count(), output.kept(), output.failures()
-        if not summary.stopped:
-            output.complete()
-        self._write_extras(output)
-        if self.seed is None:
-            self._say(f"seed: {run_seed}")
-        before = f", {kept} of them from before" if kept else ""
-        failed = f", {failures} failed" if failures else ""
-        page = f"; see {output.path('index', '.html')}" if self.html else ""
-        self._say(f"{pictures} picture{'s' * (pictures != 1)} in {self.out}{before}{failed}{page}")
-        if summary.stopped:
-            click.echo("cascade: stopped; the same command continues", err=True)
+    def end(self, outcome: Outcome, request: BatchRequest) -> None:
+        """Once it is over."""
+        if request.seed is None:
+            self._say(f"seed: {outcome.seed}")
+        before = f", {outcome.kept} of them from before" if outcome.kept else ""
+        failed = f", {outcome.failures} failed" if outcome.failures else ""
+        page = f"; see {outcome.folder / 'index.html'}" if request.html and request.shard[1] == 1 else ""
+        plural = "s" * (outcome.pictures != 1)
+        self._say(f"{outcome.pictures} picture{plural} in {request.out}{before}{failed}{page}")
+        if outcome.stopped:
+            say("cascade: stopped; the same command continues", error=True)
         if self.log_json:
-            click.echo(_event("end", pictures=pictures, kept=kept, failures=failures, out=self.out))
-        return 1 if failures or summary.stopped else 0
-
-    def _write_extras(self, output: Output) -> None:
-        from cascade.batch.report import write_grid, write_page, write_parquet
-
-        entries = output.manifest.entries
-        if output.manifest.count() == 0:
-            return
-        if self.grid:
-            columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
-            output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
-        if self.manifest == "parquet":
-            output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
-        if self.html:
-            title = Path(self.out).resolve().name
-            output.write_with("index", ".html", lambda path: write_page(entries(), path, title))
+            counts = {name: getattr(outcome, name) for name in ("pictures", "kept", "failures")}
+            say(json.dumps({"event": "end", **counts, "out": request.out}))
 
     def _say(self, line: str) -> None:
         if not self.quiet and not self.log_json:
-            click.echo(line)
+            say(line)
 
 
-def _event(name: str, **values: Any) -> str:
-    return json.dumps({"event": name, **values})
+def _drawn(request: BatchRequest, screen: Screen) -> int:
+    """Draw everything; the exit status."""
+    with _told_to_stop() as stop:
+        outcome = request.run(screen.progress(), stop)
+    if not outcome.speaks:
+        return 0
+    screen.end(outcome, request)
+    return 1 if outcome.failures or outcome.stopped else 0
 
 
 @contextmanager

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.values import per_stage
 
 if TYPE_CHECKING:
-    from cascade.config import SamplingConfig, StageConfig
-    from cascade.load import ModelIndex
+    from cascade.config.stage import StageConfig
+    from cascade.load.index import ModelIndex
     from cascade.memory import Way
-    from cascade.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
-    from cascade.config import FORMAT_VERSION
-    from cascade.load import choose_device, find_stage, read_config, read_index
+    from cascade.config.common import FORMAT_VERSION
+    from cascade.device import choose_device
+    from cascade.load.index import find_stage, read_index
+    from cascade.load.stage import read_config
     from cascade.machine import free_bytes
     from cascade.memory import text_memory, ways
     from cascade.probe import explained
@@ -70,10 +73,10 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
         head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION, "device": place}
         memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
-        click.echo(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
+        say(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
-        click.echo(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
-        click.echo(f"{_memory(possible, free)}\n\n{place}")
+        say(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
+        say(f"{_memory(possible, free)}\n\n{place}")
     return 0
 
 
@@ -86,7 +89,7 @@ def _memory(possible: Sequence[Way], free: int) -> str:
 
 
 def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
-    from cascade.load import read_config
+    from cascade.load.stage import read_config
 
     stages = [
         replace(_stage_part(folder, read_config(folder), index.max_text_length), draws=folder in index.stages)
@@ -97,46 +100,18 @@ def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
 
 
 def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
-    from cascade.build import build_stage
-    from cascade.stage import count_parameters
+    from cascade.cost import StageCost
 
-    stage = build_stage(config, device="meta")
+    cost = StageCost(config)
     return Part(
         name=config.name,
         resolution=config.resolution,
-        parameters=count_parameters(stage.network),
+        parameters=cost.parameters,
         bytes=_size(folder / "unet" if (folder / "unet").is_dir() else folder),
-        steps=len(stage.noise_levels()) - 1,
-        calls=network_calls(stage, config.sampling),
-        gflop_per_call=gflop_per_call(stage, text_tokens),
+        steps=cost.steps,
+        calls=cost.calls(),
+        gflop_per_call=cost.flops_per_call(text_tokens) / 1e9,
     )
-
-
-def network_calls(stage: Stage, settings: SamplingConfig) -> int:
-    """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
-    evaluated = stage.evaluations(settings)
-    if settings.guidance == 1:
-        return len(evaluated)
-    low, high = settings.guidance_interval or (float("-inf"), float("inf"))
-    return sum(2 if low <= level <= high else 1 for level in evaluated)
-
-
-def gflop_per_call(stage: Stage, text_tokens: int) -> float:
-    """Multiplications and additions of one network call at the stage's own size, in 10^9; counted without memory.
-
-    stage: on the meta device. text_tokens: length of the text, to which every prompt is padded.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from cascade.stage import blank_call
-
-    with torch.device("meta"), torch.inference_mode():
-        z, level, cond = blank_call(stage.config, 1, text_tokens)
-        prepared = stage.network.prepare(cond)
-        with FlopCounterMode(display=False) as counter:
-            stage.network(z, level, prepared)
-    return counter.get_total_flops() / 1e9
 
 
 def _size(folder: Path) -> int:
@@ -217,14 +192,14 @@ def assemble(
     """
     import torch
 
-    from cascade.load import assemble as assemble_pipeline
+    from cascade.load.pipeline import assemble as assemble_pipeline
 
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     pipeline = assemble_pipeline(
         text_encoder, stages, name=name, license=license, max_length=max_text_length, adapters=_adapters(adapter)
     )
     pipeline.save_pretrained(out, formats[dtype] if dtype else None)
-    click.echo(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
+    say(f"{name}: {', '.join(pipeline.stage_names)} in {out}")
     return 0
 
 
@@ -235,7 +210,7 @@ def _adapters(text: str | None) -> dict[str, str]:
     except ValueError as error:
         raise CascadeError(f"--adapter: {error}") from None
     if isinstance(folders, str):
-        raise CascadeError(f"--adapter: {folders!r} names no stage; write base={folders}")
+        raise CascadeError(f"--adapter: {quoted(folders)} names no stage; write base={folders}")
     return folders
 
 
@@ -252,5 +227,5 @@ def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
     from cascade.convert import convert as convert_model
 
     names = convert_model(source, out, super_resolution)
-    click.echo(f"{', '.join(names)} in {out}")
+    say(f"{', '.join(names)} in {out}")
     return 0

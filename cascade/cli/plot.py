@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
 
 _PROGRAM = "cascade plot"
 
@@ -31,5 +32,5 @@ def plot(runs: tuple[str, ...], out: str) -> int:
     figure = draw_curves({run: read_curves(Path(run)) for run in runs})
     with atomic_file(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={SOFTWARE: _PROGRAM})
-    click.echo(f"{len(runs)} runs: {out}" if len(runs) > 1 else out)
+    say(f"{len(runs)} runs: {out}" if len(runs) > 1 else out)
     return 0

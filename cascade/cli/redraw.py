@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from cascade._version import __version__
+from cascade.cli.say import say
 from cascade.errors import CascadeError, StorageError
 from cascade.files.picture import open_picture
+from cascade.quoting import quoted
 
 if TYPE_CHECKING:
+    from cascade.batch.request import BatchRequest
     from cascade.drawing.changes import Changes
     from cascade.drawing.edit import Edit
     from cascade.drawing.recipe import Recipe
     from cascade.pipeline import CascadePipeline
 
 
-def redraw(
-    picture: str, *, model: str | None, out: str, device: str | None, changes: Changes, overwrite: bool = False
-) -> int:
-    """Draw `picture` again into the folder `out`, to the same bytes; the exit status.
+def redraw(picture: str, request: BatchRequest) -> int:
+    """Draw `picture` again into the request's folder, to the same bytes; the exit status.
 
-    changes: names the picture that it was made from, where it was made from one. overwrite: another picture of ours
-    that stands there. Raises CascadeError when it says nothing of itself, or was drawn by another model, and for what
-    would be written over.
+    request: names the model, the device, and the picture that it was made from, where it was made from one; with
+    `overwrite` another picture of ours that stands there is replaced. Raises CascadeError when it says nothing of
+    itself, or was drawn by another model, and for what would be written over.
     """
-    from cascade.batch import read_metadata
+    from cascade.batch.metadata import read_metadata
 
     said, format = read_metadata(picture)
-    target = Path(out) / Path(picture).name
+    target = Path(request.out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
     if target.exists():
         read_metadata(target)  # a stranger's is told before anything is drawn, and stays
-    content = _drawn(said, format, picture, _Where(model, device, changes))
+    content = _drawn(said, format, picture, request)
     same = content == Path(picture).read_bytes()
-    if target.exists() and not overwrite and target.read_bytes() != content:
+    if target.exists() and not request.overwrite and target.read_bytes() != content:
         raise CascadeError(f"{target}: is there already, and another picture; --overwrite, or name another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
-    click.echo(f"{target}: {'the same bytes' if same else _difference(said)}")
+    say(f"{target}: {'the same bytes' if same else _difference(said)}")
     return 0 if same else 1
 
 
-@dataclass(frozen=True)
-class _Where:
-    """What the command line says besides the picture."""
-
-    model: str | None
-    device: str | None
-    changes: Changes
-
-
-def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> bytes:
+def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
     """The file, as the run that wrote it would; the smaller picture of a stage is known by its size."""
     from cascade.batch.metadata import encode
     from cascade.drawing.engine import Conduct
@@ -70,14 +59,14 @@ def _drawn(said: dict[str, Any], format: str, picture: str, where: _Where) -> by
     recipe = Recipe.from_json(said, picture)
     settings = said["settings"]
     pipeline = CascadePipeline.from_pretrained(
-        where.model, device=where.device or settings["device"], dtype=settings["dtype"]
+        request.model, device=request.device or settings["device"], dtype=settings["dtype"]
     )
     if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
-        raise CascadeError(f"{picture}: was drawn by the model {said['model']!r}; name its folder with --model")
+        raise CascadeError(f"{picture}: was drawn by the model {quoted(said['model'])}; name its folder with --model")
     with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
-    (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, where.changes))])
+    (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, request.changes()))])
     if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
     images = [to_pil(pixels[None])[0] for pixels in result.pixels]

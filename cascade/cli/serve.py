@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cascade.cli.paths import path_option
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Request:
         )
 
     def _card(self) -> Path | None:
-        from cascade.load import find_model
+        from cascade.load.index import find_model
 
         return find_model(self.model)
 
@@ -139,6 +140,6 @@ class Request:
         return f"http://{host}:{port}/{key}"
 
     def _say(self, address: str) -> None:
-        click.echo(f"{'studio' if self.page else 'serving'} at {address} - pictures in {self.out}; Ctrl-C ends it")
+        say(f"{'studio' if self.page else 'serving'} at {address} - pictures in {self.out}; Ctrl-C ends it")
         if self.browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -12,10 +12,11 @@ import click
 
 from cascade.allocator import keep_freed_memory
 from cascade.cli.paths import path_argument
+from cascade.cli.say import say
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
-    from cascade.config import TrainConfig
+    from cascade.config.training import TrainConfig
 
 PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     cascade train preset:tiny/base training.steps=200 output=runs/mine
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
-    from cascade.load import load_train_config, load_trainer
+    from cascade.load.training import load_train_config, load_trainer
     from cascade.training.state import checkpoints
 
     keep_freed_memory()
@@ -47,10 +48,10 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:
         if finished:
-            click.echo(f"stage {settings.stage.name} is trained: {trainer.output / 'stage'}")
+            say(f"stage {settings.stage.name} is trained: {trainer.output / 'stage'}")
         else:
             step = int(checkpoints(trainer.output)[-1].name.removeprefix("step-"))
-            click.echo(f"cascade: stopped after step {step}; continue with --resume", err=True)
+            say(f"cascade: stopped after step {step}; continue with --resume", error=True)
     return 0 if finished else 1
 
 
@@ -66,9 +67,12 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     end to end; those of drawn scenes are encoded when met. Stopped by Ctrl-C or SIGTERM and started
     again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
+    from tqdm import tqdm
+
     from cascade.batch.locks import processes
-    from cascade.load import choose_device, encoder_settings, load_plain_text_encoder, load_train_config, open_cache
-    from cascade.text.cached import fill
+    from cascade.device import choose_device
+    from cascade.load.training import encoder_settings, load_plain_text_encoder, load_train_config, open_cache
+    from cascade.text.cached import Pace, fill
     from cascade.training.interrupt import stop_signals
 
     path = find_config(config)
@@ -82,17 +86,16 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     bar = sys.stderr.isatty() and number == 0
     with stop_signals() as stopped:
         captions = _captions(settings)
-        added = fill(
-            cache, encoder, captions, batch_size, progress=bar, process=number, processes=count, stopped=stopped
-        )
+        told = tqdm(captions, desc="captions", unit="caption", disable=not bar)
+        added = fill(cache, encoder, told, Pace(batch_size, stopped=stopped), share=(number, count))
     cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
     who = f"process {number}: " if count > 1 else ""
-    click.echo(
+    say(
         f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
     if stopped():
-        click.echo("cascade: stopped; the same command continues", err=True)
+        say("cascade: stopped; the same command continues", error=True)
     return 1 if stopped() else 0
 
 

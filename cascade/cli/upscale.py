@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cascade.cli.generate import for_stages
 from cascade.cli.paths import path_argument, path_option
+from cascade.cli.say import say
+from cascade.cli.upscaled import MANIFEST, Enlarger
 from cascade.errors import CascadeError, StorageError
 from cascade.files.names import alike, portable
-from cascade.files.text import json_text
+from cascade.files.parsed import parse_json
 from cascade.seeds import MAX_SEED
-from cascade.text.captions import well_formed
 from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from cascade.output import CascadeOutput
-    from cascade.pipeline import CascadePipeline
-
-MANIFEST = "manifest.jsonl"
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -67,7 +58,7 @@ def upscale(
     """Enlarge pictures of any size and aspect ratio.
 
     Each becomes FOLDER/NAME.png, which says how it was made; manifest.jsonl has a line for each. Pictures that are
-    there from the same call are kept.
+    there from the same call are kept. Transparency, EXIF and the frames of an animation stay (as an animated PNG).
 
     \b
     cascade upscale photo.jpg --prompt "a red apple, noto style"
@@ -81,17 +72,18 @@ def upscale(
     sampling = {name: options[name] for name in SETTINGS}
     configs = [slot.config for slot in pipeline.enlargers]
     resolve_sampling(configs, options["preset"], sampling)  # told once, not each time
+    enlarger = Enlarger(pipeline, options, overwrite)
     failed = 0
     for image, target in targets.items():
         try:
-            done = _enlarge(pipeline, image, target, options, overwrite)
+            done = enlarger.make(image, target)
         except CascadeError as error:
             failed += 1
             named = "" if str(error).startswith((image, str(target))) else f"{image}: "
-            click.echo(f"cascade: error: {named}{error}", err=True)
+            say(f"cascade: error: {named}{error}", error=True)
         else:
             if not quiet:
-                click.echo(f"{target}: {done}")
+                say(f"{target}: {done}")
     if failed == len(targets):
         return 2
     return 1 if failed else 0
@@ -124,94 +116,9 @@ def _check_manifest(out: Path) -> None:
         return
     try:
         with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline() or "{}")
+            first = parse_json(file.readline() or "{}")
         ours = isinstance(first, dict) and (not first or "upscale" in first)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         ours = False
     if not ours:
         raise CascadeError(f"{path}: is not of `cascade upscale`; name another folder with --out")
-
-
-def _enlarge(pipeline: CascadePipeline, image: str, target: Path, options: Mapping[str, Any], overwrite: bool) -> str:
-    """Write one picture and its line of the manifest, and say what was done. Raises CascadeError."""
-    try:
-        source = hashlib.sha256(Path(image).read_bytes()).hexdigest()
-    except OSError as error:
-        raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
-    asked = {"source_sha256": source, **options}
-    if target.exists():
-        same = _is_from(target, json.loads(json.dumps(asked)))
-        if same is None:
-            raise CascadeError(f"{target}: is there already, and `cascade upscale` did not write it; move it")
-        if same and not overwrite:
-            return "kept"
-        if not overwrite:
-            raise CascadeError(
-                f"{target}: is there already, and not from this call; --overwrite, or name another --out"
-            )
-    result = pipeline.upscale(image, **options)
-    entry = _entry(pipeline, image, asked, result)
-    _write(target, result, entry)
-    width, height = result.images[0].size
-    return f"{width}x{height}"
-
-
-def _entry(pipeline: CascadePipeline, image: str, asked: Mapping[str, Any], result: CascadeOutput) -> dict[str, Any]:
-    """What the picture and the manifest say of it."""
-    from cascade._version import __version__
-
-    width, height = result.images[0].size
-    return {
-        "source": Path(image).name,
-        "prompt": result.prompts[0],
-        "seed": result.seeds[0],
-        "width": width,
-        "height": height,
-        "model": pipeline.name,
-        "license": pipeline.license,
-        "cascade": __version__,
-        "settings": {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")},
-        "upscale": asked,
-    }
-
-
-def _write(target: Path, result: CascadeOutput, entry: Mapping[str, Any]) -> None:
-    """The picture whole, then its line. Raises CascadeError when they cannot be written."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from cascade.checkpoint import atomic_file
-
-    chunks = PngInfo()
-    for name, value in entry.items():
-        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
-    try:
-        with atomic_file(target) as temporary:
-            result.images[0].save(temporary, format="PNG", pnginfo=chunks)
-        line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
-        with (target.parent / MANIFEST).open("a", encoding="utf-8", newline="\n") as manifest:
-            manifest.write(json_text(line) + "\n")
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
-
-
-def _is_from(target: Path, asked: Any) -> bool | None:
-    """Whether the picture that stands there is whole and was asked for in the same way; None: it is none of ours."""
-    from cascade.files.picture import open_picture
-
-    try:
-        # However large it is: only one that says that it is ours is decoded.
-        with open_picture(target, limited=False) as image:
-            said = json.loads(image.info.get("upscale", "null"))
-            if not isinstance(said, dict):
-                return None
-            return bool(said == asked) and _is_whole(image)
-    except (OSError, SyntaxError, ValueError, TypeError, RecursionError):
-        return None
-
-
-def _is_whole(image: Image.Image) -> bool:
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True

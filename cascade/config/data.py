@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cascade.bounds import PROCESSES, Pictures, Side, Tokens
 from cascade.config.common import AugSpread, Fraction, PathText
-from cascade.settings import PositiveInt, Settings
+from cascade.settings import Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
 """How captions are cleaned; see `cascade.text.captions`."""
@@ -17,7 +18,7 @@ Captions = Literal["as_is", "lower", "deepfloyd"]
 class TextReading(Settings):
     """How texts become tokens: a network expects prompts that are read as its captions were in training."""
 
-    max_length: PositiveInt = 64
+    max_length: Tokens = 64
     """Tokens kept of a caption; longer ones are cut with a warning."""
     padded: bool = False
     """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
@@ -85,7 +86,7 @@ class HubSource(Settings):
     """Split."""
     streaming: bool = False
     """Read as a stream, without downloading first."""
-    shuffle_buffer: PositiveInt = 1000
+    shuffle_buffer: Pictures = 1000
     """Streaming: records are shuffled within blocks of this many."""
     image_column: str = "image"
     """Column of pictures."""
@@ -105,7 +106,7 @@ class WebDatasetSource(Settings):
     """Ending of the members with captions: `txt`, of which each line is a variant, or `json`."""
     caption_column: str = "caption"
     """Key of the caption, or of a list of variants, in `json` members."""
-    shuffle_block: PositiveInt = 10_000
+    shuffle_block: Pictures = 10_000
     """Each epoch permutes the shards, then records within blocks of this many; nothing is held in memory."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
@@ -138,7 +139,7 @@ class DataConfig(Settings):
     """One or several sources, mixed by weight."""
     caption_dropout: Fraction = 0.1
     """Probability that a caption gives way to the null text, for classifier-free guidance."""
-    crop: PositiveInt | None = None
+    crop: Side | None = None
     """Super-resolution: train on random crops of this size (in pixels of the large picture). None: whole pictures."""
     tiles: bool = False
     """Super-resolution: the pictures are tiles cut from pictures of `resolution`; they are cropped, never resized."""
@@ -156,7 +157,7 @@ class DataConfig(Settings):
     Imagen and DeepFloyd IF draw it: a seventh of the pictures then have more than 0.97."""
     max_bad_share: Fraction = 0.05
     """Stop when a larger share of the records is broken or has no caption."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0), PROCESSES.validator] = 0
     """Processes that decode pictures beside the training process."""
     decoded: PathText | None = None
     """Folder for pictures decoded once, at the stage's `resolution`, and mapped into memory by every process from then

@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cascade.bounds import NoiseSteps, Side
 from cascade.diffusion.noise import LOG_SNR_RANGE
-from cascade.settings import PositiveInt, Settings
+from cascade.settings import Settings
 
 LogSnr = Annotated[float, Field(ge=LOG_SNR_RANGE[0], le=LOG_SNR_RANGE[1])]
 
@@ -18,7 +19,7 @@ class ConstantSchedule(Settings):
     kind: Literal["constant"] = "constant"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the variance that is replaced by noise in each step."""
-    steps: PositiveInt = 1000
+    steps: NoiseSteps = 1000
     """Number of diffusion steps T."""
 
 
@@ -30,7 +31,7 @@ class LinearSchedule(Settings):
     """First beta."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Last beta."""
-    steps: PositiveInt = 1000
+    steps: NoiseSteps = 1000
     """Number of diffusion steps T."""
 
 
@@ -38,7 +39,7 @@ class SquaredCosineSchedule(Settings):
     """Discrete cosine of Nichol & Dhariwal (2021) with capped betas, as diffusers and DeepFloyd IF write it."""
 
     kind: Literal["squared_cosine"] = "squared_cosine"
-    steps: PositiveInt = 1000
+    steps: NoiseSteps = 1000
     """Number of diffusion steps T."""
     max_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Cap on beta, which would reach 1 at the last step."""
@@ -48,7 +49,7 @@ class CosineSchedule(Settings):
     """Continuous cosine; shifted by resolution when `reference_resolution` is given (simple diffusion, 2023)."""
 
     kind: Literal["cosine"] = "cosine"
-    reference_resolution: PositiveInt | None = None
+    reference_resolution: Side | None = None
     """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
     offset: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Time by which the cosine starts early, so that the first steps have some noise; 0.008 in Nichol & Dhariwal (2021)

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cascade.bounds import ROUNDS, SAMPLING_STEPS
 from cascade.config.samplers import DEFAULT_SAMPLER, SECTIONS, AnySampler, with_sampler_section
 from cascade.diffusion.schedules import NamedSteps, Spacing
 from cascade.settings import Settings
 
-StepCount = Annotated[int, Field(gt=0, le=1_000_000)]
+StepCount = Annotated[int, Field(gt=0), SAMPLING_STEPS.validator]
 
 
 class SamplingConfig(Settings):
@@ -38,7 +39,7 @@ class SamplingConfig(Settings):
     """Dynamic thresholding divides by no more than this. None: no cap."""
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
-    consistency: Annotated[int, Field(ge=0)] = 0
+    consistency: Annotated[int, Field(ge=0), ROUNDS.validator] = 0
     """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
     smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
     flatten: Annotated[float, Field(ge=0, le=2)] = 0.0

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cascade.bounds import Side
 from cascade.config.network import ModelConfig
 from cascade.config.noise import CosineSchedule, ScheduleConfig
 from cascade.config.samplers import SamplerConfig
@@ -13,7 +14,7 @@ from cascade.config.sampling import PresetConfig, SamplingConfig
 from cascade.diffusion.parameterization import Kind
 from cascade.models.network import Geometry
 from cascade.models.unet import UNetConfig
-from cascade.settings import PositiveInt, Settings
+from cascade.settings import Settings
 
 PICTURE_CHANNELS = 3
 """Red, green, blue: of what a stage draws and of the smaller picture that it starts from."""
@@ -24,9 +25,9 @@ class StageConfig(Settings):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """Name by which per-stage options speak of it, such as `base`; also of its folder in a cascade."""
-    resolution: PositiveInt
+    resolution: Side
     """Height and width of the pictures it draws by default, in pixels."""
-    low_resolution: PositiveInt | None = None
+    low_resolution: Side | None = None
     """Super-resolution: size of the smaller picture it starts from. None: a base stage."""
     path: Literal["picture", "residual"] = "picture"
     """What is diffused: the picture, or (super-resolution) its difference from the upsampled smaller one."""

@@ -7,11 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cascade.bounds import COUNT, WIDTH, Batches, Pictures, PositiveInt
 from cascade.config.common import PathText
 from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
-from cascade.settings import PositiveInt, Settings
+from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
@@ -63,11 +64,11 @@ class OptimizerConfig(Settings):
     """AdamW's averaging factors; Muon's momentum is 0.95."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices and kernels only."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: Annotated[int, Field(ge=0), COUNT.validator] = 100
     """Steps over which the learning rate rises from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the fall at the end."""
-    decay_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Annotated[int, Field(ge=0), COUNT.validator] = 0
     """Steps of the fall; it ends at 0 with the last step of the run. 0 with a decay: everything after the warm-up."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
@@ -89,7 +90,7 @@ class ValidationConfig(Settings):
     """The held-out pictures, in the sections of data.sources."""
     every: PositiveInt = 1000
     """Steps between validations; there is one after the last step too."""
-    batches: PositiveInt = 8
+    batches: Batches = 8
     """Batches of batch_size pictures, shared by the processes."""
 
 
@@ -98,9 +99,9 @@ class TrainingConfig(Settings):
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
-    batch_size: PositiveInt = 16
+    batch_size: Pictures = 16
     """Pictures per optimizer step, over all processes and accumulation."""
-    accumulation: PositiveInt = 1
+    accumulation: Pictures = 1
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic inside the network; weights stay float32. `auto`: bf16 on GPUs that have it, on a processor if it is
@@ -111,7 +112,7 @@ class TrainingConfig(Settings):
     """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
     """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
     `adapter` holds them apart. 0: train all weights."""
     lora_layers: LowRankLayers = "attention"
@@ -130,11 +131,11 @@ class TrainingConfig(Settings):
     """A validation loss. None: no validation."""
     log_every: PositiveInt = 50
     """Steps between log entries."""
-    sample_every: Annotated[int, Field(ge=0)] = 0
+    sample_every: Annotated[int, Field(ge=0), COUNT.validator] = 0
     """Steps between grids of sample pictures; 0: none."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the grids; empty: the captions of the first pictures."""
-    sample_count: PositiveInt = 8
+    sample_count: Pictures = 8
     """Pictures in a grid when `sample_prompts` is empty, and for super-resolution."""
     save_every: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved."""

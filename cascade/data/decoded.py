@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cascade.checkpoint import atomic_file, read_json, write_json
-from cascade.config import FORMAT_VERSION
+from cascade.config.common import FORMAT_VERSION
 from cascade.data.dataset import BadRecordError, Record, Records
 from cascade.data.transforms import check_strip, decode, resize, square
 from cascade.data.workers import read_by_workers
@@ -49,6 +49,7 @@ class Making:
 
     @property
     def name(self) -> str:
+        """Of its folder."""
         digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
         return f"{digest[:16]}-{self.resolution}-{self.aspect}"
 

@@ -16,6 +16,7 @@ from cascade.errors import CascadeError
 from cascade.files.table import BadRowError, csv_rows
 from cascade.files.text import NotTextError, read_text
 from cascade.files.walk import Walk, walk
+from cascade.quoting import quoted
 
 logger = logging.getLogger("cascade.data")
 
@@ -97,7 +98,7 @@ def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tupl
     columns = sorted({column for row in rows for column in row})
     for column in ("file_name", caption_column):
         if rows and column not in columns:
-            raise CascadeError(f"{path}: no column {column!r}; there are {', '.join(columns)}")
+            raise CascadeError(f"{path}: no column {quoted(column)}; there are {', '.join(columns)}")
     for row in rows:
         if row.get("file_name"):
             # One name for a picture, however a line writes it: `./a.png`, `sub/../a.png`.

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cascade.config import (
+from cascade.config.data import (
     DataConfig,
     FolderSource,
     HubSource,
     ParquetSource,
     ScenesSource,
     SourceConfig,
-    StageConfig,
     WebDatasetSource,
 )
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
@@ -209,31 +209,37 @@ class BadRecords:
         return self._bad > expected + 2 * math.sqrt(expected * (1 - self._max_share))
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Which part of the batches a process reads: process, of how many processes, and where it goes on."""
+
+    process: int = 0
+    processes: int = 1
+    first_batch: int = 0
+
+
 def batches(
     data: DataConfig,
     stage: StageConfig,
     seed: int,
     *,
     batch_size: int,
-    first_batch: int = 0,
-    process: int = 0,
-    processes: int = 1,
-    workers: int | None = None,
+    portion: Portion | None = None,
     beside: Beside | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
 
-    batch_size: of all processes together; each takes a contiguous share.  first_batch: where to go on.
-    workers: decoding processes, data.workers when None.  beside: called by them for each batch's captions; its answer
-    is `Batch.beside`.  A streaming source is read by every worker of every process from its start, each keeping its own
-    share. Close the iterator to end the workers.
+    batch_size: of all processes together; each takes a contiguous share.  portion: default all from the beginning.
+    beside: called where the records are read, in the data.workers decoding processes if there are some, for each
+    batch's captions; its answer is `Batch.beside`.  A streaming source is read by every worker of every process from
+    its start, each keeping its own share. Close the iterator to end the workers.
     """
-    if batch_size % processes:
-        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes")
-    share = batch_size // processes
-    views = Views(data, stage, seed)
-    numbers = _sample_numbers(batch_size, share, first_batch, process)
-    shares = _loaded(_Shares(views, beside), numbers, data.workers if workers is None else workers)
+    portion = portion or Portion()
+    count, rest = divmod(batch_size, portion.processes)
+    if rest:
+        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {portion.processes} processes")
+    numbers = _sample_numbers(batch_size, count, portion.first_batch, portion.process)
+    shares = _loaded(_Shares(Views(data, stage, seed), beside), numbers, data.workers)
     return _checked(shares, BadRecords(data.max_bad_share))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from cascade.config import (
+from cascade.config.data import (
     DataConfig,
     FolderSource,
     HubSource,

@@ -12,7 +12,8 @@ from functools import partial
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cascade.config import DataConfig, HubSource, ScenesSource, SourceConfig, StageConfig
+from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records
 from cascade.data.folder import FolderRecords
 from cascade.data.loader import Views

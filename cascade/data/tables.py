@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cascade.config import HubSource, ParquetSource
+from cascade.config.data import HubSource, ParquetSource
 from cascade.data.dataset import Record, caption_variants, encoded_picture
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 
 _ROWS_AT_ONCE = 16
 
@@ -95,8 +96,8 @@ def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | No
         for name in columns:
             if own[name] != types[0][name]:
                 return CascadeError(
-                    f"{path}: column {name!r} is {own[name]}, in {files[0]} {types[0][name]}; make them the same, or"
-                    " name the files in two sources"
+                    f"{path}: column {quoted(name)} is {own[name]}, in {files[0]} {types[0][name]}; make them the same,"
+                    " or name the files in two sources"
                 )
     return None
 
@@ -205,7 +206,7 @@ def _require_columns(name: str, present: Iterable[str], wanted: Iterable[str]) -
     present = list(present)
     for column in wanted:
         if column not in present:
-            raise CascadeError(f"data source {name}: no column {column!r}; there are {', '.join(present)}")
+            raise CascadeError(f"data source {name}: no column {quoted(column)}; there are {', '.join(present)}")
 
 
 def _first_line(error: Exception) -> str:

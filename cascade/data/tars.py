@@ -16,6 +16,7 @@ from cascade.data.tar_index import Shard, open_shard, split_name
 from cascade.errors import CascadeError
 from cascade.files.text import decoded
 from cascade.files.walk import is_hidden
+from cascade.quoting import quoted
 
 _LOOKED_AT = 100  # members, of which what is missing is told
 
@@ -77,7 +78,7 @@ def _require_captions(shards: Sequence[Shard], ending: str, column: str | None) 
     objects = [] if column is None else _first_objects(captioned)
     if objects and not any(column in value for value in objects):
         keys = ", ".join(sorted({key for value in objects for key in value}))
-        raise CascadeError(f"{captioned.path}: no key {column!r} in its .{ending} members; there are {keys}")
+        raise CascadeError(f"{captioned.path}: no key {quoted(column)} in its .{ending} members; there are {keys}")
 
 
 def _first_endings(path: Path) -> list[str]:

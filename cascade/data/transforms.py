@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
-from cascade.config import DataConfig, StageConfig
+from cascade.config.data import DataConfig
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.files.picture import MOST_PIXELS, open_picture
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample

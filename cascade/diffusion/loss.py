@@ -20,13 +20,14 @@ class Weighting:
 
     space: the square is that of eps, v, x or velocity. min_snr_gamma: min(SNR, gamma) on the square in x instead
     (Hang et al. 2023). max_weight: cap on the weight in x. variance: weight of the variational bound, for networks
-    that predict their variance.
+    that predict their variance; step: what its bound is of, which each batch brings.
     """
 
     space: Kind = "eps"
     min_snr_gamma: float | None = None
     max_weight: float | None = None
     variance: float = 0.0
+    step: ReverseStep | None = None
 
     def log_in_x(self, log_snr: Tensor) -> Tensor:
         """log of the weight on |x - x_hat|^2."""
@@ -49,12 +50,11 @@ def diffusion_loss(
     x: Tensor,
     log_snr: Tensor,
     eps: Tensor,
-    step: ReverseStep | None = None,
 ) -> Tensor:
     """Weighted mean square of each picture: (B,).
 
     network: (z, log_snr) -> output of `kind`; channels beyond those of x say in [-1, 1] where the variance lies, and
-    are trained by the variational bound of `step` alone. x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
+    are trained by the variational bound of the weighting's `step` alone. x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
     Source: Prince (2023) algorithm 18.1 for kind = space = eps, where the weight is 1. The square is taken in the
     network's own space: in x it would cancel at low noise.
     """
@@ -62,9 +62,9 @@ def diffusion_loss(
     output, *spread = network(z, log_snr).float().split(x.shape[1], dim=1)
     square = (output - target(kind, x, eps, log_snr)).square().mean(dim=(1, 2, 3))
     loss = weighting.on_output(kind, log_snr).flatten() * square
-    if spread and step is not None and weighting.variance:
+    if spread and weighting.step is not None and weighting.variance:
         x_hat = to_x(kind, output.detach(), z, log_snr)  # the bound must not pull at what the square trains
-        loss = loss + weighting.variance * variational_bits((spread[0] + 1) / 2, x_hat, x, z, log_snr, step)
+        loss = loss + weighting.variance * variational_bits((spread[0] + 1) / 2, x_hat, x, z, log_snr, weighting.step)
     return loss
 
 

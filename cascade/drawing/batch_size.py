@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 
+from cascade.cost import StageCost
 from cascade.drawing.task import Pass
 from cascade.machine import free_bytes, is_out_of_memory
 
@@ -15,7 +16,6 @@ Wish: TypeAlias = int | Mapping[str, int] | str | None
 
 _DEFAULT_ON_CPU, _DEFAULT = 1, 8
 _LARGEST_ON_CPU, _LARGEST = 4, 64  # on a CPU larger ones bring little, and the kernel kills what takes too much
-_BYTES_PER_ACTIVATION = 4 * 96  # float32, and about as many maps of the first level alive at once
 
 
 class BatchSizes:
@@ -61,8 +61,8 @@ class BatchSizes:
             return default_batch_size(self._device)
         if not self._on_cpu:
             return self._largest
-        numbers = drawing.size[0] * drawing.size[1] * drawing.slot.config.geometry.finest_width
-        return max(1, min(self._largest, int(free_bytes(self._device) // (2 * _BYTES_PER_ACTIVATION * numbers))))
+        likely = StageCost(drawing.slot.config).likely_bytes(drawing.size)
+        return max(1, min(self._largest, int(free_bytes(self._device) // (2 * likely))))
 
 
 def default_batch_size(device: torch.device) -> int:

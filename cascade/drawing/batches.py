@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
 from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep
@@ -75,7 +75,7 @@ def draw_batch(
     null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
     known = None if inputs.known is None else inputs.known.to(device)
     z = _start(stage, inputs, device)
-    x = stage.sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step, known)
+    x = stage.knowing(known).sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step)
     x = flatten(x, settings.flatten)
     x = x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
     return x if known is None or known.mask is None else torch.lerp(known.x, x, known.mask)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from cascade.arguments import PerStage, common_step, integer, positive
-from cascade.config import StageConfig
+from cascade.bounds import ROUNDS
+from cascade.config.stage import StageConfig
 from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
 from cascade.errors import CascadeError
 from cascade.sampling import check_stages
@@ -61,7 +62,7 @@ class Changes:
             "image": digest_of(image),
             "mask": "" if mask is None else digest_of(mask),
             "strength": self._strengths([stage.name for stage in stages]),
-            "resampling": positive("resampling", self.resampling),
+            "resampling": positive("resampling", self.resampling, ROUNDS),
         }
         return edit, size, said
 

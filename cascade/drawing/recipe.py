@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from cascade.config import SamplingConfig, with_sampler_section
+from cascade.config.samplers import with_sampler_section
+from cascade.config.sampling import SamplingConfig
 from cascade.settings import Settings, parse
 
 _SIZE = ("height", "width")

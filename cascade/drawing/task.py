@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.recipe import Recipe
 from cascade.slots import StageSlot

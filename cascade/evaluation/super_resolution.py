@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.drawing.engine import Engine
 from cascade.drawing.task import enlarging
 from cascade.errors import CascadeError

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
-
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture
 
 SOFTWARE = "Software"
 """Of PNG's texts the one that says what wrote it."""
@@ -18,9 +17,9 @@ def check_png(path: Path, program: str) -> None:
         return
     said = None
     try:
-        with Image.open(path) as image:
+        with open_picture(path, limited=False) as image:
             said = image.info.get(SOFTWARE)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError):
         pass
     if said != program:
         raise CascadeError(f"{path}: is there already, and `{program}` did not write it; name another file")

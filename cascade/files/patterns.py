@@ -6,13 +6,20 @@ import glob
 import os
 from pathlib import Path
 
+from cascade.errors import CascadeError
+
 
 def matching(pattern: str) -> list[str]:
     """The files that a path or a pattern names, sorted.
 
     The longest beginning under which something is there is a name, so that a folder called `a[1]` can be searched.
+    Raises CascadeError for a pattern that searches the whole disk.
     """
-    found = glob.glob(_with_names_escaped(pattern), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+    escaped = _with_names_escaped(pattern)
+    start, deep, _ = escaped.partition("**")
+    if deep and Path(start.partition("*")[0] or ".").resolve() == Path("/"):
+        raise CascadeError(f"{pattern}: searches the whole disk; name the folder in which `**` begins")
+    found = glob.glob(escaped, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
     return sorted(path for path in found if Path(path).is_file())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 
 MOST_PIXELS = "CASCADE_MAX_PIXELS"
 """The environment's variable for how many pixels a picture that is read may have."""
 _MOST_PIXELS = 178_956_970
+_OPENING = threading.Lock()
+"""Pillow's limit and Python's filters of warnings belong to the process, so only one thread at a time changes them."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 _TRANSFORM_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
@@ -29,29 +33,42 @@ _SHIFTS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}
 
 
 @contextmanager
-def open_picture(source: str | Path | BinaryIO, limited: bool = True) -> Iterator[Image.Image]:
+def open_picture(
+    source: str | Path | BinaryIO, limited: bool = True, formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
     """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_told`.
 
     As many pixels as Pillow allows (179 million), for a small file may hold a picture that fills all memory; or as many
-    as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number.
+    as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number. formats: those of Pillow that are
+    read, None for all.
     """
-    before = Image.MAX_IMAGE_PIXELS
-    # From so many on Pillow warns; it refuses twice as many.
-    Image.MAX_IMAGE_PIXELS = most_pixels() // 2 if limited else None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+    with _opened(source, most_pixels() // 2 if limited else None, formats) as image:
+        yield image
+
+
+def _opened(source: str | Path | BinaryIO, limit: int | None, formats: tuple[str, ...] | None) -> Image.Image:
+    """limit: from so many pixels on Pillow warns, which nobody shall see; it refuses twice as many."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = limit
+        try:
+            return Image.open(source, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def read_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """RGB, sRGB, upright, transparency over white. Raises CascadeError, which begins with `name`."""
+    with picture_told(name), open_picture(source) as image:
+        return over_white(straight(image))
 
 
 def most_pixels() -> int:
     """Of a picture that is read. Raises CascadeError for an environment that says no number."""
     text = os.environ.get(MOST_PIXELS, "")
     if text and not (text.isascii() and text.isdecimal()):
-        raise CascadeError(f"{MOST_PIXELS}: {text!r}; expected a number of pixels, such as 300000000")
+        raise CascadeError(f"{MOST_PIXELS}: {quoted(text)}; expected a number of pixels, such as 300000000")
     return int(text) if text else _MOST_PIXELS
 
 

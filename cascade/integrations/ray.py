@@ -10,13 +10,15 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cascade.batch import Describer, DrawOptions, Job, Planner, Target
-from cascade.batch.metadata import encode
+from cascade.batch.metadata import Describer, encode
+from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
 from cascade.images import to_pil
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import COLUMNS, BadLineError, checked, record_of, without_nulls
+from cascade.prompts.columns import COLUMNS, checked, without_nulls
+from cascade.prompts.record import BadLineError, record_of
+from cascade.quoting import quoted
 from cascade.values import SETTINGS
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def draw_options(run_seed: int, options: Mapping[str, Any]) -> DrawOptions:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(names)}"
-            raise CascadeError(f"{name!r} is not an option; {hint}")
+            raise CascadeError(f"{quoted(name)} is not an option; {hint}")
     plain = {own: options[name] for name, own in _OPTIONS.items() if name in options}
     return DrawOptions(run_seed=run_seed, sampling={name: options.get(name) for name in SETTINGS}, **plain)
 

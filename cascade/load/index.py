@@ -11,10 +11,11 @@ import torch
 
 from cascade import deepfloyd
 from cascade.checkpoint import check_format, read_json
-from cascade.config import Captions, TextReading
+from cascade.config.data import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded, plain_path
 from cascade.hub import download, may_be_on_hub
+from cascade.quoting import quoted
 from cascade.streaming import stored_bytes
 from cascade.text.embeddings import NullText
 from cascade.text.t5_files import text_weights
@@ -92,7 +93,7 @@ def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
     """How a model reads its text, as its cascade.json at `path` says. Raises CascadeError for what cannot be."""
     length = data.get("max_text_length", 64)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {length!r}")
+        raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {quoted(length)}")
     return TextReading(
         max_length=length,
         padded=bool(data.get("text_padded", False)),
@@ -121,7 +122,7 @@ def _one_of(known: Sequence[NameT], index: Mapping[str, object], key: str, defau
     for name in known:
         if value == name:
             return name
-    raise CascadeError(f"{path}: {key}: {value!r}; expected one of {', '.join(known)}")
+    raise CascadeError(f"{path}: {key}: {quoted(value)}; expected one of {', '.join(known)}")
 
 
 def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from cascade.config import Captions
+from cascade.config.data import Captions
 from cascade.device import choose_device
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
@@ -19,34 +20,41 @@ from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
 from cascade.probe import settled_dtype
+from cascade.quoting import quoted
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 
 logger = logging.getLogger("cascade.load")
 
 
-def load_pipeline(
-    model: str | Path | None = None,
-    *,
-    super_resolution: str | Path | Sequence[str | Path] | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    low_memory: bool = False,
-    captions: Captions | None = None,
-    text_8bit: bool = False,
-    adapters: Mapping[str, str | Path] | None = None,
-) -> CascadePipeline:
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded: the arguments of `CascadePipeline.from_pretrained`."""
+
+    super_resolution: str | Path | Sequence[str | Path] | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | str | None = None
+    low_memory: bool = False
+    captions: Captions | None = None
+    text_8bit: bool = False
+    adapters: Mapping[str, str | Path] | None = None
+
+
+def load_pipeline(model: str | Path | None = None, options: LoadOptions | None = None) -> CascadePipeline:
     """See `CascadePipeline.from_pretrained`. Raises CascadeError naming the file that is missing or wrong."""
+    options = options or LoadOptions()
+    captions, low_memory, text_8bit = options.captions, options.low_memory, options.text_8bit
+    super_resolution = options.super_resolution
     if captions is not None and captions not in get_args(Captions):
-        raise CascadeError(f"captions: {captions!r}; expected one of {', '.join(get_args(Captions))}")
+        raise CascadeError(f"captions: {quoted(captions)}; expected one of {', '.join(get_args(Captions))}")
     index = read_index(model)
     stage_folders = list(index.stages)
     if super_resolution is not None:
         others = [find_stage(source) for source in _several(super_resolution)]
         check_reading(index.reading, others)
         stage_folders = stage_folders[:1] + others
-    target = choose_device(device)
-    number_format = settled_dtype(dtype, target, map(read_config, stage_folders))
+    target = choose_device(options.device)
+    number_format = settled_dtype(options.dtype, target, map(read_config, stage_folders))
     text_format = torch.bfloat16 if index.halves_text and number_format != torch.float32 else torch.float32
     load_text = partial(
         TextEncoder.from_pretrained,
@@ -58,13 +66,13 @@ def load_pipeline(
         device=target,
         dtype=text_format,
         eight_bit=text_8bit,
-        streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format),
+        streamed=low_memory and not text_8bit and not fits(text_weights(index.text_encoder), text_format, target),
     )
     enlargers = None if super_resolution is not None else index.enlargers
     folders = list(dict.fromkeys([*stage_folders, *(enlargers or ())]))
     slots = {
         folder: slot_of(folder, target, number_format, low_memory, adapter)
-        for folder, adapter in _with_adapters(folders, adapters or {})
+        for folder, adapter in _with_adapters(folders, options.adapters or {})
     }
     # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
     level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG
@@ -112,7 +120,7 @@ def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]
     if isinstance(folders, (str, Path)):
         return [folders]
     if not isinstance(folders, Sequence):
-        raise CascadeError(f"super_resolution: {folders!r}; expected a folder, or several")
+        raise CascadeError(f"super_resolution: {quoted(folders)}; expected a folder, or several")
     return folders
 
 
@@ -121,7 +129,7 @@ def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) 
     names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
     unknown = [name for name in adapters if name not in names]
     if unknown:
-        raise CascadeError(f"adapters: {unknown[0]!r} is no stage of this model; it has {', '.join(names)}")
+        raise CascadeError(f"adapters: {quoted(unknown[0])} is no stage of this model; it has {', '.join(names)}")
     return [
         (folder, path_of(adapters[name]) if name in adapters else None)
         for folder, name in zip(folders, names, strict=True)

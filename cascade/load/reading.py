@@ -10,7 +10,7 @@ from typing import Self
 
 from cascade import deepfloyd
 from cascade.checkpoint import read_json, read_stage_reading
-from cascade.config import TextConfig, TextReading
+from cascade.config.data import TextConfig, TextReading
 from cascade.errors import CascadeError
 from cascade.load.index import reading_of_index
 from cascade.load.stage import read_config

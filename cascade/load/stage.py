@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade import deepfloyd, machine
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.files.paths import path_of
 from cascade.models.convolution import Convolution
 from cascade.slots import StageSlot
@@ -71,7 +71,7 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
     """
     diffusers = deepfloyd.is_diffusers(folder)
     files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
-    if adapter is None and not fits(files, dtype):
+    if adapter is None and not fits(files, dtype, device):
         stage = build_stage(read_config(folder), device="meta")
         stage.network.eval().requires_grad_(False).to(dtype)
         stream(stage.network, files, device)
@@ -83,6 +83,6 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
     return stage
 
 
-def fits(files: Sequence[Path], dtype: torch.dtype) -> bool:
-    """Whether weights leave a fifth of the free memory for the rest."""
-    return stored_bytes(files, dtype) < 0.8 * machine.free_bytes()
+def fits(files: Sequence[Path], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights leave a fifth of a device's free memory for the rest."""
+    return stored_bytes(files, dtype) < 0.8 * machine.free_bytes(device)

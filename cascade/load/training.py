@@ -11,7 +11,9 @@ import torch
 
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
-from cascade.config import FORMAT_VERSION, TextConfig, TextReading, TrainConfig
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import TextConfig, TextReading
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage

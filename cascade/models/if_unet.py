@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cascade.bounds import Layers, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.diffusion.schedules import DiscreteSchedule, squared_cosine_betas
 from cascade.models.blocks import stacked
@@ -28,7 +29,6 @@ from cascade.models.convolution import one_generation
 from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
 from cascade.models.if_levels import Level, Middle, level_down, level_up
 from cascade.models.network import Geometry, Network, NetworkConfig, check_conditions
-from cascade.settings import PositiveInt
 
 IF_NOISE = DiscreteSchedule(squared_cosine_betas(1000))
 """The noise levels whose numbers the networks read, whatever schedule a stage is drawn with."""
@@ -44,27 +44,27 @@ class IFUNetConfig(NetworkConfig):
     has_foreign_weights: ClassVar[bool] = True
 
     kind: Literal["if_unet"] = "if_unet"
-    channels: tuple[PositiveInt, ...] = (192, 384, 576, 768)
+    channels: tuple[Width, ...] = (192, 384, 576, 768)
     """Width of each level; each but the finest has half the size of the one before."""
-    blocks: tuple[PositiveInt, ...] = (3, 3, 3, 3)
+    blocks: tuple[Layers, ...] = (3, 3, 3, 3)
     """Residual blocks of each level on the way down; one more on the way up."""
     attention: tuple[bool, ...] = (False, True, True, True)
     """Whether the blocks of a level are followed by attention."""
     self_attention: bool = True
     """Whether attention sees the picture beside the text."""
-    embedding_dim: PositiveInt = 768
+    embedding_dim: Width = 768
     """Width of the noise-level embedding."""
     block_scale: Annotated[float, Field(gt=0)] = 1.0
     """A residual block's sum is divided by this; 1.41423 in stage II."""
-    text_dim: PositiveInt = 4096
+    text_dim: Width = 4096
     """Width of the text encoder's embeddings."""
-    context_dim: PositiveInt = 768
+    context_dim: Width = 768
     """Width to which text is projected before attention; a multiple of 32."""
-    head_dim: PositiveInt = 64
+    head_dim: Width = 64
     """Width of one attention head."""
-    pooling_heads: PositiveInt = 64
+    pooling_heads: Width = 64
     """Heads of the text pooling."""
-    groups: PositiveInt = 32
+    groups: Width = 32
     """Groups of GroupNorm over the picture."""
 
     @model_validator(mode="after")
@@ -75,6 +75,7 @@ class IFUNetConfig(NetworkConfig):
                     f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
                     " give one per level"
                 )
+        check_network(self.channels, self.blocks)
         for width, attends in zip(self.channels, self.attention, strict=True):
             if width % self.groups or width % 2:
                 raise ValueError(f"channels {width} must be even and a multiple of groups {self.groups}")

@@ -18,12 +18,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cascade.bounds import Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.models.attention import KeysValues, attend
 from cascade.models.blocks import depth_to_space, space_to_depth, stacked, zero_init
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list
-from cascade.settings import PositiveInt
 
 LONGEST_TURN = 100.0
 """Wavelength, in patches over 2 pi, of the slowest rotation (Heo et al. 2024, RoPE for vision)."""
@@ -35,29 +35,30 @@ class TransformerConfig(NetworkConfig):
     """A transformer on patches of pixels. It wants `parameterization: x`, whose target lies where pictures do."""
 
     kind: Literal["transformer"] = "transformer"
-    width: PositiveInt = 384
+    width: Width = 384
     """Width of a token."""
-    depth: PositiveInt = 12
+    depth: Layers = 12
     """Blocks, all alike."""
-    patch: PositiveInt = 4
+    patch: Side = 4
     """Height and width of the square of pixels that is a token: 16 x 16 tokens for 64 px pictures."""
-    bottleneck: PositiveInt = 64
+    bottleneck: Width = 64
     """Width through which a patch of pixels enters, far below its own."""
-    head_dim: PositiveInt = 64
+    head_dim: Width = 64
     """Width of one attention head, a multiple of 4."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
     """Width of the layer between a block's two others, in widths of a token, before its gate takes a third."""
-    embedding_dim: PositiveInt = 384
+    embedding_dim: Width = 384
     """Width of the noise-level embedding."""
     text: TextUse = "attention"
     """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
-    text_dim: PositiveInt = 256
+    text_dim: Width = 256
     """Width of the text encoder's embeddings."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of what each block adds."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_network([self.width], [self.depth])
         if self.width % self.head_dim:
             raise ValueError(f"head_dim {self.head_dim} does not divide width {self.width}")
         if self.head_dim % 4:

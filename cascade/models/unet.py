@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cascade.bounds import LAYERS, Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.models.attention import Attention, KeysValues
 from cascade.models.blocks import (
@@ -35,16 +36,15 @@ from cascade.models.blocks import (
 )
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list, rounded_up
-from cascade.settings import PositiveInt
 
 
 class UNetConfig(NetworkConfig):
     """The U-Net. Lists have one entry per level, from the finest to the coarsest."""
 
     kind: Literal["unet"] = "unet"
-    channels: tuple[PositiveInt, ...] = (64, 128, 192)
+    channels: tuple[Width, ...] = (64, 128, 192)
     """Width of each level."""
-    blocks: tuple[PositiveInt, ...] = (1, 2, 2)
+    blocks: tuple[Layers, ...] = (1, 2, 2)
     """Residual blocks of each level, the same on the way down and up."""
     strides: tuple[Literal[1, 2], ...] = (1, 2, 2)
     """Downsampling *before* each level's blocks. Starting with 2 gives the Efficient U-Net of Imagen (fig. A.28)."""
@@ -55,9 +55,9 @@ class UNetConfig(NetworkConfig):
     self_attention: bool = True
     """Whether attention sees the picture beside the text. Without, each pixel asks the text alone, as in Imagen's 1024
     stage, the same on crop and whole."""
-    middle_blocks: Annotated[int, Field(ge=0)] = 1
+    middle_blocks: Annotated[int, Field(ge=0), LAYERS.validator] = 1
     """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
-    patch: PositiveInt = 1
+    patch: Side = 1
     """Space-to-depth factor of the stem: the network works at 1/patch of the resolution."""
     modulation: Literal["scale_shift", "add"] = "scale_shift"
     """How the embedding of noise level and pooled text enters a residual block: it scales and shifts the features, or
@@ -70,15 +70,15 @@ class UNetConfig(NetworkConfig):
     """Factor on the skips; Imagen's Efficient U-Net uses 1/sqrt(2)."""
     norm: Literal["group", "pixel"] = "group"
     """`group`: GroupNorm over the picture. `pixel`: over the channels of each pixel, the same on crop and whole."""
-    groups: PositiveInt = 32
+    groups: Width = 32
     """Groups of `norm: group`."""
-    head_dim: PositiveInt = 64
+    head_dim: Width = 64
     """Width of one attention head."""
-    embedding_dim: PositiveInt = 256
+    embedding_dim: Width = 256
     """Width of the noise-level embedding."""
     text: TextUse = "attention"
     """`attention`: tokens join keys and values, and pooled text joins the embedding. `pooled`: only the latter."""
-    text_dim: PositiveInt = 256
+    text_dim: Width = 256
     """Width of the text encoder's embeddings."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside residual blocks at levels with attention (the coarse ones)."""
@@ -93,6 +93,7 @@ class UNetConfig(NetworkConfig):
                     f"{name} has {len(getattr(self, name))} entries, channels has {len(self.channels)};"
                     " give one per level"
                 )
+        check_network(self.channels, self.blocks)
         if any(self.attention) and not self.self_attention and self.text != "attention":
             raise ValueError(f"self_attention: false leaves attention the text alone; text: {self.text} gives it none")
         if self.embedding_dim % 2:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cascade.errors import CascadeError
 from cascade.prompts.record import BadLineError
+from cascade.quoting import quoted
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
 from cascade.values import number, per_stage, whole_number
@@ -86,7 +87,7 @@ def _is_null(value: Any) -> bool:
 def _unknown(column: str) -> str:
     close = difflib.get_close_matches(column, _COLUMNS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(_COLUMNS)}"
-    return f"{well_formed(column)!r} is not a column; {hint}"
+    return f"{quoted(well_formed(column))} is not a column; {hint}"
 
 
 def _shown(value: Any) -> str:

@@ -25,6 +25,7 @@ class Counts:
         return int(row[0])
 
     def close(self) -> None:
+        """Forget the counts."""
         self._table.close()
 
 

@@ -13,6 +13,7 @@ from cascade.prompts.disk import Counts
 from cascade.prompts.formats import Values
 from cascade.prompts.record import BadLineError, Failure, PromptRecord, record_of
 from cascade.prompts.sources import STANDARD_INPUT, PlacedRow, rows_of
+from cascade.quoting import quoted
 from cascade.text.captions import well_formed
 
 
@@ -53,5 +54,5 @@ def _record(row: Values, run_seed: int, counts: Counts, index: int, origin: str)
     values = checked(row)
     identifier = values.get("id")
     if identifier is not None and counts.add("id", identifier):
-        raise BadLineError(f"id: {identifier!r} stands on an earlier line; every id must be its own")
+        raise BadLineError(f"id: {quoted(identifier)} stands on an earlier line; every id must be its own")
     return record_of(values, run_seed, earlier=counts.add("text", values["prompt"]), index=index, origin=origin)

@@ -77,6 +77,14 @@ def a1111_router(queue: Queue) -> APIRouter:
         """Not yet."""
         raise HTTPException(501, "this server draws pictures; it does not edit them yet")
 
+    router.include_router(_state_router(queue))
+    router.include_router(_choices_router(queue))
+    return router
+
+
+def _state_router(queue: Queue) -> APIRouter:
+    router = APIRouter()
+
     @router.get("/progress")
     def progress() -> dict[str, Any]:
         """Of the job that is drawn now; 0 when nothing is."""
@@ -96,6 +104,12 @@ def a1111_router(queue: Queue) -> APIRouter:
             if job.progress and not job.over:
                 queue.stop(job)
         return {}
+
+    return router
+
+
+def _choices_router(queue: Queue) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/options")
     def options() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFi
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from cascade.batch import read_metadata
+from cascade.batch.metadata import read_metadata
 from cascade.server.asked import Asked, asked_of
 from cascade.server.card import model_card
 from cascade.server.pictures import checked_size
@@ -129,21 +129,6 @@ def gallery_router(queue: Queue) -> APIRouter:
         with found("picture"):
             return asked_of(gallery.said(id), [slot.config for slot in queue.pipeline.slots])
 
-    @router.get("/pictures/{id}/file")
-    def file(id: str, download: bool = False) -> Response:
-        """The picture, which says in itself how it was drawn."""
-        with found("picture"):
-            name, content = gallery.read(id)
-        kind = "attachment" if download else "inline"
-        headers = {"cache-control": _FOREVER, "content-disposition": f'{kind}; filename="{_plain(name)}"'}
-        return Response(content, media_type=_TYPES.get(name.rpartition(".")[2], "image/png"), headers=headers)
-
-    @router.get("/pictures/{id}/thumbnail")
-    def thumbnail(id: str) -> Response:
-        """A small WebP."""
-        with found("picture"):
-            return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
-
     @router.put("/pictures/{id}/star")
     def star(id: str, star: Star) -> dict[str, Any]:
         """Mark it, or no longer."""
@@ -161,6 +146,28 @@ def gallery_router(queue: Queue) -> APIRouter:
         """Bring back what was deleted."""
         with found("picture"):
             return gallery.restore(id)
+
+    return router
+
+
+def files_router(queue: Queue) -> APIRouter:
+    """Pictures themselves, out and in."""
+    router, gallery = APIRouter(prefix="/api", tags=["gallery"]), queue.gallery
+
+    @router.get("/pictures/{id}/file")
+    def file(id: str, download: bool = False) -> Response:
+        """The picture, which says in itself how it was drawn."""
+        with found("picture"):
+            name, content = gallery.read(id)
+        kind = "attachment" if download else "inline"
+        headers = {"cache-control": _FOREVER, "content-disposition": f'{kind}; filename="{_plain(name)}"'}
+        return Response(content, media_type=_TYPES.get(name.rpartition(".")[2], "image/png"), headers=headers)
+
+    @router.get("/pictures/{id}/thumbnail")
+    def thumbnail(id: str) -> Response:
+        """A small WebP."""
+        with found("picture"):
+            return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
 
     @router.post("/read")
     async def read(picture: UploadFile) -> dict[str, Any]:

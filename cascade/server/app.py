@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from cascade._version import __version__
 from cascade.errors import CascadeError
 from cascade.server.a1111 import a1111_router
-from cascade.server.api import gallery_router, jobs_router
+from cascade.server.api import files_router, gallery_router, jobs_router
 from cascade.server.guard import App, Guard, Rules
 from cascade.server.health import health_router
 from cascade.server.openai import error_of, openai_router
@@ -30,9 +30,9 @@ def make_app(queue: Queue, rules: Rules, *, page: bool, card: Path | None = None
     """page: serve it, too. card: the folder of the model's card."""
     # FastAPI's own pages of documentation load their scripts from a CDN.
     app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
-    for router in (jobs_router(queue, card), gallery_router(queue), openai_router(queue), a1111_router(queue)):
-        app.include_router(router)
-    app.include_router(health_router(queue))
+    app.include_router(jobs_router(queue, card))
+    for router in (gallery_router, files_router, openai_router, a1111_router, health_router):
+        app.include_router(router(queue))
     if page:
         app.include_router(_page_router())
     _answer_errors(app, queue)

@@ -7,15 +7,14 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from cascade.batch import DrawOptions
-from cascade.batch import Job as Plan
-from cascade.batch.plan import Planner
-from cascade.config import StageConfig
+from cascade.batch.plan import DrawOptions, Planner
+from cascade.batch.plan import Job as Plan
 from cascade.config.samplers import SamplerConfig
+from cascade.config.stage import StageConfig
 from cascade.drawing.recipe import Recipe
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
-from cascade.prompts import PromptRecord
+from cascade.prompts.record import PromptRecord
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.settings import Settings
 from cascade.values import SETTINGS

@@ -10,7 +10,7 @@ import yaml
 
 from cascade._version import __version__
 from cascade.arguments import common_step
-from cascade.config import SamplingConfig
+from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling

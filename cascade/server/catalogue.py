@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.batch.manifest import made_by
+from cascade.files.parsed import parse_json
 from cascade.scratch import ScratchTable
 
 _ORDER = "ORDER BY drawn DESC, id DESC"
@@ -54,6 +55,7 @@ class Catalogue:
         self._table.execute("CREATE INDEX by_time ON pictures (drawn, id)")
 
     def close(self) -> None:
+        """Close the table."""
         self._table.close()
 
     def refresh(self, stars: Collection[str]) -> None:
@@ -143,10 +145,10 @@ class Catalogue:
 
     def _take(self, path: Path, line: bytes, start: int, stars: Collection[str]) -> None:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             id, file = picture_id(entry), str(entry["file"])
             made_by(entry)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
             return  # not a line of ours; the command line says so when it continues
         self._learn(Row(id, file, self._drawn(file, path), entry), path, start, len(line))
         if id in stars:

@@ -12,13 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-from cascade.batch import Finished, Layout
+from cascade.batch.layout import Layout
 from cascade.batch.locks import RunLock
 from cascade.batch.manifest import Manifest
 from cascade.batch.metadata import sidecar
-from cascade.batch.pictures import Pictures
+from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json, read_json_file
+from cascade.files.picture import read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 
 PART = "studio"
@@ -103,9 +105,9 @@ class Gallery:
         return file.rpartition("/")[2], content
 
     def thumbnail(self, id: str) -> bytes:
-        """A small WebP. Raises KeyError."""
-        with Image.open(io.BytesIO(self.read(id)[1])) as image:
-            small = image.convert("RGB")
+        """A small WebP. Raises KeyError, CascadeError for a damaged picture."""
+        name, content = self.read(id)
+        small = read_rgb(io.BytesIO(content), name)
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, format="WEBP", quality=88, method=2)
@@ -155,7 +157,7 @@ class Gallery:
 
     def _names_a_file(self, line: bytes) -> bool:
         try:
-            return self._is_there(json.loads(line)["file"])
+            return self._is_there(parse_json(line)["file"])
         except (ValueError, KeyError, TypeError):
             return False  # a kill within writing it
 
@@ -222,6 +224,6 @@ def _read_stars(path: Path) -> frozenset[str] | set[str]:
     if not path.exists():
         return set()
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["stars"])
-    except (ValueError, KeyError, TypeError):
+        return set(read_json_file(path)["stars"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CascadeError(f'{path}: expected {{"stars": [...]}}; mend or remove it') from None

@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from starlette.exceptions import HTTPException
 
+from cascade.quoting import quoted
+
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
@@ -80,7 +82,7 @@ class Guard:
         """A name that is not ours leads here only where somebody made it: DNS rebinding."""
         name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if not is_loopback(name) and name not in self._rules.hosts:
-            raise _RefusedError(403, f"host {name[:100]!r} is not this server's; name it with --allowed-host")
+            raise _RefusedError(403, f"host {quoted(name)} is not this server's; name it with --allowed-host")
 
     def _check_origin(self, scope: Message, headers: Mapping[str, str]) -> None:
         """What other sites make a browser send is not read; following a link to us is fine."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from cascade.batch import Job as Plan
-from cascade.batch import Target
+from cascade.batch.plan import Job as Plan
+from cascade.batch.plan import Target
 from cascade.server.asked import Asked
 
 

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from cascade.errors import CascadeError
+from cascade.quoting import quoted
 from cascade.server.asked import MOST_PICTURES, Asked
 from cascade.server.jobs import Job
 from cascade.server.queue import Queue
@@ -51,14 +52,14 @@ class Generation(BaseModel):
             return None
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(self.size))
         if match is None or not int(match[1]) * int(match[2]):
-            raise CascadeError(f"size: {str(self.size)[:40]!r}; expected WIDTHxHEIGHT, such as 1024x1024, or auto")
+            raise CascadeError(f"size: {quoted(self.size)}; expected WIDTHxHEIGHT, such as 1024x1024, or auto")
         return int(match[2]), int(match[1])
 
     def asked(self, queue: Queue) -> Asked:
         """The same as a job. Raises CascadeError."""
         pipeline = queue.pipeline
         if self.quality not in (None, *_PRESETS):
-            raise CascadeError(f"quality: {str(self.quality)[:40]!r}; expected {', '.join(_PRESETS)}")
+            raise CascadeError(f"quality: {quoted(self.quality)}; expected {', '.join(_PRESETS)}")
         preset = _PRESETS.get(self.quality or "auto")
         known = any(preset in slot.config.presets for slot in pipeline.slots)
         ours = {name: value for name, value in (self.model_extra or {}).items() if name in _OURS}
@@ -167,7 +168,7 @@ def _model(queue: Queue) -> dict[str, Any]:
 def _check_model(queue: Queue, name: str | None) -> None:
     own = queue.pipeline.name
     if name not in (None, own):
-        raise HTTPException(404, f"model {str(name)[:100]!r} is not here; this server has {own!r}")
+        raise HTTPException(404, f"model {quoted(name)} is not here; this server has {quoted(own)}")
 
 
 def error_of(status: int, message: str) -> dict[str, Any]:

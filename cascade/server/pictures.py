@@ -6,10 +6,11 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cascade.batch.metadata import encode
 from cascade.errors import CascadeError
+from cascade.files.picture import open_picture, over_white, picture_told, straight
 
 MOST_PIXELS_READ = 32 << 20
 """Of a picture that somebody sends."""
@@ -19,11 +20,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 def checked_size(content: bytes) -> tuple[int, int]:
     """Width and height as the head of a file says, before anything is decoded. Raises CascadeError."""
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with open_picture(io.BytesIO(content), limited=False, formats=_FORMATS) as image:
             width, height = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits lie above ours
-        width = height = MOST_PIXELS_READ
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise CascadeError(f"not a readable picture: expected PNG, JPEG or WebP ({type(error).__name__})") from None
     if width * height > MOST_PIXELS_READ:
         raise CascadeError(f"the picture has more than {MOST_PIXELS_READ:,} pixels")
@@ -35,11 +34,11 @@ def as_sent(content: bytes, said: Mapping[str, Any], size: tuple[int, int] | Non
 
     size: height and width, None: as drawn. format: png, webp or jpeg.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with picture_told("the picture"), open_picture(io.BytesIO(content)) as image:
         wanted = image.size if size is None else size[::-1]
         if image.size == wanted and str(image.format).lower() == format:
             return content
-        plain = image.convert("RGB")
+        plain = over_white(straight(image))
     if plain.size != wanted:
         plain = plain.resize(wanted, Image.Resampling.BOX)
     return encode(plain, said, format)[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import CascadeError
+from cascade.files.parsed import read_json_file
 from cascade.pipeline import CascadePipeline
 from cascade.server.asked import Asked
 from cascade.server.events import Event, Hub
@@ -114,7 +115,7 @@ class Queue:
 
 def _read(path: Path) -> list[Mapping[str, Any]]:
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return list(read_json_file(path))
+    except (OSError, ValueError, TypeError) as error:
         logger.warning("%s: not readable: %s", path, error)
         return []

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cascade.batch import Target
+from cascade.batch.plan import Target
 from cascade.drawing.batch_size import BatchSizes
 from cascade.drawing.engine import shelf_key
 from cascade.drawing.shelf import Shelf
@@ -28,6 +28,7 @@ class WatchedShelf(Shelf):
         self._on_put = on_put
 
     def put(self, key: str, pixels: Tensor) -> None:
+        """See `Shelf.put`; then it is told."""
         super().put(key, pixels)
         self._on_put(key, pixels)
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cascade.batch import Target
+from cascade.batch.plan import Target
 from cascade.errors import CascadeError
 from cascade.server.jobs import Job, State
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cascade.batch import Describer, Finished, Target
+from cascade.batch.metadata import Describer
+from cascade.batch.pictures import Finished
+from cascade.batch.plan import Target
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.task import Drawn, Result, Step, Undrawn
 from cascade.errors import CascadeError

@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.checkpoint import check_format, read_json, save_tensors, write_json, write_text, writing
-from cascade.config import FORMAT_VERSION
+from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.locks import lock_file
+from cascade.quoting import quoted
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import HASH_BYTES, Lookup, Place, hash_of
 
@@ -212,7 +213,7 @@ class EmbeddingCache:
     def _row(self, prompt: str) -> Tensor:
         place = self._lookup.find(hash_of(prompt))
         if place is None:
-            raise CascadeError(f"{self.folder}: no embedding of {prompt!r}; add it with `cascade encode`")
+            raise CascadeError(f"{self.folder}: no embedding of {quoted(prompt)}; add it with `cascade encode`")
         return self._tokens(place)
 
     def _tokens(self, place: Place) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError
@@ -89,36 +89,43 @@ class CachedTextEncoder:
         return self._encoder
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How `fill` goes about it.
+
+    batch_size: captions encoded at once. shard_size: captions in a shard, which is what a kill can lose. stopped:
+    whether to end early, after the batches at hand; what is encoded by then is written.
+    """
+
+    batch_size: int = 1
+    shard_size: int = 4096
+    stopped: Callable[[], bool] = lambda: False
+
+
 def fill(
     cache: EmbeddingCache,
     encoder: TextEncoderProtocol,
     captions: Iterable[str],
-    batch_size: int = 1,
-    shard_size: int = 4096,
-    progress: bool = False,
-    process: int = 0,
-    processes: int = 1,
-    stopped: Callable[[], bool] = lambda: False,
+    pace: Pace = Pace(),
+    share: tuple[int, int] = (0, 1),
 ) -> int:
     """Encode the captions that the cache lacks, and the null text; returns how many there were.
 
-    captions: may be a stream; no more than one shard's embeddings are in memory. batch_size: captions encoded
-    at once. shard_size: captions in a shard, which is what a kill can lose. progress: show a bar.
-    process, processes: which of several we are; each reads all captions and encodes its share of them.
-    stopped: whether to end early, after the batches at hand; what is encoded by then is written.
+    captions: may be a stream; no more than one shard's embeddings are in memory. share: (which process this is, of how
+    many); each reads all captions and encodes its share of them.
     """
     _check_same(cache, encoder)
-    bar = tqdm(captions, desc="captions", unit="caption", disable=not progress)
-    going = takewhile(lambda _: not stopped(), bar)
+    process, processes = share
+    going = takewhile(lambda _: not pace.stopped(), captions)
     ours = (caption for caption in chain([NULL_TEXT], going) if _owner(caption, processes) == process)
     added = 0
     with cache.alone(process):
         cache.note_incomplete(process, processes)
-        for shard in _shards_of_missing(cache, ours, shard_size):
-            rows = list(_rows(encoder, shard, batch_size, stopped))
+        for shard in _shards_of_missing(cache, ours, pace.shard_size):
+            rows = list(_rows(encoder, shard, pace.batch_size, pace.stopped))
             cache.add(shard[: len(rows)], rows, process)
             added += len(rows)
-        if not stopped():
+        if not pace.stopped():
             cache.note_complete(process, processes)
     return added
 

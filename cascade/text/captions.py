@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
 if TYPE_CHECKING:
-    from cascade.config import Captions
+    from cascade.config.data import Captions
 
 _ENDINGS = "com|co|ru|net|org|edu|gov|it"
 _SUFFIXES = "jpe?g|png|bmp|webp|eps|pdf|apk|mp4"

@@ -8,15 +8,16 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_folder
-from cascade.config import Captions, TextReading
+from cascade.config.data import Captions, TextReading
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
+from cascade.quoting import quoted
 from cascade.streaming import move_streamed
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
@@ -32,6 +33,15 @@ from cascade.text.t5_files import (
 from cascade.transfer import on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Reading(TypedDict, total=False):
+    """How texts are read; see `TextEncoder`."""
+
+    max_length: int
+    padded: bool
+    captions: Captions
+    null_text: NullText
 
 
 class TextEncoder:
@@ -72,14 +82,11 @@ class TextEncoder:
         cls,
         source: str | Path,
         *,
-        max_length: int = 64,
-        padded: bool = False,
-        captions: Captions = "as_is",
-        null_text: NullText = "encoded",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         streamed: bool = False,
         eight_bit: bool = False,
+        **reading: Unpack[Reading],
     ) -> Self:
         """Load a T5 from a folder in transformers' layout, or from a hub id such as google/flan-t5-base.
 
@@ -88,6 +95,7 @@ class TextEncoder:
         unpickled. Raises CascadeError when there is no such folder or model, its files are damaged or
         incomplete, or it is no T5. streamed: a folder's weights stay on disk and are read layer by layer.
         eight_bit: linear weights are int8 (bitsandbytes), a quarter of float32's memory; not with `streamed`.
+        reading: max_length, padded, captions and null_text, as the constructor has them.
         """
         _check_dtype(dtype)
         local = is_local(source)
@@ -99,7 +107,7 @@ class TextEncoder:
                 model, tokenizer = streamed_t5(Path(where), device or "cpu", dtype)
             else:
                 model, tokenizer = load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
-        encoder = cls(model, tokenizer, max_length, padded, captions, null_text)
+        encoder = cls(model, tokenizer, **reading)
         encoder.eight_bit = eight_bit
         if streamed and local:
             encoder._streamed_to = torch.device(device or "cpu")
@@ -253,8 +261,8 @@ class TextEncoder:
         end = spans[cut - 1][1] if cut else 0
         kept, lost = text[:end], text[end:]
         return (
-            f"the prompt {_shorten(prompt)!r} has {count} tokens, more than max_length {self.max_length}:"
-            f" it was cut after {' '.join(kept.split()[-4:])!r}, before {' '.join(lost.split()[:4])!r}"
+            f"the prompt {quoted(_shorten(prompt))} has {count} tokens, more than max_length {self.max_length}:"
+            f" it was cut after {quoted(' '.join(kept.split()[-4:]))}, before {quoted(' '.join(lost.split()[:4]))}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade.config import Captions
+from cascade.config.data import Captions
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.text.captions import prepare_caption, well_formed

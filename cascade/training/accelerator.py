@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from cascade.config import TrainConfig, TrainingConfig
+from cascade.config.training import TrainConfig, TrainingConfig
 from cascade.errors import CascadeError
 from cascade.machine import has_bfloat16, name_of
 

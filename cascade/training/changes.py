@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.settings import parse
 

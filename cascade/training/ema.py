@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from cascade.config import EMAConfig
+from cascade.config.training import EMAConfig
 from cascade.training.sharding import spread_like, whole
 
 

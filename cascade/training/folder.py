@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
 from cascade.settings import parse, read_yaml, to_yaml

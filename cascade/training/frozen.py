@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cascade.errors import CascadeError
 from cascade.models.blocks import Normalize
+from cascade.quoting import quoted
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
@@ -23,7 +24,9 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matched = [name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))]
         if not matched:
-            raise CascadeError(f"training.frozen: {pattern!r} matches no weight; {_near(pattern, list(parameters))}")
+            raise CascadeError(
+                f"training.frozen: {quoted(pattern)} matches no weight; {_near(pattern, list(parameters))}"
+            )
         for name in matched:
             parameters[name].requires_grad_(False)
     if patterns:

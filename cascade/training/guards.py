@@ -30,10 +30,12 @@ class Views(Protocol):
     """Pictures by the numbers of their views, with their captions."""
 
     @property
-    def samples(self) -> Sequence[int]: ...
+    def samples(self) -> Sequence[int]:
+        """The numbers of the views in the run."""
 
     @property
-    def captions(self) -> Sequence[str]: ...
+    def captions(self) -> Sequence[str]:
+        """Their captions, in the same order."""
 
 
 def check_finite(loss: Tensor, step: int, batch: Views, accelerator: Accelerator) -> None:

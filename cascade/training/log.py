@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import write_text, writing
+from cascade.files.parsed import parse_json
 
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 """Log SNR between the noise bands of the loss: from almost noise to almost clean."""
@@ -97,7 +98,7 @@ class RunLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        self.entries = [entry for entry in map(json.loads, _lines(path)) if entry["step"] <= resume_step]
+        self.entries = [entry for entry in _entries(path) if entry["step"] <= resume_step]
         """Every entry so far."""
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
@@ -112,11 +113,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    # A killed run may leave half a line behind; whole ones end with a brace.
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log. A spoilt line, of which a killed run may leave one behind, costs that line."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [entry for entry in map(_entry, lines) if entry is not None]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def flatten(values: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.checkpoint import atomic_folder, check_names, load_tensors, save_tensors
-from cascade.config import LowRankLayers
+from cascade.config.training import LowRankLayers
 from cascade.errors import CascadeError
 from cascade.models.network import Network
 

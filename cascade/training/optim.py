@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.config import OptimizerConfig
+from cascade.config.training import OptimizerConfig
 from cascade.models.network import Network
 from cascade.training.adafactor import Adafactor
 from cascade.training.sharding import is_sharded, spread_like

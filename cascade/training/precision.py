@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.probe import Work, faster_format, warn_if_slow
 from cascade.settings import read_yaml
 from cascade.training.accelerator import from_main, launched_processes
@@ -27,7 +27,8 @@ def settled(config: TrainConfig) -> TrainConfig:
     state = launched_processes()
     training = config.training
     if training.precision != "auto":
-        if state.is_main_process and training.precision != "fp32":
+        refused = training.precision == "fp16" and state.device.type == "cpu"  # in a moment, by the accelerator
+        if state.is_main_process and training.precision != "fp32" and not refused:
             warn_if_slow([_work(config)], state.device, DTYPES[training.precision])
         return config
     chosen = from_main(state, lambda: _begun_in(config) or _NAMES[faster_format([_work(config)], state.device)])

@@ -9,7 +9,7 @@ from functools import cache
 from PIL import Image
 from torch import Tensor
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.diffusion.samplers import OnStep
 from cascade.drawing.engine import Conduct, Engine

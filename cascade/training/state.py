@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cascade import system
 from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
-from cascade.config import FORMAT_VERSION, TrainConfig
+from cascade.config.common import FORMAT_VERSION
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError, StorageError
 from cascade.locks import lock_file
 from cascade.training.changes import check_changes, check_surroundings

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.config import AugSpread, LogitNormalLevels, LossConfig
+from cascade.config.common import AugSpread
+from cascade.config.training import LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
 from cascade.images import downsample, to_float

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cascade.checkpoint import load_weights, save_stage, write_text
-from cascade.config import TrainConfig
-from cascade.data.loader import Batch, batches
+from cascade.config.training import TrainConfig
+from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
@@ -398,9 +398,9 @@ class Trainer:
             self.stage.config,
             settings.seed,
             batch_size=self._pass_size,
-            first_batch=first_step * settings.accumulation,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            portion=Portion(
+                self.accelerator.process_index, self.accelerator.num_processes, first_step * settings.accumulation
+            ),
             # Looked up by whoever reads the pictures, so that this thread has nothing to do with text.
             beside=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,
         )

@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cascade.config import TrainConfig, ValidationConfig
-from cascade.data.loader import Batch, batches
+from cascade.config.training import TrainConfig, ValidationConfig
+from cascade.data.loader import Batch, Portion, batches
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.step import NoiseSource, Objective, training_batch
@@ -65,11 +65,5 @@ class Validation:
         return torch.cat(losses), torch.cat(levels)
 
     def _views(self) -> Generator[Batch, None, None]:
-        return batches(
-            self._data,
-            self._stage_config,
-            SEED,
-            batch_size=self._pass_size,
-            process=self._process,
-            processes=self._processes,
-        )
+        portion = Portion(self._process, self._processes)
+        return batches(self._data, self._stage_config, SEED, batch_size=self._pass_size, portion=portion)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.noise import diffuse
 from cascade.diffusion.samplers import sample_dpmpp

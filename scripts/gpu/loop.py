@@ -16,7 +16,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from gpu.loss import Levels, Measured, loss_of
 from gpu.network import fill, network, write_parts
 from gpu.optim import Average, Muon

@@ -13,7 +13,7 @@ from torch import Tensor
 from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights
 from cascade.conditioning import Conditioning
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.models.conditioned import Seen
 from cascade.models.unet import Block, UNet

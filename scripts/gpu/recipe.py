@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade.config import StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.settings import parse, read_yaml
 from gpu.loop import Phase, Task

@@ -3,7 +3,8 @@
 import pytest
 from tiny_data import SIZE
 
-from cascade.config import StageConfig, UNetConfig
+from cascade.config.stage import StageConfig
+from cascade.models.unet import UNetConfig
 
 
 @pytest.fixture(autouse=True)

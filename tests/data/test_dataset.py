@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
-from cascade.config import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
+from cascade.config.data import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
 from cascade.data.order import SceneSource, ShuffledSource, StreamSource
 from cascade.data.sources import open_records, open_source

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tiny_data import write_folder, write_parquet, write_tar
 
-from cascade.config import DataConfig, FolderSource, ParquetSource, ScenesSource, StageConfig, WebDatasetSource
+from cascade.config.data import DataConfig, FolderSource, ParquetSource, ScenesSource, WebDatasetSource
+from cascade.config.stage import StageConfig
 from cascade.data import decoded as module
 from cascade.data.decoded import DecodedRecords
 from cascade.data.loader import Batch, Views, batches

@@ -17,8 +17,10 @@ import torch
 from tiny_data import encoded, plain_picture, write_folder, write_parquet
 from torch.utils.data import Dataset
 
-from cascade.config import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource, StageConfig, TrainConfig
-from cascade.data.loader import Batch, Mixture, Views, batches, captions_of
+from cascade.config.data import DataConfig, FolderSource, HubSource, ParquetSource, ScenesSource
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.data.loader import Batch, Mixture, Portion, Views, batches, captions_of
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.images import from_pil
@@ -31,9 +33,11 @@ def take(
     *,
     batch_size: int = 4,
     first_batch: int = 0,
-    **options: int,
+    workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    stream = batches(data, stage, 0, batch_size=batch_size, first_batch=first_batch, **options)
+    data = data if workers is None else data.model_copy(update={"workers": workers})
+    stream = batches(data, stage, 0, batch_size=batch_size, portion=Portion(*share, first_batch))
     taken = list(itertools.islice(stream, count))
     stream.close()
     return taken
@@ -89,7 +93,7 @@ def test_resuming_gives_the_batches_that_would_have_come(mixed: DataConfig, stag
 
 def test_shares_of_two_processes_make_the_batches_of_one(mixed: DataConfig, stage: StageConfig) -> None:
     whole = take(mixed, stage, 5)
-    shares = [take(mixed, stage, 5, process=process, processes=2) for process in range(2)]
+    shares = [take(mixed, stage, 5, share=(process, 2)) for process in range(2)]
     joined = [
         Batch(torch.cat([a.images, b.images]), a.captions + b.captions, a.samples + b.samples)
         for a, b in zip(*shares, strict=True)
@@ -100,7 +104,7 @@ def test_shares_of_two_processes_make_the_batches_of_one(mixed: DataConfig, stag
 
 def test_a_batch_that_processes_cannot_share_is_refused(mixed: DataConfig, stage: StageConfig) -> None:
     with pytest.raises(ValueError, match="batch_size 4 cannot be shared equally by 3 processes"):
-        take(mixed, stage, 1, processes=3)
+        take(mixed, stage, 1, share=(0, 3))
 
 
 def test_workers_change_nothing_and_leave_when_the_iterator_closes(mixed: DataConfig, stage: StageConfig) -> None:
@@ -314,7 +318,8 @@ def process_of(captions: list[str]) -> tuple[int, int]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_asked_of_captions_is_made_where_they_are_read(stage: StageConfig, workers: int) -> None:
     data = DataConfig(sources=(ScenesSource(),))
-    with closing(batches(data, stage, 0, batch_size=3, workers=workers, beside=process_of)) as stream:
+    data = data.model_copy(update={"workers": workers})
+    with closing(batches(data, stage, 0, batch_size=3, beside=process_of)) as stream:
         process, count = next(stream).beside  # type: ignore[misc]
     assert count == 3
     assert (process == os.getpid()) == (workers == 0)

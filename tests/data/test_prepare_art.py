@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_art import write, write_sources
 
-from cascade.config import ParquetSource
+from cascade.config.data import ParquetSource
 from cascade.data.sources import open_records
 
 COLUMNS = [

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny_data import encoded
 
-from cascade.config import ParquetSource
+from cascade.config.data import ParquetSource
 from cascade.data.scenes import Scene, SceneObject, draw
 from cascade.data.sources import open_records
 from cascade.images import downsample, from_pil, to_float, to_uint8

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
-from cascade.config import (
+from cascade.config.data import (
     DataConfig,
     FolderSource,
     HubSource,
     ParquetSource,
     ScenesSource,
     SourceConfig,
-    StageConfig,
     WebDatasetSource,
 )
+from cascade.config.stage import StageConfig
 from cascade.data.loader import Views
 from cascade.data.survey import Survey, survey, view_sheet
 

@@ -11,9 +11,10 @@ import torch
 from tiny_data import encoded, plain_picture, write_tar
 
 from cascade.checkpoint import save_tensors
-from cascade.config import DataConfig, HubSource, SourceConfig, StageConfig, WebDatasetSource
+from cascade.config.data import DataConfig, HubSource, SourceConfig, WebDatasetSource
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
-from cascade.data.loader import batches, captions_of
+from cascade.data.loader import Portion, batches, captions_of
 from cascade.data.order import ShardedSource
 from cascade.data.sources import open_records, open_source
 from cascade.data.tar_index import INDEX_FOLDER
@@ -231,14 +232,11 @@ def test_processes_and_workers_share_the_records_without_overlap_or_loss(
     for first, share in ((0, processes), (3, 1)):
         for process in range(share):
             stream = batches(
-                data,
+                data.model_copy(update={"workers": workers if share > 1 else 0}),
                 stage,
                 0,
                 batch_size=4,
-                first_batch=first,
-                process=process,
-                processes=share,
-                workers=workers if share > 1 else 0,
+                portion=Portion(process, share, first),
             )
             for batch in itertools.islice(stream, 3 if first == 0 else 5):
                 seen += zip(batch.samples, batch.images[:, 0, 0, 0].tolist(), strict=True)

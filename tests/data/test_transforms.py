@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tiny_data import encoded
 
-from cascade.config import DataConfig, ScenesSource, StageConfig, UNetConfig
+from cascade.config.data import DataConfig, ScenesSource
+from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.sources import open_source
 from cascade.data.transforms import (
@@ -23,6 +24,7 @@ from cascade.data.transforms import (
     training_pair,
 )
 from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.models.unet import UNetConfig
 
 MODEL = UNetConfig(channels=(32,), blocks=(1,), strides=(1,), attention=(False,))
 SUPER_RESOLUTION = StageConfig(name="upscaler", resolution=64, low_resolution=16, model=MODEL)

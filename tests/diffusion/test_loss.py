@@ -11,7 +11,6 @@ import torch
 from helpers_diffusion import from_x
 from reference import chapter18
 
-from cascade.config import Kind
 from cascade.diffusion.loss import (
     Weighting,
     diffusion_loss,
@@ -20,7 +19,7 @@ from cascade.diffusion.loss import (
     stratify,
     uniform_levels,
 )
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.parameterization import Kind, to_x
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

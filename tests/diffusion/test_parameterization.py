@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers_diffusion import from_x
 
-from cascade.config import Kind
 from cascade.diffusion.noise import alpha, diffuse, one_minus_alpha
-from cascade.diffusion.parameterization import log_weight_in_x, target, to_x
+from cascade.diffusion.parameterization import Kind, log_weight_in_x, target, to_x
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LEVELS = [-8.0, -2.0, 0.0, 3.0, 8.0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers_model import make_tiny_cascade
 
-from cascade.cli import main
+from cascade.cli.program import main
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_another_weight_is_another_hash(model: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
     from cascade.batch.identity import weights_sha256
-    from cascade.load import read_index
+    from cascade.load.index import read_index
 
     other = make_tiny_cascade(tmp_path / "other")
     assert weights_sha256(read_index(other)) == weights_sha256(read_index(model))

@@ -79,7 +79,7 @@ def test_weights_that_are_not_there_are_named(option: str, tmp_path: Path):
 
 def test_without_torchmetrics_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(CascadeError, match=r"pip install cascade-diffusion\[metrics\]"):
+    with pytest.raises(CascadeError, match=r"pip install 'cascade-diffusion\[metrics\]'"):
         load_inception(str(tmp_path))
 
 

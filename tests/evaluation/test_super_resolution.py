@@ -14,7 +14,7 @@ import torch
 from helpers_model import make_tiny_cascade
 from PIL import Image
 
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.evaluation.super_resolution import AVERAGED, busiest, read_pairs, resized
 from cascade.images import downsample, to_float, to_uint8

@@ -16,7 +16,8 @@ from cascade.evaluation import art_pictures
 from cascade.evaluation.art_data import read_art
 from cascade.evaluation.super_resolution import read_pairs
 from cascade.files.parquet import read_table, rows
-from cascade.prompts import count_prompts, read_prompts
+from cascade.prompts.reading import read_prompts
+from cascade.prompts.sources import count_prompts
 
 GOOD = {
     "image": [{"bytes": encoded(picture("red", 64)), "path": None}] * 3,

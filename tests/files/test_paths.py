@@ -14,12 +14,15 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from cascade import CascadePipeline, TextEncoder
-from cascade.cli import main, program
-from cascade.config import TrainConfig
+from cascade.bounds import AtMost
+from cascade.cli.program import main, program
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
-from cascade.load import find_stage, load_stage, load_train_config
-from cascade.prompts import read_prompts
+from cascade.load.index import find_stage
+from cascade.load.stage import load_stage
+from cascade.load.training import load_train_config
+from cascade.prompts.reading import read_prompts
 from cascade.settings import Settings, to_yaml
 from cascade.upscaling import read_picture
 
@@ -68,13 +71,18 @@ def test_every_path_of_the_command_line_is_one() -> None:
             assert not isinstance(parameter.type, click.Path), f"{command.name}: {parameter.name}"
 
 
+def reads_path(item: object) -> bool:
+    """Whether it checks a path; a bound of a number is a validator too."""
+    return isinstance(item, AfterValidator) and not isinstance(item.func, AtMost)
+
+
 def fields(kind: type[Settings]) -> list[tuple[str, bool]]:
     """Settings, and whether each is read as a path."""
     found = []
     for name, field in kind.model_fields.items():
         kinds = [field.annotation, *typing.get_args(field.annotation)]
-        is_path = any(isinstance(item, AfterValidator) for item in field.metadata) or any(
-            isinstance(item, AfterValidator) for inner in kinds for item in typing.get_args(inner)
+        is_path = any(map(reads_path, field.metadata)) or any(
+            reads_path(item) for inner in kinds for item in typing.get_args(inner)
         )
         if is_path or str in kinds:
             found.append((name, is_path))

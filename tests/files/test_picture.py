@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageCms
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
-from cascade.files.picture import straight
+from cascade.files.picture import _OPENING, open_picture, picture_told, straight
 from cascade.images import from_pil
 from cascade.upscaling import read_picture
 
@@ -194,3 +195,21 @@ def test_pillows_own_limit_is_left_as_it_was_and_nothing_is_warned_of_below_it(
     monkeypatch.setenv("CASCADE_MAX_PIXELS", "15000")  # Pillow would warn from half of it on
     read_picture(tmp_path / "a.png")
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_limit_of_one_reader_is_not_that_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the process, as Python's filters of warnings do: both are changed while a file is opened, alone."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    before = (Image.MAX_IMAGE_PIXELS, list(warnings.filters))
+    with open_picture(tmp_path / "a.png", limited=False):
+        assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
+    opened: list[bool] = []
+    monkeypatch.setattr(Image, "open", lambda *_, **__: opened.append(_OPENING.locked()) or Image.new("RGB", (1, 1)))
+    with open_picture(tmp_path / "a.png"):
+        assert opened == [True]
+
+
+def test_only_the_formats_that_are_named_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
+    with pytest.raises(CascadeError, match="not a readable picture"), picture_told("a"):
+        open_picture(tmp_path / "a.bmp", formats=("PNG",)).__enter__()

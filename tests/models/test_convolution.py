@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cascade.config import IFUNetConfig
 from cascade.models import phases, winograd
 from cascade.models.convolution import LEAST_CHANNELS, Convolution, one_generation
 from cascade.models.if_blocks import IFResidualBlock
+from cascade.models.if_unet import IFUNetConfig
 
 WIDE = max(LEAST_CHANNELS.values())
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from cascade.build import build_stage
-from cascade.config import ModelConfig, StageConfig
+from cascade.config.network import ModelConfig
+from cascade.config.stage import StageConfig
 from cascade.models.network import Network, NetworkConfig
 from cascade.settings import parse
 from cascade.stage import blank_call

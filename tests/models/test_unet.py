@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning, pad_text
-from cascade.config import UNetConfig
 from cascade.models.attention import Attention
-from cascade.models.unet import UNet
+from cascade.models.unet import UNet, UNetConfig
 
 TEXT_DIM = 12
 TINY: dict[str, Any] = {

@@ -19,7 +19,7 @@ from gpu.views import View
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
-from cascade.config import OptimizerConfig
+from cascade.config.training import OptimizerConfig
 from cascade.diffusion.noise import diffuse
 from cascade.diffusion.parameterization import target
 from cascade.errors import CascadeError

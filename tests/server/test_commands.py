@@ -22,7 +22,7 @@ def refuse(event, arguments):
     if event == "socket.connect" and not str(arguments[1][0]).startswith(("127.", "::1", "/")): os._exit(99)
     if event == "socket.getaddrinfo" and arguments[0] not in (None, "127.0.0.1", "localhost", "::1"): os._exit(99)
 sys.addaudithook(refuse)
-from cascade.cli import main
+from cascade.cli.program import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -104,7 +104,7 @@ class Missing:
         if name.partition(".")[0] in ("fastapi", "starlette", "uvicorn"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 sys.meta_path.insert(0, Missing())
-from cascade.cli import main
+from cascade.cli.program import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -120,5 +120,5 @@ def test_a_missing_extra_is_one_line_with_the_way_out(command: str, tmp_path: Pa
 
 
 def test_importing_cascade_and_its_command_line_loads_nothing_of_the_extra() -> None:
-    code = "import sys, cascade, cascade.cli; print(*{'fastapi', 'starlette', 'uvicorn'} & set(sys.modules))"
+    code = "import sys, cascade, cascade.cli.program; print(*{'fastapi', 'starlette', 'uvicorn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

@@ -11,8 +11,8 @@ from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.batch import read_metadata
-from cascade.cli import main
+from cascade.batch.metadata import read_metadata
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.server.gallery import Gallery
 
@@ -57,6 +57,15 @@ def test_a_picture_of_the_page_is_drawn_again_to_the_same_bytes_by_the_command_l
     again = tmp_path / "again"
     assert main(["generate", "--from-image", str(tmp_path / name), "--model", str(model), "--out", str(again)]) == 0
     assert (again / name).read_bytes() == content
+
+
+def test_a_picture_that_was_damaged_is_named(server: Live) -> None:
+    picture = server.draw("a fox", seed=1)["pictures"]["0"]
+    (path,) = server.gallery.folder.rglob(picture["name"])
+    path.write_bytes(path.read_bytes()[:60])
+    answer = server.client.get(f"/api/pictures/{picture['id']}/thumbnail")
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(f"{picture['name']}: not a readable picture")
 
 
 def test_a_new_server_finds_pictures_and_stars_and_goes_on_numbering(pipeline: CascadePipeline, tmp_path: Path) -> None:

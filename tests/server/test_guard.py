@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade import CascadePipeline
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.server import run as server_run
 from cascade.server.guard import HEADERS, Rules
 

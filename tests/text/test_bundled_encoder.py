@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.load import BUNDLED
+from cascade.load.index import BUNDLED
 
 FOLDER = BUNDLED / "text_encoder"
 

@@ -16,7 +16,7 @@ import cascade
 from cascade.checkpoint import save_tensors
 from cascade.errors import CascadeError
 from cascade.text.cache import EmbeddingCache
-from cascade.text.cached import CachedTextEncoder, fill
+from cascade.text.cached import CachedTextEncoder, Pace, fill
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import Lookup, Place
 
@@ -63,7 +63,7 @@ def cache(tmp_path: Path) -> EmbeddingCache:
 
 def _filled(tmp_path: Path, shard_size: int = 4) -> Path:
     encoder = CountingEncoder()
-    fill(EmbeddingCache(tmp_path / "cache", "counting", 4), encoder, CAPTIONS, shard_size=shard_size)
+    fill(EmbeddingCache(tmp_path / "cache", "counting", 4), encoder, CAPTIONS, Pace(shard_size=shard_size))
     return tmp_path / "cache"
 
 
@@ -76,13 +76,13 @@ def test_values_are_the_encoders_rounded_to_bf16(encoder: CountingEncoder, tmp_p
 
 
 def test_each_caption_and_the_null_text_are_encoded_once(encoder: CountingEncoder, cache: EmbeddingCache) -> None:
-    assert fill(cache, encoder, CAPTIONS * 3, shard_size=4) == len(CAPTIONS) + 1
+    assert fill(cache, encoder, CAPTIONS * 3, Pace(shard_size=4)) == len(CAPTIONS) + 1
     assert sorted(encoder.encoded) == sorted(["", *CAPTIONS])
     assert fill(cache, encoder, CAPTIONS) == 0
 
 
 def test_shards_are_unpadded(cache: EmbeddingCache, encoder: CountingEncoder) -> None:
-    fill(cache, encoder, CAPTIONS, shard_size=100)
+    fill(cache, encoder, CAPTIONS, Pace(shard_size=100))
     tokens = sum(len(encoder.row(caption)) for caption in ["", *CAPTIONS])
     hashes_and_lengths = (len(CAPTIONS) + 1) * (32 + 4)
     payload = tokens * 4 * 2 + hashes_and_lengths
@@ -96,10 +96,10 @@ def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill(EmbeddingCache(tmp_path, "counting", 4), encoder, interrupted(), shard_size=2)
+        fill(EmbeddingCache(tmp_path, "counting", 4), encoder, interrupted(), Pace(shard_size=2))
     done = list(encoder.encoded)
     assert len(done) == 6, "three shards of two, the null text among them"
-    fill(EmbeddingCache(tmp_path, "counting", 4), encoder, CAPTIONS, shard_size=2)
+    fill(EmbeddingCache(tmp_path, "counting", 4), encoder, CAPTIONS, Pace(shard_size=2))
     assert sorted(encoder.encoded) == sorted(["", *CAPTIONS]), "nothing twice"
     assert torch.equal(
         EmbeddingCache(tmp_path, "counting", 4).get(CAPTIONS).tokens,
@@ -116,7 +116,7 @@ def test_a_fill_that_is_told_to_stop_keeps_what_is_encoded_and_reads_no_further(
     def stopped() -> bool:
         return len(encoder.encoded) > 16
 
-    added = fill(EmbeddingCache(tmp_path, "counting", 4), encoder, stream, shard_size=50, stopped=stopped)
+    added = fill(EmbeddingCache(tmp_path, "counting", 4), encoder, stream, Pace(shard_size=50, stopped=stopped))
     assert (added, len(EmbeddingCache.open(tmp_path)), len(read)) == (32, 32, 50)
     assert not list(tmp_path.glob("complete-*"))
     assert fill(EmbeddingCache.open(tmp_path), CountingEncoder(), captions) == 101 - 32
@@ -125,7 +125,7 @@ def test_a_fill_that_is_told_to_stop_keeps_what_is_encoded_and_reads_no_further(
 
 def test_a_cache_says_which_shares_of_it_are_complete(tmp_path: Path) -> None:
     def fill_share(process: int, processes: int, captions: list[str] = CAPTIONS) -> set[str]:
-        fill(EmbeddingCache(tmp_path, "counting", 4), CountingEncoder(), captions, process=process, processes=processes)
+        fill(EmbeddingCache(tmp_path, "counting", 4), CountingEncoder(), captions, share=(process, processes))
         return {path.name for path in tmp_path.glob("complete-*")}
 
     def broken() -> Iterator[str]:
@@ -156,7 +156,7 @@ def test_shards_are_filled_from_a_stream_one_at_a_time(cache: EmbeddingCache, en
             yield caption
             ahead.append(len(ahead) + 1 - len(cache))
 
-    fill(cache, encoder, stream(), shard_size=3)
+    fill(cache, encoder, stream(), Pace(shard_size=3))
     assert max(ahead) <= 3
 
 
@@ -293,13 +293,13 @@ def test_processes_share_the_captions_without_overlap_or_loss(tmp_path: Path) ->
     caches = [EmbeddingCache(tmp_path, "counting", 4) for _ in range(2)]
     encoders = [CountingEncoder(), CountingEncoder()]
     for process in (1, 0):
-        fill(caches[process], encoders[process], captions, shard_size=8, process=process, processes=2)
+        fill(caches[process], encoders[process], captions, Pace(shard_size=8), share=(process, 2))
     assert sorted(encoders[0].encoded + encoders[1].encoded) == sorted(["", *captions])
     assert min(len(encoder.encoded) for encoder in encoders) > 10
     whole = EmbeddingCache(tmp_path, "counting", 4)
     assert torch.equal(whole.get(captions).tokens, encoders[0].encode(captions).to(dtype=torch.bfloat16).tokens)
     again = CountingEncoder()
-    fill(whole, again, captions, process=0, processes=1)
+    fill(whole, again, captions, share=(0, 1))
     assert again.encoded == [], "another number of processes goes on where those stopped"
 
 
@@ -308,7 +308,7 @@ def test_two_that_fill_under_one_number_are_kept_apart(tmp_path: Path) -> None:
     with first.alone(0):
         with pytest.raises(CascadeError, match="is being filled already"):
             fill(second, CountingEncoder(), CAPTIONS)
-        fill(second, CountingEncoder(), CAPTIONS, process=1, processes=2)
+        fill(second, CountingEncoder(), CAPTIONS, share=(1, 2))
     fill(second, CountingEncoder(), CAPTIONS)
     assert not EmbeddingCache(tmp_path, "counting", 4).missing(CAPTIONS)
 
@@ -326,7 +326,7 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 from test_cache import CountingEncoder
 from cascade.text.cache import EmbeddingCache
-from cascade.text.cached import fill
+from cascade.text.cached import Pace, fill
 process, left = int(sys.argv[1]), int(sys.argv[2])
 encoder = CountingEncoder()
 class Killed(CountingEncoder):
@@ -335,7 +335,7 @@ class Killed(CountingEncoder):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(prompts, batch_size)
 captions = [f"caption {{number}}" for number in range(200)]
-fill(EmbeddingCache(sys.argv[3], "counting", 4), Killed(), captions, shard_size=8, process=process, processes=2)
+fill(EmbeddingCache(sys.argv[3], "counting", 4), Killed(), captions, Pace(shard_size=8), share=(process, 2))
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers_training import micro_config, trainer
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.settings import Settings
 from cascade.training.changes import EFFECTS, Effect, check_changes, differences, effect_of

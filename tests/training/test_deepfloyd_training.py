@@ -12,14 +12,15 @@ from helpers_training import log_entries
 
 from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage
 from cascade.diffusion.loss import Weighting, log_likelihood, variational_bits
 from cascade.diffusion.noise import diffuse, posterior
 from cascade.diffusion.parameterization import to_x
 from cascade.images import downsample, upsample_corners
-from cascade.load import load_stage, load_trainer
+from cascade.load.stage import load_stage
+from cascade.load.training import load_trainer
 from cascade.models.if_unet import IF_NOISE
 from cascade.settings import parse
 from cascade.stage import Stage

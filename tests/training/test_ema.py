@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.config import EMAConfig
+from cascade.config.training import EMAConfig
 from cascade.memory import LiveBytes
 from cascade.training.ema import EMA
 

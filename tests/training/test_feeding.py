@@ -11,7 +11,7 @@ import torch
 from helpers_training import WordEncoder, micro_config
 
 from cascade.build import build_stage
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import batches
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder, fill
@@ -21,7 +21,7 @@ from cascade.training.trainer import Trainer
 
 def captions_of(config: TrainConfig) -> list[str]:
     """Of the run's four steps."""
-    with closing(batches(config.data, config.stage, 0, batch_size=4, workers=0)) as stream:
+    with closing(batches(config.data.model_copy(update={"workers": 0}), config.stage, 0, batch_size=4)) as stream:
         return [caption for _ in range(4) for caption in next(stream).captions]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import log_snr_from_std, noise_like
 from cascade.images import downsample, from_pil, to_float, upsample
-from cascade.load import load_stage
+from cascade.load.stage import load_stage
 from cascade.seeds import generator
 from cascade.stage import Stage
 

@@ -18,7 +18,8 @@ from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, save_tensors
 from cascade.conditioning import Conditioning
 from cascade.errors import CascadeError
-from cascade.load import assemble, load_stage
+from cascade.load.pipeline import assemble
+from cascade.load.stage import load_stage
 from cascade.models.network import Network
 from cascade.training.lora import add_low_rank, merge_adapter, merged, save_adapter
 from cascade.training.state import load_newest, save_state

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cascade.config import OptimizerConfig
+from cascade.config.training import OptimizerConfig
 from cascade.models.network import Network
 from cascade.training.optim import build_optimizer, learning_rate, set_learning_rate
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cascade.cli import main
+from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.training.log import band_names
-from cascade.training.plot import draw_curves, panels, read_curves
+from cascade.training.plot import MOST_POINTS, draw_curves, panels, read_curves, thinned
 
 
 def write_log(folder: Path, **values: list[float]) -> Path:
@@ -94,3 +94,21 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CascadeError, match=r"pip install 'cascade-diffusion\[plot\]'"):
         draw_curves({"run": {"loss": [(0, 1.0)]}})
+
+
+def test_a_long_curve_is_thinned_to_the_extremes_of_its_stretches() -> None:
+    curve = [(step, float(step % 7)) for step in range(100_000)]
+    curve[54_321] = (54_321, 1000.0)
+    curve[12_345] = (12_345, -1000.0)
+    thin = thinned(curve)
+    assert len(thin) <= MOST_POINTS
+    assert thin == sorted(thin)
+    assert {(54_321, 1000.0), (12_345, -1000.0)} <= set(thin) <= set(curve)
+    assert thinned(curve[:MOST_POINTS]) == curve[:MOST_POINTS]
+
+
+def test_what_is_drawn_is_thinned(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = write_log(tmp_path / "run", loss=[1.0 + step % 5 for step in range(5000)])
+    axis = draw_curves({"run": read_curves(run)}).axes[0]
+    assert len(axis.lines[0].get_xdata()) <= MOST_POINTS

@@ -13,7 +13,7 @@ import torch
 from helpers_training import TRANSFORMER, WordEncoder, log_entries, micro_config, trainer, write_pictures
 from PIL import Image
 
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.data.loader import View, Views
 from cascade.errors import CascadeError
 from cascade.text.cache import EmbeddingCache

@@ -17,7 +17,7 @@ from helpers_sharded import CONFIGS, launcher_environment, refused_sharded, trai
 from helpers_training import TRANSFORMER, log_entries, micro_config, trainer
 
 from cascade.checkpoint import load_tensors
-from cascade.load import load_stage
+from cascade.load.stage import load_stage
 from cascade.training.state import load_newest
 
 pytestmark = [

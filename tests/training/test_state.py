@@ -9,7 +9,7 @@ import torch
 from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
 from cascade.checkpoint import read_json, write_json
-from cascade.config import TrainConfig
+from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.settings import to_yaml
 from cascade.training.state import RunState, checkpoints, load_newest, newest, remove_unfinished, save_state

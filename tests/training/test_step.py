@@ -11,7 +11,7 @@ from helpers_training import SUPER_RESOLUTION, TEXT_DIM, fill, micro_config
 from reference import chapter18
 
 from cascade.build import build_stage
-from cascade.config import LossConfig, TrainConfig
+from cascade.config.training import LossConfig, TrainConfig
 from cascade.diffusion.noise import log_snr_from_std
 from cascade.stage import Stage
 from cascade.training.step import Draw, NoiseSource, TrainingBatch, conditions, draw_noise, noise_levels, training_loss

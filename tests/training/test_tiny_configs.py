@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cascade.build import build_stage
-from cascade.load import load_train_config, load_trainer
+from cascade.load.training import load_train_config, load_trainer
 from cascade.stage import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"

@@ -19,7 +19,8 @@ from torch import nn
 
 from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
-from cascade.load import load_stage, load_train_config, load_trainer
+from cascade.load.stage import load_stage
+from cascade.load.training import load_train_config, load_trainer
 from cascade.training.actions import Moment
 from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names
@@ -464,7 +465,7 @@ def test_a_resume_needs_no_more_the_stage_that_its_settings_named(tmp_path: Path
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
     tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cascade import load
+    from cascade.load import training as load
     from cascade.text.cached import fill
 
     config = micro_config(tmp_path / "run", *tiny_t5, f"text.cache={tmp_path / 'cache'}").text

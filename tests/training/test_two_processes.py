@@ -17,9 +17,11 @@ from PIL import Image
 
 from cascade.build import build_stage
 from cascade.checkpoint import save_stage
-from cascade.cli import main
-from cascade.config import StageConfig, TextConfig, TrainConfig
-from cascade.load import encoder_settings, load_train_config
+from cascade.cli.program import main
+from cascade.config.data import TextConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.load.training import encoder_settings, load_train_config
 from cascade.settings import override, parse
 from cascade.text.cache import EmbeddingCache
 from cascade.training.state import RunState, load_newest

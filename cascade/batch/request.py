@@ -1,0 +1,236 @@
+"""A batch from beginning to end: what is asked for, in one object, and how it went."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.arguments import PerStage
+from cascade.batch.identity import model_identity, versions
+from cascade.batch.layout import WEBDATASET, Layout
+from cascade.batch.output import Output
+from cascade.batch.plan import DrawOptions
+from cascade.batch.progress import Progress
+from cascade.batch.report import write_grid, write_page, write_parquet
+from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
+from cascade.device import choose_device
+from cascade.drawing.batch_size import Wish
+from cascade.drawing.changes import Changes
+from cascade.errors import CascadeError
+from cascade.load.index import read_index
+from cascade.load.stage import read_config
+from cascade.pipeline import CascadePipeline
+from cascade.probe import settled_dtype
+from cascade.prompts.reading import given_prompts, read_prompts
+from cascade.prompts.sources import count_prompts
+from cascade.quoting import quoted
+from cascade.values import SETTINGS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a batch went.
+
+    folder: where its pictures are. seed: of the run. pictures: in the folder; kept: of them, from before; failures:
+    prompts and pictures that could not be drawn, in failures.jsonl. stopped: there is more to draw, the same call goes
+    on. speaks: whether this process is the one of several that speaks for all; the others know nothing of the counts.
+    """
+
+    folder: Path
+    seed: int
+    pictures: int = 0
+    kept: int = 0
+    failures: int = 0
+    stopped: bool = False
+    speaks: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRequest:
+    """What `cascade generate` is asked for; names and meanings are those of its options.
+
+    prompts: texts to draw; file: of prompts, in their place. manifest: "parquet" for a table beside the JSON lines.
+    """
+
+    out: str
+    prompts: Sequence[str] = ()
+    file: str | None = None
+    strict: bool = False
+    model: str | None = None
+    overwrite: bool = False
+    format: str = "png"
+    tar_size: int = 1000
+    manifest: str = "jsonl"
+    html: bool = False
+    shard: tuple[int, int] = (0, 1)
+    seed: int | None = None
+    num_images_per_prompt: int = 1
+    negative_prompt: str | None = None
+    steps: PerStage[int] = None
+    guidance: PerStage[float] = None
+    sampler: PerStage[str | Mapping[str, Any]] = None
+    aug_level: PerStage[float] = None
+    threshold: PerStage[float | str] = None
+    preset: str | None = None
+    until: int | None = None
+    height: int | None = None
+    width: int | None = None
+    save_stages: bool = False
+    image: str | None = None
+    mask: str | None = None
+    strength: PerStage[float] = None
+    extend: Mapping[str, int] | None = None
+    resampling: int = 1
+    variation: tuple[int, float] | None = None
+    grid: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: Wish = None
+    low_memory: bool = False
+    text_8bit: bool = False
+    window: int | None = None
+
+    def run(self, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """Draw everything that the folder does not hold yet.
+
+        stop: asked now and then. Raises CascadeError for what the call itself asks for, when that is not possible.
+        """
+        self._check()
+        progress = progress or Progress()
+        with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
+            self._check_split(output)
+            settled = output.begin(self._settings())
+            run_seed = settled["seed"]
+            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
+            pipeline = self._pipeline(settled["dtype"])
+            progress.begin(self._total(output))
+            summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
+            progress.end()
+            return self._finish(output, summary, run_seed)
+
+    def changes(self) -> Changes:
+        """The picture to be changed, and how."""
+        if self.extend is not None and not isinstance(self.extend, Mapping):
+            raise CascadeError("extend: expected sides and pixels, such as left=64,top=32")
+        return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
+
+    def _check(self) -> None:
+        if bool(self.prompts) == bool(self.file):
+            raise CascadeError("give either prompts or --prompts FILE")
+        if self.html and self.format == WEBDATASET:
+            raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
+
+    def _extras(self) -> list[tuple[str, str]]:
+        """What is written beside the pictures, as (stem, ending)."""
+        asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
+        return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
+
+    def _layout(self) -> Layout:
+        return Layout(self.format, self.tar_size, self.shard)
+
+    def _check_split(self, output: Output) -> None:
+        """Several processes read the same prompts and must know the same seed."""
+        if output.team.count > 1 and self.file == "-":
+            raise CascadeError("--prompts -: several processes cannot share standard input; name a file")
+        if self.shard[1] > 1 and self.seed is None:
+            raise CascadeError("--shard: shards need the same seed; give one with --seed")
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the bytes of the output; `Output` refuses to continue a run of which any was different."""
+        device = choose_device(self.device)
+        own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
+        stored = ("batch_size", "format", "save_stages")
+        return {
+            "versions": versions(),
+            "model": model_identity(read_index(self.model)),
+            **{name: getattr(self, name) for name in (*own, *stored)},
+            "tar_size": self.tar_size if self.format == WEBDATASET else None,
+            "device": device.type,
+            "dtype": self._dtype(device),
+        }
+
+    def _dtype(self, device: torch.device) -> str | dict[str, str]:
+        """The number format; where it was left to us, what is fastest here, which a run that stands there overrules."""
+        configs = map(read_config, read_index(self.model).stages)
+        name = str(settled_dtype(self.dtype, device, configs)).removeprefix("torch.")
+        return {"auto": name} if self.dtype == "auto" else name
+
+    def _pipeline(self, dtype: str) -> CascadePipeline:
+        return CascadePipeline.from_pretrained(
+            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
+        )
+
+    def _options(self, run_seed: int) -> DrawOptions:
+        return DrawOptions(
+            run_seed=run_seed,
+            num_images=self.num_images_per_prompt,
+            negative_prompt=self.negative_prompt,
+            until=self.until,
+            height=self.height,
+            width=self.width,
+            sampling={name: getattr(self, name) for name in SETTINGS},
+            preset=self.preset,
+            batch_size=self.batch_size,
+            window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
+            save_stages=self.save_stages,
+            changes=self.changes(),
+            strict=self.strict,
+            low_memory=self.low_memory,
+        )
+
+    def _total(self, output: Output) -> int | None:
+        """Pictures of this process, about."""
+        prompts = count_prompts(self.file) if self.file else len(self.prompts)
+        if prompts is None:
+            return None
+        return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.team.count))
+
+    def _finish(self, output: Output, summary: Summary, run_seed: int) -> Outcome:
+        """What comes once all is drawn; with several processes, the first does it for all."""
+        output.team.wait_for_the_others()
+        stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
+        if output.team.rank > 0:
+            return Outcome(output.folder, run_seed, stopped=stopped, speaks=False)
+        output.manifest.refresh()
+        counts = output.manifest.count(), output.kept(), output.failures()
+        if not stopped:
+            output.complete()
+        self._write_extras(output)
+        return Outcome(output.folder, run_seed, *counts, stopped)
+
+    def _write_extras(self, output: Output) -> None:
+        entries = output.manifest.entries
+        if output.manifest.count() == 0:
+            return
+        if self.grid:
+            columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
+            output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
+        if self.manifest == "parquet":
+            output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
+        if self.html:
+            title = Path(self.out).resolve().name
+            output.write_with("index", ".html", lambda path: write_page(entries(), path, title))
+
+
+def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **wishes: Any) -> Outcome:
+    """Draw prompts into a folder of pictures with a manifest, as `cascade generate` does; whatever is there is kept.
+
+    prompts: a prompt, several, or the Path of a prompt file. wishes: fields of `BatchRequest`, such as `seed`, `model`,
+    `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call goes on after a stop or a kill.
+    Raises CascadeError for what cannot be drawn at all; single prompts that fail are in `failures.jsonl`.
+    """
+    names = [field.name for field in fields(BatchRequest) if field.name not in ("out", "prompts", "file")]
+    for name in wishes:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            raise CascadeError(
+                f"generate_files: {quoted(name)} is not known" + (f"; did you mean {close[0]}?" * bool(close))
+            )
+    if isinstance(prompts, Path):
+        return BatchRequest(out=str(out), file=str(prompts), **wishes).run()
+    return BatchRequest(out=str(out), prompts=[prompts] if isinstance(prompts, str) else prompts, **wishes).run()

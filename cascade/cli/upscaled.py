@@ -1,0 +1,147 @@
+"""One picture of `cascade upscale`: enlarged with all that its file holds, written, and recognised the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cascade.errors import CascadeError, StorageError
+from cascade.files.parsed import parse_json
+from cascade.files.text import json_text
+from cascade.text.captions import well_formed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cascade.files.frames import Frames
+    from cascade.pipeline import CascadePipeline
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Enlarger:
+    """Enlarges pictures in the way that a call asks for. options: those of `CascadePipeline.upscale`."""
+
+    pipeline: CascadePipeline
+    options: Mapping[str, Any]
+    overwrite: bool
+
+    def make(self, image: str, target: Path) -> str:
+        """Write one picture and its line of the manifest, and say what was done. Raises CascadeError."""
+        from cascade.files.frames import read_frames
+
+        try:
+            source = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
+        asked = {"source_sha256": source, **self.options}
+        if target.exists() and self._is_kept(target, asked):
+            return "kept"
+        drawn = self._enlarged(image, read_frames(image))
+        _write(target, drawn, self._entry(image, asked, drawn))
+        width, height = drawn.images[0].size
+        return f"{width}x{height}, {len(drawn.images)} frames" if drawn.is_animated else f"{width}x{height}"
+
+    def _is_kept(self, target: Path, asked: Mapping[str, Any]) -> bool:
+        """Whether the picture there is the one asked for. Raises CascadeError for one that is not to be replaced."""
+        same = _is_from(target, json.loads(json.dumps(asked)))
+        if same is None:
+            raise CascadeError(f"{target}: is there already, and `cascade upscale` did not write it; move it")
+        if not same and not self.overwrite:
+            raise CascadeError(
+                f"{target}: is there already, and not from this call; --overwrite, or name another --out"
+            )
+        return same and not self.overwrite
+
+    def _enlarged(self, name: str, frames: Frames) -> Frames:
+        """Every frame by itself. All see the same noise, so that what stands still does not flicker."""
+        from cascade.files.alpha import is_opaque
+        from cascade.files.frames import check_pixels
+        from cascade.upscaling import target_size
+
+        width, height = frames.images[0].size
+        configs = [slot.config for slot in self.pipeline.enlargers]
+        height, width = target_size(configs, (height, width), self.options["to"])
+        check_pixels(name, len(frames.images), (width, height))
+        opaque = all(is_opaque(image) for image in frames.images)
+        return replace(frames, images=[self._one(image, opaque) for image in frames.images])
+
+    def _one(self, image: Image.Image, opaque: bool) -> Image.Image:
+        """A frame as RGB where all are opaque, else as RGBA: an animation has one mode."""
+        from cascade.files.alpha import bled, with_alpha
+
+        whole = image if image.mode == "RGBA" else image.convert("RGBA")
+        colours = image.convert("RGB") if opaque else bled(whole)
+        (drawn,) = self.pipeline.upscale(colours, **self.options).images
+        return drawn if opaque else with_alpha(drawn, whole.getchannel("A"))
+
+    def _entry(self, image: str, asked: Mapping[str, Any], drawn: Frames) -> dict[str, Any]:
+        """What the picture and the manifest say of it."""
+        from cascade._version import __version__
+
+        pipeline = self.pipeline
+        width, height = drawn.images[0].size
+        return {
+            "source": Path(image).name,
+            "prompt": self.options["prompt"],
+            "seed": self.options["seed"],
+            "width": width,
+            "height": height,
+            **({"frames": len(drawn.images)} if drawn.is_animated else {}),
+            "model": pipeline.name,
+            "license": pipeline.license,
+            "cascade": __version__,
+            "settings": {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")},
+            "upscale": asked,
+        }
+
+
+def _write(target: Path, drawn: Frames, entry: Mapping[str, Any]) -> None:
+    """The picture whole, then its line. Raises CascadeError when they cannot be written."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from cascade.checkpoint import atomic_file
+    from cascade.files.frames import save_png
+
+    chunks = PngInfo()
+    for name, value in entry.items():
+        chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
+    try:
+        with atomic_file(target) as temporary:
+            save_png(temporary, drawn, chunks)
+        line = {"file": target.name, **entry, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+        with (target.parent / MANIFEST).open("a", encoding="utf-8", newline="\n") as manifest:
+            manifest.write(json_text(line) + "\n")
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _is_from(target: Path, asked: Any) -> bool | None:
+    """Whether the picture that stands there is whole and was asked for in the same way; None: it is none of ours."""
+    from cascade.files.picture import open_picture
+
+    try:
+        # However large it is: only one that says that it is ours is decoded.
+        with open_picture(target, limited=False) as image:
+            said = parse_json(image.info.get("upscale", "null"))
+            if not isinstance(said, dict):
+                return None
+            return bool(said == asked) and _is_whole(image)
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _is_whole(image: Image.Image) -> bool:
+    """Whether every frame can be decoded."""
+    try:
+        for place in range(getattr(image, "n_frames", 1)):
+            image.seek(place)
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""A batch from Python is the batch of the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers_model import make_tiny_cascade
+
+from cascade import CascadeError, generate_files
+from cascade.cli.program import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_cascade(tmp_path_factory.mktemp("m") / "tiny"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_a_call_and_the_command_write_the_same_files_and_continue_each_other(model: str, tmp_path: Path) -> None:
+    wishes = {"model": model, "device": "cpu", "seed": 3, "until": 8}
+    outcome = generate_files(["a fox", "two stars"], tmp_path / "call", **wishes)
+    assert (outcome.pictures, outcome.kept, outcome.failures, outcome.stopped) == (2, 0, 0, False)
+    assert outcome.folder == tmp_path / "call"
+    command = ["generate", "a fox", "two stars", "--model", model, "--device", "cpu", "--seed", "3", "--until", "8"]
+    assert main([*command, "--out", str(tmp_path / "command")]) == 0
+    assert files(tmp_path / "call") == files(tmp_path / "command")
+    assert len(files(tmp_path / "call")) == 2
+    assert main([*command, "--out", str(tmp_path / "call")]) == 0
+    assert generate_files(["a fox", "two stars"], tmp_path / "command", **wishes).kept == 2
+
+
+def test_a_prompt_file_is_a_path_and_what_fails_is_counted(model: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "b", "steps": {"bse": 2}}\n')
+    outcome = generate_files(tmp_path / "p.jsonl", tmp_path / "out", model=model, device="cpu", until=8)
+    assert (outcome.pictures, outcome.failures) == (1, 1)
+    assert "no stage is called 'bse'" in json.loads((tmp_path / "out/failures.jsonl").read_text())["reason"]
+    one = generate_files("a fox", tmp_path / "one", model=model, device="cpu", until=8, seed=outcome.seed)
+    assert one.pictures == 1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"sead": 3}, "generate_files: 'sead' is not known; did you mean seed?"),
+        ({"seed": 3, "steps": {"bse": 2}}, "steps: no stage is called 'bse'"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_anything_is_written(
+    model: str, tmp_path: Path, wishes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(CascadeError) as caught:
+        generate_files(["a fox"], tmp_path / "out", model=model, device="cpu", **wishes)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
