@@ -245,8 +245,8 @@ def test_info_counts_parameters_bytes_and_arithmetic(model: Path, capsys: pytest
         assert part["gflop_per_picture"] == pytest.approx(4 * part["gflop_per_call"])
     table = run(capsys, "info", model)[1].splitlines()
     assert table[0] == "tiny, licence CC0-1.0, format 1"
-    ways_to_load, what_is_free = 4, 1
-    assert len(table) == 2 + len(["header", "text encoder", *STAGES, "all"]) + 1 + ways_to_load + what_is_free
+    ways_to_load, what_is_free, where = 4, 1, 2
+    assert len(table) == 2 + len(["header", "text encoder", *STAGES, "all"]) + 1 + ways_to_load + what_is_free + where
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -53,7 +53,9 @@ def write_parquet(path: Path, first: int, count: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path)
     if count == 0:  # which datasets before 5.2 does not write
-        pq.write_table(pq.read_table(path).slice(0, 0), path)
+        schema = pq.read_schema(path)
+        with pq.ParquetWriter(path, schema):
+            pass
     return path
 
 
