@@ -68,8 +68,9 @@ class Desk:
         """One command, in a process of its own."""
         command = [sys.executable, "-m", "cascade", *map(str, arguments)]
         return subprocess.Popen(
-            command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Ctrl-Break reaches a group
+        )  # fmt: skip
 
     def run(self, *commands: Sequence[object]) -> str:
         """Commands one after the other in one process; what they print. All must succeed."""
