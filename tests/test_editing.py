@@ -14,6 +14,7 @@ from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
 from cascade.cli.program import main
+from cascade.drawing import changes
 from cascade.drawing.edit import Box, Edit, edit_of, extended
 
 NOISE = np.random.default_rng(0)
@@ -245,3 +246,26 @@ def test_the_command_draws_beyond_a_picture(model: Path, files: Path) -> None:
     changed = pixels_of(files / "out" / line["file"])
     assert (status, changed.shape) == (0, (32, 64, 3))
     assert np.array_equal(changed[:, 16:48], pixels_of(files / "picture.png"))
+
+
+def test_a_wrong_picture_of_the_call_ends_it_before_any_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["generate", "a fox", "a box", "--image", str(tmp_path / "none.png"), "--model", str(model)]
+    assert main([*call, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("no such file") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_is_read_once_for_all_lines_that_name_it(
+    model: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[object] = []
+    real = changes.read_picture
+    monkeypatch.setattr(changes, "read_picture", lambda image: (reads.append(image), real(image))[1])
+    row = {"image": str(files / "picture.png"), "strength": 0.5}
+    (files / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a fox {n}", **row}) + "\n" for n in range(4)))
+    assert generate(model, files, "--prompts", files / "p.jsonl", "--seed", 3)[0] == 0
+    assert len(reads) == 1
+    assert generate(model, files, "b", "c", "--seed", 3, "--image", files / "picture.png", "--overwrite")[0] == 0
+    assert len(reads) == 2

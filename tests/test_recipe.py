@@ -89,7 +89,7 @@ from cascade.batch.plan import Target
 from cascade.cli.program import main
 from cascade.drawing.shelf import Shelf
 
-plain, spice = Target.recipe.fget, "hot"
+plain, spice = Target.recipe.func, "hot"
 Target.recipe = property(lambda target: plain(target).model_copy(update={"spice": spice}))
 kept = []
 put = Shelf.put

@@ -6,7 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 from cascade.arguments import stage_sizes
 from cascade.config.sampling import SamplingConfig
@@ -24,6 +25,10 @@ from cascade.slots import StageSlot
 FILES_PER_FOLDER = 10_000
 """Pictures in one folder, beyond which subfolders begin."""
 _NAME_LENGTH = 60
+
+
+Change: TypeAlias = tuple[Edit | None, tuple[int, int], dict[str, Any]]
+"""What `Changes.resolve` gives: the edit, the size that is drawn, what the recipe says of both."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Target:
     job: Job
     number: int
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """What decides its bytes."""
         job, (height, width) = self.job, self.job.sizes[-1]
@@ -131,6 +136,8 @@ class Planner:
         resolve_sampling(self._configs, options.preset, options.sampling)
         self.slots = pipeline.slots_until(options.until)
         self.sizes = stage_sizes([slot.config for slot in self.slots], options.height, options.width)
+        self._called = self._resolved(options.changes)
+        self._last: tuple[dict[str, Any], Change] = ({}, self._called)
 
     def job(self, record: PromptRecord) -> Job:
         """What holds for a prompt. Raises CascadeError for settings of its own that this cascade does not allow."""
@@ -145,12 +152,15 @@ class Planner:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
         return Job(record, negative or "", count, self.slots, sizes, settings, edit, said)
 
-    def _changes(self, record: PromptRecord) -> tuple[Edit | None, tuple[int, int], dict[str, Any]]:
-        """Those of the line, where it has any, else the call's."""
-        own = {name: getattr(record, name) for name in ("image", "mask", "strength")}
-        changes = replace(self._options.changes, **{name: value for name, value in own.items() if value is not None})
-        if changes.image is None and changes == self._options.changes == Changes():
-            return None, self.sizes[-1], {}
+    def _changes(self, record: PromptRecord) -> Change:
+        """Those of the line, where it has any, else the call's; a picture is read once for lines that say the same."""
+        every = {name: getattr(record, name) for name in ("image", "mask", "strength")}
+        own = {name: value for name, value in every.items() if value is not None}
+        if own != self._last[0]:
+            self._last = (own, self._resolved(replace(self._options.changes, **own))) if own else ({}, self._called)
+        return self._last[1]
+
+    def _resolved(self, changes: Changes) -> Change:
         asked = self._options.height is not None or self._options.width is not None
         return changes.resolve([slot.config for slot in self.slots], self.sizes[-1], asked)
 
