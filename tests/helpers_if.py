@@ -19,6 +19,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what a peer's import deprecates is not ours
     diffusers = pytest.importorskip("diffusers")
     from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+    from diffusers.pipelines.deepfloyd_if import pipeline_if, pipeline_if_superresolution
+    from diffusers.schedulers import scheduling_ddpm
 
 TEXT_DIM = 32
 
@@ -101,28 +103,47 @@ def make_if(folder: Path, super_resolution: bool = False, save: bool = True, **h
 PROMPT, NEGATIVE = "a red Apple", "two blue stars"
 
 
+def draw_float32_noise(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+    """In place of diffusers' `randn_tensor`, which draws other noise in another dtype."""
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
 def peer_picture(peer: Any, low: Tensor | None = None, **how: Any) -> Tensor:
     """What a pipeline of diffusers draws for PROMPT and against NEGATIVE, in ten steps unless `how` says otherwise.
 
-    low: (1, 3, h, w), for the second stage. Returns (1, 3, H, W) in about [-1, 1].
+    low: (1, 3, h, w), for the second stage. Returns float32 (1, 3, H, W) in about [-1, 1]. The networks calculate in
+    float64, as in `own_picture`: guidance enlarges round-off so far that in float32 diffusers differs by 1e-4 from
+    itself with another number of threads.
     """
     steps = {} if "timesteps" in how else {"num_inference_steps": 10}
     second = {} if low is None else {"image": low, "noise_level": 250}
-    return peer(
-        prompt=PROMPT,
-        negative_prompt=NEGATIVE,
-        guidance_scale=7.0 if low is None else 4.0,
-        generator=torch.Generator().manual_seed(5),
-        output_type="pt",
-        clean_caption=False,
-        **steps,
-        **second,
-        **how,
-    ).images
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline_if, pipeline_if_superresolution, scheduling_ddpm):
+            patch.setattr(module, "randn_tensor", draw_float32_noise)
+        peer.to(torch.float64)
+        try:
+            drawn = peer(
+                prompt=PROMPT,
+                negative_prompt=NEGATIVE,
+                guidance_scale=7.0 if low is None else 4.0,
+                generator=torch.Generator().manual_seed(5),
+                output_type="pt",
+                clean_caption=False,
+                **steps,
+                **second,
+                **how,
+            ).images
+        finally:
+            peer.to(torch.float32)
+    return drawn.float()
 
 
 def own_picture(stage: Stage, text_encoder: Path, low: Tensor | None = None, **changes: Any) -> Tensor:
-    """What a stage of ours draws in its place: the noise comes from the generator in the same order."""
+    """What a stage of ours draws in its place: the noise comes from the generator in the same order.
+
+    Its network stays in float64.
+    """
+    stage.network.double()
     encoder = TextEncoder.from_pretrained(text_encoder, max_length=77, padded=True, captions="lower")
     cond, null = (
         Conditioning(text.tokens, text.mask) for text in (encoder.encode([PROMPT]), encoder.encode([NEGATIVE]))

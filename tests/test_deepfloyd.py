@@ -214,7 +214,7 @@ def test_a_guided_picture_of_the_first_stage_equals_diffusers(
     folder, peer = peers[False]
     how = {"timesteps": list(named_steps(timesteps))} if timesteps else {}
     ours = own_picture(load_stage(folder), folder / "text_encoder", timesteps=timesteps)
-    torch.testing.assert_close(ours, peer_picture(peer, **how), rtol=0, atol=3e-4)
+    torch.testing.assert_close(ours, peer_picture(peer, **how), rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -222,7 +222,7 @@ def test_a_guided_picture_of_the_second_stage_equals_diffusers(peers: dict[bool,
     folder, peer = peers[True]
     low = noise(1, 3, 8, 8).clamp(-1, 1)
     ours = own_picture(load_stage(folder), folder / "text_encoder", low)
-    torch.testing.assert_close(ours, peer_picture(peer, low), rtol=0, atol=3e-4)
+    torch.testing.assert_close(ours, peer_picture(peer, low), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

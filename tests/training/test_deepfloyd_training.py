@@ -172,7 +172,7 @@ def test_fine_tuning_lowers_the_loss_and_diffusers_draws_the_same_with_the_learn
     assert theirs.scheduler.config.variance_type == "learned_range"
     low = draws(1, 3, 8, 8).clamp(-1, 1) if enlarges else None
     ours = own_picture(after, folders[enlarges] / "text_encoder", low)
-    torch.testing.assert_close(ours, peer_picture(theirs, low), rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours, peer_picture(theirs, low), rtol=0, atol=5e-4)
 
 
 @pytest.mark.filterwarnings("ignore:the prompt .* was cut")
