@@ -6,7 +6,8 @@
 A picture that a base stage draws from words alone has no true large one. So the base stage redraws true pictures: the
 area mean is noised to a log SNR of --levels, and the stage goes on from there under the picture's caption, as it would
 in the middle of a drawing. What the noise left standing is the truth's, edges and small shapes are the stage's own.
-A super-resolution stage in that place enlarges the area mean of the size that it starts from.
+A super-resolution stage in that place enlarges the area mean of the size that it starts from; with --strength below 1
+it starts from the true picture with the noise of that time, so that edges lie where the true ones lie.
 
 Each row keeps its columns and gets `low` (`data.sources.low_column`). Rows of tiles, whose id ends in `@left,top`, get
 the same part of the smaller picture; --whole names the files with their whole pictures.
@@ -32,6 +33,7 @@ from cascade.checkpoint import atomic_file
 from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
+from cascade.diffusion.editing import Known
 from cascade.diffusion.noise import CLEAN, diffuse, noise_like
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.images import downsample, from_pil, to_float, to_uint8
@@ -57,17 +59,21 @@ def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int,
 
 
 @torch.inference_mode()
-def smaller(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: int, first: int) -> Tensor:
-    """What a stage draws in the place of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
-    config, numbers = stage.config, range(first, first + len(truth))
-    if config.low_resolution is None:
-        rng = [generator(0, number, "redraw") for number in numbers]
-        return to_uint8(redrawn(stage, downsample(truth, config.resolution), texts, log_snr, steps, rng))
+def redrawn_by_base(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: int, first: int) -> Tensor:
+    """What a base stage makes of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
+    rng = [generator(0, number, "redraw") for number in range(first, first + len(truth))]
+    return to_uint8(redrawn(stage, downsample(truth, stage.config.resolution), texts, log_snr, steps, rng))
+
+
+@torch.inference_mode()
+def redrawn_by_enlarging(stage: Stage, truth: Tensor, texts: Texts, strength: float, first: int) -> Tensor:
+    """What a super-resolution stage makes of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
+    config, size = stage.config, stage.config.resolution
+    assert config.low_resolution is not None, "a base stage sees no smaller picture"
     low = to_uint8(downsample(truth, config.low_resolution))
-    batch = [Picture(place, 0, number) for place, number in enumerate(numbers)]
-    return to_uint8(
-        draw_batch(stage, Inputs(config.sampling, (config.resolution, config.resolution), batch, texts, low))
-    )
+    batch = [Picture(place, 0, first + place) for place in range(len(truth))]
+    known = Known(downsample(truth, size), strength=strength) if strength < 1 else None
+    return to_uint8(draw_batch(stage, Inputs(config.sampling, (size, size), batch, texts, low, known)))
 
 
 def picture_of(row: Row) -> Tensor:
@@ -103,6 +109,14 @@ def part_of(low: Tensor, row: Row) -> Tensor:
 @click.option("--count", default=600, show_default=True, help="Pictures, drawn by lot from all files.")
 @click.option("--levels", nargs=2, default=(1.0, 3.0), show_default=True, help="Base stages: log SNR of the noise.")
 @click.option("--steps", default=4, show_default=True, help="Base stages: steps from there.")
+@click.option(
+    "--strength",
+    nargs=2,
+    type=click.FloatRange(0, 1),
+    default=(1.0, 1.0),
+    show_default=True,
+    help="Super-resolution stages: noise on the true picture to start from, as `generate --strength`.",
+)
 def main(
     files: tuple[str, ...],
     path: str,
@@ -112,6 +126,7 @@ def main(
     count: int,
     levels: tuple[float, float],
     steps: int,
+    strength: tuple[float, float],
 ) -> None:
     """Write the rows."""
     stage, encoder = load_stage(path), load_encoder(text_encoder, [Path(path)])
@@ -126,7 +141,10 @@ def main(
         truth = torch.cat([picture_of(whole_of(row, sources)) for row in batch])
         captions = [row["caption_styled"] for row in batch]
         texts = Texts(encoder.encode(captions), encoder.encode([""] * len(batch)))
-        pictures = smaller(stage, truth, texts, float(rng.uniform(*levels)), steps, start)
+        if stage.config.low_resolution is None:
+            pictures = redrawn_by_base(stage, truth, texts, float(rng.uniform(*levels)), steps, start)
+        else:
+            pictures = redrawn_by_enlarging(stage, truth, texts, float(rng.uniform(*strength)), start)
         parts = [part_of(picture, row) for row, picture in zip(batch, pictures.split(1), strict=True)]
         lows += [image_struct(encode(to_float(part))) for part in parts]
     column = pa.array(lows, type=table.schema.field("image").type)

@@ -106,3 +106,18 @@ def test_a_tile_whose_whole_picture_is_missing_is_named(script: ModuleType, mode
     result = CliRunner().invoke(script.main, [*words, "--out", str(tmp_path / "out.parquet")])
     assert result.exit_code == 1
     assert "a@0,0: a tile; name the files with the whole pictures by --whole" in result.output
+
+
+def test_a_super_resolution_stage_of_strength_0_leaves_the_true_picture(
+    script: ModuleType, model: Path, tmp_path: Path
+) -> None:
+    whole = noise(32, 0)
+    source = write_rows(tmp_path / "whole.parquet", {"a": whole})
+    mean = to_uint8(downsample(to_float(torch.from_numpy(whole).permute(2, 0, 1))[None], 16))[0]
+    drawn = {}
+    for strength in (0.0, 1.0):
+        options = ("--strength", strength, strength)
+        (row,) = draw(script, model, "sr16", tmp_path / "drawn.parquet", source, *options)
+        drawn[strength] = decoded(row["low"])
+    assert torch.equal(drawn[0.0], mean)
+    assert not torch.equal(drawn[1.0], mean)
