@@ -82,7 +82,7 @@ def test_the_readme_is_short():
 
 
 def test_links_between_documents_lead_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "cascade" / "pretrained" / "README.md"]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "cascade" / "pretrained" / "README.md"]
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
