@@ -210,7 +210,7 @@ def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
         patch.setattr("cascade.drawing.engine.draw_batch", drawing(after=spoil))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout) == (1, f"5 pictures in {out}, 1 failed\n")
-    assert "numbers that are not finite" in stderr
+    assert "output is not finite" in stderr
     (failure,) = (out / "failures.jsonl").read_text().splitlines()
     assert (json.loads(failure)["index"], json.loads(failure)["number"]) == (2, 0)
     assert_continues(capsys, model, out)

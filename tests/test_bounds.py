@@ -48,7 +48,7 @@ def refused(tmp_path: Path, *assignments: str) -> str:
         ("data.workers=1025", "1,025 is more than 1,024, more than any machine has processors for"),
         ("training.batch_size=10000001", "10,000,001 is more than 10,000,000, which no memory holds at once"),
         ("training.sample_count=10000001", "10,000,001 is more than 10,000,000"),
-        ("training.validation={sources: [{kind: scenes}], batches: 1000001}", "a validation of so many never ends"),
+        ("training.validation={sources: [{kind: scenes}], batches: 1000001}", "a validation on so many never ends"),
         (
             f"training.steps={2**53 + 1}",
             "9,007,199,254,740,993 is more than 9,007,199,254,740,992, from where on numbers",

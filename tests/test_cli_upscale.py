@@ -169,7 +169,7 @@ def test_what_the_camera_noted_stays(model: Path, folder: Path) -> None:
         (["red.png", "--to", "100000000"], "red.png: out of memory in stage sr32: needs more than"),
         (["red.png", "blue.png", "--steps", "0"], "stage base: steps: should be greater than 0"),
         (["red.png", "--to", "0"], "0 is not in the range x>=1"),
-        (["red.png", "--tile", "8"], "tile: stage sr16 looks at the whole picture"),
+        (["red.png", "--tile", "8"], "tile: stage sr16 sees the whole picture at once"),
         (["red.png", "--steps", "base4=3"], "no stage is called 'base4'"),
         (["red.png", "--preset", "best"], "no stage of this cascade defines 'best'"),
         (["red.png", "sub/red.png"], "would become"),

@@ -248,7 +248,7 @@ def test_assembled_stages_are_the_cascade_that_they_came_from(pipeline: CascadeP
     [
         ((0, 2), "sr32 starts from 16 px, but stage base before it draws 8 px"),
         ((1, 2), "the first stage must be a base stage"),
-        ((0, 1, 1), "every stage needs a name of its own"),
+        ((0, 1, 1), "every stage needs a different name"),
         ((), "at least one stage"),
     ],
 )

@@ -149,7 +149,7 @@ CASES = [
     Case(
         "too little memory for the text encoder as well",
         (),
-        "so that the encoder need not be loaded",
+        "so that the encoder is not loaded",
         memory_without_text,
     ),
     Case("too little memory, hopeless", (), "use a smaller stage.model, or FSDP over several GPUs", free_memory(1000)),

@@ -43,7 +43,7 @@ def test_where_there_are_no_locks_pictures_are_drawn_and_one_line_says_what_is_l
     assert len(list(out.glob("*.png"))) == 2
     lost = [line for line in caplog.messages if "no locks on this file system" in line]
     assert 1 <= len(lost) == len(set(lost)) <= 2  # of the folder, and of the one with what a restart needs
-    assert all(line.endswith("see that no other run writes into this folder") for line in lost)
+    assert all(line.endswith("make sure no other run writes into this folder") for line in lost)
 
 
 @pytest.mark.usefixtures("no_locks")
