@@ -413,7 +413,7 @@ def test_shards_need_a_seed_and_pictures_their_metadata(
         assert main([*call, "--from-image", str(tmp_path / name)]) == 2
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "error: --shard: shards need the same seed; give one with --seed",
-        f"error: {tmp_path / 'p.png'}: does not say how it was drawn; expected a picture of `cascade generate`",
+        f"error: {tmp_path / 'p.png'}: does not record how it was drawn; expected a `cascade generate` picture",
         f"error: {tmp_path / 'p.jpg'}: not a readable picture: cannot identify image file {str(tmp_path / 'p.jpg')!r}",
         f"error: {tmp_path / 'none.png'}: no such file",
     ]
