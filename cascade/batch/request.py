@@ -221,7 +221,7 @@ class BatchRequest:
 def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **options: Any) -> Outcome:
     """Draw prompts into a folder of pictures with a manifest, as `cascade generate` does; finished pictures are kept.
 
-    prompts: a prompt, several, or the Path of a prompt file. options: fields of `BatchRequest`, such as `seed`, `model`,
+    prompts: a prompt, several, or the Path of a prompt file. options: fields of `BatchRequest` such as `seed`, `model`,
     `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call continues after a stop or a kill.
     Raises CascadeError if nothing can be drawn; single prompts that fail are listed in `failures.jsonl`.
     """
