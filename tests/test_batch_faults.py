@@ -391,7 +391,7 @@ def test_pictures_past_ten_thousand_go_into_subfolders_by_index(
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--batch-size", "many"), "or auto"),
         (("--html", "--format", "webdataset"), "--html: a page cannot show pictures inside tar shards"),
-        (("--from-image", "x.png"), "--from-image: the picture says what to draw"),
+        (("--from-image", "x.png"), "--from-image: the picture holds its own prompt"),
     ],
 )
 def test_wrong_options_are_told(

@@ -64,7 +64,7 @@ def test_the_same_call_keeps_what_is_there_and_another_needs_overwrite(
     assert (folder / "out" / "red.png").stat().st_mtime_ns == written
     assert len(manifest(folder)) == 1
     assert upscale(model, folder, *call, "--prompt", "a fox") == 2
-    assert "is there already, and not from this call" in capsys.readouterr().err
+    assert "exists, but from another call" in capsys.readouterr().err
     assert upscale(model, folder, *call, "--prompt", "a fox", "--overwrite") == 0
     assert manifest(folder)[-1]["prompt"] == "a fox"
 
@@ -79,7 +79,7 @@ def test_a_result_beyond_the_largest_picture_that_is_read_is_kept(
         assert said in capsys.readouterr().out
     Image.new("RGB", (40, 40)).save(folder / "out" / "red.png")
     assert upscale(model, folder, folder / "red.png", "--to", 16) == 2
-    assert "is there already, and `cascade upscale` did not write it" in capsys.readouterr().err
+    assert "exists, and `cascade upscale` did not write it" in capsys.readouterr().err
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_made(

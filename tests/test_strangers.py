@@ -119,7 +119,7 @@ def test_a_picture_drawn_again_writes_over_nothing(
         assert (out / picture.name).read_text() == MINE
     other = tmp_path / "second" / picture.name
     before = other.read_bytes()
-    refused(main([*again, str(other.parent)]), capsys, "is there already, and another picture; --overwrite")
+    refused(main([*again, str(other.parent)]), capsys, "exists, and is another picture; give --overwrite")
     assert other.read_bytes() == before
     assert main([*again, str(other.parent), "--overwrite"]) == 0
     assert other.read_bytes() == picture.read_bytes()
