@@ -260,7 +260,7 @@ def test_what_other_processes_found_of_an_earlier_run_counts_too(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Output, "claim", lambda _, unit: unit == 1)
     monkeypatch.setattr(Output, "is_everything_done", lambda _output, _last: True)
-    assert generate(capsys, model, out)[1] == f"6 pictures in {out}, 5 of them from before\n"
+    assert generate(capsys, model, out)[1] == f"6 pictures in {out}, 5 of them from an earlier run\n"
 
 
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
@@ -386,7 +386,7 @@ def test_pictures_past_ten_thousand_go_into_subfolders_by_index(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shard", "5/4"), "'5/4'; expected which of how many, such as 3/16"),
+        (("--shard", "5/4"), "'5/4'; expected number/count, such as 3/16"),
         (("--shard", "0/4"), "such as 3/16"),
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--batch-size", "many"), "or auto"),

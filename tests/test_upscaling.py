@@ -207,7 +207,7 @@ def test_back_projection_brings_the_area_mean_to_the_smaller_picture() -> None:
         (picture(8, 8), {"tile": 0}, "tile: 0; expected at least 1"),
         (picture(8, 8), {"tile": 8}, "tile: stage sr16 sees the whole picture at once; draw it without tiles"),
         (picture(8, 8), {"steps": {"sr64": 2}}, "no stage is called 'sr64'"),
-        (picture(8, 8), {"prompt": 3}, "prompt: 3 is no text"),
+        (picture(8, 8), {"prompt": 3}, "prompt: 3 is not text"),
         (picture(8, 8), {"output_type": "jpeg"}, "output_type: 'jpeg'"),
         (b"abc", {}, "image: bytes; expected a PIL picture, a path or a NumPy array"),
         (np.zeros((8, 8)), {}, r"image: an array float64 of shape \(8, 8\); expected uint8"),

@@ -237,7 +237,7 @@ TRAINING = [
     Case("wrong type", TRAIN + "training.steps=many", 'training.steps: should be a valid integer, not "many"', good_settings),
     Case("setting missing", TRAIN, "config.yaml: data is missing", no_data),
     Case("no assignment", TRAIN + "training.steps", "'training.steps': expected key=value, such as training.steps=100", good_settings),
-    Case("unknown preset", "train preset:tiny/bas", "preset:tiny/bas: no such preset; there are "),
+    Case("unknown preset", "train preset:tiny/bas", "preset:tiny/bas: no such preset; expected one of "),
     Case("missing tracker", TRAIN + "training.trackers=[clearml]", "training.trackers: clearml is not installed", good_settings),
     Case("fp16 on a CPU", TRAIN + "training.precision=fp16", "training.precision: fp16 needs a GPU; on a CPU use bf16", good_settings),
     Case("nothing to resume", TRAIN + "--resume", "no usable checkpoint to resume from; start the run without --resume", good_settings),
@@ -329,7 +329,7 @@ def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(repo: str, **_: bool) -> Path:
-        raise CascadeError(f"{repo}: neither a folder nor a model that the hub gives: offline")
+        raise CascadeError(f"{repo}: neither a folder nor a model on the hub: offline")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cascade.load.index.download", offline)

@@ -26,7 +26,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(whole, parse_float=_number, parse_constant=_constant, object_pairs_hook=_object)
     except RecursionError:
-        raise ValueError("too many brackets within brackets") from None
+        raise ValueError("brackets are nested too deep") from None
     _check_depth(value)
     return value
 
@@ -71,4 +71,4 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError("too many brackets within brackets")
+    raise ValueError("brackets are nested too deep")
