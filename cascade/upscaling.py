@@ -17,7 +17,7 @@ from cascade.arguments import positive
 from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 LARGEST_WHOLE = 2048**2
@@ -36,7 +36,7 @@ def read_picture(image: ImageLike) -> Tensor:
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
-        with picture_told("image"):
+        with picture_errors("image"):
             return from_pil(image)[None]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
@@ -45,7 +45,7 @@ def read_picture(image: ImageLike) -> Tensor:
     if not isinstance(image, (str, os.PathLike)):
         raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
     path = expanded(os.fsdecode(image))
-    with picture_told(path), open_picture(path) as opened:
+    with picture_errors(path), open_picture(path) as opened:
         return from_pil(opened)[None]
 
 

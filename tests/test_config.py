@@ -240,7 +240,10 @@ def test_assignments_change_a_copy_in_place_of_the_file(tmp_path: Path) -> None:
         ("training.steps", "'training.steps': expected key=value, such as training.steps=100"),
         ("=3", "'=3': expected key=value, such as training.steps=100"),
         ("training.steps=[", "'training.steps=[': '[' is not a YAML value"),
-        ("data.sources.1.weight=2", "'data.sources.1.weight=2': data.sources is a list of 1; '1' is not a position in it"),
+        (
+            "data.sources.1.weight=2",
+            "'data.sources.1.weight=2': data.sources is a list of 1; '1' is not a position in it",
+        ),
         ("data.sources.²=2", "'data.sources.²=2': data.sources is a list of 1; '²' is not a position in it"),
         ("data.sources.x=2", "'data.sources.x=2': data.sources is a list of 1; 'x' is not a position in it"),
         ("output.x=2", "'output.x=2': output is a value, not a section"),

@@ -20,7 +20,7 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
 from cascade.text.captions import well_formed
 
@@ -114,7 +114,7 @@ def sidecar(file: str) -> str:
 def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     """(metadata that `encode` wrote into a picture, its format). Raises CascadeError if there is none."""
     path = picture if isinstance(picture, (str, Path)) else "picture"
-    with picture_told(str(path)), open_picture(picture) as image:
+    with picture_errors(str(path)), open_picture(picture) as image:
         format = str(image.format).lower()
         if format == "png":
             image.load()

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from cascade.arguments import stage_sizes
 from cascade.config.sampling import SamplingConfig
-from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.batch_size import BatchSize, BatchSizes
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit
 from cascade.drawing.engine import Conduct
@@ -37,7 +37,7 @@ class DrawOptions:
 
     run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
-    batch_size: see `cascade.drawing.batch_size.Wish`. changes: a picture to change, and how; a line may have its own.
+    batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
     """
@@ -50,7 +50,7 @@ class DrawOptions:
     width: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    batch_size: Wish = None
+    batch_size: BatchSize = None
     window: int | None = None
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)

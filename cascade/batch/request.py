@@ -19,7 +19,7 @@ from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
 from cascade.device import choose_device
-from cascade.drawing.batch_size import Wish
+from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
 from cascade.load.index import read_index
@@ -91,7 +91,7 @@ class BatchRequest:
     grid: bool = False
     device: str | None = None
     dtype: str | None = None
-    batch_size: Wish = None
+    batch_size: BatchSize = None
     low_memory: bool = False
     text_8bit: bool = False
     window: int | None = None

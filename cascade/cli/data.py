@@ -43,7 +43,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
 
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
-    from cascade.files.ours import SOFTWARE, check_png
+    from cascade.files.replaceable import SOFTWARE, check_png
     from cascade.load.training import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 

@@ -25,7 +25,7 @@ def plot(runs: tuple[str, ...], out: str) -> int:
     cascade plot runs/wide runs/deep --out both.png
     """
     from cascade.checkpoint import atomic_file
-    from cascade.files.ours import SOFTWARE, check_png
+    from cascade.files.replaceable import SOFTWARE, check_png
     from cascade.training.plot import draw_curves, read_curves
 
     check_png(Path(out), _PROGRAM)

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade.errors import CascadeError
-from cascade.files.picture import MOST_PIXELS, most_pixels, open_picture, picture_told, straight
+from cascade.files.picture import MOST_PIXELS, most_pixels, open_picture, picture_errors, straight
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 """Formats whose further pictures are frames. Those of a TIFF are pages, of a phone's JPEG (MPO) other views."""
@@ -48,7 +48,7 @@ class Frames:
 
 def read_frames(path: str | Path) -> Frames:
     """Raises CascadeError for what is no picture, and for more pixels in all frames than `check_pixels` allows."""
-    with picture_told(str(path)), open_picture(path) as opened:
+    with picture_errors(str(path)), open_picture(path) as opened:
         plays, exif = _plays(opened), _exif(opened)
         places = _places(opened)
         check_pixels(str(path), len(places), opened.size)

@@ -22,7 +22,7 @@ def read_table(path: Path, kinds: Kinds, optional: Kinds | None = None) -> Any:
     """The columns of a file, as a table of pyarrow. Raises CascadeError for a damaged file, or one without a column."""
     from pyarrow import parquet
 
-    with parquet_told(path):
+    with parquet_errors(path):
         names = set(parquet.read_schema(path).names)
         missing = kinds.keys() - names
         if missing:
@@ -38,7 +38,7 @@ def rows(table: Any, path: Path, kinds: Kinds, optional: Kinds | None = None) ->
 
 def row_of(table: Any, number: int, path: Path, kinds: Kinds, optional: Kinds | None = None) -> dict[str, Any]:
     """One row, counted from 0. Raises CascadeError for a cell of another kind."""
-    with parquet_told(path):
+    with parquet_errors(path):
         row: dict[str, Any] = table.slice(number, 1).to_pylist()[0]
     for name, kind in {**kinds, **(optional or {})}.items():
         value = row.get(name)
@@ -56,7 +56,7 @@ def picture_bytes(cell: bytes | dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def parquet_told(name: str | Path) -> Iterator[None]:
+def parquet_errors(name: str | Path) -> Iterator[None]:
     """What pyarrow raises for a file that is damaged, or no Parquet, becomes CascadeError."""
     from pyarrow import ArrowException
 

@@ -36,7 +36,7 @@ _SHIFTS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}
 def open_picture(
     source: str | Path | BinaryIO, limited: bool = True, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_told`.
+    """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_errors`.
 
     As many pixels as Pillow allows (179 million), for a small file may hold a picture that fills all memory; or as many
     as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number. formats: those of Pillow that are
@@ -60,7 +60,7 @@ def _opened(source: str | Path | BinaryIO, limit: int | None, formats: tuple[str
 
 def read_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
     """RGB, sRGB, upright, transparency over white. Raises CascadeError, which begins with `name`."""
-    with picture_told(name), open_picture(source) as image:
+    with picture_errors(name), open_picture(source) as image:
         return over_white(straight(image))
 
 
@@ -73,7 +73,7 @@ def most_pixels() -> int:
 
 
 @contextmanager
-def picture_told(name: str) -> Iterator[None]:
+def picture_errors(name: str) -> Iterator[None]:
     """What Pillow raises for a picture that it cannot read becomes CascadeError."""
     try:
         yield

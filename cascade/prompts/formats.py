@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
-from cascade.files.parquet import parquet_told
+from cascade.files.parquet import parquet_errors
 from cascade.files.table import BadRowError
 from cascade.files.table import csv_rows as table_rows
 from cascade.files.text import lines_of
@@ -86,7 +86,7 @@ def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
     from pyarrow import parquet
 
-    with parquet_told(name):
+    with parquet_errors(name):
         table = parquet.ParquetFile(file)
         check_header(table.schema_arrow.names, name)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias, cast
 
 from cascade.errors import CascadeError
-from cascade.files.parquet import parquet_told
+from cascade.files.parquet import parquet_errors
 from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
 from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
@@ -64,7 +64,7 @@ def _rows_in(source: str) -> int:
     """Of a Parquet file."""
     from pyarrow import parquet
 
-    with parquet_told(source):
+    with parquet_errors(source):
         return int(parquet.read_metadata(source).num_rows)
 
 
