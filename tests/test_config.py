@@ -162,7 +162,7 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text("training:\n  steps: 1\n  seed: 2\n  steps: 3\n")
     with pytest.raises(CascadeError) as raised:
         read_yaml(path)
-    assert str(raised.value) == f"{path}: line 4: steps is there a second time; keep one"
+    assert str(raised.value) == f"{path}: line 4: steps is set a second time; keep one"
     with pytest.raises(CascadeError, match="is not a YAML value"):
         override(SMALLEST, ["training={steps: 1, steps: 2}"])
 

@@ -50,7 +50,7 @@ def shared_reading(folders: Iterable[Path], max_length: int | None = None) -> Te
     for stage in stages:
         if stage.reads and stage.reading is None:
             reading = reading or stage.guessed()
-            logger.warning("%s does not record how its text was read; assuming %s", stage.name, _told(reading))
+            logger.warning("%s does not record how its text was read; assuming %s", stage.name, _as_text(reading))
     reading = reading or TextReading()
     if max_length is None or max_length == reading.max_length:
         return reading
@@ -100,7 +100,7 @@ class _Reader:
 def _warn(stage: _Reader, now: TextReading) -> None:
     differing = _differing(stage.reading, now) if stage.reading else []
     if stage.reading and differing:
-        before, after = _told(stage.reading, differing), _told(now, differing)
+        before, after = _as_text(stage.reading, differing), _as_text(now, differing)
         logger.warning("the text of %s was read with %s; now it is read with %s", stage.name, before, after)
 
 
@@ -117,8 +117,8 @@ def _check_same(one: _Reader, other: _Reader, lengths: bool) -> None:
     if differing == ["max_length"] and not one.reading.padded:
         way_out = "choose the length with --max-text-length (max_length)"
     raise CascadeError(
-        f"the text of {one.name} is read with {_told(one.reading, differing)}, that of {other.name} with"
-        f" {_told(other.reading, differing)}; a cascade reads its text once, for all stages: {way_out}"
+        f"the text of {one.name} is read with {_as_text(one.reading, differing)}, that of {other.name} with"
+        f" {_as_text(other.reading, differing)}; a cascade reads its text once, for all stages: {way_out}"
     )
 
 
@@ -126,6 +126,6 @@ def _differing(one: TextReading, other: TextReading) -> list[str]:
     return [name for name in TextReading.model_fields if getattr(one, name) != getattr(other, name)]
 
 
-def _told(reading: TextReading, names: Iterable[str] = tuple(TextReading.model_fields)) -> str:
+def _as_text(reading: TextReading, names: Iterable[str] = tuple(TextReading.model_fields)) -> str:
     values = reading.model_dump(mode="json")
     return ", ".join(f"{name}={str(values[name]).lower()}" for name in names)

@@ -17,8 +17,8 @@ from cascade.training.log import RunLog
 SPOILT = {
     "NaN": "NaN is no number",
     "[-Infinity]": "-Infinity is no number",
-    '{"a": 1e999}': "'1e999' is beyond the largest number",
-    '{"a": 1, "b": 2, "a": 3}': "'a' stands twice; keep one",
+    '{"a": 1e999}': "'1e999' is larger than the largest number",
+    '{"a": 1, "b": 2, "a": 3}': "'a' occurs twice; keep one",
     "[" * 100_000: "brackets are nested too deep",
     "[" * 101 + "]" * 101: "brackets are nested too deep",
     "9" * 5000: "digits",

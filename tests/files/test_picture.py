@@ -176,7 +176,7 @@ def test_a_picture_of_too_many_pixels_is_told_with_the_way_to_allow_it(
     path = tmp_path / "large.png"
     Image.new("1", (100, 100)).save(path)
     monkeypatch.setenv("CASCADE_MAX_PIXELS", "9999")
-    with pytest.raises(CascadeError, match=r"large\.png: has more than 9,999 pixels; if they are meant, set CASC"):
+    with pytest.raises(CascadeError, match=r"large\.png: has more than 9,999 pixels; to read it anyway, set CASC"):
         read_picture(path)
     with pytest.raises(BadRecordError, match=r"broken picture: .*; CASCADE_MAX_PIXELS allows more"):
         decode(Record(path, (), "a"))
