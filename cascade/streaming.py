@@ -77,7 +77,7 @@ def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
 
 
 def stored_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes in a safetensors file by name, without reading its numbers. Raises CascadeError for a damaged one."""
+    """Shapes in a safetensors file by name, without reading its data. Raises CascadeError for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
