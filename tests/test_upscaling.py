@@ -202,7 +202,7 @@ def test_back_projection_brings_the_area_mean_to_the_smaller_picture() -> None:
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
-        (picture(40, 8), {"to": 40}, "to: 40; the picture's longer side has 40 px already, give more"),
+        (picture(40, 8), {"to": 40}, "to: 40; the picture's longer side already has 40 px, give more"),
         (picture(8, 8), {"to": 0}, "to: 0; expected at least 1"),
         (picture(8, 8), {"tile": 0}, "tile: 0; expected at least 1"),
         (picture(8, 8), {"tile": 8}, "tile: stage sr16 sees the whole picture at once; draw it without tiles"),
