@@ -94,7 +94,7 @@ def a1111_router(queue: Queue) -> APIRouter:
     def progress() -> dict[str, Any]:
         """Of the job that is drawn now; 0 when nothing is."""
         under_way = [job for job in queue.jobs() if job.progress and not job.over]
-        newest = next(iter(under_way[0].progress.values()), None) if under_way else None
+        newest = next((progress for job in under_way for progress in job.progress.values()), None)
         return {
             "progress": newest.fraction if newest else 0.0,
             "eta_relative": queue.seconds_left(),
@@ -105,9 +105,8 @@ def a1111_router(queue: Queue) -> APIRouter:
     @router.post("/interrupt")
     def interrupt() -> dict[str, Any]:
         """Stop what is drawn now."""
-        for job in queue.jobs():
-            if job.progress and not job.over:
-                queue.stop(job)
+        for job in (job for job in queue.jobs() if job.progress and not job.over):
+            queue.stop(job)
         return {}
 
     @router.get("/options")
