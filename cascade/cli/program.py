@@ -19,6 +19,7 @@ from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
 from cascade.cli.serve import serve, studio
+from cascade.cli.threads import wait_asleep_on_a_busy_machine
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
@@ -46,6 +47,7 @@ for command in (generate, studio, serve, upscale, train, encode, evaluate, check
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process' own; returns the exit status."""
+    wait_asleep_on_a_busy_machine()
     with _plain_messages():
         try:
             status = program.main(arguments, prog_name="cascade", standalone_mode=False)

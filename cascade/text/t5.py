@@ -25,6 +25,7 @@ from cascade.text.t5_files import (
     check_folder,
     eight_bit_options,
     is_local,
+    load_own_t5,
     load_t5,
     name_tokenizer_portably,
     quiet,
@@ -59,7 +60,7 @@ class TextEncoder:
         captions: Captions = "as_is",
         null_text: NullText = "encoded",
     ) -> None:
-        """model: transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>.
+        """model: a T5Encoder, or transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>.
 
         padded: texts are padded to `max_length` before the encoder, and what it gives for the padding belongs to the
         embedding: for networks that were trained so, without a mask. captions: how texts are cleaned before.
@@ -102,11 +103,7 @@ class TextEncoder:
         where = str(plain_path(source)) if local else str(source)
         if local:
             check_folder(Path(where))
-        with quiet(progress=not local):
-            if streamed and local:
-                model, tokenizer = streamed_t5(Path(where), device or "cpu", dtype)
-            else:
-                model, tokenizer = load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
+        model, tokenizer = _load(where, local, device, dtype, streamed, eight_bit)
         encoder = cls(model, tokenizer, **reading)
         encoder.eight_bit = eight_bit
         if streamed and local:
@@ -264,6 +261,20 @@ class TextEncoder:
             f"the prompt {quoted(_shorten(prompt))} has {count} tokens, more than max_length {self.max_length}:"
             f" it was cut after {quoted(' '.join(kept.split()[-4:]))}, before {quoted(' '.join(lost.split()[:4]))}"
         )
+
+
+def _load(
+    where: str, local: bool, device: torch.device | str | None, dtype: torch.dtype, streamed: bool, eight_bit: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer, by transformers only where its import is needed."""
+    if local and not streamed and not eight_bit:
+        own = load_own_t5(Path(where), dtype)
+        if own is not None:
+            return own
+    with quiet(progress=not local):
+        if streamed and local:
+            return streamed_t5(Path(where), device or "cpu", dtype)
+        return load_t5(where, local, dtype, eight_bit_options(device) if eight_bit else {})
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -6,17 +6,25 @@ import importlib.util
 import json
 import logging as python_logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
 from cascade.errors import CascadeError
+from cascade.files.parsed import read_json_file
 from cascade.files.variants import one_variant, variant_of
 from cascade.streaming import stream
+from cascade.text.t5_network import T5Encoder, T5Settings
+from cascade.text.tokenizer import Tokenizer, is_plain
+
+ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+"""The embedding's two names in files."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -68,6 +76,43 @@ def _variant(folder: Path) -> str | None:
     return variant_of(files[0]) if files else None
 
 
+def load_own_t5(folder: Path, dtype: torch.dtype) -> tuple[T5Encoder, Tokenizer] | None:
+    """Model and tokenizer of a checked folder without transformers; None where it needs more than `T5Encoder` can.
+
+    Raises CascadeError as `load_t5` does.
+    """
+    words, config = tokenizer_folder(folder), folder / "config.json"
+    if not is_plain(words) or not text_weights(folder) or not config.is_file():
+        return None
+    try:
+        settings = T5Settings.model_validate(read_json_file(config))
+    except ValueError:
+        return None
+    with _told_in_one_line(str(folder), local=True):
+        tokenizer = Tokenizer(words)
+        _check_tokenizer(str(folder), tokenizer, settings.vocab_size)
+        with torch.device("meta"):
+            model = T5Encoder(settings)
+        found = _read_weights(text_weights(folder), model.state_dict().keys(), dtype)
+        absent = sorted(model.state_dict().keys() - found.keys())
+        if absent:
+            raise CascadeError(f"{folder}: the weights lack {absent[0]}; copy or convert the model again")
+        model.load_state_dict(found, assign=True)
+    return model.requires_grad_(False), tokenizer
+
+
+def _read_weights(files: Sequence[Path], names: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those tensors of the files that an encoder has; a decoder's are left where they are."""
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 (the file is no mapping)
+                name = ALIASES.get(key, key)
+                if name in names and name not in found:
+                    found[name] = stored.get_tensor(key).to(dtype)
+    return found
+
+
 def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of a checked folder or a hub id. Raises CascadeError, whatever the libraries raise."""
     from transformers import T5EncoderModel
@@ -98,8 +143,7 @@ def streamed_t5(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
         config, tokenizer = _config_and_tokenizer(str(folder), local=True)
         with torch.device("meta"):
             model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
-        aliases = {"encoder.embed_tokens.weight": "shared.weight"}
-        stream(model, text_weights(folder), device, aliases, whole=False)  # some files hold a decoder, too
+        stream(model, text_weights(folder), device, ALIASES, whole=False)  # some files hold a decoder, too
     return model, tokenizer
 
 

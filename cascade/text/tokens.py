@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cascade.config.data import Captions
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.t5_files import check_folder, is_local, tokenizer_folder
+from cascade.text.tokenizer import Tokenizer, is_plain
 
 
 class TokenCounter:
@@ -20,14 +22,12 @@ class TokenCounter:
 
         Raises CascadeError when there is no such folder or tokenizer.
         """
-        from transformers import AutoTokenizer
-
         local = is_local(source)
         if local:
             check_folder(path_of(source))
             source = tokenizer_folder(path_of(source))
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+            self._tokenizer = _load(source, local)
         except Exception as error:  # damaged files raise nearly everything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CascadeError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
@@ -39,3 +39,12 @@ class TokenCounter:
             return []
         prepared = [well_formed(prepare_caption(text, self._captions)) for text in texts]
         return [len(ids) for ids in self._tokenizer(prepared, verbose=False)["input_ids"]]
+
+
+def _load(source: str | Path, local: bool) -> Any:
+    """The tokenizer, by transformers only where its import is needed."""
+    if local and is_plain(path_of(source)):
+        return Tokenizer(path_of(source))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(source), local_files_only=local)

@@ -167,7 +167,7 @@ def test_autocast_does_not_reach_the_encoder_whose_activations_overflow_float16(
     plain = encoder.encode(["red apple", ""])
     hidden: list[Tensor] = []
     watched = [
-        layer.register_forward_hook(lambda *call: hidden.append(call[2][0])) for layer in encoder._model.encoder.block
+        layer.register_forward_hook(lambda *call: hidden.append(call[2])) for layer in encoder._model.encoder.block
     ]
     with torch.autocast("cpu", dtype):
         inside = encoder.encode(["red apple", ""])
