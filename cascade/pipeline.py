@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from cascade.arguments import (
     PerStage,
@@ -23,6 +24,7 @@ from cascade.arguments import (
 )
 from cascade.bounds import PICTURES
 from cascade.config.data import Captions
+from cascade.config.sampling import SamplingConfig
 from cascade.device import choose_device
 from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.changes import Changes
@@ -235,40 +237,17 @@ class CascadePipeline:
         check_output_arguments(output_type, callback)
         pixels = read_picture(image)
         text, (own_seed,) = one_text("prompt", prompt), seeds_of(seed, 1)
-        configs = [slot.config for slot in self.enlargers]
-        height, width = target_size(configs, (pixels.shape[-2], pixels.shape[-1]), to)
         settings = resolve_sampling(
-            configs,
+            [slot.config for slot in self.enlargers],
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        places = route(configs, max(pixels.shape[-2:]), max(height, width))
-        if tile is not None:
-            positive("tile", tile)
-        last = configs[places[-1]]
-        with shortage_names(last.name):  # now, not after all the stages before
-            check_memory(last, (height, width), 1, self.device, self.dtype, tile_of(tile, (height, width), last))
-        scaled, ways = tuple(pixels.shape[-2:]), list[Pass]()
-        for step, place in enumerate(places):
-            slot = self.enlargers[place]
-            scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
-            side = tile_of(tile, scaled, slot.config)
-            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
-        recipe = Recipe(
-            prompt=text,
-            negative_prompt="",
-            seed=own_seed,
-            number=0,
-            height=height,
-            width=width,
-            stages={drawing.slot.config.name: drawing.settings for drawing in ways},
-            source=digest_of(pixels[0]),
-        )
+        task = self.upscale_task(pixels[0], text, own_seed, settings, to, tile)
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
-            (drawn,) = engine.draw_all([Task(recipe, ways, start=pixels[0])])
+            (drawn,) = engine.draw_all([task])
         pictures = [picture[None] for picture in drawn.pixels]
-        pictures[-1] = fitted(pictures[-1], (height, width))
+        pictures[-1] = fitted(pictures[-1], (task.recipe.height, task.recipe.width))
         stages = {max(picture.shape[-2:]): picture for picture in pictures}
         return CascadeOutput.of(stages, output_type, [own_seed], [text])
 
@@ -313,6 +292,46 @@ class CascadePipeline:
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
         return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
+
+    def upscale_task(
+        self,
+        picture: Tensor,
+        prompt: str,
+        seed: int,
+        settings: Mapping[str, SamplingConfig],
+        to: int | None = None,
+        tile: int | None = None,
+    ) -> Task:
+        """Task that enlarges a picture, (3, h, w) uint8; see `upscale`.
+
+        settings: for each stage in `enlargers`. The recipe holds the requested size; the last stage may draw a larger
+        picture, which the caller averages down. Raises CascadeError for a size that cannot be drawn.
+        """
+        configs = [slot.config for slot in self.enlargers]
+        height, width = target_size(configs, (picture.shape[-2], picture.shape[-1]), to)
+        places = route(configs, max(picture.shape[-2:]), max(height, width))
+        if tile is not None:
+            positive("tile", tile)
+        last = configs[places[-1]]
+        with shortage_names(last.name):  # now, not after all the stages before
+            check_memory(last, (height, width), 1, self.device, self.dtype, tile_of(tile, (height, width), last))
+        scaled, ways = tuple(picture.shape[-2:]), list[Pass]()
+        for step, place in enumerate(places):
+            slot = self.enlargers[place]
+            scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
+            side = tile_of(tile, scaled, slot.config)
+            ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
+        recipe = Recipe(
+            prompt=prompt,
+            negative_prompt="",
+            seed=seed,
+            number=0,
+            height=height,
+            width=width,
+            stages={drawing.slot.config.name: drawing.settings for drawing in ways},
+            source=digest_of(picture),
+        )
+        return Task(recipe, ways, start=picture)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """An engine that draws tasks with this pipeline's stages on their current device."""

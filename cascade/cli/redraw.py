@@ -57,6 +57,8 @@ def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchReques
     from cascade.pipeline import CascadePipeline
 
     recipe = Recipe.from_json(said, picture)
+    if recipe.source:
+        raise CascadeError(f"{picture}: was enlarged from another picture; enlarge that one with `cascade upscale`")
     settings = said["settings"]
     pipeline = CascadePipeline.from_pretrained(
         request.model, device=request.device or settings["device"], dtype=settings["dtype"]
