@@ -165,7 +165,7 @@ def test_what_the_camera_noted_stays(model: Path, folder: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere.png"], "nowhere.png: cannot be read: No such file"),
-        (["red.png", "--to", "4"], "red.png: to: 4; the picture's longer side has 8 px already"),
+        (["red.png", "--to", "4"], "red.png: to: 4; the picture's longer side already has 8 px"),
         (["red.png", "--to", "100000000"], "red.png: out of memory in stage sr32: needs more than"),
         (["red.png", "blue.png", "--steps", "0"], "stage base: steps: should be greater than 0"),
         (["red.png", "--to", "0"], "0 is not in the range x>=1"),

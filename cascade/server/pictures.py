@@ -42,7 +42,7 @@ def from_base64(text: str) -> bytes:
 def transparency(content: bytes) -> np.ndarray[Any, Any] | None:
     """(H, W) uint8, 255 where a picture is transparent; None where it has no alpha channel. Raises CascadeError."""
     checked_size(content)
-    with picture_told("the picture"), open_picture(io.BytesIO(content)) as image:
+    with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
         whole = straight(image)
     return 255 - np.asarray(whole.getchannel("A")) if whole.mode == "RGBA" else None
 
