@@ -117,7 +117,7 @@ def test_stages_that_differ_in_length_alone_leave_the_choice_to_the_caller(tmp_p
 
 def test_another_length_is_refused_where_padding_is_read(tmp_path: Path, t5: Path) -> None:
     stages = write_stages(tmp_path, PADDED, PADDED)
-    with pytest.raises(CascadeError, match=r"max_length 64: these stages read all of 150 tokens"):
+    with pytest.raises(CascadeError, match=r"max_length 64: these stages read all 150 tokens"):
         assemble(t5, stages, max_length=64, **TERMS)
 
 

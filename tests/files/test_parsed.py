@@ -15,8 +15,8 @@ from cascade.settings import override, read_yaml
 from cascade.training.log import RunLog
 
 SPOILT = {
-    "NaN": "NaN is no number",
-    "[-Infinity]": "-Infinity is no number",
+    "NaN": "NaN is not a JSON number",
+    "[-Infinity]": "-Infinity is not a JSON number",
     '{"a": 1e999}': "'1e999' is larger than the largest number",
     '{"a": 1, "b": 2, "a": 3}': "'a' occurs twice; keep one",
     "[" * 100_000: "brackets are nested too deep",
