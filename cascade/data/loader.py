@@ -156,19 +156,19 @@ class Views(Dataset[View]):
             open_source(source, stage.resolution, (seed, "source", index), data)
             for index, source in enumerate(data.sources)
         ]
-        # Two, so that a setting of captions moves no pictures; kept, since making one seeds it twice.
-        self._picture_rng, self._caption_rng = random.Random(), random.Random()
 
     def __getitem__(self, sample: int) -> View:
         source, use = self._mixture.locate(sample)
         bad: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
-            self._picture_rng.seed(derive_seed(self._seed, "picture", sample))
-            self._caption_rng.seed(derive_seed(self._seed, "caption", sample))
+            # Two generators, so that a setting of captions moves no pictures.
+            picture_rng, caption_rng = (
+                random.Random(derive_seed(self._seed, purpose, sample)) for purpose in ("picture", "caption")
+            )
             try:
                 record = self._sources[source].record(use, attempt)
-                caption = choose_caption(record, self._data.caption_dropout, self._caption_rng)
-                picture, low = training_pair(record, self._data, self._stage, self._picture_rng)
+                caption = choose_caption(record, self._data.caption_dropout, caption_rng)
+                picture, low = training_pair(record, self._data, self._stage, picture_rng)
             except BadRecordError as error:
                 bad.append(str(error))
             else:
