@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API as far as its clients need it to draw: txt2img, progress, interrupt, and what may be chosen.
+"""AUTOMATIC1111's API as far as its clients need it: txt2img, img2img, progress, interrupt, and the choices.
 
 Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Names that mean nothing here are ignored.
 """
@@ -9,11 +9,12 @@ import base64
 import json
 from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from cascade.server.asked import Asked
+from cascade.server.pictures import from_base64
 from cascade.server.queue import Queue
 from cascade.server.waited import drawn_size, finished, pictures_of, submitted
 from cascade.settings import parse
@@ -38,6 +39,11 @@ class TextToImage(BaseModel):
     height: int = Field(default=512, ge=1)
     sampler_name: str | None = None
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of the result; None with a mask: those of the picture."""
+        return None if getattr(self, "mask", None) else (self.height, self.width)
+
     def asked(self, queue: Queue) -> Asked:
         """The same as a job; steps and guidance are the base stage's. Raises CascadeError."""
         pipeline = queue.pipeline
@@ -55,6 +61,21 @@ class TextToImage(BaseModel):
         return parse(Asked, values, "request")
 
 
+class ImageToImage(TextToImage):
+    """The body of img2img. mask: white is drawn again. Pictures are base64, perhaps as data URLs."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    denoising_strength: float = Field(default=0.75, ge=0, le=1)
+
+    def asked(self, queue: Queue) -> Asked:
+        """See `TextToImage.asked`."""
+        given = [("image", self.init_images[0]), ("mask", self.mask)]
+        names = {name: queue.sources.take(from_base64(text))["name"] for name, text in given if text is not None}
+        size = {} if self.mask is None else dict.fromkeys(("until", "height", "width"))
+        return super().asked(queue).model_copy(update={**names, **size, "strength": self.denoising_strength})
+
+
 def a1111_router(queue: Queue) -> APIRouter:
     """`/sdapi/v1`."""
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
@@ -62,34 +83,18 @@ def a1111_router(queue: Queue) -> APIRouter:
     @router.post("/txt2img")
     async def txt2img(body: TextToImage, request: Request) -> dict[str, Any]:
         """Draw and wait."""
-        job = await submitted(queue, await run_in_threadpool(body.asked, queue), request)
-        await finished(queue, job, request)
-        files = await run_in_threadpool(pictures_of, queue, job, (body.height, body.width), "png")
-        said = {"seed": job.asked.seed, "all_seeds": [job.asked.seed] * len(files), "prompt": body.prompt}
-        return {
-            "images": [base64.b64encode(file).decode() for file in files],
-            "parameters": body.model_dump(),
-            "info": json.dumps({**said, "width": body.width, "height": body.height, "sd_model_name": _name(queue)}),
-        }
+        return await _drawn(queue, body, request)
 
     @router.post("/img2img")
-    def img2img() -> None:
-        """Not yet."""
-        raise HTTPException(501, "this server draws pictures; it does not edit them yet")
-
-    router.include_router(_state_router(queue))
-    router.include_router(_choices_router(queue))
-    return router
-
-
-def _state_router(queue: Queue) -> APIRouter:
-    router = APIRouter()
+    async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
+        """Change a picture, and wait."""
+        return await _drawn(queue, body, request)
 
     @router.get("/progress")
     def progress() -> dict[str, Any]:
         """Of the job that is drawn now; 0 when nothing is."""
         under_way = [job for job in queue.jobs() if job.progress and not job.over]
-        newest = next(iter(under_way[0].progress.values()), None) if under_way else None
+        newest = next((progress for job in under_way for progress in job.progress.values()), None)
         return {
             "progress": newest.fraction if newest else 0.0,
             "eta_relative": queue.seconds_left(),
@@ -100,26 +105,27 @@ def _state_router(queue: Queue) -> APIRouter:
     @router.post("/interrupt")
     def interrupt() -> dict[str, Any]:
         """Stop what is drawn now."""
-        for job in queue.jobs():
-            if job.progress and not job.over:
-                queue.stop(job)
+        for job in (job for job in queue.jobs() if job.progress and not job.over):
+            queue.stop(job)
         return {}
-
-    return router
-
-
-def _choices_router(queue: Queue) -> APIRouter:
-    router = APIRouter()
 
     @router.get("/options")
     def options() -> dict[str, Any]:
         """What is chosen."""
-        return {"sd_model_checkpoint": _name(queue)}
+        return {"sd_model_checkpoint": queue.pipeline.name}
 
     @router.get("/sd-models")
     def models() -> list[dict[str, Any]]:
         """The one model that is loaded."""
-        return [{"title": _name(queue), "model_name": _name(queue), "hash": None, "sha256": None, "filename": ""}]
+        return [
+            {
+                "title": queue.pipeline.name,
+                "model_name": queue.pipeline.name,
+                "hash": None,
+                "sha256": None,
+                "filename": "",
+            }
+        ]
 
     @router.get("/samplers")
     def samplers() -> list[dict[str, Any]]:
@@ -129,5 +135,13 @@ def _choices_router(queue: Queue) -> APIRouter:
     return router
 
 
-def _name(queue: Queue) -> str:
-    return queue.pipeline.name
+async def _drawn(queue: Queue, body: TextToImage, request: Request) -> dict[str, Any]:
+    job = await submitted(queue, await run_in_threadpool(body.asked, queue), request)
+    await finished(queue, job, request)
+    files = await run_in_threadpool(pictures_of, queue, job, body.sides, "png")
+    said = {"seed": job.asked.seed, "all_seeds": [job.asked.seed] * len(files), "prompt": body.prompt}
+    return {
+        "images": [base64.b64encode(file).decode() for file in files],
+        "parameters": body.model_dump(exclude={"init_images", "mask"}),
+        "info": json.dumps({**said, "width": body.width, "height": body.height, "sd_model_name": queue.pipeline.name}),
+    }

@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from cascade.batch.metadata import read_metadata
+from cascade.config.stage import StageConfig
 from cascade.server.asked import Asked, asked_of
 from cascade.server.card import model_card
 from cascade.server.pictures import checked_size
@@ -127,7 +128,7 @@ def gallery_router(queue: Queue) -> APIRouter:
     def asked(id: str) -> dict[str, Any]:
         """What to ask for to have it drawn again."""
         with found("picture"):
-            return asked_of(gallery.said(id), [slot.config for slot in queue.pipeline.slots])
+            return asked_of(gallery.said(id), _stages(queue))
 
     @router.put("/pictures/{id}/star")
     def star(id: str, star: Star) -> dict[str, Any]:
@@ -169,6 +170,18 @@ def files_router(queue: Queue) -> APIRouter:
         with found("picture"):
             return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
 
+    @router.post("/uploads", status_code=201)
+    async def upload(picture: UploadFile) -> dict[str, Any]:
+        """Store a picture, or a mask, to have it changed: `name` is what `image` and `mask` of a job expect."""
+        content = await picture.read()
+        return await run_in_threadpool(queue.sources.take, content)
+
+    @router.get("/uploads/{name}")
+    def uploaded(name: str) -> Response:
+        """An upload, or a picture of the gallery, as a job names it."""
+        content = queue.sources.content(name)
+        return Response(content, media_type="image/png", headers={"cache-control": _FOREVER})
+
     @router.post("/read")
     async def read(picture: UploadFile) -> dict[str, Any]:
         """What a picture of ours says of itself, as one would ask for it."""
@@ -181,7 +194,12 @@ def files_router(queue: Queue) -> APIRouter:
 def _asked_in(content: bytes, queue: Queue) -> dict[str, Any]:
     checked_size(content)
     said, _ = read_metadata(io.BytesIO(content))
-    return asked_of(said, [slot.config for slot in queue.pipeline.slots])
+    return asked_of(said, _stages(queue))
+
+
+def _stages(queue: Queue) -> list[StageConfig]:
+    pipeline = queue.pipeline
+    return [slot.config for slot in (*pipeline.enlargers, *pipeline.slots)]
 
 
 @contextmanager

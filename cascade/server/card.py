@@ -34,6 +34,11 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
             {"name": config.name, "resolution": config.resolution, "multiple": common_step(configs[: place + 1])}
             for place, config in enumerate(configs)
         ],
+        "enlargers": [
+            {"name": slot.config.name, "resolution": slot.config.resolution}
+            for slot in pipeline.enlargers
+            if slot.config.low_resolution is not None
+        ],
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
         "samplers": list(SAMPLERS),
         "examples": [str(example["text"]) for example in said.get("widget", []) if "text" in example],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import parse_json, read_json_file
-from cascade.files.picture import read_rgb
+from cascade.files.picture import open_picture, read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
+from cascade.server.sources import Sources
 
 PART = "studio"
 """Of the folder: where its pictures lie, and in the names of its manifest and its lock."""
@@ -55,6 +58,7 @@ class Gallery:
         self._pictures = Pictures(self.folder, Layout(), self._store, self._manifest)
         self._catalogue = Catalogue(self.folder)
         self._stars = _read_stars(self.folder / f"{PART}.json")
+        self._counting = threading.Lock()
         self._index = max((int(entry["index"]) for entry in self._manifest.entries()), default=-1)
 
     def close(self) -> None:
@@ -66,8 +70,13 @@ class Gallery:
 
     def next_index(self) -> int:
         """For the pictures of one more prompt."""
-        self._index += 1
-        return self._index
+        with self._counting:
+            self._index += 1
+            return self._index
+
+    def sources(self) -> Sources:
+        """Pictures that clients upload to have them changed; stored in the gallery's folder."""
+        return Sources(self.state / "sources", self._temporary, lambda id: self.read(id)[1])
 
     def write(self, finished: Finished) -> dict[str, Any]:
         """Keep a picture; what the gallery says of it. Raises CascadeError when it cannot be written."""
@@ -185,7 +194,7 @@ class Gallery:
 
     def _told(self, row: Row) -> dict[str, Any]:
         """A row as JSON for the page; the seed as text, because JavaScript would round it."""
-        settings = row.entry["settings"]
+        height, width = self._size(row)
         same = ("prompt", "negative_prompt", "number", "num_images", "model", "license", "seconds")
         return {
             "id": row.id,
@@ -193,12 +202,20 @@ class Gallery:
             "drawn_at": row.drawn,
             "seed": str(row.entry["seed"]),
             **{name: row.entry.get(name) for name in same},
-            "height": settings["height"],
-            "width": settings["width"],
-            "stages": settings["stages"],
+            "height": height,
+            "width": width,
+            "stages": row.entry["settings"]["stages"],
             "starred": row.id in self._stars,
             "deletable": row.file == stored_in(row.file),
         }
+
+    def _size(self, row: Row) -> tuple[int, int]:
+        """Height and width: of a picture with a mask its own, which the manifest does not name."""
+        settings = row.entry["settings"]
+        if row.entry.get("mask") and row.file == stored_in(row.file):
+            with suppress(OSError, ValueError), open_picture(self.folder / row.file, limited=False) as image:
+                return image.height, image.width
+        return settings["height"], settings["width"]
 
     def _unwritable(self, error: OSError) -> CascadeError:
         return StorageError(f"{self.folder}: cannot be written: {error.strerror or error}; name another with --out")

@@ -64,8 +64,20 @@ class Job:
     result: Future[Job] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    size: tuple[int, int] = field(init=False)
+    """Height and width of its pictures."""
+    held_bytes: int = field(init=False)
+    """Memory of the picture that it changes or enlarges."""
+
     def __post_init__(self) -> None:
         self.missing = set(self.asked.numbers)
+        task = next(self.plan.targets()).task()
+        edit = task.edit
+        self.size = task.recipe.height, task.recipe.width
+        if edit is not None and edit.mask is not None:  # the part that is drawn is put back into the whole picture
+            self.size = edit.image.shape[-2], edit.image.shape[-1]
+        given = [task.start, *([] if edit is None else [edit.image, edit.mask])]
+        self.held_bytes = sum(pixels.nbytes for pixels in given if pixels is not None)
 
     @property
     def over(self) -> bool:
@@ -74,7 +86,7 @@ class Job:
 
     def targets(self) -> list[Target]:
         """The pictures that are to be drawn."""
-        return [Target(self.plan, number) for number in sorted(self.missing)]
+        return [target for target in self.plan.targets() if target.number in self.missing]
 
     def settle(self, number: int, error: str = "") -> None:
         """A picture is drawn, or will not be; the last one ends the job. From any thread."""
@@ -85,6 +97,8 @@ class Job:
             if self.missing or self.over:
                 return
             self.state = State.FAILED if self.error else State.STOPPED if self.stopping else State.DONE
+            plan = self.plan  # without the picture that it changes: jobs that are over are remembered for a while
+            self.plan = Plan(plan.record, plan.negative_prompt, plan.num_images, plan.slots, plan.sizes, plan.settings)
         self.result.set_result(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +108,7 @@ class Job:
             "state": self.state.value,
             "asked": self.asked.to_json(),
             "asked_at": self.asked_at,
-            "size": dict(zip(("height", "width"), self.plan.sizes[-1], strict=True)),
+            "size": dict(zip(("height", "width"), self.size, strict=True)),
             "numbers": list(self.asked.numbers),
             "pictures": {str(number): picture for number, picture in sorted(self.pictures.items())},
             "progress": {str(number): progress.to_json() for number, progress in sorted(self.progress.items())},

@@ -1,4 +1,4 @@
-"""OpenAI's images API, as their own client speaks it: generations, also with partial pictures, and the list of models.
+"""OpenAI's images API, as their own client speaks it: generations, edits and variations, and the list of models.
 
 Source: https://platform.openai.com/docs/api-reference/images. Settings of ours come through `extra_body`.
 """
@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/images. Settings of ours 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import time
@@ -15,23 +16,29 @@ from typing import Any, Literal
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
 
+from cascade.batch.metadata import read_metadata
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.quoting import quoted
 from cascade.server.asked import MOST_PICTURES, Asked
 from cascade.server.jobs import Job
+from cascade.server.pictures import transparency
 from cascade.server.queue import Queue
 from cascade.server.waited import check, drawn_size, finished, pictures_of, submitted, watched
 from cascade.settings import parse
 from cascade.values import SETTINGS
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
-_OURS = ("seed", "negative_prompt", *SETTINGS)
+_OURS = ("seed", "negative_prompt", *SETTINGS, "strength", "extend", "resampling", "variation")
+
+_MOST_FILES, _MOST_FIELDS = 17, 64
 
 
 class Generation(BaseModel):
-    """The body of `/v1/images/generations`; what of theirs has no meaning here is taken and ignored."""
+    """The body of `/v1/images/generations`, and the fields of the other two's forms. Others of theirs are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -55,8 +62,8 @@ class Generation(BaseModel):
             raise CascadeError(f"size: {quoted(self.size)}; expected WIDTHxHEIGHT, such as 1024x1024, or auto")
         return int(match[2]), int(match[1])
 
-    def asked(self, queue: Queue) -> Asked:
-        """The same as a job. Raises CascadeError."""
+    def asked(self, queue: Queue, given: Mapping[str, str] | None = None) -> Asked:
+        """The same as a job. given: the names of a picture and a mask. Raises CascadeError."""
         pipeline = queue.pipeline
         if self.quality not in (None, *_PRESETS):
             raise CascadeError(f"quality: {quoted(self.quality)}; expected {', '.join(_PRESETS)}")
@@ -69,7 +76,10 @@ class Generation(BaseModel):
             "preset": preset if known else None,
             **({} if self.sides is None else drawn_size(pipeline, *self.sides)),
             **ours,
+            **(given or {}),
         }
+        if {"mask", "extend"} & values.keys():  # the result has the picture's own size
+            values = {name: value for name, value in values.items() if name not in ("until", "height", "width")}
         return parse(Asked, values, "request")
 
 
@@ -92,26 +102,89 @@ def openai_router(queue: Queue) -> APIRouter:
     async def generations(body: Generation, request: Request) -> Response:
         """Draw, and answer with the pictures, or with a stream of what they look like on the way."""
         await run_in_threadpool(_check_model, queue, body.model)
-        job = await submitted(queue, await run_in_threadpool(body.asked, queue), request)
-        if body.stream:
-            return StreamingResponse(_stream(queue, body, job, request), media_type="text/event-stream")
-        await finished(queue, job, request)
-        files = await run_in_threadpool(pictures_of, queue, job, body.sides, body.output_format)
-        as_urls = body.response_format == "url" and body.sides in (None, tuple(job.plan.sizes[-1]))
-        data = [_datum(file, picture["id"] if as_urls else None, request) for file, picture in _pairs(job, files)]
-        return JSONResponse({"created": int(time.time()), **_said(body, job), "data": data})
+        return await _drawn(queue, body, await run_in_threadpool(body.asked, queue), request)
 
-    @router.post("/images/edits")
-    @router.post("/images/variations")
-    async def edits() -> None:
-        """Not yet."""
-        raise HTTPException(501, "this server draws pictures; it does not edit them yet")
+    @router.post("/images/edits", response_model=None)
+    async def edits(request: Request) -> Response:
+        """Change a picture; the transparent part of the mask is drawn again."""
+        return await _changed(queue, request, variation=False)
+
+    @router.post("/images/variations", response_model=None)
+    async def variations(request: Request) -> Response:
+        """Draw pictures like another one."""
+        return await _changed(queue, request, variation=True)
 
     return router
 
 
+async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request) -> Response:
+    """The pictures of a job, or a stream of what they look like on the way."""
+    job = await submitted(queue, asked, request)
+    if body.stream:
+        return StreamingResponse(_stream(queue, body, job, request), media_type="text/event-stream")
+    await finished(queue, job, request)
+    files = await run_in_threadpool(pictures_of, queue, job, body.sides, body.output_format)
+    as_urls = body.response_format == "url" and body.sides in (None, job.size)
+    data = [_datum(file, picture["id"] if as_urls else None, request) for file, picture in _pairs(job, files)]
+    return JSONResponse({"created": int(time.time()), **_said(body, job), "data": data})
+
+
+async def _changed(queue: Queue, request: Request, *, variation: bool) -> Response:
+    """Read a form with a picture, and perhaps a mask and a prompt; draw."""
+    async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS) as form:
+        fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+    body = _body_of(fields, variation)
+    pictures = [content for name, content in files if name in ("image", "image[]")]
+    mask = next((content for name, content in files if name == "mask"), None)
+    if len(pictures) != 1:
+        raise CascadeError(f"image: {len(pictures)} pictures; expected one")
+    await run_in_threadpool(_check_model, queue, body.model)
+    given = await run_in_threadpool(_sources_of, queue, pictures[0], None if variation else mask)
+    if variation:
+        body.prompt = await run_in_threadpool(_prompt_in, pictures[0])
+    return await _drawn(queue, body, await run_in_threadpool(body.asked, queue, given), request)
+
+
+def _body_of(fields: Mapping[str, str], variation: bool) -> Generation:
+    """The fields of a form, which are text. Raises CascadeError."""
+    values = {name: _unquoted(value) if name in _OURS else value for name, value in fields.items()}
+    try:
+        return Generation.model_validate({"prompt": "", **values} if variation else values)
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()]
+        raise CascadeError("; ".join(told)) from None
+
+
+def _unquoted(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
+def _sources_of(queue: Queue, picture: bytes, mask: bytes | None) -> dict[str, str]:
+    """The names of a picture and of what is drawn again in it: where the mask, or the picture alone, is transparent."""
+    given = {"image": str(queue.sources.take(picture)["name"])}
+    alpha = transparency(picture if mask is None else mask)
+    if alpha is not None and alpha.any():
+        given["mask"] = queue.sources.take_mask(alpha)
+    elif mask is not None:
+        given["mask"] = str(queue.sources.take(mask)["name"])
+    return given
+
+
+def _prompt_in(picture: bytes) -> str:
+    """What a picture of ours shows; nothing for any other."""
+    try:
+        return str(read_metadata(io.BytesIO(picture))[0]["prompt"])
+    except CascadeError:
+        return ""
+
+
 async def _stream(queue: Queue, body: Generation, job: Job, request: Request) -> AsyncIterator[str]:
     """Partial pictures at equal distances, then the finished one: what the base stage saw, then what stands."""
+    kind = "image_generation" if job.asked.image is None else "image_edit"
     sent: dict[int, int] = {}
     async for event in watched(queue, job, request):
         number = int(event.data.get("number", 0))
@@ -121,7 +194,7 @@ async def _stream(queue: Queue, body: Generation, job: Job, request: Request) ->
             sent[number] = index + 1
             picture = event.data["preview"].partition(",")[2]
             said = {"partial_image_index": index, "b64_json": picture, "created_at": int(time.time())}
-            yield _event("image_generation.partial_image", {**said, **_said(body, job), "output_format": "jpeg"})
+            yield _event(f"{kind}.partial_image", {**said, **_said(body, job), "output_format": "jpeg"})
     try:
         check(job)
     except HTTPException as error:
@@ -129,7 +202,7 @@ async def _stream(queue: Queue, body: Generation, job: Job, request: Request) ->
         return
     for file in await run_in_threadpool(pictures_of, queue, job, body.sides, body.output_format):
         said = {"b64_json": base64.b64encode(file).decode(), "created_at": int(time.time())}
-        yield _event("image_generation.completed", {**said, **_said(body, job), "usage": _USAGE})
+        yield _event(f"{kind}.completed", {**said, **_said(body, job), "usage": _USAGE})
 
 
 _USAGE = {
@@ -141,7 +214,7 @@ _USAGE = {
 
 
 def _said(body: Generation, job: Job) -> dict[str, Any]:
-    height, width = body.sides or job.plan.sizes[-1]
+    height, width = body.sides or job.size
     return {
         "size": f"{width}x{height}",
         "quality": body.quality or "auto",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cascade.batch.metadata import encode
 from cascade.errors import CascadeError
-from cascade.files.picture import open_picture, over_white, picture_told, straight
+from cascade.files.picture import open_picture, over_white, picture_errors, straight
 
 MOST_PIXELS_READ = 32 << 20
 """Of a picture that somebody sends."""
@@ -29,16 +31,33 @@ def checked_size(content: bytes) -> tuple[int, int]:
     return width, height
 
 
+def from_base64(text: str) -> bytes:
+    """The content of a file in base64, perhaps as a data URL. Raises CascadeError."""
+    try:
+        return base64.b64decode(text.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise CascadeError("a picture is not base64") from None
+
+
+def transparency(content: bytes) -> np.ndarray[Any, Any] | None:
+    """(H, W) uint8, 255 where a picture is transparent; None where it has no alpha channel. Raises CascadeError."""
+    checked_size(content)
+    with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
+        whole = straight(image)
+    return 255 - np.asarray(whole.getchannel("A")) if whole.mode == "RGBA" else None
+
+
 def as_sent(content: bytes, said: Mapping[str, Any], size: tuple[int, int] | None, format: str) -> bytes:
-    """A picture of the gallery, with what it says of itself: as it is, or smaller or in another format.
+    """A picture of the gallery with its metadata: as it is, or in another size or format.
 
     size: height and width, None: as drawn. format: png, webp or jpeg.
     """
-    with picture_told("the picture"), open_picture(io.BytesIO(content)) as image:
+    with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
         wanted = image.size if size is None else size[::-1]
         if image.size == wanted and str(image.format).lower() == format:
             return content
         plain = over_white(straight(image))
     if plain.size != wanted:
-        plain = plain.resize(wanted, Image.Resampling.BOX)
+        smaller = wanted[0] <= plain.width and wanted[1] <= plain.height
+        plain = plain.resize(wanted, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
     return encode(plain, said, format)[0]

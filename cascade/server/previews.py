@@ -7,11 +7,41 @@ import io
 
 from torch import Tensor
 
-from cascade.images import downsample, to_float, to_pil
+from cascade.drawing.edit import Box, Edit, resized
+from cascade.images import downsample, to_float, to_pil, to_uint8
 
 LARGEST = 512
 """Longest side of a preview, in pixels; the finished picture is sent as a file."""
 _QUALITY = 90
+
+
+class Scene:
+    """A picture that is changed, small, in which each preview of the part that is drawn again takes its place."""
+
+    def __init__(self, edit: Edit) -> None:
+        self._small = None if edit.mask is None else _reduced(edit, edit.mask)
+
+    def with_part(self, picture: Tensor) -> Tensor:
+        """picture: (3, H, W), uint8 or float in about [-1, 1], of what is drawn -> the same, or uint8 of the whole."""
+        if self._small is None:
+            return picture
+        return self._small.finished((to_uint8(picture) if picture.is_floating_point() else picture).cpu())
+
+
+def _reduced(edit: Edit, mask: Tensor) -> Edit:
+    height, width = edit.image.shape[-2:]
+    share = min(1.0, LARGEST / max(height, width))
+    size = max(1, round(height * share)), max(1, round(width * share))
+    box, scale = edit.box, (size[0] / height, size[1] / width)
+    top, left = (min(int(at * by), side - 1) for at, by, side in zip((box.top, box.left), scale, size, strict=True))
+    part = Box(
+        top,
+        left,
+        max(1, min(round(box.height * scale[0]), size[0] - top)),
+        max(1, min(round(box.width * scale[1]), size[1] - left)),
+    )
+    image = to_uint8(resized(to_float(edit.image)[None], size)[0])
+    return Edit(image, resized(mask[None, None], size)[0, 0].clamp(0, 1), part)
 
 
 def data_url(picture: Tensor) -> str:

@@ -35,6 +35,7 @@ class Queue:
     ) -> None:
         self.hub, self.gallery = Hub(), gallery
         self.line = WaitingLine(most_waiting)
+        self.sources = gallery.sources()
         self.worker = Worker(load, self.line, gallery, self.hub)
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
@@ -86,10 +87,12 @@ class Queue:
         return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
 
     def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
-        pipeline = self.pipeline
+        # Outside the lock: a picture to change takes a while to decode.
+        job = Job(asked, asked.plan(self.pipeline, self.gallery.next_index(), self.sources), client)
+        job.missing = job.missing if missing is None else missing
+        if job.plan.edit is not None:
+            self.sources.keep(job.plan.edit)
         with self._lock:
-            job = Job(asked, asked.plan(pipeline, self.gallery.next_index()), client)
-            job.missing = job.missing if missing is None else missing
             self.line.put(job)
             self._jobs[job.id] = job
             over = [id for id, other in self._jobs.items() if other.over]

@@ -16,7 +16,7 @@ from cascade.drawing.task import Drawn, Step, Task
 from cascade.server.events import Event, Hub
 from cascade.server.jobs import Progress
 from cascade.server.pace import Pace, steps_of
-from cascade.server.previews import data_url
+from cascade.server.previews import Scene, data_url
 from cascade.server.waiting import Piece
 
 
@@ -51,6 +51,8 @@ class Round:
         }
         self._smaller: dict[Task, tuple[int, Tensor]] = {}
         self._fractions: dict[Task, float] = {}
+        self._positions: dict[Task, int] = {}
+        self._scenes = {task: Scene(task.edit) for task in self.tasks if task.edit is not None and hub.watched}
         self._before = time.perf_counter()
 
     def abandoned(self) -> bool:
@@ -62,10 +64,12 @@ class Round:
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         for row, task in enumerate(step.tasks):
-            position = next(at for at, own in enumerate(task.passes) if own.slot.config.name == step.stage)
+            if step.step == 0:
+                self._positions[task] = self._positions.get(task, -1) + 1
+            position = self._positions[task]
             if row == 0:
                 self._pace.learn(task.passes[position], seconds)
-            preview = data_url(step.x_hat[row]) if self._hub.watched else ""
+            preview = self._preview(task, step.x_hat[row])
             self._say(task, self._progress(task, position, step.step, step.steps, preview))
 
     def smaller(self, key: str, pixels: Tensor) -> None:
@@ -73,12 +77,13 @@ class Round:
         task, position = self._places[key]
         self._smaller[task] = (position, pixels)
         steps = steps_of(task.passes[position])
-        preview = data_url(pixels) if self._hub.watched else ""
+        preview = self._preview(task, pixels)
         self._say(task, self._progress(task, position, steps - 1, steps, preview))
 
     def left_over(self, task: Task, sizes: BatchSizes) -> tuple[Target, Drawn] | None:
         """What there is of a picture that was stopped: the last stage's that it passed, which is a picture too."""
-        if task not in self._smaller:
+        partial = task.start is not None or (task.edit is not None and task.edit.mask is not None)
+        if task not in self._smaller or partial:  # of a masked picture, only the part that is drawn again
             return None
         position, pixels = self._smaller[task]
         plan, count = self.tasks[task].target.job, position + 1
@@ -86,6 +91,13 @@ class Round:
         drawn = smaller.task()
         used = {own.slot.config.name: sizes.of(own) for own in drawn.passes}
         return smaller, Drawn(drawn, [pixels], self._pace.seconds(drawn.passes), used)
+
+    def _preview(self, task: Task, picture: Tensor) -> str:
+        """What there is to see of a picture, (3, H, W): a masked one in its place; nothing where nobody looks."""
+        if not self._hub.watched:
+            return ""
+        scene = self._scenes.get(task)
+        return data_url(picture if scene is None else scene.with_part(picture))
 
     def _progress(self, task: Task, position: int, step: int, steps: int, preview: str) -> Progress:
         stage, total = task.passes[position], self._pace.seconds(task.passes)

@@ -12,6 +12,9 @@ from cascade.batch.plan import Target
 from cascade.errors import CascadeError
 from cascade.server.jobs import Job, State
 
+MOST_HELD = 1 << 30
+"""Bytes of pictures to change that may wait in memory: 150 of 1024 x 1024 with masks."""
+
 
 class FullError(CascadeError):
     """So much waits already that nothing more is taken."""
@@ -51,6 +54,9 @@ class WaitingLine:
         with self._changed:
             if len(self) + len(pieces) > self._most:
                 raise FullError(f"{len(self)} pictures wait already, and {self._most} may; try again later")
+            jobs = {piece.job for waiting in self._clients.values() for piece in waiting}
+            if job.held_bytes and job.held_bytes + sum(other.held_bytes for other in jobs) > MOST_HELD:
+                raise FullError("the pictures that wait to be changed fill the memory set aside; try again later")
             self._clients.setdefault(job.client, deque()).extend(pieces)
             self._changed.notify()
 

@@ -18,6 +18,7 @@ from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.task import Drawn, Result, Step, Undrawn
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
+from cascade.server.enlarged import EnlargedTarget
 from cascade.server.events import Event, Hub
 from cascade.server.gallery import Gallery
 from cascade.server.jobs import Job
@@ -102,7 +103,8 @@ class Worker:
         if isinstance(result, Undrawn):
             self._fail([piece], result.reason)
         else:
-            self._keep(piece, piece.target, result)
+            whole = piece.target.fitted(result) if isinstance(piece.target, EnlargedTarget) else result
+            self._keep(piece, piece.target, whole)
             self.counts.drawn += 1
             self._settle(piece)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import webuiapi
@@ -78,8 +79,68 @@ def test_openais_client_hears_what_is_wrong_as_it_expects(client: openai.OpenAI)
         client.images.generate(prompt="a fox", model="dall-e-3")
     with pytest.raises(openai.BadRequestError, match="not possible"):
         client.images.generate(prompt="a fox", size="33x31")  # type: ignore[call-overload]
-    with pytest.raises(openai.APIStatusError, match="does not edit"):
-        client.images.edit(image=io.BytesIO(b"x"), prompt="a fox")
+    with pytest.raises(openai.BadRequestError, match="not a readable picture"):
+        client.images.edit(image=("x.png", b"x"), prompt="a fox")
+    with pytest.raises(openai.BadRequestError, match="2 pictures; expected one"):
+        client.images.edit(image=[("x.png", b"x"), ("y.png", b"y")], prompt="a fox")
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        client.images.edit(image=("x.png", b"x"), prompt=None)  # type: ignore[call-overload]
+
+
+def png(array: np.ndarray[Any, Any]) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return "../x.png", buffer.getvalue()
+
+
+def noise(height: int, width: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_openais_client_edits_where_its_mask_is_transparent_and_nowhere_else(
+    client: openai.OpenAI, pipeline: CascadePipeline
+) -> None:
+    picture, hole = noise(48, 40), np.zeros((48, 40), dtype=bool)
+    hole[4:20, 6:22] = True
+    mask = np.dstack([picture, np.where(hole, 0, 255).astype(np.uint8)])
+    answer = client.images.edit(image=png(picture), mask=png(mask), prompt="a fox", n=2, extra_body={"seed": 5})
+    found = [np.asarray(image(datum.b64_json)) for datum in answer.data or []]
+    expected = pipeline("a fox", seed=5, image=picture, mask=hole, num_images_per_prompt=2, batch_size=1).images
+    assert [one.tobytes() for one in found] == [one.tobytes() for one in expected]
+    assert all(np.array_equal(one[~hole], picture[~hole]) for one in found)
+    assert answer.size == "40x48"
+    own = client.images.edit(image=png(mask), prompt="a fox", extra_body={"seed": 5}).data or []
+    assert np.array_equal(np.asarray(image(own[0].b64_json))[~hole], picture[~hole])
+
+
+def test_openais_client_edits_a_whole_picture_at_the_size_it_asks_for(
+    client: openai.OpenAI, pipeline: CascadePipeline
+) -> None:
+    picture = noise(20, 20)
+    (datum,) = (
+        client.images.edit(
+            image=png(picture), prompt="a fox", size="32x32", extra_body={"seed": "5", "strength": 0.5}
+        ).data
+        or []
+    )
+    expected = pipeline("a fox", seed=5, image=picture, strength=0.5).images[0]
+    assert image(datum.b64_json).tobytes() == expected.tobytes()
+
+
+def test_openais_client_gets_a_stream_of_an_edit(client: openai.OpenAI) -> None:
+    stream = client.images.edit(image=png(noise(32, 32)), prompt="a fox", stream=True, partial_images=1)
+    events: list[Any] = list(stream)
+    assert events[-1].type == "image_edit.completed"
+    assert image(events[-1].b64_json).size == (32, 32)
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # their client's word of this call
+def test_openais_client_varies_a_picture_by_what_it_shows(client: openai.OpenAI, server: Live) -> None:
+    (first,) = client.images.generate(prompt="a red fox", size="32x32").data or []
+    content = base64.b64decode(first.b64_json or "")
+    varied = client.images.create_variation(image=("x.png", content), n=2, response_format="b64_json").data or []
+    assert len({datum.b64_json for datum in varied} - {first.b64_json}) == 2
+    assert server.queue.jobs()[-1].asked.prompt == "a red fox"
 
 
 def test_openais_client_finds_the_model(client: openai.OpenAI) -> None:
@@ -116,6 +177,22 @@ def test_automatic1111s_client_draws(server: Live, pipeline: CascadePipeline) ->
     expected = pipeline("a fox", negative_prompt="red", seed=5, steps={"base": 3}, guidance={"base": 2.5}).images[0]
     assert result.image.tobytes() == expected.tobytes()
     assert result.info["seed"] == 5
+    api.session.close()
+
+
+def test_automatic1111s_client_changes_a_picture_and_keeps_what_its_mask_leaves(
+    server: Live, pipeline: CascadePipeline
+) -> None:
+    api = webuiapi.WebUIApi(port=int(server.address.rpartition(":")[2]))
+    picture, hole = noise(32, 32), np.zeros((32, 32), dtype=np.uint8)
+    hole[4:20, 6:22] = 255
+    options = {"prompt": "a fox", "seed": 5, "steps": 3, "cfg_scale": 2.5, "denoising_strength": 0.6}
+    ours = {"seed": 5, "steps": {"base": 3}, "guidance": {"base": 2.5}, "strength": 0.6, "image": picture}
+    found = api.img2img(images=[Image.fromarray(picture)], width=32, height=32, **options).image
+    assert found.tobytes() == pipeline("a fox", **ours).images[0].tobytes()
+    part = api.img2img(images=[Image.fromarray(picture)], mask_image=Image.fromarray(hole), **options).image
+    assert part.tobytes() == pipeline("a fox", mask=hole, **ours).images[0].tobytes()
+    assert np.array_equal(np.asarray(part)[hole == 0], picture[hole == 0])
     api.session.close()
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from helpers_server import Live, live
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cascade import CascadePipeline
@@ -309,6 +313,14 @@ def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(
     page.locator(".tile button").first.click()
     expect(page.locator("#viewer")).to_be_visible()
     found += Axe().run(page).response["violations"]
+    page.get_by_role("button", name="Change", exact=True).click()
+    for mode in ("Whole", "Extend", "Enlarge", "Part"):
+        page.get_by_label(mode, exact=True).check()
+        found += Axe().run(page).response["violations"]
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    page.get_by_role("button", name="Paint what is to change").click()
+    found += Axe().run(page).response["violations"]
+    assert page.evaluate("() => document.getElementById('masking').scrollWidth") <= width
     assert [(fault["id"], [node["html"][:200] for node in fault["nodes"]]) for fault in found] == []
     context.close()
 
@@ -321,3 +333,146 @@ def test_a_server_that_ends_is_told_and_one_that_comes_back_is_found(
         opened(page, server)
     expect(page.locator("#model")).to_have_text("The server does not answer.")
     page.close()
+
+
+def picture_of(studio: Live, id: str) -> np.ndarray[Any, Any]:
+    return np.array(Image.open(io.BytesIO(studio.gallery.read(id)[1])))
+
+
+def newest(studio: Live) -> dict[str, Any]:
+    return studio.client.get("/api/pictures").json()["pictures"][0]
+
+
+def begun(page: Page, studio: Live, action: str) -> dict[str, Any]:
+    """A picture of the gallery that is drawn, opened, and made what the next one starts from."""
+    draw(page, "a fox to change")
+    first = newest(studio)
+    page.locator(".tile button").first.click()
+    page.get_by_role("button", name=action, exact=True).click()
+    expect(page.locator("#start-said")).to_have_text(f"{first['width']} × {first['height']}")
+    return first
+
+
+def changed(page: Page, studio: Live, button: str = "Draw") -> dict[str, Any]:
+    """The picture that the form then asks for."""
+    count = page.locator(".tile").count()
+    page.get_by_role("button", name=button, exact=True).click()
+    expect(page.locator(".tile")).to_have_count(count + 1)
+    return newest(studio)
+
+
+def painted(page: Page) -> None:
+    """A mask in the middle of the picture, with the pointer."""
+    page.get_by_label("Part", exact=True).check()
+    page.get_by_role("button", name="Paint what is to change").click()
+    box = page.locator("#mask-canvas").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2)
+    page.mouse.up()
+
+
+def test_what_is_painted_is_drawn_again_and_nothing_else(page: Page, studio: Live) -> None:
+    first = begun(page, studio, "Change")
+    page.evaluate("() => { document.getElementById('brush').value = 8; }")
+    painted(page)
+    page.get_by_role("button", name="Done").click()
+    expect(page.locator("#mask-said")).to_have_text("Painted; paint more")
+    second = changed(page, studio)
+    one, other = picture_of(studio, first["id"]), picture_of(studio, second["id"])
+    mask = studio.queue.sources.mask(studio.queue.jobs()[-1].asked.mask or "")
+    assert 0 < (mask > 0).mean() < 0.7
+    assert np.array_equal(one[mask == 0], other[mask == 0])
+    assert not np.array_equal(one[mask > 0], other[mask > 0])
+
+
+@pytest.mark.slow
+def test_a_mask_is_painted_by_keyboard_and_undone(page: Page, studio: Live) -> None:
+    begun(page, studio, "Change")
+    page.get_by_label("Part", exact=True).check()
+    page.get_by_role("button", name="Paint what is to change").press("Enter")
+    canvas = page.locator("#mask-canvas")
+    canvas.focus()
+
+    def share() -> float:
+        return float(
+            canvas.evaluate(
+                """canvas => {
+                    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                    return data.filter((value, at) => at % 4 === 3 && value > 0).length / (data.length / 4);
+                }"""
+            )
+        )
+
+    for _ in range(12):
+        page.keyboard.press("[")
+    page.keyboard.press("Space")
+    dot = share()
+    assert 0 < dot < 0.5
+    page.keyboard.press("Control+z")
+    assert share() == 0
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.down("Space")
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up("Space")
+    line = share()
+    assert line > dot
+    page.keyboard.press("ArrowUp")
+    assert share() == line
+    page.locator("#mask-invert").click()
+    assert share() > 0.2
+    page.keyboard.press("Escape")
+    expect(page.locator("#mask-said")).to_have_text("Paint what is to change")
+
+
+@pytest.mark.slow
+def test_a_picture_is_changed_extended_enlarged_and_varied(page: Page, studio: Live, pipeline: CascadePipeline) -> None:
+    first = begun(page, studio, "Change")
+    page.locator("#strength").fill("0.5")
+    page.locator("#seed").fill("4")
+    again = changed(page, studio)
+    start = Image.open(io.BytesIO(studio.gallery.read(first["id"])[1]))
+    expected = pipeline("a fox to change", seed=4, image=start, strength=0.5).images[0]
+    assert np.array_equal(picture_of(studio, again["id"]), np.array(expected))
+
+    page.get_by_label("Extend", exact=True).check()
+    page.locator("#side-left").fill("16")
+    wide = changed(page, studio, "Extend")
+    assert (wide["height"], wide["width"]) == (32, 48)
+    assert np.array_equal(picture_of(studio, wide["id"])[:, 16:], np.array(start))
+
+    page.get_by_label("Enlarge", exact=True).check()
+    page.locator("#to").fill("40")
+    assert changed(page, studio, "Enlarge")["width"] == 40
+
+    count = page.locator(".tile").count()
+    page.locator(".tile").last.locator("button").first.click()
+    page.get_by_role("button", name="Variations", exact=True).click()
+    expect(page.locator(".tile")).to_have_count(count + 4)
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_changed_picture_bring_its_picture_and_mask_back(page: Page, studio: Live) -> None:
+    begun(page, studio, "Change")
+    painted(page)
+    page.get_by_role("button", name="Done").click()
+    page.locator("#resampling").fill("2")
+    first = changed(page, studio)
+    opened(page, studio)
+    page.locator(".tile button").first.click()
+    page.get_by_role("button", name="Use settings").click()
+    expect(page.locator("#mask-said")).to_have_text("Painted; paint more")
+    expect(page.locator("#resampling")).to_have_value("2")
+    second = changed(page, studio)
+    assert np.array_equal(picture_of(studio, first["id"]), picture_of(studio, second["id"]))
+
+
+@pytest.mark.slow
+def test_a_dropped_picture_without_settings_becomes_the_start(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "x.png")
+    dropped(page, tmp_path / "x.png")
+    expect(page.locator("#start-said")).to_have_text("40 × 24")
+    page.get_by_role("button", name="No picture to start from").click()
+    expect(page.locator("#start-choose")).to_be_focused()

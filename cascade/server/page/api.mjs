@@ -41,8 +41,16 @@ export const restore = picture => call("POST", `/api/pictures/${picture.id}/rest
 export const ask = asked => call("POST", "/api/jobs", asked);
 export const stop = job => call("DELETE", `/api/jobs/${job.id}`);
 
-export function read(file) {
+export const sourceOf = name => `/api/uploads/${name}`;
+
+// Settings of a picture that a cascade drew.
+export const read = file => sent("/api/read", file);
+
+// A picture or a mask for `image` and `mask` of a job: {name, width, height}.
+export const upload = file => sent("/api/uploads", file);
+
+function sent(path, file) {
   const form = new FormData();
-  form.append("picture", file);
-  return call("POST", "/api/read", form);
+  form.append("picture", file, "picture");
+  return call("POST", path, form);
 }

@@ -2,6 +2,8 @@
 
 import { $, el, icon, isPressed, press } from "./dom.mjs";
 import { Knobs } from "./knobs.mjs";
+import { choose, chosen, segments } from "./segments.mjs";
+import { Start } from "./start.mjs";
 
 const SHAPES = { square: ["Square", 1, 1], wide: ["Wide", 1.5, 1], tall: ["Tall", 1, 1.5] };
 const PRESETS = { fast: "Fast", default: "Normal", best: "Best" };
@@ -18,6 +20,7 @@ export class Composer {
     const presets = Object.keys(PRESETS).filter(name => name in card.presets);
     segments("presets", "preset", presets.map(name => [name, PRESETS[name]]), "default");
     $("presets").parentElement.hidden = presets.length < 2;
+    this.start = new Start(card, () => this.#show());
     this.#offerStyles();
     this.#offerExamples();
     this.#listen(onAsk);
@@ -28,14 +31,17 @@ export class Composer {
   // Throws an Error with a line for the user.
   asked() {
     const prompt = $("prompt").value.trim();
-    if (!prompt) throw new Error("Say what to draw first.");
-    const asked = { prompt, num_images_per_prompt: Number($("count").value) || 1, until: this.#until() };
+    const start = this.start.asked();
+    if (!prompt && !start.to) throw new Error("Say what to draw first.");
+    if (start.to) return { prompt, ...start, ...($("seed").value ? { seed: $("seed").value } : {}), ...this.#preset() };
+    const asked = { prompt, num_images_per_prompt: Number($("count").value) || 1, until: this.#until(), ...start };
     if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
     if ($("seed").value) asked.seed = $("seed").value;
-    if (chosen("preset") !== "default") asked.preset = chosen("preset");
     const [width, height] = this.#size();
-    return { ...asked, width, height, ...this.knobs.values() };
+    return { ...asked, ...this.#preset(), ...(width ? { width, height } : {}), ...this.knobs.values() };
   }
+
+  #preset() { return chosen("preset") === "default" ? {} : { preset: chosen("preset") }; }
 
   // Show what was asked for, with its seed kept.
   fill(asked) {
@@ -46,10 +52,11 @@ export class Composer {
     choose("preset", asked.preset ?? "default");
     const shape = Object.keys(SHAPES).find(name => String(this.#shaped(name)) === String([asked.width, asked.height]));
     choose("shape", shape ?? null);
-    [$("width").value, $("height").value] = shape ? ["", ""] : [asked.width, asked.height];
+    [$("width").value, $("height").value] = shape || !asked.width ? ["", ""] : [asked.width, asked.height];
+    this.start.fill(asked);
     this.knobs.fill(asked);
     this.#keepSeed(asked.seed ?? "");
-    $("advanced").open ||= this.knobs.filled || Boolean(asked.negative_prompt) || !shape;
+    $("advanced").open ||= this.knobs.filled || Boolean(asked.negative_prompt) || !(shape || asked.image);
     this.#show();
   }
 
@@ -76,7 +83,9 @@ export class Composer {
     return [width === 1 ? stage.resolution : fit(width), height === 1 ? stage.resolution : fit(height)];
   }
 
+  // A picture to change has a shape already, unless the user names another one.
   #size() {
+    if (this.start.given && !$("width").value && !$("height").value) return [];
     const shaped = this.#shaped(chosen("shape") ?? "square");
     return ["width", "height"].map((side, place) => Number($(side).value) || shaped[place]);
   }
@@ -96,6 +105,9 @@ export class Composer {
     $("width").placeholder = width;
     $("height").placeholder = height;
     this.knobs.show(chosen("preset"), this.#until());
+    $("shapes").parentElement.hidden = Boolean(this.start?.given);
+    $("until").parentElement.hidden = this.start?.mode === "larger";
+    $("draw").textContent = { larger: "Enlarge", sides: "Extend" }[this.start?.mode] ?? "Draw";
     const prompt = $("prompt").value;
     for (const chip of $("styles").children) press(chip, prompt.includes(chip.textContent));
     $("examples").hidden = Boolean(prompt) || !$("examples").children.length;
@@ -155,18 +167,4 @@ export class Composer {
     [$("fewer").onclick, $("more").onclick] = [count(-1), count(1)];
     $("reset").onclick = () => this.reset();
   }
-}
-
-// choices: [value, label, shape drawn before it].
-function segments(id, name, choices, value) {
-  $(id).replaceChildren(...choices.map(([own, label, shape]) => {
-    const input = el("input", { type: "radio", name, value: own, checked: own === value });
-    return el("label", {}, input, el("span", {}, shape ? el("i", { className: shape }) : null, label));
-  }));
-}
-
-const chosen = name => document.querySelector(`input[name="${name}"]:checked`)?.value ?? null;
-
-function choose(name, value) {
-  for (const input of document.querySelectorAll(`input[name="${name}"]`)) input.checked = input.value === value;
 }

@@ -10,7 +10,7 @@ export class Easel {
     this.jobs = new Map();
     this.sheets = new Map();
     this.shown = undefined; // null: it shows that there is nothing
-    this.stages = [];
+    this.stages = this.enlargers = [];
   }
 
   // All jobs anew, as the server has them.
@@ -67,7 +67,7 @@ export class Easel {
       this.bar = null;
       return;
     }
-    for (const number of job.numbers) this.sheets.set(`${job.id} ${number}`, new Sheet(job, this.stages, this.actions));
+    for (const number of job.numbers) this.sheets.set(`${job.id} ${number}`, new Sheet(job, this));
     $("now").replaceChildren(...[...this.sheets.values()].map(sheet => sheet.node));
     job.numbers.forEach(number => {
       const sheet = this.sheets.get(`${job.id} ${number}`);
@@ -86,7 +86,7 @@ export class Easel {
     const stopping = el("button", { type: "button", className: "stop", disabled: job.stopping,
                                     textContent: job.stopping ? "Stopping…" : "Stop", onclick: trying(() => stop(job)) });
     this.time = el("small");
-    const prompt = el("span", { className: "grow" }, el("b", { textContent: job.asked.prompt, title: job.asked.prompt }), this.time);
+    const prompt = el("span", { className: "grow" }, el("b", { textContent: titleOf(job), title: job.asked.prompt }), this.time);
     this.bar.replaceChildren(prompt, ...(over ? [] : [stopping]));
     this.bar.classList.toggle("wrong", Boolean(job.error));
     this.#tellTime(job);
@@ -104,7 +104,7 @@ export class Easel {
     const [number, progress] = Object.entries(job.progress)[0] ?? [];
     if (!progress) return "Reading the prompt";
     const { stage, step, steps, seconds_left: left } = progress;
-    const { resolution } = this.stages.find(own => own.name === stage) ?? { resolution: stage };
+    const { resolution } = [...this.stages, ...this.enlargers].find(own => own.name === stage) ?? { resolution: stage };
     const many = job.numbers.length > 1 ? `Picture ${job.numbers.indexOf(Number(number)) + 1} of ${job.numbers.length} · ` : "";
     const rest = left === null ? "" : ` · ${duration(left)} left`;
     return `${many}${resolution} px, step ${step + 1} of ${steps}${rest}`;
@@ -114,14 +114,16 @@ export class Easel {
     const count = job.numbers.length;
     const off = iconButton("close", `Do not draw “${job.asked.prompt}”`, trying(() => stop(job)));
     const many = count > 1 ? el("small", { textContent: `${count} pictures` }) : null;
-    return el("li", {}, el("span", { className: "grow", textContent: job.asked.prompt }), many, off);
+    return el("li", {}, el("span", { className: "grow", textContent: titleOf(job) }), many, off);
   }
 }
 
+const titleOf = job => job.asked.prompt || `Enlarge to ${job.asked.to} px`;
+
 // One picture on the easel, from noise to its file.
 class Sheet {
-  constructor(job, stages, actions) {
-    this.stages = stages.filter(stage => !job.asked.until || stage.resolution <= job.asked.until);
+  constructor(job, { stages, enlargers, actions }) {
+    this.stages = job.asked.to ? enlargers : stages.filter(stage => !job.asked.until || stage.resolution <= job.asked.until);
     this.actions = actions;
     this.image = el("img", { alt: `Being drawn: ${job.asked.prompt}`, hidden: true });
     this.paper = el("button", { type: "button", className: "paper waits", disabled: true }, this.image);

@@ -8,6 +8,8 @@ import { Easel } from "./easel.mjs";
 import { Gallery } from "./gallery.mjs";
 import { Viewer } from "./viewer.mjs";
 
+const VARIATIONS = 4, VARIED = 0.35; // as many, so far on the way to other noise
+
 const comparison = new Comparison();
 const gallery = new Gallery({
   onOpen: picture => viewer.open(picture),
@@ -19,6 +21,14 @@ const viewer = new Viewer(gallery, {
     const { seed, number, ...asked } = await askedOf(picture);
     await draw({ ...asked, num_images_per_prompt: 1 });
   }),
+  vary: trying(async picture => {
+    const asked = await askedOf(picture);
+    for (let count = 0; count < VARIATIONS; count++) {
+      await draw({ ...asked, variation: [String(Math.floor(Math.random() * 2 ** 32)), VARIED] });
+    }
+  }),
+  change: picture => start(picture, "whole"),
+  enlarge: picture => start(picture, "larger"),
   compare: picture => gallery.choose(picture, true),
   star: picture => gallery.star(picture),
   remove: picture => gallery.remove(picture),
@@ -32,6 +42,14 @@ async function draw(asked) {
   return job;
 }
 
+// A picture of the gallery is what the next one starts from.
+function start({ id, width, height, prompt }, mode) {
+  composer?.start.use({ name: id, width, height }, mode);
+  $("prompt").value ||= prompt;
+  $("start").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  document.querySelector("#start-modes input:checked").focus();
+}
+
 function settle(asked) {
   composer?.fill(asked);
   $("prompt").focus();
@@ -42,7 +60,7 @@ const begin = trying(async () => {
   const card = await call("GET", "/api/model");
   $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
-  easel.stages = card.stages;
+  Object.assign(easel, { stages: card.stages, enlargers: card.enlargers });
   if (!composer) composer = new Composer(card, trying(async () => {
     composer.taken(await draw(composer.asked()));
     $("easel").scrollIntoView({ block: "nearest", behavior: "smooth" });
@@ -71,9 +89,18 @@ follow({
   },
 });
 
-// --- a picture that is dropped, pasted or chosen gives its settings back
+// --- a picture that is dropped, pasted or chosen gives its settings back; one that has none is a start
 
-const take = trying(async file => { if (file) settle(await read(file)); });
+const take = trying(async file => {
+  if (!file) return;
+  try {
+    settle(await read(file));
+  } catch (error) {
+    if (!error.message.includes("does not say how it was drawn") || !composer) throw error;
+    await composer.start.take(file);
+    toast("That picture holds no settings; it is now the one to change.");
+  }
+});
 $("read-button").onclick = () => $("read-file").click();
 $("read-file").onchange = () => { take($("read-file").files[0]); $("read-file").value = ""; };
 const holdsFile = event => [...(event.dataTransfer?.types ?? [])].includes("Files");

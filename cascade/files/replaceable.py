@@ -1,4 +1,4 @@
-"""Single files that a command writes and may write again: what is there is replaced if a command of ours made it."""
+"""Single files that a command writes: an existing file is replaced only if the same command wrote it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from cascade.errors import CascadeError
 from cascade.files.picture import open_picture
 
 SOFTWARE = "Software"
-"""Of PNG's texts the one that says what wrote it."""
+"""The PNG text entry that names the program that wrote the file."""
 
 
 def check_png(path: Path, program: str) -> None:
-    """Raises CascadeError for a file that is there, unless it is a PNG that `program` wrote."""
+    """Raises CascadeError for an existing file, unless it is a PNG that `program` wrote."""
     if not path.exists():
         return
     said = None
@@ -22,4 +22,4 @@ def check_png(path: Path, program: str) -> None:
     except (OSError, ValueError, SyntaxError):
         pass
     if said != program:
-        raise CascadeError(f"{path}: is there already, and `{program}` did not write it; name another file")
+        raise CascadeError(f"{path}: exists, and `{program}` did not write it; name another file")

@@ -1,0 +1,43 @@
+"""Enlarging a picture of the user's own, planned as drawing is, so that the queue and the gallery treat both alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cascade.batch.plan import Job, Target
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.task import Drawn, Task
+from cascade.upscaling import fitted
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EnlargedJob(Job):
+    """Plan whose single picture comes from another one. task: of the engine."""
+
+    task: Task
+
+    def targets(self) -> Iterator[Target]:
+        """The picture."""
+        yield EnlargedTarget(self, 0)
+
+
+@dataclass(frozen=True)
+class EnlargedTarget(Target):
+    """The picture of an `EnlargedJob`."""
+
+    job: EnlargedJob
+
+    @property
+    def recipe(self) -> Recipe:
+        """See `Target.recipe`."""
+        return self.job.task.recipe
+
+    def task(self) -> Task:
+        """See `Target.task`."""
+        return replace(self.job.task, name=str(self.job.record.index))
+
+    def fitted(self, drawn: Drawn) -> Drawn:
+        """The picture at the requested size: area means of what the last stage drew."""
+        size = self.recipe.height, self.recipe.width
+        return replace(drawn, pixels=[fitted(drawn.pixels[-1][None], size)[0]])
