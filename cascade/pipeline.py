@@ -31,6 +31,8 @@ from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.regions import GivenRegions, regions_of
+from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
@@ -41,6 +43,7 @@ from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, shortage_names
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
+from cascade.text.language import Text
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
 
@@ -145,6 +148,8 @@ class CascadePipeline:
         extend: Mapping[str, int] | None = None,
         resampling: int = 1,
         variation: tuple[int, float] | None = None,
+        prompt_language: bool = False,
+        regions: GivenRegions | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -156,6 +161,8 @@ class CascadePipeline:
         the last stage to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None:
         the stage's default). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is
         redrawn, elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes`.
+        prompt_language: prompts may have weights and phases, see `cascade.text.language`. regions: parts with their own
+        prompts, [(box or mask, prompt)], a box being (left, top, right, bottom) as shares of width and height.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
@@ -174,6 +181,10 @@ class CascadePipeline:
         asked = height is not None or width is not None
         edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
+        parts = regions_of(regions)
+        if prompt_embeds is not None and (prompt_language or parts.entries):
+            raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
+        said |= {"language": prompt_language, "regions": parts.entries}
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size)
@@ -192,6 +203,7 @@ class CascadePipeline:
                 ),
                 embeds[index],
                 edit,
+                parts.masks,
             )
             for index in range(len(prompts))
             for number in numbers
@@ -281,17 +293,27 @@ class CascadePipeline:
         self.enlargers = self.slots if shared else [moved[id(slot)] for slot in self.enlargers]
         return self
 
-    def encode(self, texts: Sequence[str]) -> TextEmbeddings:
+    def encode(self, texts: Sequence[Text]) -> TextEmbeddings:
         """Embeddings of texts, each encoded alone and padded to the full length; `low_memory` then releases T5."""
         with self._text.reading() as encoder:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, edit: Edit | None = None) -> Task:
-        """A recipe as a task for the engine. text, edit: see `Task`. Raises CascadeError if no stage can draw it."""
+    def task(
+        self,
+        recipe: Recipe,
+        text: TextEmbeddings | None = None,
+        edit: Edit | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Task:
+        """A recipe as a task for the engine. text, edit, masks: see `Task`.
+
+        Raises CascadeError if no stage can draw it, and for a mistake in the prompt language.
+        """
+        script_of(recipe)
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
+        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text, masks=masks or {})
 
     def upscale_task(
         self,

@@ -21,6 +21,7 @@ from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
 from cascade.device import choose_device
 from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
+from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.errors import CascadeError
 from cascade.load.index import read_index
 from cascade.load.stage import read_config
@@ -88,6 +89,8 @@ class BatchRequest:
     extend: Mapping[str, int] | None = None
     resampling: int = 1
     variation: tuple[int, float] | None = None
+    prompt_language: bool = False
+    regions: GivenRegions | None = None
     grid: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -180,6 +183,8 @@ class BatchRequest:
             window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
             save_stages=self.save_stages,
             changes=self.changes(),
+            language=self.prompt_language,
+            regions=regions_of(self.regions),
             strict=self.strict,
             low_memory=self.low_memory,
         )

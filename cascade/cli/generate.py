@@ -101,6 +101,12 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option(
     "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Mix in this share of another seed's noise."
 )
+@click.option(
+    "--prompt-language", is_flag=True, help="Read (word:1.3), [from:to:0.4] and a AND b, see docs/editing.md."
+)
+@click.option(
+    "--region", "regions", multiple=True, metavar="PLACE: PROMPT", help="A part's own prompt: 0,0,0.5,1: a red ring."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option(
     "--dtype",

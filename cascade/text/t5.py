@@ -21,6 +21,7 @@ from cascade.quoting import quoted
 from cascade.streaming import move_streamed
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
+from cascade.text.language import Emphasized, Text, cleaned_places
 from cascade.text.t5_files import (
     check_folder,
     eight_bit_options,
@@ -164,16 +165,18 @@ class TextEncoder:
         return self._fingerprint
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
+    def encode(self, prompts: Sequence[Text], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, one or more: (B, N, D) with N the longest, and their mask.
 
         The empty prompt is the null text; what it gives follows `null_text`. One prompt at a time by default: a matrix
         product may differ in its last bits between batch sizes, and an embedding should not depend on its neighbours.
         Equal prompts are encoded once. A prompt of more than `max_length` tokens is cut; a warning says where.
+        Words with weights: see `_emphasized`.
         """
         assert not isinstance(prompts, str), "encode takes a list of prompts"
-        prompts = [prepare_caption(prompt, self.captions) for prompt in prompts]
-        distinct = list(dict.fromkeys(prompts))
+        emphasized = {prompt: self._emphasized(prompt) for prompt in prompts if isinstance(prompt, Emphasized)}
+        plain = [prepare_caption(prompt, self.captions) for prompt in prompts if isinstance(prompt, str)]
+        distinct = list(dict.fromkeys(plain))
         ids = {prompt: self._tokenize(prompt) for prompt in distinct}
         distinct.sort(key=lambda prompt: len(ids[prompt]))  # like lengths together: less padding in a batch
         rows: dict[str, Tensor] = {}
@@ -183,7 +186,10 @@ class TextEncoder:
         if self.null_text == "zeros":
             nothing = self._tokenize("")
             rows = {prompt: row * 0 if ids[prompt] == nothing else row for prompt, row in rows.items()}
-        return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
+        each = iter(plain)
+        return TextEmbeddings.from_rows(
+            [emphasized[prompt] if isinstance(prompt, Emphasized) else rows[next(each)] for prompt in prompts]
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the weights to `device`, cast them to `dtype`, and return this encoder; one in 8 bits stays."""
@@ -229,12 +235,36 @@ class TextEncoder:
             )
         return self._model
 
-    def _embed(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Token ids -> embeddings, each (n, D): unpadded, or all of max_length where `padded`."""
+    def _emphasized(self, text: Emphasized) -> Tensor:
+        """The embedding of a text whose words have weights: (n, D).
+
+        For each weight w, full + (w - 1) (full - without), where the tokens with that weight are hidden from the
+        encoder in `without`; several weights add up. Raises CascadeError if the cleaning of captions changes words.
+        """
+        whole, places = cleaned_places(text, self.captions)
+        ids = self._tokenize(whole)
+        spans = self._tokenizer(well_formed(whole), verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        full = self._embed([ids])[0]
+        result = full
+        for weight in dict.fromkeys(weight for _, _, weight in places):
+            hidden = [
+                any(weight == own and start < last and first < end for first, last, own in places)
+                for start, end in spans[: len(ids)]
+            ]
+            hidden[-1] = False  # the end of the text
+            result = result + (weight - 1) * (full - self._embed([ids], hidden)[0])
+        return result
+
+    def _embed(self, ids: Sequence[Sequence[int]], unseen: Sequence[bool] = ()) -> list[Tensor]:
+        """Token ids -> embeddings, each (n, D): unpadded, or all of max_length where `padded`.
+
+        unseen: tokens that the others do not attend to.
+        """
         lengths = [len(row) for row in ids]
         longest = self.max_length if self.padded else max(lengths)
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        mask[:, : len(unseen)] &= ~torch.tensor(list(unseen), dtype=torch.bool)
         inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
         # A run's autocast is for its network. Training reads text outside of it, and T5-XXL overflows float16.
         with torch.autocast(self.device.type, enabled=False):
