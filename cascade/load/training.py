@@ -95,7 +95,9 @@ def load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.precision import settled
 
     held_out = config.training.validation
-    check_places([*config.data.sources, *(held_out.sources if held_out else ())])  # before a hub is asked for an encoder
+    check_places(
+        [*config.data.sources, *(held_out.sources if held_out else ())]
+    )  # before a hub is asked for an encoder
     config = settled(config)
     check_run(config, *expected_processes())
     with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):

@@ -67,8 +67,8 @@ def look_at(folder: Path) -> Look:
     if usable < LEAST_PICTURES:
         first = f"; the first problem: {found.problems[0]}" if found.problems else ""
         raise CascadeError(
-            f"{folder}: {max(usable, 0)} pictures with captions, of {found.looked_at}; {LEAST_PICTURES} are the least to"
-            f" learn from{first}"
+            f"{folder}: {max(usable, 0)} pictures with captions, of {found.looked_at}; {LEAST_PICTURES} are the"
+            f" least to learn from{first}"
         )
     shorts = sorted(min(size) for size in found.sizes)
     return Look(folder, found, usable, shorts[len(shorts) // 2])

@@ -34,7 +34,7 @@ from cascade.load.training import (
 from cascade.making import sweep as sweeping
 from cascade.making.look import Look, look_at
 from cascade.making.pace import measure
-from cascade.making.plan import LEAST_STEPS, SHARES, Folder, Planned, choose, lines, training_run
+from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, training_run
 from cascade.making.redraw import write_redrawn
 from cascade.making.sweep import Trial
 from cascade.pipeline import CascadePipeline

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 import statistics
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.config.training import TrainConfig
 from cascade.load.training import load_trainer
-from cascade.preflight import run_bytes
 from cascade.memory import training_memory
+from cascade.preflight import run_bytes
 
 _ENTRIES, _STEPS_AN_ENTRY = 4, 2
 
@@ -28,7 +28,7 @@ class Pace:
 
 
 def measure(config: TrainConfig, scratch: Path) -> Pace:
-    """Train a few steps in a folder that is deleted afterwards. The first entry of the log, which warms up, is left out.
+    """Train a few steps in a folder that is deleted afterwards. The log's first entry, which warms up, is left out.
 
     Raises CascadeError for a run that cannot start on this machine.
     """

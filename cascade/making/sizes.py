@@ -41,9 +41,7 @@ class Size:
         """The stages, smallest first. residual_scales: spread of a picture around its enlarged smaller one, by size."""
         sides = self.resolutions
         found = [_base(sides[0], self.base)]
-        return found + [
-            _larger(low, side, self.larger, residual_scales[side]) for low, side in pairwise(sides)
-        ]
+        return found + [_larger(low, side, self.larger, residual_scales[side]) for low, side in pairwise(sides)]
 
 
 def _base(side: int, network: Mapping[str, Any]) -> StageConfig:

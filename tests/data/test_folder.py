@@ -73,6 +73,6 @@ def test_places_that_do_not_exist_are_found_without_reading_anything(tmp_path: P
         ParquetSource(files=(str(tmp_path / "*.parquet"),)),
         WebDatasetSource(files=(str(tmp_path / "*.tar"),)),
     ):
-        with pytest.raises(CascadeError, match="no such folder|no file matches"):
+        with pytest.raises(CascadeError, match=r"no such folder|no file matches"):
             check_places([source])
     check_places([FolderSource(path=str(tmp_path))])

@@ -29,7 +29,13 @@ def test_lines_keep_their_distance_except_for_the_last() -> None:
 
 
 def test_times_are_written_as_people_write_them() -> None:
-    assert [duration(seconds) for seconds in (5, 89, 600, 7200, 12000)] == ["5 s", "89 s", "10 min", "2 h", "3 h 20 min"]
+    assert [duration(seconds) for seconds in (5, 89, 600, 7200, 12000)] == [
+        "5 s",
+        "89 s",
+        "10 min",
+        "2 h",
+        "3 h 20 min",
+    ]
 
 
 def test_a_run_whose_output_is_no_terminal_reports_its_first_and_last_entry(
