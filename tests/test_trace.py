@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers_model import make_tiny_cascade, tiny_stage_config
+from PIL import Image
 from torch import Tensor
 
 from cascade import CascadePipeline, Stage
 from cascade.build import build_schedule
+from cascade.cli.program import main
 from cascade.conditioning import Conditioning
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.noise import alpha, one_minus_alpha
+from cascade.diffusion.samplers import SAMPLERS
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Pass, Step, Task
 from cascade.drawing.trace import Recorder, traced
+from cascade.drawing.trace_files import main_word
+from cascade.drawing.trace_pictures import shown_steps, source_of
 from cascade.models.attention import Attention
 from cascade.models.network import Network
 from cascade.seeds import generator
@@ -107,8 +116,13 @@ def test_one_step_of_a_trace_leads_to_the_next_by_ddims_formula() -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CascadePipeline:
-    return CascadePipeline.from_pretrained(make_tiny_cascade(tmp_path_factory.mktemp("m") / "tiny"), device="cpu")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_cascade(tmp_path_factory.mktemp("m") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: Path) -> CascadePipeline:
+    return CascadePipeline.from_pretrained(model, device="cpu")
 
 
 def test_every_stage_of_a_cascade_is_traced_and_no_bit_of_the_picture_changes(pipeline: CascadePipeline) -> None:
@@ -238,3 +252,75 @@ def test_words_have_the_rows_of_their_tokens(pipeline: CascadePipeline) -> None:
         ).split().count(word)
     everything = [row for rows in words.values() for row in rows]
     assert len(set(everything)) == len(everything)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_the_command_writes_every_step_of_the_picture_that_generate_draws(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace"
+    call = ["trace", "a red fox, drawn", "--seed", "5", "--model", str(model), "--out", str(out)]
+    assert main([*call, "--steps", "base=3"]) == 0
+    assert "7 steps of seed 5" in capsys.readouterr().out
+    said = json.loads((out / "trace.json").read_text())
+    assert (said["prompt"], said["words"]) == ("a red fox, drawn", ["a", "red", "fox", "drawn"])
+    assert [(stage["name"], len(stage["steps"])) for stage in said["stages"]] == [("base", 3), ("sr16", 2), ("sr32", 2)]
+    for stage in said["stages"]:
+        levels = [step["log_snr"] for step in stage["steps"]]
+        assert levels == sorted(levels)
+        assert {formula["quantity"] for formula in stage["formulas"]} == {
+            "noised",
+            "z",
+            "x_hat",
+            "guidance",
+            "attention",
+        }
+        for step in stage["steps"]:
+            assert set(step["files"]) >= {"noised", "z", "x_hat", "guidance", "attention-0", "attention-3"}
+            assert all(size(out / name) == (stage["width"],) * 2 for name in step["files"].values())
+    assert size(out / "sheet.png")[0] > 1000
+    with Image.open(out / "trace.webp") as frames:
+        assert frames.n_frames == 7  # type: ignore[attr-defined]
+    assert main([*call, "--until", "8"]) == 0  # an earlier trace is replaced
+    assert len(json.loads((out / "trace.json").read_text())["stages"]) == 1
+
+
+def test_a_folder_of_others_and_a_word_that_is_not_there_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["trace", "a fox", "--model", str(model), "--out", str(tmp_path)]) == 2
+    assert "holds no trace" in capsys.readouterr().err
+    call = ["trace", "a fox", "--model", str(model), "--word", "owl", "--out", str(tmp_path / "trace")]
+    assert main(call) == 2
+    assert "expected one of a, fox" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_guidance_difference_of_zero_is_gray_and_signs_are_opposite_colours() -> None:
+    (trace,) = gaussian_trace("ddim").stages  # x_cond is brighter everywhere
+    (first, *_) = shown_steps(trace)
+    assert np.array(first["guidance"]).min() > 128
+    (opposite,) = gaussian_trace("ddim", own=-0.25, null=0.5).stages
+    assert np.array(shown_steps(opposite)[0]["guidance"]).max() < 127
+    (none,) = gaussian_trace("ddim", own=0.5, null=0.5).stages
+    assert set(np.array(shown_steps(none)[0]["guidance"]).flatten().tolist()) <= {127, 128}
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_names_its_source(name: str) -> None:
+    assert re.search(r"\(\d{4}\)|algorithm", source_of(inspect.getdoc(SAMPLERS[name]) or ""))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"), [("a red fox, noto style", "fox"), ("fox", "fox"), ("a cat", "cat"), ("?", None)]
+)
+def test_the_word_of_the_sheet_is_the_subject(prompt: str, word: str | None) -> None:
+    assert main_word(prompt, list(dict.fromkeys(re.findall(r"\w+", prompt)))) == word
