@@ -17,6 +17,7 @@ from cascade.files.parsed import read_json_file
 FORMAT = 1
 INDEX, SHEET, ANIMATION = "trace.json", "sheet.png", "trace.webp"
 _QUALITY = 90
+_EXACT = 64  # pixels of the longer side, up to which no number is lost; noise is large
 
 
 def check_free(folder: Path) -> None:
@@ -65,7 +66,8 @@ def _write_stage(folder: Path, place: int, trace: StageTrace, shown: Sequence[Sh
     for number, (moment, pictures) in enumerate(zip(trace.moments, shown, strict=True)):
         files = {name: f"{place}-{number:03d}-{name.replace('_', '-')}.webp" for name in pictures}
         for name, picture in pictures.items():
-            picture.save(folder / files[name], quality=_QUALITY, method=2)
+            exact = max(picture.size) <= _EXACT
+            picture.save(folder / files[name], lossless=exact, quality=_QUALITY, method=2)
         steps.append({"log_snr": round(moment.log_snr, 4), "files": files})
     config = trace.stage.config
     height, width = trace.moments[-1].x_hat.shape[-2:]
