@@ -1,11 +1,11 @@
-"""`python -m cascade` is the program `cascade`."""
+"""`python -m cascade`: the program `cascade`."""
 
 import io
 import sys
 
 
 def run() -> int:
-    """The program, whose exit status is returned. Ctrl-C ends it with one line, also while it is still loading."""
+    """Run the program and return its exit status. Ctrl-C ends it with one line, even while it is still loading."""
     _print_what_can_be_printed()
     try:
         from cascade.cli.program import main
@@ -17,7 +17,7 @@ def run() -> int:
 
 
 def _print_what_can_be_printed() -> None:
-    """Escape characters that an output has not, such as a pipe in cp1252 on Windows, where Python would raise."""
+    """Escape characters that an output's encoding lacks (an arrow in cp1252 on Windows, say) instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

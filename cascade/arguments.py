@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given: prompts, seeds and sizes, checked. Everything here raises CascadeError."""
+"""Checks of the pipeline's arguments: prompts, seeds and sizes. Every function here raises CascadeError."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def one_text(name: str, value: Any) -> str:
 
 
 def texts_of(name: str, value: Any) -> list[str]:
-    """A string, or several, as a list."""
+    """A list of strings, from one string or several."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
     texts: list[Any] = list(value) if several else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise CascadeError(f"{name}: {quoted(text)} is no text; expected a string, or a list of strings")
+            raise CascadeError(f"{name}: {quoted(text)} is not text; expected a string, or a list of strings")
     return texts
 
 
@@ -60,12 +60,12 @@ def negatives_of(negative_prompt: str | Sequence[str] | None, count: int) -> lis
     """The negative prompt of each of `count` prompts; an empty one stands for the null text."""
     negative = texts_of("negative_prompt", "" if negative_prompt is None else negative_prompt)
     if len(negative) not in (1, count):
-        raise CascadeError(f"negative_prompt: {len(negative)} for {count} prompts; give one or each its own")
+        raise CascadeError(f"negative_prompt: {len(negative)} for {count} prompts; give one, or one for each prompt")
     return negative * count if len(negative) == 1 else negative
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed for each of `count` prompts, drawn where none is given."""
+    """One seed for each of `count` prompts; random ones if `seed` is None."""
     if seed is None:
         return [fresh_seed() for _ in range(count)]
     value: Any = seed
@@ -73,7 +73,7 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     given: list[Any] = list(value) if several else [value] * count
     if len(given) != count:
         raise CascadeError(f"seed: {len(given)} seeds for {count} prompts; give one, or one for each prompt")
-    # Plain numbers, because noise follows from how a seed is written: NumPy's 1 and ours must be the same.
+    # Plain integers, because the noise depends on how a seed is written: NumPy's 1 and Python's must give the same.
     seeds = [integer("seed", one) for one in given]
     for number in seeds:
         if not 0 <= number <= MAX_SEED:
@@ -82,7 +82,7 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def integer(name: str, value: Any) -> int:
-    """A whole number of whatever type."""
+    """`value` as an int, if its type is an integer type."""
     try:
         return operator.index(value)
     except TypeError:
@@ -98,7 +98,7 @@ def positive(name: str, value: Any, most: AtMost = COUNT) -> int:
 
 
 def at_most(name: str, value: Any, most: AtMost) -> int:
-    """A whole number within a bound."""
+    """A whole number no larger than a bound."""
     try:
         return most(integer(name, value))
     except ValueError as error:
@@ -106,7 +106,7 @@ def at_most(name: str, value: Any, most: AtMost) -> int:
 
 
 def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | None) -> list[tuple[int, int]]:
-    """(height, width) of each stage, so that the last has the size asked for."""
+    """(height, width) of each stage such that the last stage has the requested size."""
     last = stages[-1].resolution
     sizes = []
     for stage in stages:
@@ -122,31 +122,31 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
 
 
 def check_result(pictures: int, size: tuple[int, int]) -> None:
-    """Raises CascadeError when so many pictures of a height and width do not fit into memory together."""
+    """Raises ShortageError when `pictures` pictures of size (height, width) do not fit into memory together."""
     needed, free = pictures * size[0] * size[1] * PICTURE_CHANNELS, free_bytes(torch.device("cpu"))
-    if pictures > 1 and needed > free:  # of a single one its stage counts what drawing it takes
+    if pictures > 1 and needed > free:  # the stages themselves count the memory of a single picture
         raise ShortageError(
-            f"{pictures:,} pictures of {size[0]}x{size[1]} have {needed / 1e9:.1f} GB in all,"
-            f" {free / 1e9:.1f} GB are free; ask for fewer at a time, or use `cascade generate`, which keeps none"
+            f"{pictures:,} pictures of {size[0]}x{size[1]} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are"
+            " free; draw fewer at a time, or use `cascade generate`, which writes each picture to a file"
         )
 
 
 def common_step(stages: Sequence[StageConfig]) -> int:
-    """What height and width of the last stage must be multiples of, in pixels."""
+    """The number of pixels that height and width of the last stage must be multiples of."""
     last = stages[-1].resolution
     steps = [stage.geometry.divisor * last // stage.resolution for stage in stages]
     return math.lcm(*steps)
 
 
 def check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
-    """Whether the stages make a cascade: their sizes chain, and all read text of the same width."""
+    """Raises CascadeError unless the stages form a cascade: sizes chain, names differ, text widths agree."""
     if not stages:
         raise CascadeError("a cascade needs at least one stage")
     if stages[0].low_resolution is not None:
         raise CascadeError(f"stage {stages[0].name}: the first stage must be a base stage, without low_resolution")
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
-        raise CascadeError(f"stages {', '.join(names)}: every stage needs a name of its own")
+        raise CascadeError(f"stages {', '.join(names)}: every stage needs a different name")
     for before, after in pairwise(stages):
         if after.low_resolution != before.resolution:
             raise CascadeError(
@@ -157,7 +157,7 @@ def check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
 
 
 def check_text_widths(stages: Sequence[StageConfig], text_dim: int) -> None:
-    """Whether all stages read text of this width, if any. Raises CascadeError."""
+    """Raises CascadeError unless every stage that reads text reads this width."""
     for stage in stages:
         if stage.model.reads_text and stage.model.text_dim != text_dim:
             raise CascadeError(

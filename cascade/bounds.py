@@ -1,6 +1,6 @@
-"""Numbers that nobody means: above these, a run hangs or takes all memory, and whoever wrote them mistyped.
+"""Upper bounds of settings. Beyond them a run would hang or take all memory, so a larger number is a typing error.
 
-Every bound is far above what is in use, and its reason stands in the message.
+Every bound is far above any number in use; the error message gives its reason.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from pydantic import AfterValidator, Field
 
 @dataclass(frozen=True)
 class AtMost:
-    """Checks that a number is at most `greatest`. reason: why, to stand behind a comma."""
+    """A check that a number is at most `greatest`. reason: a clause for the message, which follows a comma."""
 
     greatest: int
     reason: str
 
     def __call__(self, value: int) -> int:
-        """The value. Raises ValueError for a larger one."""
+        """`value`. Raises ValueError if it is larger than `greatest`."""
         if value > self.greatest:
             raise ValueError(f"{_plain(value)} is more than {self.greatest:,}, {self.reason}")
         return value
 
     @property
     def validator(self) -> AfterValidator:
-        """To stand in an annotated type."""
+        """The check as an annotation of a pydantic field."""
         return AfterValidator(self)
 
 
 def _plain(value: int) -> str:
-    """A number of thousands of digits is not one to print."""
+    """The number for a message; one of more than 30 digits is not printed."""
     return f"{value:,}" if value < 10**30 else "a number of many digits"
 
 
-COUNT = AtMost(2**53, "from where on numbers are no longer exact")
+COUNT = AtMost(2**53, "above which floating-point numbers are not exact")
 WIDTH = AtMost(65_536, "several times the widest layer of any published network")
 LAYERS = AtMost(1_000, "several times the deepest published network")
-SIDE = AtMost(65_536, "the side of a picture that alone has 13 GB")
-NOISE_STEPS = AtMost(100_000, "and a schedule holds numbers for each of its steps; 1,000 are usual")
+SIDE = AtMost(65_536, "the side of a picture that takes 13 GB by itself")
+NOISE_STEPS = AtMost(100_000, "and a schedule stores numbers for each of its steps; 1,000 are usual")
 SAMPLING_STEPS = AtMost(100_000, "each of which calls the network; up to 1,000 are usual")
 TOKENS = AtMost(32_768, "and the memory of attention grows with its square")
 PICTURES = AtMost(10_000_000, "which no memory holds at once")
 PROCESSES = AtMost(1_024, "more than any machine has processors for")
-ROUNDS = AtMost(1_000, "long after nothing changes any more")
+ROUNDS = AtMost(1_000, "long after the picture stops changing")
 
-BATCHES = AtMost(1_000_000, "and a validation of so many never ends")
+BATCHES = AtMost(1_000_000, "and a validation on so many never ends")
 _MOST_WEIGHTS = 10**12
 
 PositiveInt = Annotated[int, Field(gt=0), COUNT.validator]
-"""Of steps and pictures that come one after another."""
+"""A number of steps, or of pictures processed one after another."""
 Width = Annotated[int, Field(gt=0), WIDTH.validator]
-"""Of a layer, its heads and groups, and of embeddings."""
+"""The width of a layer or an embedding, or a number of heads or groups."""
 Layers = Annotated[int, Field(gt=0), LAYERS.validator]
 Side = Annotated[int, Field(gt=0), SIDE.validator]
-"""Height and width, in pixels."""
+"""Height or width, in pixels."""
 NoiseSteps = Annotated[int, Field(gt=0), NOISE_STEPS.validator]
 Tokens = Annotated[int, Field(gt=0), TOKENS.validator]
 Pictures = Annotated[int, Field(gt=0), PICTURES.validator]
-"""That are in memory together."""
+"""A number of pictures in memory together."""
 Batches = Annotated[int, Field(gt=0), BATCHES.validator]
 
 
 def check_network(widths: Sequence[int], layers: Sequence[int]) -> None:
-    """Raises ValueError for a network that would take minutes to be laid out alone, or that no machine holds.
+    """Raises ValueError for a network that would take minutes just to allocate, or that fits no machine.
 
-    widths, layers: of each level. A layer is counted as one square matrix, which is less than any has.
+    widths, layers: one per level. A layer counts as one square matrix, a lower bound for every real layer.
     """
     LAYERS(sum(layers))
     weights = sum(width**2 * count for width, count in zip(widths, layers, strict=True))

@@ -1,4 +1,4 @@
-"""Atomic saving and loading: a file or folder is there whole, or not at all. Weights are safetensors only."""
+"""Atomic saving and loading: a file or folder exists whole or not at all. Weights are safetensors only."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from cascade.quoting import quoted
 from cascade.settings import parse
 
 _READING = "text"
-"""What of stage.json is no setting of the stage: how its text was read, as in the section `text` of a training run."""
+"""Key of stage.json that is not a setting of the stage: how its training read text, as in a run's section `text`."""
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on success it is synced and renamed to `path`.
+    """A temporary path in the same folder to write to; on success it is synced and renamed to `path`.
 
-    Raises CascadeError when the folder cannot be written or the disk is full; what stood at `path` is untouched.
+    Raises CascadeError when the folder cannot be written or the disk is full; a file already at `path` is untouched.
     """
     path = Path(path)
     with writing(path):
@@ -55,8 +55,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder to fill; on success every file is synced and the folder takes the name `path`.
 
-    A folder that stood there is replaced; there is a moment in which neither has the name, never one in which
-    half of one does.
+    An existing folder is replaced. For a moment neither folder has the name; at no time does half a folder have it.
     """
     path = Path(path)
     with writing(path):
@@ -92,7 +91,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CascadeError when it is missing, damaged or no object."""
+    """The object in a JSON file. Raises CascadeError when the file is missing or damaged, or holds no object."""
     try:
         data = read_json_file(path)
     except FileNotFoundError:
@@ -117,7 +116,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.d
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CascadeError when it is missing, truncated or no such file."""
+    """The tensors of a safetensors file. Raises CascadeError when it is missing, truncated or of another format."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -134,9 +133,9 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str |
 
 
 def check_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Check that `tensors` have the names and shapes of a network's own.
+    """Check that `tensors` have the names and shapes of a network's own weights.
 
-    Raises CascadeError, which begins with `origin` and names the first that differs.
+    Raises CascadeError; its message begins with `origin` and names the first weight that differs.
     """
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     problems += [f"{name} is not in this network" for name in tensors.keys() - own.keys()]
@@ -157,9 +156,9 @@ def save_stage(
     dtype: torch.dtype | None = None,
     reading: TextReading | None = None,
 ) -> None:
-    """A stage folder: stage.json, the settings that rebuild it, beside model.safetensors; as `dtype` if given.
+    """Write a stage folder: stage.json, the settings that rebuild it, and model.safetensors, as `dtype` if given.
 
-    reading: how its text was read in training, of which stage.json keeps a note where the network reads any.
+    reading: how training read its text; stage.json records it if the network reads text.
     """
     noted = {} if reading is None or not config.model.reads_text else {_READING: reading.model_dump(mode="json")}
     with atomic_folder(folder) as temporary:
@@ -177,14 +176,14 @@ def read_stage_config(folder: str | Path) -> StageConfig:
 
 
 def read_stage_reading(folder: str | Path) -> TextReading | None:
-    """How the text of a stage was read in training, as its stage.json says; earlier versions do not."""
+    """How training read the stage's text, from its stage.json; None if an earlier version wrote the file."""
     path = Path(folder) / "stage.json"
     data = read_json(path)
     return parse(TextReading, data[_READING], f"{path}: {_READING}") if _READING in data else None
 
 
 def check_format(path: str | Path, version: object) -> None:
-    """Raises CascadeError unless a file's `format` is the one that this version reads."""
+    """Raises CascadeError unless a file's `format` is the one that this version of cascade reads."""
     if version != FORMAT_VERSION:
         raise CascadeError(
             f"{path}: format {quoted(version)}; this version of cascade reads format {FORMAT_VERSION}; use the version"
@@ -204,7 +203,7 @@ def _umask() -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around whatever writes to `path`: a full disk or a folder that is not ours becomes a CascadeError."""
+    """A context for writing to `path`: a full disk or a folder without permission becomes a StorageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own

@@ -1,4 +1,4 @@
-"""Everything a network may see besides the noisy picture and its noise level."""
+"""Everything a network may see in addition to the noisy picture and its noise level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade.transfer import on_device
 
 NULL_TEXT = ""
-"""The text that stands for no text: what the encoder gives for it is what classifier-free guidance departs from."""
+"""The text that stands for no text; classifier-free guidance extrapolates away from its embedding."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Conditioning:
         return self.text.shape[0]
 
     def joined(self, other: Conditioning) -> Conditioning:
-        """This batch with another behind it, as guidance evaluates conditions and null conditions in one call."""
+        """This batch followed by another, so that guidance evaluates conditions and null conditions in one call."""
         return concatenate([self, other])
 
     def with_text(self, text: Tensor, text_mask: Tensor) -> Conditioning:
-        """The same picture conditions under another text: how the null or a negative prompt takes its place."""
+        """The same picture conditions with another text, such as the null text or a negative prompt."""
         return replace(self, text=text, text_mask=text_mask)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:

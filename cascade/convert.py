@@ -1,4 +1,4 @@
-"""`cascade convert`: DeepFloyd IF from diffusers' folder layout into ours, and back. Weights are copied bit for bit."""
+"""`cascade convert`: DeepFloyd IF from diffusers' folder layout to ours and back. Weights are copied bit for bit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TOKENIZER_FILES = (
 
 
 def convert(source: str | Path, out: str | Path, super_resolution: Sequence[str | Path] = ()) -> list[str]:
-    """Write the model `source` in the other layout into the folder `out`; the names of the stages written.
+    """Write the model `source` into the folder `out` in the other layout; returns the names of the stages written.
 
-    From diffusers: one folder of ours, with `super_resolution`'s stages behind the first; a second stage alone becomes
-    a stage folder. To diffusers: a cascade of one stage becomes `out` itself, of several a folder each below it.
-    Raises CascadeError for an `out` that exists and for a network that is not IF's.
+    From diffusers: one cascade folder, with the stages of `super_resolution` after the first; a second stage alone
+    becomes a stage folder. To diffusers: a cascade of one stage fills `out` itself, one of several stages a folder each
+    in it. Raises CascadeError if `out` exists, or if a network is not DeepFloyd IF's.
     """
     out, source = path_of(out), expanded(str(source))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -100,7 +100,7 @@ def _to_diffusers(index: ModelIndex, stages: Sequence[Path], out: Path) -> list[
 
 
 def _check_reading(reading: TextReading, name: str | Path) -> None:
-    """Raises CascadeError for texts that diffusers' pipelines would read in another way."""
+    """Raises CascadeError if diffusers' pipelines would read the text differently."""
     theirs = deepfloyd.READING
     if (reading.max_length, reading.padded) != (theirs.max_length, theirs.padded):
         raise CascadeError(
@@ -117,7 +117,7 @@ def _tokenizer_class(folder: Path) -> str:
 
 
 def _needed(folder: Path) -> list[Path]:
-    """The files that loading needs: no pickles, and half precision only where there is nothing else."""
+    """The files that loading needs: no pickles, and half precision only if there are no other weights."""
     files = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors", ".model")]
     weights = one_variant(file for file in files if file.suffix == ".safetensors")
     variant = variant_of(weights[0]) if weights else None
@@ -134,4 +134,4 @@ def _copy(files: Sequence[Path], folder: Path) -> None:
 def _check_names(configs: Sequence[StageConfig]) -> None:
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
-        raise CascadeError(f"stages {', '.join(names)}: every stage needs a name of its own")
+        raise CascadeError(f"stages {', '.join(names)}: every stage needs a different name")

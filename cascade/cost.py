@@ -1,4 +1,4 @@
-"""What a stage costs, in weights, memory and arithmetic: counted once, before anything is drawn or trained."""
+"""The cost of a stage in weights, memory and arithmetic, counted before anything is drawn or trained."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cascade.config.stage import StageConfig
 from cascade.stage import Stage, blank_call, count_parameters
 
 _WHOLE_TENSORS = 3
-"""Tensors of the whole picture that any sampler holds at least: noisy picture, estimate, enlarged smaller picture."""
+"""Tensors of picture size that every sampler holds: noisy picture, estimate, enlarged smaller picture."""
 _MAPS_AT_ONCE = 96
-"""About as many maps of the finest level are alive at once in a network call, in float32."""
+"""Approximate number of feature maps of the finest level that are alive together in a network call, in float32."""
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """The costs of a stage as its settings alone decide them; preflight, `info`, batch sizes and refusals read them."""
+    """The costs that follow from a stage's settings alone; used by preflight, `info`, batch sizes and memory checks."""
 
     config: StageConfig
 
     @cached_property
     def stage(self) -> Stage:
-        """The stage without data, on torch's `meta` device."""
+        """The stage with weights on torch's `meta` device, which holds no data."""
         return build_stage(self.config, device="meta")
 
     @property
@@ -38,11 +38,11 @@ class StageCost:
 
     @property
     def steps(self) -> int:
-        """Sampling steps of a picture, by the stage's own settings."""
+        """Sampling steps per picture with the stage's own settings."""
         return self.stage.count_steps()
 
     def calls(self, settings: SamplingConfig | None = None) -> int:
-        """How often the network sees a picture while it is drawn: once an evaluation, twice where guidance acts."""
+        """Network calls per picture: one per evaluation of the denoiser, two where guidance acts."""
         settings = settings or self.config.sampling
         evaluated = self.stage.evaluations(settings)
         if settings.guidance == 1:
@@ -63,7 +63,7 @@ class StageCost:
         return int(counter.get_total_flops())
 
     def least_bytes(self, size: tuple[int, int], dtype: torch.dtype, tile: int | None = None) -> float:
-        """Memory without which a picture of `size` cannot be drawn, whole or in squares of side `tile`."""
+        """Lower bound on the memory to draw a picture of `size`, whole or in square tiles of side `tile`."""
         geometry, at_once = self.config.geometry, math.prod(size)
         if tile is not None:
             at_once = min(at_once, (tile + 2 * (geometry.receptive_radius or 0)) ** 2)
@@ -71,5 +71,5 @@ class StageCost:
         return picture + at_once * geometry.least_activations * dtype.itemsize
 
     def likely_bytes(self, size: tuple[int, int]) -> float:
-        """Memory that drawing a picture of `size` takes, about."""
+        """Approximate memory to draw a picture of `size`."""
         return math.prod(size) * self.config.geometry.finest_width * _MAPS_AT_ONCE * torch.float32.itemsize

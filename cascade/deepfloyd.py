@@ -1,4 +1,4 @@
-"""DeepFloyd IF's weights in the folder layout of diffusers: read as stages of ours, and written back.
+"""DeepFloyd IF in the folder layout of diffusers: read as stages of cascade, and written back.
 
     model_index.json   unet/   scheduler/   image_noising_scheduler/   text_encoder/   tokenizer/
 
@@ -29,7 +29,7 @@ from cascade.settings import parse
 
 LICENSE = "DeepFloyd IF License Agreement (gated, for non-commercial research)"
 READING = TextReading(max_length=77, padded=True, captions="deepfloyd")
-"""How its text is read; the networks have no mask and read all tokens."""
+"""How IF reads text: its networks have no mask and read every token."""
 
 SCALE = 4
 """Factor from the picture of the first stage to that of the second."""
@@ -53,7 +53,7 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "out_channels": (6,),
     "class_embed_type": (None, "timestep"),
 }
-"""What every IF network has in its unet/config.json."""
+"""Settings that every IF network shares, in its unet/config.json."""
 _SCHEDULER_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -65,7 +65,7 @@ _SCHEDULER_DEFAULTS: dict[str, Any] = {
     "dynamic_thresholding_ratio": 0.995,
     "sample_max_value": 1.0,
 }
-"""What diffusers' DDPMScheduler takes for a setting that its file does not have."""
+"""diffusers' defaults for settings of DDPMScheduler that are missing in a file."""
 _REQUIRED = (
     "block_out_channels",
     "layers_per_block",
@@ -76,25 +76,25 @@ _REQUIRED = (
     "addition_embed_type_num_heads",
     "norm_num_groups",
 )
-"""Its sizes, which differ from network to network."""
+"""Sizes, which differ from network to network."""
 
 
 def is_diffusers(folder: str | Path) -> bool:
-    """Whether a folder is laid out as diffusers does it."""
+    """Whether a folder has diffusers' layout."""
     return (Path(folder) / "model_index.json").is_file()
 
 
 def read_license(folder: Path) -> str:
-    """The licence that the model card names, or that of the published weights."""
+    """The licence in the model card's header, or else the licence of the published weights."""
     card = folder / "README.md"
-    # Other people's, in whatever encoding: what is not UTF-8 in it is not in the line that is looked for.
+    # A card may have any encoding; the line that matters is ASCII.
     text = card.read_bytes().decode("utf-8", "replace") if card.is_file() else ""
     found = re.search(r"^license(?:_name)?:\s*(\S.*)$", text, re.M)
     return found[1].strip() if found and found[1].strip() != "other" else LICENSE
 
 
 def read_stage(folder: str | Path) -> StageConfig:
-    """The stage in a diffusers folder. Raises CascadeError naming the file and setting that IF has not."""
+    """The stage in a diffusers folder. Raises CascadeError naming a file and setting that IF does not have."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in ("IFPipeline", "IFSuperResolutionPipeline"):
@@ -119,14 +119,14 @@ def read_stage(folder: str | Path) -> StageConfig:
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The network's weights, of one file or several."""
+    """The network's weights, from one file or several."""
     return {name: tensor for file in weight_files(Path(folder)) for name, tensor in load_tensors(file).items()}
 
 
 def write_stage(
     folder: Path, config: StageConfig, weights: Mapping[str, Tensor], tokenizer: str = "T5Tokenizer"
 ) -> None:
-    """unet/, scheduler/ and model_index.json; the text encoder and its tokenizer belong beside them.
+    """Write unet/, scheduler/ and model_index.json; the caller adds the text encoder and its tokenizer.
 
     Raises CascadeError for a network that is not IF's.
     """
@@ -137,7 +137,7 @@ def write_stage(
     write_json(folder / "unet" / "config.json", settings)
     save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
     enlarges = config.low_resolution is not None
-    # A sampler of ours without the choice draws with what the network predicts beside; so does diffusers.
+    # Our samplers without a `variance` setting use the variance that the network predicts; so does diffusers.
     variance = config.sampling.sampler.own.get("variance", "learned")
     schedulers = {"scheduler": _scheduler(config.schedule, config.sampling, variance)}
     if enlarges:
@@ -159,10 +159,11 @@ def _check_unet(unet: Mapping[str, Any], path: Path) -> None:
     if (unet.get("time_embedding_act_fn") == "gelu") != bool(unet.get("resnet_skip_time_act")):
         raise CascadeError(
             f"{path}: time_embedding_act_fn: {quoted(unet.get('time_embedding_act_fn'))}, but resnet_skip_time_act:"
-            f" {quoted(unet.get('resnet_skip_time_act'))}; the embedding would pass no GELU, or two"
+            f" {quoted(unet.get('resnet_skip_time_act'))}; expected both or neither, else the embedding passes no GELU,"
+            " or two"
         )
     if unet.get("resnet_out_scale_factor", 1.0) != unet.get("mid_block_scale_factor", 1.0):
-        raise CascadeError(f"{path}: resnet_out_scale_factor and mid_block_scale_factor differ; in IF they are one")
+        raise CascadeError(f"{path}: resnet_out_scale_factor and mid_block_scale_factor differ; in IF they are equal")
     missing = [setting for setting in _REQUIRED if unet.get(setting) is None]
     if missing:
         raise CascadeError(f"{path}: {missing[0]} is missing; download the file again")
@@ -179,13 +180,13 @@ def _network(unet: Mapping[str, Any], names: Iterable[str], path: Path) -> dict[
         raise CascadeError(f"{path}: down_block_types: {quoted(unknown[0])}; expected {' or '.join(_UNET_TYPES)}")
     heads = unet["attention_head_dim"]
     if isinstance(heads, list) and len(set(heads)) > 1:
-        raise CascadeError(f"{path}: attention_head_dim: {heads}; in IF all heads have one width")
+        raise CascadeError(f"{path}: attention_head_dim: {heads}; in IF all heads have the same width")
     return {
         "kind": "if_unet",
         "channels": channels,
         "blocks": [blocks] * len(channels) if isinstance(blocks, int) else blocks,
         "attention": [_UNET_TYPES[name] for name in types],
-        # Not from `only_cross_attention`, which converters have set wrongly: from what is there.
+        # `only_cross_attention` is not reliable: some converters set it wrongly. The weights' names are.
         "self_attention": any(name.endswith("attentions.0.to_k.weight") for name in names),
         "embedding_dim": unet.get("time_embedding_dim") or 4 * channels[0],
         "block_scale": float(unet.get("resnet_out_scale_factor", 1.0)),
@@ -233,10 +234,10 @@ def _aug_level(step: int) -> float:
 
 
 def unet_settings(config: StageConfig) -> dict[str, Any]:
-    """What unet/config.json says of an IF network. Raises CascadeError for another network."""
+    """The content of unet/config.json for an IF network. Raises CascadeError for another network."""
     model = config.model
     if not isinstance(model, IFUNetConfig):
-        raise CascadeError(f"stage {config.name}: diffusers has no {model.kind} network; only IF's is written")
+        raise CascadeError(f"stage {config.name}: diffusers has no {model.kind} network; only IF's can be written")
     enlarges = config.low_resolution is not None
     attends = list(model.attention)
     names = {attention: name for name, attention in _UNET_TYPES.items()}
@@ -296,7 +297,7 @@ def _scheduler(schedule: SquaredCosineSchedule, sampling: SamplingConfig, varian
 
 
 def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> dict[str, Any]:
-    """model_index.json; the filters of the published pipelines are not weights of ours and are not carried along."""
+    """The content of model_index.json, without the safety filters of the published pipelines, which are not copied."""
     return {
         "_class_name": pipeline,
         "_diffusers_version": "0.35.0",
@@ -312,7 +313,7 @@ def _model_index(pipeline: str, schedulers: Sequence[str], tokenizer: str) -> di
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: full precision if there, else half; one, or the shards of an index."""
+    """The network's safetensors files, one or the shards of an index: full precision if present, else half."""
     for variant in ("", *(f".{half}" for half in HALVES)):
         whole = folder / "unet" / f"diffusion_pytorch_model{variant}.safetensors"
         if whole.is_file():

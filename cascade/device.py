@@ -1,4 +1,4 @@
-"""Where to compute, and in which number format."""
+"""The choice of a device and a number format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ logger = logging.getLogger("cascade.load")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or a GPU if there is one; `cuda` without a number is this process' own.
+    """The requested device, or a GPU if there is one; `cuda` without a number is this process's own GPU.
 
-    Raises CascadeError for one that is not there.
+    Raises CascadeError for a device that cannot be used here.
     """
     own = own_gpu()
     if device is None:
@@ -33,12 +33,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The number format asked for, or float32 on a CPU and bfloat16 on a GPU that has it.
+    """The requested number format, or float32 on a CPU and bfloat16 on a GPU that supports it.
 
-    Raises CascadeError for one that does not exist, or not there.
+    Raises CascadeError for a format that does not exist, or that the device does not support.
     """
     if dtype is None and device.type != "cpu" and not has_bfloat16(device):
-        _tell_of_float32(name_of(device))
+        _warn_of_float32(name_of(device))
         return torch.float32
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -49,11 +49,11 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if name == "float16" and device.type == "cpu":
         raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
     if name == "bfloat16" and device.type == "mps" and not has_bfloat16(device):  # NVIDIA's older GPUs imitate it
-        raise CascadeError(f"dtype: {name_of(device)} has no bfloat16; use float32, or float16")
+        raise CascadeError(f"dtype: {name_of(device)} does not support bfloat16; use float32, or float16")
     return known[name]
 
 
 @cache
-def _tell_of_float32(name: str) -> None:
-    """Once."""
-    logger.warning("%s has no bfloat16: numbers are float32; float16 is faster where pictures stay finite", name)
+def _warn_of_float32(name: str) -> None:
+    """Warn, once per device."""
+    logger.warning("%s does not support bfloat16: using float32; float16 is faster if pictures stay finite", name)

@@ -1,9 +1,9 @@
-"""What goes wrong for reasons that are not a fault of the program, as one line each.
+"""The package's exceptions, for failures that are not bugs in it. Each message is one line.
 
-CascadeError            a prompt, setting, argument or file is wrong; the same call fails again
-  StorageError          a folder or disk failed: full, not writable, gone; mended, the same call goes on
-  ShortageError         memory does not suffice; something smaller may
-  DownloadError         a hub did not give what was asked for; later, it may
+CascadeError            a prompt, setting, argument or file is wrong; the same call will fail again
+  StorageError          a folder or disk failed: full, not writable, missing; once fixed, the same call continues
+  ShortageError         not enough memory; a smaller batch, picture or network may fit
+  DownloadError         a hub could not be reached or lacks the model; a later try may succeed
 """
 
 
@@ -15,12 +15,12 @@ class CascadeError(ValueError):
 
 
 class StorageError(CascadeError):
-    """A folder or disk failed: it is full, not writable or gone. Once that is mended, the same call goes on."""
+    """A folder or disk failed: it is full, not writable or missing. Once that is fixed, the same call continues."""
 
 
 class ShortageError(CascadeError):
-    """Memory does not suffice, here or for this size; a smaller batch, picture or network may fit."""
+    """There is not enough memory for this size; a smaller batch, picture or network may fit."""
 
 
 class DownloadError(CascadeError):
-    """A hub could not be reached, or has not what was asked for."""
+    """A hub could not be reached, or lacks the requested model."""

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: only the files that are read, and a plain word when they may not be."""
+"""Models on the Hugging Face hub: downloads only the files that are needed, and explains refused access."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from cascade.errors import DownloadError
 
 _READ = ["*.json", "*.safetensors", "*.model", "*.md"]
 _FILTERS = ["safety_checker/*", "watermarker/*", "feature_extractor/*"]
-"""Parts of diffusers' repositories that are not read."""
+"""Parts of diffusers' repositories that cascade does not use."""
 _TEXT = ["text_encoder/*", "tokenizer/*"]
 _HALF = ["*fp16*", "*bf16*"]
-"""The weights a second time, in half precision."""
+"""A second copy of the weights, in half precision."""
 
 
 def may_be_on_hub(model: str | Path) -> bool:
-    """Whether `model` is written like a hub id, and no local folder is called like its first part."""
+    """Whether `model` has the form of a hub id and no local folder has the name of its first part."""
     text = str(model)
     looks_so = isinstance(model, str) and text.count("/") == 1 and not text.startswith((".", "/", "~", "\\"))
     looks_so = looks_so and not PureWindowsPath(text).drive
@@ -23,10 +23,10 @@ def may_be_on_hub(model: str | Path) -> bool:
 
 
 def download(repo: str, text: bool = True) -> Path:
-    """The folder of a repository, downloaded once: no pickles, no filters, weights in one precision.
+    """The folder of a repository, downloaded once, without pickles or safety filters, weights in one precision.
 
-    text: with the text encoder, which a second stage shares with the first. Half-precision files are fetched only
-    where a repository has no others. Raises CascadeError, for a gated repository with the page to accept its licence.
+    text: include the text encoder (a second stage shares that of the first). Half-precision files are fetched only from
+    a repository without others. Raises DownloadError; for a gated repository it names the page of its licence.
     """
     without = _FILTERS + ([] if text else _TEXT)
     folder = _snapshot(repo, without + _HALF)
@@ -46,6 +46,4 @@ def _snapshot(repo: str, ignore: list[str]) -> Path:
             " with `hf auth login`"
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DownloadError(
-            f"{repo}: neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
-        ) from None
+        raise DownloadError(f"{repo}: neither a folder nor a model on the hub: {str(error).splitlines()[0]}") from None

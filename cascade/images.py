@@ -1,4 +1,4 @@
-"""Pictures at the edges: uint8 <-> [-1, 1], PIL, and the two resizings on which the cascade stands."""
+"""Conversion of pictures (uint8, [-1, 1], PIL) and the two resizings that the cascade is built on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_pil(image: Image.Image) -> Tensor:
     """PIL picture of any mode -> uint8 (3, H, W), sRGB, upright, transparency over white; see `files.picture`."""
-    # A copy, because torch wants memory that it may write to.
+    # A copy, because torch requires writable memory.
     pixels = np.array(over_white(straight(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -83,10 +83,10 @@ def upsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def back_project(images: Tensor, low: Tensor, rounds: int) -> Tensor:
-    """Bring the area mean of pictures nearer to the smaller pictures that they were made from.
+    """Bring the area mean of pictures closer to the smaller pictures that they were enlarged from.
 
-    images: (B, C, H, W) in [-1, 1], clipped there in each round. low: (B, C, h, w). Each round adds the enlarged
-    difference; bicubic and not block by block, so that no grid appears. Source: Irani & Peleg (1991).
+    images: (B, C, H, W) in [-1, 1], clipped to it in each round. low: (B, C, h, w). Each round adds the enlarged
+    difference, bicubic rather than block by block so that no grid appears. Source: Irani & Peleg (1991).
     """
     for _ in range(rounds):
         missing = low - downsample(images, (low.shape[-2], low.shape[-1]))
@@ -95,11 +95,11 @@ def back_project(images: Tensor, low: Tensor, rounds: int) -> Tensor:
 
 
 def flatten(images: Tensor, tolerance: float) -> Tensor:
-    """Means over neighbours of nearly the same colour: grain goes, edges and slow gradients stay.
+    """Average neighbours of nearly the same colour: grain disappears, edges and slow gradients stay.
 
-    images: float (B, C, H, W). tolerance: neighbours within 2 pixels count by exp(-(d / tolerance)^2), d the distance
-    of the colours; applied twice. 0 changes nothing. Source: the sigma filter (Lee 1983) with smooth weights, which is
-    the bilateral filter of Tomasi & Manduchi (1998) without a weight for the distance in space.
+    images: float (B, C, H, W). tolerance: neighbours within 2 pixels have the weight exp(-(d / tolerance)^2), d the
+    distance of the colours; applied twice. 0 changes nothing. Source: the sigma filter (Lee 1983) with smooth weights,
+    that is, the bilateral filter of Tomasi & Manduchi (1998) without a weight for the distance in space.
     """
     if not tolerance:
         return images
@@ -119,7 +119,7 @@ def flatten(images: Tensor, tolerance: float) -> Tensor:
 
 
 def upsample_corners(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear enlargement that keeps the corner pixels in the corners, as DeepFloyd IF's second stage was trained.
+    """Bilinear enlargement that keeps corner pixels in the corners, as in the training of DeepFloyd IF's second stage.
 
     images: float (B, C, H, W).  size: height and width of the result.
     """
@@ -131,7 +131,7 @@ def contact_sheet(
 ) -> Image.Image:
     """A grid of pictures, row by row, each with its label beneath.
 
-    cell: width and height in which each picture is fitted, in pixels; the largest picture's size when None.
+    cell: width and height of the square that each picture is fitted into, in pixels; None: the largest picture's side.
     """
     if not images or columns < 1:
         raise ValueError(f"contact_sheet needs pictures and columns, got {len(images)} and {columns}")
@@ -156,7 +156,7 @@ def contact_sheet(
 
 def _shortened(label: str, width: int, pen: ImageDraw.ImageDraw) -> str:
     """`label`, cut with an ellipsis where it would not fit into `width` pixels."""
-    # PIL's built-in font has little beyond ASCII; other letters become question marks.
+    # PIL's built-in font covers little beyond ASCII; other letters become question marks.
     label = label.encode("ascii", "replace").decode("ascii")
     if pen.textlength(label) <= width:
         return label

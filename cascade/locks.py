@@ -1,4 +1,4 @@
-"""Locks of the kernel on files: they die with the process that holds them, so a killed run leaves none behind."""
+"""Kernel locks on files: they end with the process that holds them, so a killed run leaves none behind."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ logger = logging.getLogger("cascade.files")
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _files: WeakSet[TextIO] = WeakSet()
-_told: set[Path] = set()
+_warned: set[Path] = set()
 
 
-def _let_go() -> None:
-    """A forked process shares its parent's locks, and would hold them on when the parent is killed."""
+def _release_all() -> None:
+    """Release locks in a forked process: it shares its parent's and would keep them after the parent's end."""
     for file in list(_files):
         file.close()
 
 
-system.after_fork(_let_go)
+system.after_fork(_release_all)
 
 
 def take(handle: int, path: Path, *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file, alone or shared with others; one that is held is changed. Returns whether it is ours now.
+    """Lock an open file, exclusively or shared; a lock already held is converted. Returns whether the lock was taken.
 
-    Where the file system has no locks, as some of clusters, it is ours, and a warning says once what that means.
+    On a file system without locks, such as that of some clusters, returns True and warns once.
     """
     try:
         return system.lock(handle, shared=shared, wait=wait)
@@ -41,14 +41,14 @@ def take(handle: int, path: Path, *, shared: bool = False, wait: bool = True) ->
 
 
 def release(handle: int) -> None:
-    """Let others take it."""
+    """Release the lock."""
     with suppress(OSError):
         system.unlock(handle)
 
 
 @contextmanager
 def held(handle: int, path: Path) -> Iterator[None]:
-    """An open file, locked against the other processes of a run for a moment."""
+    """A context that holds a lock on an open file against the other processes of a run."""
     take(handle, path)
     try:
         yield
@@ -58,9 +58,9 @@ def held(handle: int, path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]:
-    """Alone with a file that is there to be locked. Raises BlockingIOError when another has it and not `wait`.
+    """A context with exclusive access to a lock file. Raises BlockingIOError if another process has it and not `wait`.
 
-    holder: what the file says of us to others meanwhile.
+    holder: text about this process, written into the file for others to read meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -79,13 +79,13 @@ def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]
 
 
 def are_missing(error: OSError) -> bool:
-    """Whether an error means that the file system has no locks."""
+    """Whether an error means that the file system does not support locks."""
     return error.errno in _NO_LOCKS
 
 
 def _warn_or_raise(error: OSError, path: Path) -> None:
     if not are_missing(error):
         raise error
-    if path.parent not in _told:
-        _told.add(path.parent)
-        logger.warning("%s: no locks on this file system; see that no other run writes into this folder", path.parent)
+    if path.parent not in _warned:
+        _warned.add(path.parent)
+        logger.warning("%s: no locks on this file system; make sure no other run writes into this folder", path.parent)

@@ -1,4 +1,4 @@
-"""Which GPU is ours and what it can; the memory that is left to us, of it, of the machine; and how its end is known."""
+"""This process's GPU and its abilities; free memory, control group limits included; detection of memory shortage."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 def own_gpu() -> torch.device | None:
-    """The GPU of this process, None where there is none.
+    """The GPU of this process, or None.
 
-    Of processes that were launched together each has its own, by its number on this machine (LOCAL_RANK); where each is
-    shown one GPU alone, as Slurm can have it, that one.
+    Processes launched together each have their own, numbered by LOCAL_RANK; a process that can see only one GPU, as
+    Slurm may arrange, uses that one.
     """
     if not torch.cuda.is_available():
         return None
@@ -23,9 +23,9 @@ def own_gpu() -> torch.device | None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself: of NVIDIA's GPUs those since Ampere, of Apple's since macOS 14.
+    """Whether a device computes bfloat16 natively: NVIDIA's GPUs since Ampere, Apple's since macOS 14.
 
-    Older ones, such as T4 and V100, only imitate it, slower than float32.
+    Older ones, such as T4 and V100, emulate it, slower than float32.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -34,14 +34,14 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def name_of(device: torch.device) -> str:
-    """What people call it."""
+    """The device's product name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device}"
 
 
 def free_bytes(device: torch.device | None = None) -> int:
-    """Memory that a device has left, of a GPU also what torch has reserved there and does not use.
+    """Free memory of a device; for a GPU, including memory that torch has reserved there and does not use.
 
-    None: our GPU if there is one, else the machine or our part of it.
+    None: this process's GPU if there is one, else the machine, or the control group's share of it.
     """
     device = device or own_gpu() or torch.device("cpu")
     if device.type == "cuda":
@@ -50,30 +50,30 @@ def free_bytes(device: torch.device | None = None) -> int:
     return min([psutil.virtual_memory().available, *control_group_free_bytes()])
 
 
-# "not enough" and "can't allocate" are torch's for a CPU, on Windows and elsewhere.
+# "not enough" and "can't allocate" are torch's words for a CPU, on Windows and elsewhere.
 _SHORTAGES = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that something smaller could fit."""
+    """Whether an error means that memory ran out, so that something smaller could fit."""
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES):
         return True
     return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 _LIMITS = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
-"""Names of a control group's limit and use, and what its sums begin with: of version 2, of version 1."""
+"""Names of a control group's limit and use, and the prefix of its totals: version 2, then version 1."""
 
 
 def control_group_free_bytes(root: Path = Path("/")) -> list[int]:
-    """What each limit leaves that a container or a batch system such as Slurm set for us; empty where there is none.
+    """Memory left under each limit that a container or batch system (Slurm, say) sets for this process; may be empty.
 
-    root: where /proc and /sys are. Source: cgroup-v2.rst and cgroup-v1/memory.rst of the kernel's admin guide.
+    root: folder with /proc and /sys. Source: cgroup-v2.rst and cgroup-v1/memory.rst in the kernel's admin guide.
     """
     found = []
     for folder in _control_groups(root):
         for limit, use, total in _LIMITS:
-            # "max", files that are not there or not ours to read: no limit that we know of.
+            # The limit "max", and files that are missing or unreadable, mean no limit that we know of.
             with suppress(OSError, ValueError):
                 used = int((folder / use).read_text(encoding="utf-8")) - _file_pages(folder / "memory.stat", total)
                 found.append(max(int((folder / limit).read_text(encoding="utf-8")) - used, 0))
@@ -81,21 +81,21 @@ def control_group_free_bytes(root: Path = Path("/")) -> list[int]:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """Folders of our control group and of those around it, whose limits hold for us as well."""
+    """Folders of this process's control group and of its ancestors, whose limits apply as well."""
     mounted, listing = root / "sys/fs/cgroup", root / "proc/self/cgroup"
     lines: list[str] = []
-    with suppress(OSError):  # not there, or not ours to read
+    with suppress(OSError):  # missing or unreadable
         lines = listing.read_text(encoding="utf-8").splitlines()
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             top = mounted / controllers
-            # Inside a container the path may be the machine's, of which only the top is to be seen.
+            # Inside a container the path may be the host's, and only its top folder is visible.
             place = top / path.lstrip("/")
             yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(top))
 
 
 def _file_pages(stat: Path, total: str) -> int:
-    """Bytes of read files that a control group's use counts, and that give way to whoever needs memory."""
+    """Bytes of cached file pages, which a control group counts as used but which the kernel frees on demand."""
     numbers = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
     return sum(int(numbers.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))

@@ -1,4 +1,4 @@
-"""How much memory drawing and training take, counted on tensors without data before anything is loaded."""
+"""Estimates of the memory that drawing and training take, counted on tensors without data before anything is loaded."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from cascade.training.lora import add_low_rank
 NumberFormat = Literal["float32", "bfloat16"]
 
 OVERHEAD_BYTES = 600_000_000
-"""What Python, torch and its libraries take themselves, and workspaces of convolutions."""
+"""Memory of Python, torch and its libraries themselves, and of workspaces of convolutions."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that exist at the same time while it is on: each storage from its making to its end."""
+    """While active, counts the bytes of tensors that exist together: each storage from its creation to its release."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
+        """Run the operation, and count the storages it created."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels have it: on tensors without data torch would make the whole matrix."""
+    """Attention with the memory of fused kernels: on tensors without data torch would create the whole matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -76,7 +76,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _KeptByAttention(torch.autograd.Function):
-    """Queries, keys, values and answer wait for the backward pass; the matrix is computed again."""
+    """Keeps queries, keys, values and output for the backward pass, which recomputes the matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ class _KeptByAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a stage: its weights, and what one network call makes besides them at most.
+    """Bytes of a stage's weights, and the most that one network call allocates in addition.
 
-    transformed: what convolutions hold beside their weights on a CPU, unless memory is to be spared; by number format,
-    each counted in its own.
+    transformed: transformed weights that convolutions on a CPU keep, unless memory is scarce; by number format, each
+    counted in that format.
     """
 
     weights: int
@@ -104,12 +104,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Weights and activations together."""
         return self.weights + self.activations
 
 
 def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) -> StageMemory:
-    """Memory in float32 of drawing `pictures` at once, with guidance where that is on, in the stage's own size."""
+    """float32 memory to draw `pictures` at once at the stage's own size, with guidance where it is on."""
     stage = build_stage(config, device="meta")
     batch = pictures * (1 if config.sampling.guidance == 1 else 2)
     with torch.device("meta"), torch.inference_mode():
@@ -126,10 +126,10 @@ def stage_memory(config: StageConfig, pictures: int = 1, text_tokens: int = 77) 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a training step needs at least, on each device.
+    """Lower bound on the bytes of a training step, per device.
 
-    weights: beside their gradients, the optimizer's memory and the average. activations: what the backward pass needs.
-    text: the text encoder's weights, where they are known.
+    weights: weights, gradients, optimizer state and average. activations: tensors kept for the backward pass.
+    text: the text encoder's weights, if known.
     """
 
     weights: int
@@ -138,21 +138,21 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of the parts."""
         return self.weights + self.activations + self.text
 
 
 def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = False) -> TrainingMemory:
-    """What a step of a run takes at least on each device: counted, without any, by a forward and a backward pass.
+    """Lower bound on the memory of a step per device: counted by a forward and a backward pass on tensors without data.
 
-    sharded: the processes share out weights and all that belongs to them (FSDP). bfloat16 halves the activations.
+    sharded: the processes share the weights and everything of their size (FSDP). bfloat16 halves the activations.
     """
     training, stage = config.training, build_stage(config.stage, device="meta")
     stage.network.activation_checkpointing = training.activation_checkpointing
     pictures = max(training.batch_size // training.accumulation // processes, 1)
     trained = trained_bytes(config)
-    weights = trained.whole + 2 * trained.learning + trained.optimizer  # their gradients and averages
-    # Two sizes tell what grows with the pictures from the gradients, which do not.
+    weights = trained.whole + 2 * trained.learning + trained.optimizer  # twice: gradients and averages
+    # Passes of two sizes separate activations, which grow with the pictures, from gradients, which do not.
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
     weights = round(weights / (processes if sharded else 1))
@@ -160,9 +160,9 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
 
 
 def _text_bytes(config: TextConfig) -> int:
-    """Of the text encoder's weights, as far as a look at a local folder tells; 0 where they may not be loaded at all.
+    """Bytes of the text encoder's weights if a local folder shows them; 0 if the run may only need cached embeddings.
 
-    Not counted: the bundled one, which is small, and one on the hub, which may not be here yet.
+    Also 0 for the bundled encoder, which is small, and for one on the hub, which may not be downloaded yet.
     """
     folder = Path(config.encoder).expanduser()
     filled = config.cache is not None and (Path(config.cache) / "index.json").exists()
@@ -172,16 +172,16 @@ def _text_bytes(config: TextConfig) -> int:
 
 
 def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
-    """Most bytes that a forward and backward pass makes on tensors without data."""
-    # A word and the end of the text at least: IF normalizes over the tokens, and of one token there is nothing to
-    # normalize where a group has one channel.
+    """Peak bytes of a forward and backward pass on tensors without data."""
+    # At least two tokens (a word and the end of the text): IF normalizes over the tokens, which fails for a single
+    # token where a group has one channel.
     tokens = config.text.max_length if config.text.padded else 2
     with torch.device("meta"):
         z, level, cond = blank_call(config.stage, pictures, tokens, config.data.crop)
         with LiveBytes() as live, _FusedAttention():
             loss = stage.network(z, level, cond).square().mean()
-            # Given the tensor itself, torch would turn the mode off meanwhile, and with activation checkpointing find
-            # another attention when it computes again.
+            # If given the tensor itself, torch would turn the mode off meanwhile, and activation checkpointing would
+            # then recompute a different attention.
             torch.autograd.backward(get_gradient_edge(loss))
     stage.network.zero_grad(set_to_none=True)
     return live.peak
@@ -191,8 +191,7 @@ def _pass_peak(stage: Stage, config: TrainConfig, pictures: int) -> int:
 class TrainedBytes:
     """Bytes of a run's weights.
 
-    whole: of all, with differences of low rank. learning: of those that learn. optimizer: what that remembers of them,
-    at least.
+    whole: all weights, low-rank adapters included. learning: trainable weights. optimizer: lower bound on its state.
     """
 
     whole: int
@@ -201,7 +200,7 @@ class TrainedBytes:
 
 
 def trained_bytes(config: TrainConfig) -> TrainedBytes:
-    """Counted on a network without data."""
+    """Counts the bytes of a run's weights on a network without data."""
     training, network = config.training, build_stage(config.stage, device="meta").network
     if training.lora_rank:
         add_low_rank(network, training.lora_rank, training.lora_layers)
@@ -215,7 +214,7 @@ def trained_bytes(config: TrainConfig) -> TrainedBytes:
 
 
 def optimizer_numbers(kind: str, weight: Tensor) -> int:
-    """How many numbers an optimizer remembers of a weight, at least."""
+    """Numbers that an optimizer stores for a weight, at least."""
     match kind:
         case "adafactor":
             return remembered_numbers(weight)
@@ -232,10 +231,11 @@ def weight_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class TextMemory:
-    """A text encoder in numbers.
+    """The size of a text encoder.
 
-    parameters: all. linear, rows: those that 8 bits hold in one byte each, and the rows of their matrices, each with a
-    scale. largest: those of its largest tensor. halved: it follows the stages' number format; else it is float32.
+    parameters: all weights. linear, rows: the weights that 8-bit storage holds in one byte each, and the rows of their
+    matrices, each with a scale. largest: weights of the largest tensor. halved: it has the stages' number format; else
+    float32.
     """
 
     parameters: int
@@ -245,23 +245,23 @@ class TextMemory:
     halved: bool = False
 
     def bytes(self, dtype: torch.dtype, eight_bit: bool = False) -> int:
-        """Of the weights beside stages in `dtype`."""
+        """Bytes of the weights when the stages are in `dtype`."""
         number = self.number_bytes(dtype)
         if not eight_bit:
             return number * self.parameters
         return number * (self.parameters - self.linear) + self.linear + torch.float32.itemsize * self.rows
 
     def number_bytes(self, dtype: torch.dtype) -> int:
-        """Of a number that is not in 8 bits."""
+        """Bytes of a number that is not stored in 8 bits."""
         return dtype.itemsize if self.halved else torch.float32.itemsize
 
 
 _EIGHT_BIT = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.wi(_\d)?)\.weight$")
-"""Weights of a T5 that 8 bits hold; transformers leaves `wo` as it is, whose inputs are too large for it."""
+"""Weights of a T5 that are stored in 8 bits; transformers leaves out `wo`, whose inputs are too large."""
 
 
 def text_memory(folder: Path, halved: bool) -> TextMemory:
-    """Of the safetensors files of a text encoder; of a whole T5, its encoder."""
+    """The size of a text encoder, read from its safetensors files; of a whole T5, the encoder's part."""
     files = list(folder.glob("*.safetensors"))
     shapes: dict[str, list[int]] = {}
     for path in one_variant(files):
@@ -279,9 +279,9 @@ def text_memory(folder: Path, halved: bool) -> TextMemory:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to load a model: the arguments of `from_pretrained`, and the bytes that drawing then takes at most.
+    """A way to load a model: arguments of `from_pretrained`, and an upper bound on the bytes that drawing then takes.
 
-    streamed: what `low_memory` does where a stage or the text encoder does not fit: layers are read from disk.
+    streamed: `low_memory` reads layers from disk, because a stage or the text encoder does not fit.
     """
 
     dtype: NumberFormat
@@ -292,24 +292,24 @@ class Way:
 
     @property
     def arguments(self) -> str:
-        """What to give to `from_pretrained`."""
+        """The arguments as Python source."""
         flags = {"low_memory": self.low_memory, "text_8bit": self.text_8bit}
         return ", ".join([f"dtype={self.dtype!r}", *(f"{name}=True" for name, on in flags.items() if on)])
 
     @property
     def description(self) -> str:
-        """The arguments, and what they lead to."""
+        """The arguments, with a note if drawing will be slow."""
         return self.arguments + (" (layers read from disk: slow)" if self.streamed else "")
 
 
 WORTH_SAVING = 0.95
-"""A way to spare memory is one if it leaves at most this share of what the plainer way takes."""
+"""A way is listed only if it takes at most this share of the memory of the previous, simpler one."""
 
 
 def ways(stages: Sequence[StageConfig], text: TextMemory, text_tokens: int) -> list[Way]:
-    """Each way to load a model that spares memory, largest first.
+    """Ways to load a model, from the most memory to the least.
 
-    In bfloat16 tensors have half the bytes, so one count of weights and activations serves both.
+    bfloat16 tensors have half the bytes, so one count of weights and activations serves both formats.
     """
     each = [_counted(config, text_tokens) for config in stages]
     found: list[Way] = []
@@ -344,7 +344,7 @@ def _way(
     each: Sequence[_Counted],
     text: TextMemory,
 ) -> Way:
-    """Stages and text encoder together, or with `low_memory` the largest of them."""
+    """Memory of all stages and the text encoder together, or with `low_memory` of the largest of them."""
     number_format = getattr(torch, dtype)
     share = number_format.itemsize / torch.float32.itemsize
     stages, words = [counted.memory for counted in each], text.bytes(number_format, text_8bit)
@@ -359,7 +359,7 @@ def _way(
 
 
 def _streamed_way(dtype: NumberFormat, each: Sequence[_Counted], text: TextMemory) -> Way:
-    """One layer at a time, of the text encoder, then of each stage."""
+    """Memory of one layer at a time, of the text encoder, then of each stage."""
     number_format = getattr(torch, dtype)
     share = number_format.itemsize / torch.float32.itemsize
     stages = (share * (counted.largest + counted.memory.activations) for counted in each)

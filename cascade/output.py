@@ -1,4 +1,4 @@
-"""What a call of the pipeline gives: pictures in the type asked for, and news on the way."""
+"""The result of a pipeline call (pictures in the requested type), and reports of its progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.quoting import quoted
 
 _COLUMNS = 4
 _SHOWN = 1024
-"""Pictures beside each other in a notebook, and the pixels that they may take together."""
+"""Maximum number of pictures side by side in a notebook, and maximum width of all of them in pixels."""
 
 Callback = Callable[[str, int, int, Tensor], None]
 """callback(stage, step, steps, x_hat) after each step, x_hat (B, 3, H, W) in about [-1, 1]."""
@@ -27,10 +27,10 @@ Callback = Callable[[str, int, int, Tensor], None]
 
 @dataclass(frozen=True)
 class CascadeOutput:
-    """What a call drew, one entry a picture: all pictures of the first prompt, then of the second, and so on.
+    """The pictures of a call: all pictures of the first prompt, then of the second, and so on.
 
-    images: of the last stage that ran. stages: {resolution: pictures}, the last stage included. `seeds` and
-    `prompts` repeat for the pictures of one prompt. Types follow `output_type`.
+    images: those of the last stage that ran. stages: {resolution: pictures}, the last stage included. `seeds` and
+    `prompts` have one entry per picture. Types follow `output_type`.
     """
 
     images: Any
@@ -39,7 +39,7 @@ class CascadeOutput:
     prompts: list[str]
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the pictures, several on a sheet. None: they are no pictures of PIL."""
+        """The picture for a notebook, several on a sheet; None if the pictures are not PIL images."""
         pictures = self.images if isinstance(self.images, list) else []
         if not pictures:
             return None
@@ -50,17 +50,17 @@ class CascadeOutput:
         return buffer.getvalue()
 
     def _repr_html_(self) -> str | None:
-        """The same with what each picture was drawn from below it."""
+        """The same with the prompt and seed of each picture below it."""
         png = self._repr_png_()
         if png is None:
             return None
         lines = dict.fromkeys(zip(self.prompts, self.seeds, strict=False))
-        said = "".join(f"<li>{html.escape(prompt)} <small>seed {seed}</small></li>" for prompt, seed in lines)
-        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{said}</ul>'
+        entries = "".join(f"<li>{html.escape(prompt)} <small>seed {seed}</small></li>" for prompt, seed in lines)
+        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{entries}</ul>'
 
     @classmethod
     def of(cls, drawn: Mapping[int, Tensor], output_type: str, seeds: list[int], prompts: list[str]) -> Self:
-        """From the pictures of each stage, uint8 (B, 3, H, W), the largest last."""
+        """An output from the pictures of each stage, uint8 (B, 3, H, W), the largest last."""
         stages = {resolution: as_type(pixels, output_type) for resolution, pixels in drawn.items()}
         return cls(stages[max(stages)], stages, seeds, prompts)
 
@@ -76,8 +76,8 @@ def as_type(pixels: Tensor, output_type: str) -> Any:
             return to_float(pixels)
 
 
-def check_wishes(output_type: str, callback: Callback | None) -> None:
-    """Raises CascadeError for a type that pictures do not come in, and for a callback that cannot be called."""
+def check_output_arguments(output_type: str, callback: Callback | None) -> None:
+    """Raises CascadeError for an unknown output type, and for a callback that cannot be called."""
     if callback is not None and not callable(callback):
         raise CascadeError(f"callback: {quoted(callback)}; expected a function (stage, step, steps, x_hat)")
     if output_type not in ("pil", "np", "pt"):
@@ -100,7 +100,7 @@ class Watcher:
             self._bar = None
 
     def step(self, step: Step) -> None:
-        """Take note of a finished step."""
+        """Report a finished step."""
         if self._progress:
             self._count(step)
         if self._callback is not None:

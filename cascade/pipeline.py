@@ -34,11 +34,11 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
-from cascade.output import Callback, CascadeOutput, Watcher, check_wishes
+from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
 from cascade.save import Parts, model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, check_memory, memory_told
+from cascade.slots import StageSlot, TextSlot, check_memory, shortage_names
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
@@ -60,9 +60,9 @@ class CascadePipeline:
     ) -> None:
         """Raises CascadeError when the sizes of the stages or the width of the text do not fit together.
 
-        enlargers: the super-resolution stages of `upscale`, default those of the cascade. A stage that redraws what the
-        one before it drew is not one that keeps to a true picture. reload_text_encoder: the encoder is released once it
-        has read the prompts, and loaded again for the next ones.
+        enlargers: the super-resolution stages of `upscale`, default those of the cascade; a stage trained to redraw
+        the previous stage's pictures does not stay true to a real one. reload_text_encoder: if given, the encoder is
+        released after it has read the prompts, and loaded again by this function for the next ones.
         """
         self._text = TextSlot(text_encoder, reload_text_encoder)
         self.slots = _slots(stages)
@@ -92,23 +92,23 @@ class CascadePipeline:
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
-        super_resolution: stage folders or `model/stage` that follow the model's base stage in place of its own.
-        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that has it;
-            `auto`: on a CPU whichever of the two it computes faster, see `cascade.probe`.
-        low_memory: stages are loaded one at a time, and the text encoder is released after the prompts;
-        what does not fit into memory even so is read from disk layer by layer. text_8bit: the text encoder's linear
-        weights are int8, which needs the extra `quantized`.
-        captions: how prompts are cleaned, default as the model says: "as_is", "lower" or "deepfloyd".
+        super_resolution: stage folders or `model/stage` that replace the model's own stages after the base stage.
+        device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that supports it;
+            `auto`: on a CPU whichever of the two computes faster, see `cascade.probe`.
+        low_memory: stages are loaded one at a time, the text encoder is released after reading the prompts, and a part
+            that still does not fit into memory is read from disk layer by layer.
+        text_8bit: the text encoder's linear weights are int8; needs the extra `quantized`.
+        captions: how prompts are cleaned, "as_is", "lower" or "deepfloyd"; default the model's own setting.
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
         """
-        from cascade.load.pipeline import LoadOptions, load_pipeline  # loading stands above; see docs/architecture.md
+        from cascade.load.pipeline import LoadOptions, load_pipeline  # a higher layer; see docs/architecture.md
 
         options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
         return load_pipeline(model, options)
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What reads the prompts; with `low_memory`, without its weights while nothing is read."""
+        """The text encoder; with `low_memory`, without its weights except during a call."""
         return self._text.encoder
 
     @property
@@ -118,7 +118,7 @@ class CascadePipeline:
 
     @property
     def default_batch_size(self) -> int:
-        """Pictures per network call unless the caller says otherwise."""
+        """Pictures per network call if the caller gives no batch size."""
         return default_batch_size(self.device)
 
     @torch.inference_mode()
@@ -150,17 +150,17 @@ class CascadePipeline:
         progress: bool = False,
         callback: Callback | None = None,
     ) -> CascadeOutput:
-        """Draw pictures for prompts (or for embeddings in their place).
+        """Draw pictures for prompts, or for embeddings given in their place.
 
-        seed: one for all prompts, one for each, or None: drawn and reported. until: resolution of the last stage
-        to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None: the default of
-        the stage). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is drawn anew,
-        elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes.Changes`.
+        seed: one for all prompts, one for each, or None for random ones, which the result reports. until: resolution of
+        the last stage to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None:
+        the stage's default). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is
+        redrawn, elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
         """
-        check_wishes(output_type, callback)
+        check_output_arguments(output_type, callback)
         prompts = prompts_of(prompt, prompt_embeds)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
@@ -172,7 +172,7 @@ class CascadePipeline:
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation)
         asked = height is not None or width is not None
-        edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
+        edit, size, entries = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
@@ -188,7 +188,7 @@ class CascadePipeline:
                     height=size[0],
                     width=size[1],
                     stages=stages,
-                    **said,
+                    **entries,
                 ),
                 embeds[index],
                 edit,
@@ -228,13 +228,13 @@ class CascadePipeline:
     ) -> CascadeOutput:
         """Enlarge a picture of any size with the super-resolution stages in `enlargers`; its aspect ratio is kept.
 
-        image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparency is laid over white. prompt: what it
-        shows. to: longer side of the result, default what the last stage draws. Stages follow each other as
-        `cascade.upscaling.route` says, and what they draw beyond `to` is averaged down. tile: side of the squares in
-        which the network draws, see `Stage.sample`; results above 4 megapixels are drawn in squares of 1024 anyway.
+        image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparent parts become white. prompt: a
+        description of it. to: longer side of the result, default the last stage's. `cascade.upscaling.route` gives the
+        sequence of stages; a result larger than `to` is averaged down. tile: side of the square tiles in which the
+        network draws, see `Stage.tiled`; results above 4 megapixels always use tiles, of 1024 by default.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
-        check_wishes(output_type, callback)
+        check_output_arguments(output_type, callback)
         pixels = read_picture(image)
         text, (own_seed,) = one_text("prompt", prompt), seeds_of(seed, 1)
         settings = resolve_sampling(
@@ -252,23 +252,23 @@ class CascadePipeline:
         return CascadeOutput.of(stages, output_type, [own_seed], [text])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write one folder: cascade.json, text_encoder/ and a folder a stage, safetensors; atomically.
+        """Write one folder: cascade.json, text_encoder/ and one folder per stage, safetensors; atomically.
 
-        dtype: number format of the stage weights, default the one they have. A cascade that stood there is replaced;
-        raises CascadeError if anything else stands there.
+        dtype: number format of the stage weights, default their own. An existing cascade in `folder` is replaced;
+        raises CascadeError if the folder holds anything else.
         """
         enlargers = None if self.enlargers is self.slots else self.enlargers
         write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> None:
-        """Upload what `save_pretrained` writes to a model repository of the Hugging Face hub."""
+        """Upload the folder that `save_pretrained` writes to a model repository of the Hugging Face hub."""
         with model_for_hub(repo, private) as folder:
             self.save_pretrained(folder)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> CascadePipeline:
         """Move the stages to a device and number format. The text encoder moves too, but keeps its own format.
 
-        Raises CascadeError, before anything moves, for a device or a format that is not there.
+        Raises CascadeError, before anything moves, for a device that is missing or a format that it does not support.
         """
         target = self.device if device is None else choose_device(device)
         configs = [slot.config for slot in self.slots]
@@ -282,13 +282,13 @@ class CascadePipeline:
         return self
 
     def encode(self, texts: Sequence[str]) -> TextEmbeddings:
-        """Embeddings of texts, each encoded alone and padded to the longest allowed; `low_memory` then releases T5."""
+        """Embeddings of texts, each encoded alone and padded to the full length; `low_memory` then releases T5."""
         with self._text.reading() as encoder:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
     def task(self, recipe: Recipe, text: TextEmbeddings | None = None, edit: Edit | None = None) -> Task:
-        """What the engine does for a recipe. text, edit: see `Task`. Raises CascadeError for what no stage can draw."""
+        """A recipe as a task for the engine. text, edit: see `Task`. Raises CascadeError if no stage can draw it."""
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
         return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
@@ -313,7 +313,7 @@ class CascadePipeline:
         if tile is not None:
             positive("tile", tile)
         last = configs[places[-1]]
-        with memory_told(last.name):  # else it would be known only after all the stages before
+        with shortage_names(last.name):  # now, not after all the stages before
             check_memory(last, (height, width), 1, self.device, self.dtype, tile_of(tile, (height, width), last))
         scaled, ways = tuple(picture.shape[-2:]), list[Pass]()
         for step, place in enumerate(places):
@@ -334,11 +334,11 @@ class CascadePipeline:
         return Task(recipe, ways, start=picture)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
-        """What draws tasks with the stages of this pipeline, where they are now."""
+        """An engine that draws tasks with this pipeline's stages on their current device."""
         return Engine(self.encode, self.device, conduct, shelf)
 
     def _rows(self, embeds: TextEmbeddings | None, count: int) -> list[TextEmbeddings] | list[None]:
-        """The embeddings of each prompt, where they are given. Raises CascadeError for another width."""
+        """The given embeddings, one row per prompt, or None for each. Raises CascadeError for another width."""
         if embeds is None:
             return [None] * count
         width, expected = embeds.tokens.shape[-1], self.text_encoder.dim
@@ -347,7 +347,7 @@ class CascadePipeline:
         return [embeds.select([row]) for row in range(count)]
 
     def slots_until(self, until: int | None) -> list[StageSlot]:
-        """The stages up to the one that draws `until` px; all of them for None. Raises CascadeError."""
+        """The stages up to the one that draws `until` px; all for None. Raises CascadeError."""
         resolutions = [slot.config.resolution for slot in self.slots]
         if until is None:
             return self.slots

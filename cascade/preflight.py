@@ -1,7 +1,7 @@
-"""What would end a run later, found before its first step: too little disk, too little memory.
+"""Checks before the first training step for reasons that would end the run later: too little disk or memory.
 
-Settings that contradict each other are refused by `config` when they are read; data sources by their opening; a batch
-that does not divide among the processes by the trainer.
+Other checks: `config` refuses settings that contradict each other, data sources report missing files when opened, and
+the trainer refuses a batch that does not divide among the processes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from cascade.memory import TrainingMemory, trained_bytes, training_memory
 def check_run(config: TrainConfig, processes: int = 1, sharded: bool = False) -> None:
     """Raises CascadeError for a run that cannot reach its end on this machine.
 
-    processes: that share the batch; sharded: and the weights.
+    processes: number that share the batch. sharded: they share the weights as well.
     """
-    free = free_bytes() // _sharing_memory()  # first of all: a process that is ahead of us soon takes its part
+    free = free_bytes() // _sharing_memory()  # before anything else: a faster process soon allocates its part
     check_disk(config)
     check_memory(config, training_memory(config, processes, sharded), free, processes)
 
 
 def _sharing_memory() -> int:
-    """How many processes the free memory is for: a GPU's for one, a machine's for all that were launched on it."""
+    """Number of processes that share the free memory: 1 on a GPU; on a CPU all that were launched on the machine."""
     return 1 if torch.cuda.is_available() else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_disk(config: TrainConfig) -> None:
-    """Raises CascadeError when the checkpoints to be kept, and the one being written, do not fit on the disk."""
+    """Raises StorageError when the checkpoints to keep, and the one being written, do not fit on the disk."""
     output = Path(config.output)
     folder = next(path for path in (output, *output.resolve().parents) if path.exists())
     needed = run_bytes(config)
@@ -49,16 +49,16 @@ def check_disk(config: TrainConfig) -> None:
 
 
 def run_bytes(config: TrainConfig) -> int:
-    """The most that a run's folder holds at once, without samples and log."""
+    """Upper bound on the size of a run's folder, without samples and log."""
     trained = trained_bytes(config)
     checkpoint = trained.whole + trained.learning + trained.optimizer
     adapter = trained.learning if config.training.lora_rank else 0
-    # Of the stage and of the adapter the old folder stays until the new one is there.
+    # The old stage and adapter folders exist until the new ones are complete.
     return checkpoint * (config.training.keep_checkpoints + 1) + 2 * (trained.whole + adapter)
 
 
 def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisible: int = 1) -> None:
-    """Raises CascadeError when a step needs more than `free` bytes, and says what would make it fit."""
+    """Raises ShortageError, with advice, when a step needs more than `free` bytes."""
     if memory.total <= free:
         return
     parts = [(memory.weights, "weights and optimizer"), (memory.activations, "activations")]
@@ -73,14 +73,14 @@ def check_memory(config: TrainConfig, memory: TrainingMemory, free: int, divisib
 def _way_out(config: TrainConfig, memory: TrainingMemory, free: int, processes: int) -> str:
     training = config.training
     if memory.text and memory.total - memory.text <= free:
-        return "set text.cache=FOLDER and fill it with `cascade encode`, so that the encoder need not be loaded"
+        return "set text.cache=FOLDER and fill it with `cascade encode`, so that the encoder is not loaded"
     free -= memory.text
     if memory.weights >= free:
         return "use a smaller stage.model, or FSDP over several GPUs (docs/training-at-scale.md)"
     for accumulation in range(training.accumulation + 1, training.batch_size // processes + 1):
         fits = memory.weights + memory.activations * training.accumulation / accumulation <= free
         if fits and training.batch_size % (accumulation * processes) == 0:
-            return f"set training.accumulation={accumulation}, which gives the same steps in smaller passes"
+            return f"set training.accumulation={accumulation}, which computes the same steps in smaller passes"
     if not training.activation_checkpointing:
         return "set training.activation_checkpointing=true"
     return "use a smaller stage.model or data.crop"

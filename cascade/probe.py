@@ -1,7 +1,7 @@
-"""Which number format a machine computes a stage in the fastest: measured once, in a moment, and remembered.
+"""Which number format a machine computes a stage faster in: measured once, in under a second, and remembered.
 
-Processors without instructions for bfloat16, such as Intel's for desktops and AMD's before Zen 4, imitate it, and take
-several times as long as in float32; others take half. No list of processors tells that for sure, a clock does.
+Processors without bfloat16 instructions, such as Intel's for desktops and AMD's before Zen 4, emulate it, and take
+several times as long as in float32; others take half. No list of processors is reliable, so this module measures.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from cascade.stage import blank_call
 logger = logging.getLogger("cascade.load")
 
 GAIN = 0.9
-"""Another format is chosen where it takes at most this share of float32's time: rounding wants a reason."""
+"""Another format is chosen only if it takes at most this share of float32's time, because it rounds more."""
 SLOW = 1.2
-"""From this share on, what was asked for is worth a warning."""
+"""A requested format that takes at least this multiple of float32's time causes a warning."""
 _LAYERS = 2  # those with the most arithmetic
 _OPERATIONS = 1e8  # in a forward pass of a layer: about a millisecond
 _REPEATS = 5
@@ -48,7 +48,7 @@ _REMEMBERED = 200
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: a stage, on how many pictures at a time, and whether it is trained."""
+    """The work to measure: a stage, the number of pictures per call, and whether it is trained."""
 
     config: StageConfig
     pictures: int = 2
@@ -56,7 +56,7 @@ class Work:
 
 
 def faster_format(work: Sequence[Work], device: torch.device) -> torch.dtype:
-    """float32 or bfloat16, whichever a device computes some stages in faster; on a GPU, bfloat16 where it has it."""
+    """float32 or bfloat16, whichever computes these stages faster; on a GPU, bfloat16 if it supports that natively."""
     if device.type != "cpu":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     share = time_share(work, device, torch.bfloat16)
@@ -66,21 +66,21 @@ def faster_format(work: Sequence[Work], device: torch.device) -> torch.dtype:
 
 
 def warn_if_slow(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> None:
-    """One line where a format that was asked for takes longer than float32, and how much."""
+    """Warn if a requested format takes longer than float32, and how much longer."""
     share = time_share(work, device, dtype)
     if share >= SLOW:
-        _tell_once(f"{_plain(dtype)} takes {share:.1f} times as long as float32 on {name_of(device)}")
+        _warn_once(f"{_plain(dtype)} takes {share:.1f} times as long as float32 on {name_of(device)}")
 
 
 @cache
-def _tell_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     logger.warning("%s", line)
 
 
 def settled_dtype(dtype: torch.dtype | str | None, device: torch.device, configs: Iterable[StageConfig]) -> torch.dtype:
-    """The number format to draw in: the one asked for, `auto` for the fastest, None for the device's usual one.
+    """The number format to draw in: the requested one, the fastest for `auto`, the device's usual one for None.
 
-    Raises CascadeError for one that does not exist, or not there.
+    Raises CascadeError for a format that does not exist, or that the device does not support.
     """
     if dtype == "auto":
         return faster_format([Work(config) for config in configs], device)
@@ -91,10 +91,10 @@ def settled_dtype(dtype: torch.dtype | str | None, device: torch.device, configs
 
 
 def explained(device: torch.device, configs: Iterable[StageConfig]) -> str:
-    """Where and in which number format a cascade would be drawn, and why."""
+    """The device and number format in which a cascade would be drawn, and the reason."""
     usual = _plain(choose_dtype(None, device))
     if device.type != "cpu":
-        reason = "has bfloat16 of its own" if has_bfloat16(device) else "has no bfloat16 of its own"
+        reason = "supports bfloat16" if has_bfloat16(device) else "does not support bfloat16"
         return f"drawn on {name_of(device)} in {usual}: it {reason}"
     share = time_share([Work(config) for config in configs], device, torch.bfloat16)
     fastest = "bfloat16" if share <= GAIN else "float32"
@@ -104,7 +104,7 @@ def explained(device: torch.device, configs: Iterable[StageConfig]) -> str:
 
 
 def time_share(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> float:
-    """The time that the largest layers of some stages take, in shares of float32's. Kept for the machine."""
+    """Time of the largest layers of some stages relative to float32. The result is stored per machine."""
     key = _key(work, device, dtype)
     known = _remembered()
     if key not in known:
@@ -113,12 +113,12 @@ def time_share(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -
     return known[key]
 
 
-# --- what is measured
+# --- measuring
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer without data, the shape of what it reads, its operations there, and in how many places it stands."""
+    """A layer without data, the shape of its input, its operations for that input, and how often it occurs."""
 
     module: nn.Module
     shape: tuple[int, ...]
@@ -127,7 +127,7 @@ class _Layer:
     places: int = 1
 
     def cut(self) -> tuple[int, ...]:
-        """The shape with fewer rows or pictures, for about `_OPERATIONS`."""
+        """The shape reduced in rows or pictures to about `_OPERATIONS`."""
         share = min(1.0, _OPERATIONS / self.operations)
         first = max(1, round(self.shape[0] * share))
         if first > 1 or len(self.shape) < 3:
@@ -138,7 +138,7 @@ class _Layer:
 
 
 def _largest(work: Work) -> list[_Layer]:
-    """The layers of a stage that make up most of its arithmetic, each kind once."""
+    """The layers that make up most of a stage's arithmetic, each kind once."""
     found: dict[tuple[Any, ...], _Layer] = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,9 +161,9 @@ def _largest(work: Work) -> list[_Layer]:
 
 
 def _measured(layers: Sequence[_Layer], device: torch.device, dtype: torch.dtype) -> float:
-    """The mean over the layers, by their operations.
+    """Mean relative time of the layers, weighted by their operations.
 
-    On one thread: several wait for each other wherever something else runs as well, and that hides the difference.
+    On one thread: several threads wait for each other while other programs run, which hides the difference.
     """
     weights = [layer.operations * layer.places for layer in layers]
     threads = torch.get_num_threads()
@@ -176,17 +176,17 @@ def _measured(layers: Sequence[_Layer], device: torch.device, dtype: torch.dtype
 
 
 def _share(layer: _Layer, device: torch.device, dtype: torch.dtype) -> float:
-    """The shortest of a few calls in the one and the other format, by turns."""
+    """Relative time of a layer: the shortest of a few calls in each format, alternating."""
     plain, other = (_calls(layer, device, form) for form in (torch.float32, dtype))
     start, pairs = time.perf_counter(), [(next(plain), next(other))]
     while len(pairs) < 1 + _REPEATS and (len(pairs) < 2 or time.perf_counter() - start < _SECONDS):
         pairs.append((next(plain), next(other)))
-    usual, asked = map(min, zip(*pairs[1:], strict=True))  # the first call sets things up
+    usual, asked = map(min, zip(*pairs[1:], strict=True))  # without the first calls, which include set-up
     return asked / usual
 
 
 def _calls(layer: _Layer, device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """Seconds of a layer's pass, and of its gradients where it is trained."""
+    """Seconds of a layer's forward pass, and of its backward pass if it is trained."""
     module = copy.deepcopy(layer.module).to_empty(device=device)
     for weight in module.parameters():
         nn.init.uniform_(weight, -0.1, 0.1)
@@ -212,7 +212,7 @@ def _seconds(module: nn.Module, x: Tensor, trained: bool) -> float:
 
 
 def _may_be_slow(device: torch.device) -> bool:
-    """Whether a look is worth its time: GPUs with bfloat16 of their own have float16 as well."""
+    """Whether measuring is worth its time: GPUs with native bfloat16 compute float16 as fast."""
     return device.type == "cpu" or (device.type == "cuda" and not has_bfloat16(device))
 
 
@@ -220,11 +220,11 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- what is remembered
+# --- remembering
 
 
 def _key(work: Sequence[Work], device: torch.device, dtype: torch.dtype) -> str:
-    """Another machine or torch may have another answer, and so have other stages."""
+    """Key of a stored result: another machine, torch version or stage may have another result."""
     machine = name_of(device) if device.type == "cuda" else _processor()
     parts = [(part.config.model, part.config.resolution, part.pictures, part.trained) for part in work]
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -244,11 +244,11 @@ def _memory_file() -> Path:
 
 
 def _remembered() -> dict[str, float]:
-    with suppress(CascadeError, RuntimeError):  # not there, damaged, or no home
+    with suppress(CascadeError, RuntimeError):  # file missing or damaged, or no home folder
         return {key: float(value) for key, value in read_json(_memory_file()).items()}
     return {}
 
 
 def _remember(shares: dict[str, float]) -> None:
-    with suppress(CascadeError, OSError, RuntimeError):  # a home that cannot be written: measured again next time
+    with suppress(CascadeError, OSError, RuntimeError):  # home folder not writable: measured again next time
         write_json(_memory_file(), dict(list(shares.items())[-_REMEMBERED:]))

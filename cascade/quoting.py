@@ -1,4 +1,4 @@
-"""What strangers wrote (names, prompts, ids, values) as it may be printed: it steers no terminal, and it is short."""
+"""Untrusted text (names, prompts, ids, values) made safe to print: no terminal control codes, limited length."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 LONGEST = 200
-"""Letters of a value in a message; what is cut off is counted."""
+"""Maximum number of characters of a value in a message; the message gives the full number if it is cut."""
 LONGEST_LINE = 2000
 _STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode's categories of what is no letter but does something: controls, directions of writing, ends of lines."""
+"""Unicode categories without a glyph but with an effect: control codes, writing directions, line separators."""
 _JOINERS = "\u200c\u200d"
-"""Directions too, but harmless, and without them emoji and several scripts fall apart."""
+"""Members of these categories that are harmless; without them emoji and several scripts fall apart."""
 
 
 def shown(text: str) -> str:
-    """`text` in one line, what would steer a terminal escaped as in Python: `\\x1b`."""
+    """`text` on one line, with characters that affect a terminal escaped as in Python: `\\x1b`."""
     return _escaped(text, lambda letter: letter.encode("unicode_escape").decode())
 
 
 def shown_lines(text: str) -> str:
-    """`shown`, but for the ends of lines, which are our own."""
+    """`shown`, but line ends, which are cascade's own, are kept."""
     return "\n".join(map(shown, text.split("\n")))
 
 
 def message(text: str) -> str:
-    """Each line of a message `shown`, and cut where a value made it long that nothing else cut."""
+    """Each line `shown`, and cut to the length limit in case a long value was not cut before."""
     return "\n".join(shown(_cut(line, LONGEST_LINE)) for line in text.split("\n"))
 
 
 def shown_json(text: str) -> str:
-    """JSON that says the same, with JSON's own escapes."""
+    """Equivalent JSON, with JSON's own escapes."""
     return _escaped(text, lambda letter: json.dumps(letter)[1:-1])
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it, at most `LONGEST` letters of it."""
+    """`repr` of a value, cut to `LONGEST` characters."""
     if isinstance(value, str):
         return _cut(value, LONGEST, repr)
     try:
@@ -47,12 +47,12 @@ def quoted(value: object) -> str:
 
 
 def named(path: Sequence[str]) -> str:
-    """The name of a setting, of sections and keys that may be anybody's."""
+    """The dotted name of a setting; its sections and keys may be untrusted."""
     return _cut(shown(".".join(path)), LONGEST)
 
 
 def _cut(text: str, longest: int, written: Callable[[str], str] = str) -> str:
-    """The beginning as `written` has it, and how much there was."""
+    """The beginning of `text`, passed through `written`, and its full length if it is cut."""
     if len(text) <= longest:
         return written(text)
     return f"{written(text[:longest])}... ({len(text):,} letters)"

@@ -1,4 +1,4 @@
-"""Which sampling settings hold for each stage: its defaults, a preset, and the caller's own values."""
+"""The sampling settings of each stage: its defaults, a preset, and the caller's own values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         own = _plain(value.get(stage.name) if _by_stage(setting, value) else value)
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
-                values["timesteps"] = None  # a number of steps takes the place of a list
+                values["timesteps"] = None  # a number of steps replaces a list
             values[setting] = None if isinstance(own, str) and own == "none" else own
     values["sampler"] = complete_sampler(values["sampler"], stage.sampling.sampler)
     settings = parse(SamplingConfig, values, f"stage {stage.name}")
@@ -59,19 +59,19 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
 
 
 def _by_stage(setting: str, value: Any) -> bool:
-    """Whether this is {stage: value}. A sampler's section is a mapping too, {kind: ddim, eta: 0.5}."""
+    """Whether `value` is {stage: value}. A sampler's section is a mapping too: {kind: ddim, eta: 0.5}."""
     return isinstance(value, Mapping) and not (setting == "sampler" and "kind" in value)
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it: no section, no number of NumPy or torch."""
+    """A setting as plain JSON data: a section as a mapping, a number of NumPy or torch as Python's."""
     if isinstance(value, Settings):
         return value.model_dump(mode="json")
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_stages(setting: str, given: Iterable[object], names: Sequence[str], what: str = "stage") -> None:
-    """Raises CascadeError for a stage, or whatever else is meant, that is not one of `names`."""
+    """Raises CascadeError for a stage (or other kind of thing, `what`) that is not one of `names`."""
     for name in given:
         _check_name(setting, name, names, what)
 

@@ -20,7 +20,7 @@ from cascade.text.t5 import TextEncoder
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model consists of. enlargers: the stages of `upscale` where they are not those of the cascade."""
+    """The parts of a model. enlargers: the stages of `upscale` if they differ from those of the cascade."""
 
     text_encoder: TextEncoder
     slots: Sequence[StageSlot]
@@ -30,7 +30,7 @@ class Parts:
 
 
 def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = None) -> None:
-    """Write one folder: cascade.json, text_encoder/ and a folder a stage; see `CascadePipeline.save_pretrained`."""
+    """Write one folder: cascade.json, text_encoder/ and one folder per stage; see `CascadePipeline.save_pretrained`."""
     text_encoder, slots, enlargers = model.text_encoder, model.slots, model.enlargers
     folder = plain_path(folder)
     if folder.exists() and not _may_be_replaced(folder):
@@ -58,7 +58,7 @@ def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = No
 
 @contextmanager
 def model_for_hub(repo: str, private: bool) -> Iterator[Path]:
-    """A folder to be filled, which is then uploaded to a model repository of the Hugging Face hub."""
+    """A folder for the caller to fill; it is then uploaded to a model repository of the Hugging Face hub."""
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,7 +70,7 @@ def model_for_hub(repo: str, private: bool) -> Iterator[Path]:
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Whether `path` is an empty folder, or holds a cascade and nothing else: the whole folder is replaced."""
+    """Whether `path` is an empty folder, or holds a cascade and nothing else, so that all of it may be replaced."""
     if not path.is_dir():
         return False
     there = {entry.name for entry in path.iterdir()}

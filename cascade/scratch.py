@@ -1,4 +1,4 @@
-"""A table on the disk for the time of a run, by SQLite: a few MB of memory, whatever it holds."""
+"""A temporary table on disk (SQLite), in a few MB of memory however large it grows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cascade.errors import StorageError
 
 
 class ScratchTable:
-    """One table, in a temporary file that is gone when it is closed. Several threads may take turns with it."""
+    """One table, in a temporary file that is deleted when it is closed. Threads may use it in turn."""
 
     def __init__(self, definition: str) -> None:
-        """definition: SQL that makes the table."""
+        """definition: SQL statement that creates the table."""
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # "": a temporary file
         for statement in ("PRAGMA synchronous = OFF", definition, "BEGIN"):
             self._database.execute(statement)
 
     def execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        """One statement. Raises CascadeError when the disk is full."""
-        with _told():
+        """Run one statement. Raises StorageError when the disk is full."""
+        with _disk_errors():
             return self._database.execute(statement, values)
 
     def fill(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        """One statement for each of `rows`. Raises CascadeError when the disk is full."""
-        with _told():
+        """Run one statement for each of `rows`. Raises StorageError when the disk is full."""
+        with _disk_errors():
             self._database.executemany(statement, rows)
 
     def close(self) -> None:
@@ -35,10 +35,10 @@ class ScratchTable:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
         raise StorageError(
-            f"a temporary table cannot be written: {error}; name a folder with room for it in SQLITE_TMPDIR"
+            f"a temporary table cannot be written: {error}; set SQLITE_TMPDIR to a folder with enough space"
         ) from None

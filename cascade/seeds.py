@@ -1,4 +1,4 @@
-"""Where randomness comes from: named generators, so that nothing depends on order, batch or device."""
+"""The source of all randomness: named generators, so that nothing depends on order, batch or device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_SEED = 2**63 - 1
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by `key` alone, such as (seed, picture, stage, purpose).
 
-    SHA-256 of the key's text, so neighbouring keys share no structure and the numbers are the same on
-    every machine; Python's own `hash` changes from run to run.
+    SHA-256 of the key's text, so that neighbouring keys give unrelated numbers, the same on every machine; Python's
+    own `hash` changes from run to run.
     """
-    import torch  # late: the command line knows seeds before it needs torch
+    import torch  # late: the command line uses seeds before it needs torch
 
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

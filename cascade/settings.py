@@ -19,7 +19,7 @@ from cascade.quoting import named, quoted
 
 
 class Settings(BaseModel):
-    """Base of all sections: unknown names are errors, values are immutable, docstrings are the reference."""
+    """Base class of all sections: unknown names are errors, values are immutable, docstrings become the reference."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-4` is a number and `2024-01-01` is text, as everybody expects."""
+    """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number and `2024-01-01` is text, as everybody expects."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -40,16 +40,16 @@ _Loader.add_implicit_resolver(
 
 
 class _RepeatedKeyError(yaml.YAMLError):
-    """A key that stands twice in one mapping, of which YAML would silently drop the first."""
+    """A key that occurs twice in one mapping; YAML would silently drop the first."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[dict[Any, Any]]:
-    """A mapping as PyYAML constructs it, if no key of it is repeated; keys merged in by `<<` may be."""
+    """A mapping as PyYAML constructs it, unless a key is repeated; keys merged in by `<<` may be."""
     seen: set[str] = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if key.value in seen:
-                raise _RepeatedKeyError(f"line {key.start_mark.line + 1}: {key.value} is there a second time; keep one")
+                raise _RepeatedKeyError(f"line {key.start_mark.line + 1}: {key.value} is set a second time; keep one")
             seen.add(key.value)
     yield from loader.construct_yaml_map(node)
 
@@ -60,7 +60,7 @@ ConfigT = TypeVar("ConfigT", bound=Settings)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises CascadeError for a missing file, wrong YAML, or anything but a mapping."""
+    """The mapping in a YAML file. Raises CascadeError for a missing file, invalid YAML, or anything but a mapping."""
     path = Path(path)
     try:
         data = yaml.load(read_text(path), Loader=_Loader)
@@ -73,7 +73,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except _RepeatedKeyError as error:
         raise CascadeError(f"{path}: {error}") from None
     except RecursionError:
-        raise CascadeError(f"{path}: not valid YAML: too many brackets within brackets") from None
+        raise CascadeError(f"{path}: not valid YAML: brackets are nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
         raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -104,7 +104,7 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
             if not key.isdecimal() or int(key) >= len(data):
                 raise CascadeError(
                     f"{quoted(assignment)}: {named(keys[:depth])} is a list of {len(data)};"
-                    f" {quoted(key)} is no place in it"
+                    f" {quoted(key)} is not a position in it"
                 )
             position = int(key)
         elif not isinstance(data, dict):
@@ -118,22 +118,22 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
 def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
     """Settings of `kind` from plain data. Raises CascadeError with one line per mistake, named by `origin`."""
     try:
-        # Strict JSON rules: lists become tuples, but "3" is no number and 1 is no boolean.
+        # Strict JSON rules: lists become tuples, but "3" is not a number and 1 is not a boolean.
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         mistakes: dict[str, list[Any]] = {}
         for mistake in error.errors():
-            if mistake["type"] != "too_short" or not mistake["input"]:  # pydantic counts no item that has a mistake
+            if mistake["type"] != "too_short" or not mistake["input"]:  # pydantic ignores items that have a mistake
                 mistakes.setdefault(".".join(_walk(kind, mistake["loc"])[1]), []).append(mistake)
         lines = [f"{origin}: {_explain(kind, same_setting)}" for same_setting in mistakes.values()]
         raise CascadeError("\n".join(lines)) from None
-    except (TypeError, ValueError, RecursionError) as error:  # a set, bytes, an alias of itself: YAML, but no settings
+    except (TypeError, ValueError, RecursionError) as error:  # valid YAML that JSON cannot hold: a set, bytes, a cycle
         reason = "a number has thousands of digits" if "integer string conversion" in str(error) else error
         raise CascadeError(f"{origin}: {reason}") from None
 
 
 def to_yaml(settings: Settings) -> str:
-    """Every setting, defaults included, as YAML that `parse` reads back to an equal object."""
+    """All settings, defaults included, as YAML that `parse` reads back to an equal object."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -141,7 +141,7 @@ _PLAIN_WORDS = {"an object": "a section", "a valid array": "a list", "String sho
 
 
 def _explain(kind: type[Settings], mistakes: Sequence[Any]) -> str:
-    """One line on what pydantic says of one setting: several things where its value may be of several types."""
+    """One line for pydantic's errors about one setting: several if its value may be of several types."""
     first = mistakes[0]
     section, path = _walk(kind, first["loc"])
     dotted = named(path)
@@ -185,7 +185,7 @@ def _not_one_of(setting: str, value: str, expected: str) -> str:
 
 
 def _walk(kind: type[Settings], location: Sequence[str | int]) -> tuple[type[Settings] | None, list[str]]:
-    """The section that holds the end of pydantic's `location`, and its path without what pydantic adds to it."""
+    """The section that contains the end of pydantic's `location`, and the path without pydantic's own additions."""
     sections: list[type[Settings]] = [kind]
     path: list[str] = []
     for name in location:

@@ -1,4 +1,4 @@
-"""The parts of a pipeline: held, or loaded when their turn comes; and what is said when memory does not suffice."""
+"""The parts of a pipeline, in memory or loaded on demand, and the messages when memory does not suffice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cascade.text.t5 import TextEncoder
 
 @dataclass(frozen=True)
 class StageSlot:
-    """A stage of a pipeline: in memory, or (`--low-memory`) loaded when its turn comes and dropped after it."""
+    """A stage of a pipeline: in memory, or (`--low-memory`) loaded for its turn and released after it."""
 
     config: StageConfig
     load: Callable[[], Stage]
@@ -30,7 +30,7 @@ class StageSlot:
         return cls(stage.config, lambda: stage, held=True)
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> StageSlot:
-        """The same slot, its stage on a device and in a number format: at once, or whenever it is loaded."""
+        """The same slot with its stage on a device and in a number format: immediately, or each time it is loaded."""
         if self.held:
             self.load().to(device, dtype)
             return self
@@ -38,10 +38,10 @@ class StageSlot:
 
 
 class TextSlot:
-    """The text encoder of a pipeline: in memory, or (`--low-memory`) released after it has read, and loaded again."""
+    """The text encoder of a pipeline: in memory, or (`--low-memory`) released after reading, and loaded again."""
 
     def __init__(self, encoder: TextEncoder, reload: Callable[[], TextEncoder] | None) -> None:
-        """reload: loads the encoder again; None: it is never released."""
+        """reload: a function that loads the encoder again; None: it is never released."""
         self.encoder = encoder
         self._reload = reload
         self._released = False
@@ -55,7 +55,7 @@ class TextSlot:
 
     @contextmanager
     def reading(self) -> Iterator[TextEncoder]:
-        """The encoder with its weights, which are not needed afterwards."""
+        """A context with the encoder and its weights, which may be released at its end."""
         yield self.load()
         if self._reload is not None:
             self.encoder.release()
@@ -64,14 +64,14 @@ class TextSlot:
 
 @contextmanager
 def running(slot: StageSlot) -> Iterator[Stage]:
-    """The slot's stage; running out of memory inside is told with the stage's name."""
-    with memory_told(slot.config.name):
+    """A context with the slot's stage; a memory shortage inside becomes a ShortageError with the stage's name."""
+    with shortage_names(slot.config.name):
         yield slot.load()
 
 
 @contextmanager
-def memory_told(stage: str) -> Iterator[None]:
-    """Running out of memory inside becomes a CascadeError with the stage's name."""
+def shortage_names(stage: str) -> Iterator[None]:
+    """A context in which a memory shortage becomes a ShortageError with the stage's name."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -89,7 +89,7 @@ def check_memory(
     dtype: torch.dtype,
     tile: int | None = None,
 ) -> None:
-    """Raises MemoryError for pictures that certainly do not fit, before any noise for them is drawn."""
+    """Raises MemoryError for pictures that certainly do not fit, before their noise is drawn."""
     needed = batch_size * StageCost(stage).least_bytes(size, dtype, tile)
     free = free_bytes(device)
     if needed > free:
@@ -97,8 +97,8 @@ def check_memory(
 
 
 def not_finite(stage: str) -> str:
-    """What is said of NaN in a picture."""
-    return f"stage {stage}: the network gave numbers that are not finite; try dtype float32, or check its weights"
+    """The message for NaN or infinity in a picture."""
+    return f"stage {stage}: the network's output is not finite; try dtype float32, or check its weights"
 
 
 def _out_of_memory(stage: str, numbers: str = "") -> CascadeError:

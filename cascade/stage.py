@@ -37,21 +37,21 @@ NetworkCall = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass
 class Stage:
-    """One diffusion model of the cascade. It is a ConditionalDenoiser: `prepare` gives the denoiser of a generation.
+    """One diffusion model of the cascade. It is a ConditionalDenoiser: `prepare` returns the denoiser of a generation.
 
-    What is diffused, r, is the picture itself (path `picture`) or its scaled difference from the upsampled smaller
-    picture (path `residual`); `prepare` and the sampler speak of r, `sample` and `loss` of pictures.
+    The diffused variable r is the picture itself (path `picture`) or its scaled difference from the upsampled smaller
+    picture (path `residual`). `prepare` and the sampler work on r, `sample` and `loss` on pictures.
     """
 
     config: StageConfig
     network: Network
     schedule: NoiseSchedule
     known: Known | None = None
-    """What the pictures that it draws start from, and which of their pixels stay; see `knowing`."""
+    """The start pictures of this stage, and which of their pixels stay; see `knowing`."""
 
     @property
     def name(self) -> str:
-        """By which per-stage options speak of it."""
+        """The stage's name in per-stage options."""
         return self.config.name
 
     @property
@@ -61,7 +61,7 @@ class Stage:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return next(self.network.parameters()).device
 
     def prepare(self, cond: Conditioning) -> Denoiser:
@@ -85,10 +85,10 @@ class Stage:
         settings: SamplingConfig | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw pictures from the noise z (B, C, H, W), whose size they have: float32, about [-1, 1].
+        """Draw pictures from the noise z (B, C, H, W), which sets their size: float32, about [-1, 1].
 
-        cond, null: the conditions, and the same under the null text or a negative prompt; low_res already noised.
-        rng: one generator a picture, for samplers that add noise on the way. on_step sees x_hat as pictures.
+        cond, null: the conditions, and the same with the null text or a negative prompt; low_res already noised.
+        rng: one generator per picture, for samplers that add noise in between. on_step receives x_hat as pictures.
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
@@ -130,9 +130,9 @@ class Stage:
         return diffusion_loss(lambda z, level: network(z, level, seen), kind, weighting, r, log_snr, eps)
 
     def noise_levels(self, settings: SamplingConfig | None = None) -> Tensor:
-        """Log SNR from step to step, and at the end: (N + 1,), increasing.
+        """Log SNR before each step, and at the end: (N + 1,), increasing.
 
-        Raises CascadeError for numbered steps that this stage's schedule has not.
+        Raises CascadeError for numbered steps that this stage's schedule does not define.
         """
         settings, total = settings or self.config.sampling, self.schedule.steps
         numbers, spacing = settings.timesteps, settings.spacing
@@ -159,7 +159,7 @@ class Stage:
         return len(self.noise_levels(settings)) - 1
 
     def evaluations(self, settings: SamplingConfig | None = None) -> list[float]:
-        """Log SNR of each evaluation of the denoiser while a picture is drawn. Raises CascadeError as `noise_levels`.
+        """Log SNR of each evaluation of the denoiser for a picture. Raises CascadeError as `noise_levels` does.
 
         Each is one call of the network, or two where guidance acts.
         """
@@ -175,10 +175,10 @@ class Stage:
         return *channels, height // shrink, width // shrink
 
     def see(self, cond: Conditioning, low: Tensor, aug_level: Tensor, eps: Tensor) -> Conditioning:
-        """`cond` with the smaller picture as this stage sees it: noised, and enlarged before that where it wants so.
+        """`cond` with the smaller picture as this stage's network sees it: noised, and enlarged first if so configured.
 
-        low: (B, C, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is made
-        in float64, which not every GPU has. eps: (B, *noised_shape).
+        low: (B, C, h, w) in [-1, 1]. aug_level: (B,), standard deviation of the noise, on the CPU: its log SNR is
+        computed in float64, which some GPUs lack. eps: (B, *noised_shape).
         """
         if self.config.model.enlarges_first:
             height, width = low.shape[-2:]
@@ -187,20 +187,20 @@ class Stage:
         return replace(cond, low_res=diffuse(low, eps, level), low_res_log_snr=level)
 
     def enlarge(self, cond: Conditioning) -> Conditioning:
-        """The conditions with the smaller picture upsampled to this stage's scale."""
+        """The conditions with the smaller picture upsampled to this stage's size."""
         if cond.low_res is None or self.config.model.enlarges_first:
             return cond
         height, width = cond.low_res.shape[-2:]
         return replace(cond, low_res=upsample(cond.low_res, (height * self.scale, width * self.scale)))
 
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
-        """What r is measured from: zero, or the upsampled smaller picture with its signal scaled back to 1."""
+        """The picture from which r is measured: zero, or the upsampled smaller picture, its signal scaled back to 1."""
         if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
             return torch.zeros(len(cond), self.config.channels, *size, device=cond.text.device)
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
-        """Move the network, of one read from disk where it computes; convolutions run fastest channels-last."""
+        """Move the network (for a streamed one, its computation) and use channels-last, the fastest convolutions."""
         if is_streamed(self.network):
             move_streamed(self.network, device, dtype)
             return self
@@ -208,19 +208,19 @@ class Stage:
         return self
 
     def knowing(self, known: Known | None) -> Stage:
-        """This stage, drawing pictures of which something is known."""
+        """This stage with start pictures, or pixels that must stay."""
         return self if known is None else replace(self, known=known)
 
     def tiled(self, side: int | None) -> Stage:
-        """This stage, whose network is given squares of this side one at a time; None: whole pictures.
+        """This stage with a network that computes square tiles of this side one at a time; None: whole pictures.
 
-        Raises CascadeError where the network looks at the whole picture, or for a side that it cannot divide.
+        Raises CascadeError if the network sees the whole picture at once, or if it cannot divide the side.
         """
         if side is None:
             return self
         step, radius = self.config.geometry.divisor, self.config.geometry.receptive_radius
         if radius is None:
-            raise CascadeError(f"tile: stage {self.name} looks at the whole picture; draw it without tiles")
+            raise CascadeError(f"tile: stage {self.name} sees the whole picture at once; draw it without tiles")
         if side < step or side % step:
             raise CascadeError(f"tile: {side}; stage {self.name} expects a multiple of {step}")
         return replace(self, network=TiledNetwork(self.network, side, radius))
@@ -233,7 +233,7 @@ class Stage:
 def blank_call(
     config: StageConfig, pictures: int, text_tokens: int, side: int | None = None
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """A call of a stage's network, all zeros: (z, log SNR, conditions), for counting what it takes.
+    """Arguments of a call of a stage's network, all zeros, for counting its cost: (z, log SNR, conditions).
 
     side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
     """
@@ -245,16 +245,16 @@ def blank_call(
 
 
 def _ignore(step: int, x_hat: Tensor) -> None:
-    """The callback of those who do not watch."""
+    """The default callback, which does nothing."""
 
 
 def _as_pictures(on_step: OnStep, base: Tensor, scale: float) -> OnStep:
-    """A callback that is given residuals, and passes on the pictures that they stand for."""
+    """A callback that receives residuals and passes on the corresponding pictures."""
     return lambda step, r: on_step(step, base + scale * r)
 
 
 def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
-    """The thresholding that the settings ask for: none, `clip`, or dynamic at a quantile."""
+    """`denoise` with the thresholding in the settings: none, `clip`, or dynamic at a quantile."""
     if settings.threshold is None:
         return denoise
     if isinstance(settings.threshold, str):
@@ -266,7 +266,7 @@ def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
 def run_sampler(
     settings: SamplingConfig, denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep
 ) -> Tensor:
-    """The sampler that the settings name, with its own settings."""
+    """Run the sampler named in the settings, with its own settings."""
     sampler = settings.sampler
     return SAMPLERS[sampler.kind](denoise, z, log_snrs, rng, on_step, **sampler.own)
 

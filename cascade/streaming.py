@@ -1,4 +1,4 @@
-"""Weights that do not fit into memory: each layer's are read from disk when it runs, and dropped after it."""
+"""Weights that do not fit into memory: each layer's are read from disk when it runs, and dropped afterwards."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def stream(
     aliases: Mapping[str, str] | None = None,
     whole: bool = True,
 ) -> None:
-    """Let a module on the meta device read its weights from safetensors files layer by layer, onto `device`.
+    """Make a module on the meta device read its weights from safetensors files layer by layer, onto `device`.
 
-    It computes in the number format that it has. aliases: names in the module of weights stored under another name.
-    whole: the files hold the module and nothing else. Raises CascadeError naming a weight that is missing, misshapen,
-    unknown, or in a damaged file.
+    It computes in its own number format. aliases: names in the module of weights stored under another name.
+    whole: the files hold the module and nothing else. Raises CascadeError naming a weight that is missing, misshapen or
+    unknown, or a damaged file.
     """
     from accelerate.hooks import attach_align_device_hook
     from accelerate.utils import OffloadedWeightsLoader
@@ -59,15 +59,15 @@ def is_streamed(module: nn.Module) -> bool:
 def move_streamed(
     module: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Let a streamed module compute on another device, or in another number format, from its next call on."""
+    """Make a streamed module compute on another device, or in another number format, from its next call on."""
     if device is not None:
         for hook in _hooks(module):
             hook.execution_device = torch.device(device)
-    module.to(dtype=dtype)  # tensors without data: they only say in which format a weight is read
+    module.to(dtype=dtype)  # tensors without data; they only define the format in which a weight is read
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """What accelerate has put before each layer that has weights; it fetches them."""
+    """accelerate's hooks, one per layer with weights; they load the weights."""
     return [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
 
 
@@ -77,7 +77,7 @@ def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
 
 
 def stored_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes in a safetensors file by name, without reading its numbers. Raises CascadeError for a damaged one."""
+    """Shapes in a safetensors file by name, without reading its data. Raises CascadeError for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -1,4 +1,4 @@
-"""Copies to a GPU for which nobody waits."""
+"""Asynchronous copies from the CPU to a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """The tensor on a device; None: where it is. From the CPU to a GPU the copy is queued, and the program goes on.
+    """The tensor on a device (None: where it is). From the CPU to a GPU the copy is queued, without waiting for it.
 
-    A plain `.to` waits until the GPU has done all that was asked of it before. From pinned memory the copy also runs
-    beside the GPU's work; torch keeps the pinned copy until it is done. Apple's GPUs are copied to at once: they share
-    the memory, and there a queued copy reads what may have been freed.
+    A plain `.to` waits until the GPU has finished all earlier work. From pinned memory the copy also runs in parallel
+    with the GPU's work; torch keeps the pinned copy until it is done. Copies to Apple's GPUs are immediate: they share
+    the CPU's memory, and a queued copy there may read memory that was already freed.
     """
     target = tensor.device if device is None else torch.device(device)
     if tensor.device.type != "cpu" or target.type in ("cpu", "mps"):

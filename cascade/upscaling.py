@@ -1,4 +1,4 @@
-"""Enlarging a person's own picture: which stages, in which order, and how a picture of any size passes through one."""
+"""Enlarging a user's picture of any size: the sequence of stages, and the padding and tiles for each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cascade.arguments import positive
 from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 LARGEST_WHOLE = 2048**2
-"""Pixels of the largest result that is drawn in one piece unless the caller says otherwise."""
+"""Pixels of the largest result that is drawn in one piece by default."""
 DEFAULT_TILE = 1024
-"""Side of the squares of larger ones."""
+"""Side of the tiles of larger results."""
 
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any]
 
@@ -31,12 +31,12 @@ ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray[Any, An
 def read_picture(image: ImageLike) -> Tensor:
     """A picture, its file, or NumPy uint8 (H, W, 3 or 4) -> uint8 (1, 3, H, W), upright, transparency over white.
 
-    Raises CascadeError for what is none of these, or cannot be read.
+    Raises CascadeError for anything else, and for a file that cannot be read.
     """
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
-        with picture_told("image"):
+        with picture_errors("image"):
             return from_pil(image)[None]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape:
@@ -45,14 +45,14 @@ def read_picture(image: ImageLike) -> Tensor:
     if not isinstance(image, (str, os.PathLike)):
         raise CascadeError(f"image: {type(image).__name__}; expected a PIL picture, a path or a NumPy array")
     path = expanded(os.fsdecode(image))
-    with picture_told(path), open_picture(path) as opened:
+    with picture_errors(path), open_picture(path) as opened:
         return from_pil(opened)[None]
 
 
 def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
     """A mask, its file, or NumPy bool or uint8 (H, W) -> float32 (H, W): 1 where white, 0 where black.
 
-    Raises CascadeError for what is none of these, or cannot be read.
+    Raises CascadeError for anything else, and for a file that cannot be read.
     """
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype in (np.bool_, np.uint8) and 0 not in mask.shape:
         values = torch.from_numpy(np.ascontiguousarray(mask)).float()
@@ -63,25 +63,25 @@ def read_mask(mask: ImageLike, name: str = "mask") -> Tensor:
 
 
 def target_size(stages: Sequence[StageConfig], size: tuple[int, int], to: int | None) -> tuple[int, int]:
-    """(height, width) of the result for a picture of `size`, its longer side `to`, its aspect ratio kept.
+    """(height, width) of the result for a picture of `size`: longer side `to`, same aspect ratio.
 
-    to: default what the last stage draws; for a picture as large as that already, as much as that stage enlarges.
+    to: default the last stage's size; for a picture at least that large, its size times that stage's factor.
     Raises CascadeError for a size that is not larger than the picture.
     """
     longest, last = max(size), stages[-1]
     if to is None:
         to = last.resolution if longest < last.resolution else longest * last.scale
     if positive("to", to) <= longest:
-        raise CascadeError(f"to: {to}; the picture's longer side has {longest} px already, give more")
+        raise CascadeError(f"to: {to}; the picture's longer side already has {longest} px, give more")
     height, width = (max(1, round(side * to / longest)) for side in size)
     return height, width
 
 
 def route(stages: Sequence[StageConfig], longest: int, to: int) -> list[int]:
-    """Which stages enlarge a picture until its longer side has at least `to` px, by their places in `stages`.
+    """The sequence of stages that enlarges a picture to a longer side of at least `to` px, as places in `stages`.
 
-    Each time it is the one whose smaller pictures are nearest in size, counted in doublings; so the last stage is
-    used again and again for pictures beyond its own size. Raises CascadeError when no stage enlarges.
+    Each time the stage is chosen whose smaller pictures are nearest in size, counted in doublings; so pictures beyond
+    the last stage's own size use it repeatedly. Raises CascadeError when no stage enlarges.
     """
     enlarging = [place for place, stage in enumerate(stages) if stage.low_resolution is not None]
     if not enlarging:
@@ -104,7 +104,7 @@ def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     step = stage.geometry.divisor
     multiple = step // math.gcd(step, stage.scale)
     bottom, right = (-side % multiple for side in pixels.shape[-2:])
-    # In float, because uint8 has no kernel for this; the values stay whole.
+    # In float, because uint8 has no kernel for this padding; the values stay whole numbers.
     return F.pad(pixels.float(), (0, right, 0, bottom), mode="replicate").to(pixels.dtype)
 
 
@@ -116,7 +116,7 @@ def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:
-    """The side of the squares in which a picture of `size` is drawn; None: in one piece."""
+    """The side of the square tiles for a picture of `size`; None: in one piece."""
     if tile is None and size[0] * size[1] > LARGEST_WHOLE and stage.geometry.receptive_radius is not None:
         return DEFAULT_TILE
     return tile

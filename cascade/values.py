@@ -1,4 +1,4 @@
-"""What people write for a setting, on a command line or in a table: a number, a threshold, a value for each stage."""
+"""Parsing of setting values on a command line or in a table: a number, a threshold, a value for each stage."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cascade.quoting import quoted
 T = TypeVar("T")
 PRESETS = ("fast", "default", "best")
 SETTINGS = ("steps", "guidance", "sampler", "aug_level", "threshold")
-"""What a call may set: one value for all stages, or {stage: value}."""
+"""Settings that a call may override: one value for all stages, or {stage: value}."""
 
 
 def per_stage(text: str, convert: Callable[[str], T]) -> T | dict[str, T]:
-    """What `20` or `base=20,sr256=4` stands for: one value for all stages, or {stage: value}. Raises ValueError."""
+    """The value of `20` or `base=20,sr256=4`: one for all stages, or {stage: value}. Raises ValueError."""
     if "=" not in text:
         return convert(text.strip())
     values: dict[str, T] = {}
@@ -28,7 +28,7 @@ def per_stage(text: str, convert: Callable[[str], T]) -> T | dict[str, T]:
 
 
 def whole_number(text: str) -> int:
-    """Raises ValueError with a readable reason."""
+    """A whole number. Raises ValueError with a readable reason."""
     try:
         return int(text)
     except ValueError:

@@ -64,8 +64,8 @@ WRONG: dict[str, tuple[Callable[[CascadePipeline], object], str]] = {
         "seed: array([0]); expected a whole",
     ),
     "a row of steps": (lambda p: p("a", steps=np.array([1, 2])), "stage base: Object of type ndarray"),
-    "prompts by name": (lambda p: p({"a": 1}), "prompt: {'a': 1} is no text"),
-    "bytes": (lambda p: p(b"a fox"), "prompt: b'a fox' is no text"),
+    "prompts by name": (lambda p: p({"a": 1}), "prompt: {'a': 1} is not text"),
+    "bytes": (lambda p: p(b"a fox"), "prompt: b'a fox' is not text"),
     "a callback that is none": (lambda p: p("a", callback=3), "callback: 3; expected a function"),
 }
 

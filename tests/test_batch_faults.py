@@ -210,7 +210,7 @@ def test_a_picture_of_nan_is_marked_failed_and_the_others_go_on(
         patch.setattr("cascade.drawing.engine.draw_batch", drawing(after=spoil))
         status, stdout, stderr = generate(capsys, model, out)
     assert (status, stdout) == (1, f"5 pictures in {out}, 1 failed\n")
-    assert "numbers that are not finite" in stderr
+    assert "output is not finite" in stderr
     (failure,) = (out / "failures.jsonl").read_text().splitlines()
     assert (json.loads(failure)["index"], json.loads(failure)["number"]) == (2, 0)
     assert_continues(capsys, model, out)
@@ -260,7 +260,7 @@ def test_what_other_processes_found_of_an_earlier_run_counts_too(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Output, "claim", lambda _, unit: unit == 1)
     monkeypatch.setattr(Output, "is_everything_done", lambda _output, _last: True)
-    assert generate(capsys, model, out)[1] == f"6 pictures in {out}, 5 of them from before\n"
+    assert generate(capsys, model, out)[1] == f"6 pictures in {out}, 5 of them from an earlier run\n"
 
 
 def test_a_second_run_on_the_folder_is_refused_while_the_first_lives(
@@ -386,12 +386,12 @@ def test_pictures_past_ten_thousand_go_into_subfolders_by_index(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shard", "5/4"), "'5/4'; expected which of how many, such as 3/16"),
+        (("--shard", "5/4"), "'5/4'; expected number/count, such as 3/16"),
         (("--shard", "0/4"), "such as 3/16"),
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--batch-size", "many"), "or auto"),
         (("--html", "--format", "webdataset"), "--html: a page cannot show pictures inside tar shards"),
-        (("--from-image", "x.png"), "--from-image: the picture says what to draw"),
+        (("--from-image", "x.png"), "--from-image: the picture holds its own prompt"),
     ],
 )
 def test_wrong_options_are_told(
@@ -413,7 +413,7 @@ def test_shards_need_a_seed_and_pictures_their_metadata(
         assert main([*call, "--from-image", str(tmp_path / name)]) == 2
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "error: --shard: shards need the same seed; give one with --seed",
-        f"error: {tmp_path / 'p.png'}: does not say how it was drawn; expected a picture of `cascade generate`",
+        f"error: {tmp_path / 'p.png'}: does not record how it was drawn; expected a `cascade generate` picture",
         f"error: {tmp_path / 'p.jpg'}: not a readable picture: cannot identify image file {str(tmp_path / 'p.jpg')!r}",
         f"error: {tmp_path / 'none.png'}: no such file",
     ]

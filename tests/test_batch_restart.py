@@ -102,7 +102,7 @@ def test_the_same_command_again_draws_nothing_and_says_what_is_there(
 ) -> None:
     monkeypatch.setattr("cascade.drawing.engine.draw_batch", None)
     status, stdout, stderr = run(capsys, *call(model, prompts, whole))
-    assert (status, stdout) == (1, f"25 pictures in {whole}, 25 of them from before, 1 failed\n")
+    assert (status, stdout) == (1, f"25 pictures in {whole}, 25 of them from an earlier run, 1 failed\n")
     assert stderr == f"{prompts}:22: 'sed' is not a column; did you mean seed?\n"
 
 
@@ -119,7 +119,7 @@ def test_damaged_and_missing_pictures_and_torn_lines_are_redone_and_others_kept(
     manifest.write_text("".join(kept) + last[: len(last) // 2])
     before = pictures[0].stat().st_mtime_ns
     status, stdout, _ = run(capsys, *call(model, prompts, out))
-    assert (status, stdout) == (1, f"25 pictures in {out}, 22 of them from before, 1 failed\n")
+    assert (status, stdout) == (1, f"25 pictures in {out}, 22 of them from an earlier run, 1 failed\n")
     assert_same(out, whole)
     assert pictures[0].stat().st_mtime_ns == before
     assert manifest.read_text().count("\n") == 25
@@ -165,7 +165,7 @@ def test_a_seed_that_was_drawn_holds_for_the_run_that_continues(
     command = ["generate", "a fox", "--model", str(model), "--out", str(tmp_path / "out"), "--until", "8"]
     first, second = run(capsys, *command)[1], run(capsys, *command)[1]
     assert first.splitlines()[0] == second.splitlines()[0]
-    assert "1 of them from before" in second
+    assert "1 of them from an earlier run" in second
 
 
 @pytest.mark.parametrize("options", [("--window", 7), ("--low-memory", "--window", 5), ("--low-memory",)])
@@ -282,7 +282,7 @@ def test_a_smaller_picture_that_is_gone_is_drawn_again(
     assert run(capsys, *command)[0] == 0
     before = contents(out)
     next((out / "stages").rglob("*.png")).unlink()
-    assert run(capsys, *command)[1] == f"2 pictures in {out}, 1 of them from before\n"
+    assert run(capsys, *command)[1] == f"2 pictures in {out}, 1 of them from an earlier run\n"
     assert contents(out) == before
 
 

@@ -35,23 +35,23 @@ def refused(tmp_path: Path, *assignments: str) -> str:
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("stage.schedule={kind: linear, steps: 100001}", "100,001 is more than 100,000, and a schedule holds numbers"),
+        ("stage.schedule={kind: linear, steps: 100001}", "100,001 is more than 100,000, and a schedule stores numbers"),
         ("stage.schedule={kind: squared_cosine, steps: 1000000000}", "1,000,000,000 is more than 100,000"),
         ("stage.model.channels=[65537]", "65,537 is more than 65,536, several times the widest layer"),
         ("stage.model.blocks=[1001, 1]", "1,001 is more than 1,000, several times the deepest published network"),
         ("stage.model.middle_blocks=1001", "1,001 is more than 1,000"),
         ("stage.model.text_dim=65537", "65,537 is more than 65,536"),
-        ("stage.resolution=65537", "65,537 is more than 65,536, the side of a picture that alone has 13 GB"),
+        ("stage.resolution=65537", "65,537 is more than 65,536, the side of a picture that takes 13 GB by itself"),
         ("stage.sampling.steps=100001", "100,001 is more than 100,000, each of which calls the network"),
-        ("stage.sampling.consistency=1001", "1,001 is more than 1,000, long after nothing changes any more"),
+        ("stage.sampling.consistency=1001", "1,001 is more than 1,000, long after the picture stops changing"),
         ("text.max_length=32769", "32,769 is more than 32,768, and the memory of attention grows with its square"),
         ("data.workers=1025", "1,025 is more than 1,024, more than any machine has processors for"),
         ("training.batch_size=10000001", "10,000,001 is more than 10,000,000, which no memory holds at once"),
         ("training.sample_count=10000001", "10,000,001 is more than 10,000,000"),
-        ("training.validation={sources: [{kind: scenes}], batches: 1000001}", "a validation of so many never ends"),
+        ("training.validation={sources: [{kind: scenes}], batches: 1000001}", "a validation on so many never ends"),
         (
             f"training.steps={2**53 + 1}",
-            "9,007,199,254,740,993 is more than 9,007,199,254,740,992, from where on numbers",
+            "9,007,199,254,740,993 is more than 9,007,199,254,740,992, above which floating-point numbers",
         ),
         (f"training.log_every={'9' * 4000}", "a number of many digits is more than 9,007,199,254,740,992"),
     ],
@@ -110,7 +110,7 @@ def test_pictures_that_do_not_fit_into_memory_are_refused_before_the_first(
     monkeypatch.setattr("cascade.arguments.free_bytes", lambda _device: 10 * 32 * 32 * 3)
     assert len(pipeline("a fox", num_images_per_prompt=10, seed=1, steps=1).images) == 10
     monkeypatch.setattr(CascadePipeline, "task", lambda *_, **__: pytest.fail("begun"))
-    with pytest.raises(CascadeError, match=r"11 pictures of 32x32 have 0\.0 GB in all"):
+    with pytest.raises(CascadeError, match=r"11 pictures of 32x32 take 0\.0 GB"):
         pipeline("a fox", num_images_per_prompt=11)
 
 

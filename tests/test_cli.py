@@ -421,7 +421,7 @@ def test_check_data_counts_names_and_draws(tmp_path: Path, t5: Path, capsys: pyt
     status, stdout, _ = run(capsys, *call)
     assert status == 0
     for line in (
-        f"folder {pictures}: 4 records, 4 looked at",
+        f"folder {pictures}: 4 records, 4 inspected",
         "  pictures: 8x8 to 11x8, median 10x8",
         "  bad: 0",
         "  copies: 0",

@@ -64,7 +64,7 @@ def test_the_same_call_keeps_what_is_there_and_another_needs_overwrite(
     assert (folder / "out" / "red.png").stat().st_mtime_ns == written
     assert len(manifest(folder)) == 1
     assert upscale(model, folder, *call, "--prompt", "a fox") == 2
-    assert "is there already, and not from this call" in capsys.readouterr().err
+    assert "exists, but from another call" in capsys.readouterr().err
     assert upscale(model, folder, *call, "--prompt", "a fox", "--overwrite") == 0
     assert manifest(folder)[-1]["prompt"] == "a fox"
 
@@ -79,7 +79,7 @@ def test_a_result_beyond_the_largest_picture_that_is_read_is_kept(
         assert said in capsys.readouterr().out
     Image.new("RGB", (40, 40)).save(folder / "out" / "red.png")
     assert upscale(model, folder, folder / "red.png", "--to", 16) == 2
-    assert "is there already, and `cascade upscale` did not write it" in capsys.readouterr().err
+    assert "exists, and `cascade upscale` did not write it" in capsys.readouterr().err
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_made(
@@ -165,11 +165,11 @@ def test_what_the_camera_noted_stays(model: Path, folder: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere.png"], "nowhere.png: cannot be read: No such file"),
-        (["red.png", "--to", "4"], "red.png: to: 4; the picture's longer side has 8 px already"),
+        (["red.png", "--to", "4"], "red.png: to: 4; the picture's longer side already has 8 px"),
         (["red.png", "--to", "100000000"], "red.png: out of memory in stage sr32: needs more than"),
         (["red.png", "blue.png", "--steps", "0"], "stage base: steps: should be greater than 0"),
         (["red.png", "--to", "0"], "0 is not in the range x>=1"),
-        (["red.png", "--tile", "8"], "tile: stage sr16 looks at the whole picture"),
+        (["red.png", "--tile", "8"], "tile: stage sr16 sees the whole picture at once"),
         (["red.png", "--steps", "base4=3"], "no stage is called 'base4'"),
         (["red.png", "--preset", "best"], "no stage of this cascade defines 'best'"),
         (["red.png", "sub/red.png"], "would become"),

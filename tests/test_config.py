@@ -58,7 +58,7 @@ MISTAKES = [
     ("stage.schedule={kind: linear, beta_end: 2}", "stage.schedule.beta_end: should be less than 1, not 2"),
     (
         "stage.schedule={kind: cosine, log_snr_min: 5, log_snr_max: 3}",
-        "stage.schedule: log_snr_min 5.0 must lie below log_snr_max 3.0",
+        "stage.schedule: log_snr_min 5.0 must be less than log_snr_max 3.0",
     ),
     (
         "stage.schedule={kind: cosine, log_snr_min: -30}",
@@ -109,7 +109,7 @@ MISTAKES = [
     ("stage.low_resolution=64", "stage: low_resolution 64 must be smaller than resolution 64"),
     ("stage.model.channels=[]", "stage.model: channels is empty; give at least one level"),
     ("stage.path=residual", "stage: path: residual needs low_resolution, the smaller picture it differs from"),
-    ("stage.resolution=66", "stage: resolution 66 is not a multiple of 4, by which the model divides it"),
+    ("stage.resolution=66", "stage: resolution 66 is not a multiple of 4, the factor by which the model reduces it"),
     ("data.crop=32", "data.crop is for super-resolution stages; this stage has no low_resolution"),
     ("training.accumulation=3", "training: batch_size 16 is not a multiple of accumulation 3"),
     (
@@ -162,7 +162,7 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text("training:\n  steps: 1\n  seed: 2\n  steps: 3\n")
     with pytest.raises(CascadeError) as raised:
         read_yaml(path)
-    assert str(raised.value) == f"{path}: line 4: steps is there a second time; keep one"
+    assert str(raised.value) == f"{path}: line 4: steps is set a second time; keep one"
     with pytest.raises(CascadeError, match="is not a YAML value"):
         override(SMALLEST, ["training={steps: 1, steps: 2}"])
 
@@ -240,9 +240,12 @@ def test_assignments_change_a_copy_in_place_of_the_file(tmp_path: Path) -> None:
         ("training.steps", "'training.steps': expected key=value, such as training.steps=100"),
         ("=3", "'=3': expected key=value, such as training.steps=100"),
         ("training.steps=[", "'training.steps=[': '[' is not a YAML value"),
-        ("data.sources.1.weight=2", "'data.sources.1.weight=2': data.sources is a list of 1; '1' is no place in it"),
-        ("data.sources.²=2", "'data.sources.²=2': data.sources is a list of 1; '²' is no place in it"),
-        ("data.sources.x=2", "'data.sources.x=2': data.sources is a list of 1; 'x' is no place in it"),
+        (
+            "data.sources.1.weight=2",
+            "'data.sources.1.weight=2': data.sources is a list of 1; '1' is not a position in it",
+        ),
+        ("data.sources.²=2", "'data.sources.²=2': data.sources is a list of 1; '²' is not a position in it"),
+        ("data.sources.x=2", "'data.sources.x=2': data.sources is a list of 1; 'x' is not a position in it"),
         ("output.x=2", "'output.x=2': output is a value, not a section"),
     ],
 )

@@ -430,7 +430,7 @@ def test_a_card_in_latin_1_and_a_scheduler_without_its_optional_settings_are_rea
     ("file", "change", "message"),
     [
         ("unet/config.json", {"act_fn": "silu"}, "act_fn: 'silu'; a network of DeepFloyd IF has 'gelu'"),
-        ("unet/config.json", {"resnet_skip_time_act": True}, "the embedding would pass no GELU, or two"),
+        ("unet/config.json", {"resnet_skip_time_act": True}, "the embedding passes no GELU, or two"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule: 'linear'"),
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "expected IFPipeline or"),
     ],

@@ -230,7 +230,7 @@ def test_bfloat16_is_taken_only_where_the_gpu_has_it(
     for _ in range(2):
         assert choose_dtype(None, gpu) == torch.float32
     assert [record.message for record in caplog.records] == [
-        "Tesla T4 has no bfloat16: numbers are float32; float16 is faster where pictures stay finite"
+        "Tesla T4 does not support bfloat16: using float32; float16 is faster if pictures stay finite"
     ]
     assert choose_dtype("float16", gpu) == torch.float16
     assert choose_dtype("bfloat16", gpu) == torch.bfloat16  # it is imitated, which `settled_dtype` says
@@ -255,7 +255,7 @@ def test_bfloat16_is_refused_where_there_is_none_at_all(monkeypatch: pytest.Monk
 
     mps = torch.device("mps")
     monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: False)
-    with pytest.raises(CascadeError, match=r"dtype: device mps has no bfloat16; use float32, or float16"):
+    with pytest.raises(CascadeError, match=r"dtype: device mps does not support bfloat16; use float32, or float16"):
         choose_dtype("bfloat16", mps)
     monkeypatch.setattr("cascade.training.accelerator.has_bfloat16", lambda _device: False)
     monkeypatch.setattr("cascade.training.accelerator.launched_processes", lambda: SimpleNamespace(device=mps))

@@ -184,7 +184,7 @@ def test_two_actors_draw_what_the_pipeline_draws(
     rows = [{"prompt": f"a fox in picture {number}", "id": str(number), "num_images": 1} for number in range(8)]
     rows += [{"prompt": "a star", "id": "8", "num_images": 2}, {"prompt": "", "id": "9", "num_images": 1}]
     dataset = ray.data.from_items(rows).repartition(5)
-    with pytest.raises(CascadeError, match="the dataset has no column prompt; it has id, num_images"):
+    with pytest.raises(CascadeError, match="the dataset has no column `prompt`; it has id, num_images"):
         generate(dataset.drop_columns(["prompt"]).materialize())
     pictures = generate(dataset, model=str(model), seed=7, concurrency=2, rows=2, device="cpu", until=UNTIL)
     results = {(row["id"], row["number"]): row for row in pictures.take_all()}

@@ -248,7 +248,7 @@ def test_assembled_stages_are_the_cascade_that_they_came_from(pipeline: CascadeP
     [
         ((0, 2), "sr32 starts from 16 px, but stage base before it draws 8 px"),
         ((1, 2), "the first stage must be a base stage"),
-        ((0, 1, 1), "every stage needs a name of its own"),
+        ((0, 1, 1), "every stage needs a different name"),
         ((), "at least one stage"),
     ],
 )
@@ -270,9 +270,9 @@ def test_numpy_numbers_mean_what_plain_numbers_mean(pipeline: CascadePipeline) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": 5}, "prompt: 5 is no text"),
-        ({"prompt": ["a", None]}, "prompt: None is no text"),
-        ({"negative_prompt": [None]}, "negative_prompt: None is no text"),
+        ({"prompt": 5}, "prompt: 5 is not text"),
+        ({"prompt": ["a", None]}, "prompt: None is not text"),
+        ({"negative_prompt": [None]}, "negative_prompt: None is not text"),
         ({"seed": 1.5}, "seed: 1.5; expected a whole number"),
         ({"seed": "1"}, "seed: '1'"),
         ({"seed": [None]}, "seed: None; expected a whole number"),

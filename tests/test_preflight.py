@@ -81,7 +81,7 @@ CASES = [
     Case(
         "resolution does not divide",
         ("stage.model.patch=3",),
-        "stage: resolution 8 is not a multiple of 3, by which the model divides it",
+        "stage: resolution 8 is not a multiple of 3, the factor by which the model reduces it",
     ),
     Case(
         "low resolution does not divide",
@@ -143,13 +143,13 @@ CASES = [
     Case(
         "too little memory, smaller passes fit",
         ("text.encoder=bundled",),
-        "set training.accumulation=2, which gives the same steps in smaller passes",
+        "set training.accumulation=2, which computes the same steps in smaller passes",
         memory_for_half_a_batch,
     ),
     Case(
         "too little memory for the text encoder as well",
         (),
-        "so that the encoder need not be loaded",
+        "so that the encoder is not loaded",
         memory_without_text,
     ),
     Case("too little memory, hopeless", (), "use a smaller stage.model, or FSDP over several GPUs", free_memory(1000)),

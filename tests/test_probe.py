@@ -183,7 +183,7 @@ def test_info_says_where_and_in_which_format_a_cascade_is_drawn_and_why(
     monkeypatch.setattr(probe, "name_of", lambda _: "Tesla T4")
     monkeypatch.setattr("cascade.device.name_of", lambda _: "Tesla T4")
     said = probe.explained(torch.device("cuda", 0), [])
-    assert said == "drawn on Tesla T4 in float32: it has no bfloat16 of its own"
+    assert said == "drawn on Tesla T4 in float32: it does not support bfloat16"
 
 
 @pytest.mark.parametrize("preset", ["small/base", "bundled/sr256", "imagen/sr1024", "deepfloyd/base"])

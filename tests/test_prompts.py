@@ -94,7 +94,7 @@ def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     lines = [*BAD_JSON, '{"prompt": "good", "id": "x"}', '{"prompt": "late", "id": "x"}']
     records = read(tmp_path, "p.jsonl", "\n".join(lines).encode() + b'\n"not \xff utf-8"\n"last"')
     assert [record.prompt for record in good(records)] == ["good", "last"]
-    reasons = [*BAD_JSON.values(), "id: 'x' stands on an earlier line", "not UTF-8"]
+    reasons = [*BAD_JSON.values(), "id: 'x' is used on an earlier line", "not UTF-8"]
     numbers = [*range(1, len(BAD_JSON) + 1), len(BAD_JSON) + 2, len(BAD_JSON) + 3]
     failures = bad(records)
     assert len(failures) == len(reasons)
@@ -123,7 +123,7 @@ def test_a_quote_inside_a_cell_in_quotes_is_told_and_never_lost(tmp_path: Path) 
     records = read(tmp_path, "p.csv", table)
     assert [(record.prompt, record.seed) for record in good(records)] == [('a 12" hat', 2), ('a 12" hat', 3)]
     (failure,) = bad(records)
-    assert failure.startswith("2: not valid CSV: ',' expected after '\"'; a cell in quotes ends with one")
+    assert failure.startswith("2: not valid CSV: ',' expected after '\"'; a quoted cell must end with a quote")
 
 
 @pytest.mark.parametrize("later", ["a star,2\n", '"a star, red",2\n'])
@@ -133,7 +133,7 @@ def test_a_quote_that_is_not_closed_is_refused_with_the_line_where_it_began(tmp_
     (tmp_path / "p.csv").write_text(table)
     records = read_prompts(str(tmp_path / "p.csv"), 0)
     assert [next(records).origin.rpartition(":")[2] for _ in range(2)] == ["2", "3"]
-    with pytest.raises(CascadeError, match=r"p\.csv:5: the quote that begins a cell here is not followed by one"):
+    with pytest.raises(CascadeError, match=r"p\.csv:5: the quote that begins a cell here is never closed"):
         next(records)
 
 
@@ -187,7 +187,7 @@ def test_a_zero_byte_further_down_costs_its_line(tmp_path: Path) -> None:
         lines = [b'"a star"' if name == "p.jsonl" else b"prompt"] * 1000
         records = read(tmp_path, name, b"\n".join([*lines, line, lines[0]]))
         assert len(good(records)) == len(records) - 1
-        assert bad(records) == ["1001: prompt: holds a zero byte, so it is no text; save the file as UTF-8"]
+        assert bad(records) == ["1001: prompt: holds a zero byte, so it is not text; save the file as UTF-8"]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
@@ -202,7 +202,7 @@ def test_a_file_without_prompts_is_refused_at_once(tmp_path: Path, name: str, co
     ("header", "message"),
     [
         ("prompt,sed", "p.csv:1: 'sed' is not a column; did you mean seed?"),
-        ("seed,id", "among them prompt"),
+        ("seed,id", "including prompt"),
         ("prompt,prompt", "each column once"),
     ],
 )
@@ -271,12 +271,12 @@ def test_captions_come_in_the_order_of_their_names_whatever_the_folder_says(tmp_
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CascadeError, match=rf"{name}: cannot be read: a pipe or a device, no file; pipe into `-`"):
+    with pytest.raises(CascadeError, match=rf"{name}: cannot be read: a pipe or a device, not a file; pipe it to `-`"):
         read_prompts(str(tmp_path / name), 0)
     (tmp_path / "captions").mkdir()
     os.mkfifo(tmp_path / "captions" / "a.txt")
     (failure,) = read_prompts(str(tmp_path / "captions"), 0)
-    assert str(failure).endswith("a.txt: cannot be read: a pipe or a device, no file")
+    assert str(failure).endswith("a.txt: cannot be read: a pipe or a device, not a file")
 
 
 TABLE = [["prompt", "seed"], ["a fox, red; and old", "7"], ["a star", "1.0"]]

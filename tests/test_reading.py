@@ -117,7 +117,7 @@ def test_stages_that_differ_in_length_alone_leave_the_choice_to_the_caller(tmp_p
 
 def test_another_length_is_refused_where_padding_is_read(tmp_path: Path, t5: Path) -> None:
     stages = write_stages(tmp_path, PADDED, PADDED)
-    with pytest.raises(CascadeError, match=r"max_length 64: these stages read all of 150 tokens"):
+    with pytest.raises(CascadeError, match=r"max_length 64: these stages read all 150 tokens"):
         assemble(t5, stages, max_length=64, **TERMS)
 
 
@@ -126,7 +126,7 @@ def test_a_stage_that_does_not_say_is_read_as_its_neighbours_are_and_that_is_sai
 ) -> None:
     with caplog.at_level(logging.WARNING, "cascade.load"):
         assert assemble(t5, write_stages(tmp_path, None, PADDED), **TERMS).text_encoder.reading == PADDED
-    assert "base does not say how its text was read; taken to be max_length=150, padded=true" in caplog.text
+    assert "base does not record how its text was read; assuming max_length=150, padded=true" in caplog.text
     assert assemble(t5, write_stages(tmp_path / "old", None), **TERMS).text_encoder.reading == TextReading()
 
 
@@ -160,7 +160,7 @@ def test_a_stage_behind_another_models_is_refused_where_it_reads_text_in_another
     )
     with caplog.at_level(logging.WARNING, "cascade.load"):
         CascadePipeline.from_pretrained(tmp_path / "plain", super_resolution=tmp_path / "other" / "sr16")
-    assert "sr16 was read with max_length=20; it is read with max_length=64 now" in caplog.text
+    assert "sr16 was read with max_length=20; now it is read with max_length=64" in caplog.text
 
 
 def test_a_run_that_takes_a_stage_by_name_reads_text_as_that_stage_did(tmp_path: Path, t5: Path) -> None:
@@ -193,7 +193,7 @@ def test_weights_that_go_on_with_text_read_in_another_way_are_worth_a_warning(
     settings = ["training.init_from=" + str(run), f"output={tmp_path}/next", "text.padded=false"]
     with caplog.at_level(logging.WARNING, "cascade.load"):
         load_trainer(load_train_config(tmp_path / "run.yaml", settings))
-    assert "was read with padded=true; it is read with padded=false now" in caplog.text
+    assert "was read with padded=true; now it is read with padded=false" in caplog.text
 
 
 def test_deepfloyd_ifs_own_folders_are_read_as_it_was_trained(tmp_path: Path) -> None:

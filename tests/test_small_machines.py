@@ -30,7 +30,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("lock", "unlock", "lock_byte", "unlock_byte"):
         monkeypatch.setattr(system, name, unable)
-    monkeypatch.setattr(locks, "_told", set())
+    monkeypatch.setattr(locks, "_warned", set())
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -43,7 +43,7 @@ def test_where_there_are_no_locks_pictures_are_drawn_and_one_line_says_what_is_l
     assert len(list(out.glob("*.png"))) == 2
     lost = [line for line in caplog.messages if "no locks on this file system" in line]
     assert 1 <= len(lost) == len(set(lost)) <= 2  # of the folder, and of the one with what a restart needs
-    assert all(line.endswith("see that no other run writes into this folder") for line in lost)
+    assert all(line.endswith("make sure no other run writes into this folder") for line in lost)
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -54,7 +54,7 @@ def test_several_processes_cannot_share_the_work_without_locks(
         monkeypatch.setenv(name, value)
     assert main(["generate", "--model", str(model), "--out", str(tmp_path / "out"), "a", "--seed", "1"]) == 2
     said = capsys.readouterr().err
-    assert "no locks on this file system, by which 2 processes share the work" in said
+    assert "no locks on this file system, which 2 processes need to share work" in said
     assert "--shard" in said
 
 

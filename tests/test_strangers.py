@@ -14,7 +14,7 @@ from PIL import Image
 from cascade import CascadeError, CascadePipeline
 from cascade.cli.program import main
 from cascade.evaluation.report import check_folder
-from cascade.files.ours import check_png
+from cascade.files.replaceable import check_png
 from cascade.settings import to_yaml
 
 MINE = "somebody's\n"
@@ -119,7 +119,7 @@ def test_a_picture_drawn_again_writes_over_nothing(
         assert (out / picture.name).read_text() == MINE
     other = tmp_path / "second" / picture.name
     before = other.read_bytes()
-    refused(main([*again, str(other.parent)]), capsys, "is there already, and another picture; --overwrite")
+    refused(main([*again, str(other.parent)]), capsys, "exists, and is another picture; give --overwrite")
     assert other.read_bytes() == before
     assert main([*again, str(other.parent), "--overwrite"]) == 0
     assert other.read_bytes() == picture.read_bytes()
@@ -137,7 +137,7 @@ def test_enlarging_and_drawing_do_not_share_a_folder(
     upscale = ["upscale", str(tmp_path / "red.png"), "--model", str(model), "--device", "cpu", "--to", "16", "--out"]
     before = snapshot(out)
     capsys.readouterr()
-    refused(main([*upscale, str(out)]), capsys, "manifest.jsonl: is not of `cascade upscale`; name another folder")
+    refused(main([*upscale, str(out)]), capsys, "manifest.jsonl: not written by `cascade upscale`; name another folder")
     assert snapshot(out) == before
     assert generate(model, out) == 0  # it goes on
     assert main([*upscale, str(tmp_path / "large")]) == 0
@@ -157,7 +157,7 @@ def test_enlarging_replaces_its_own_pictures_alone(
     call = ["upscale", str(tmp_path / "red.png"), "--model", str(model), "--device", "cpu", "--to", "16"]
     for options in ([], ["--overwrite"]):
         assert main([*call, "--out", str(out), *options]) == 2
-        assert "red.png: is there already, and `cascade upscale` did not write it" in capsys.readouterr().err
+        assert "red.png: exists, and `cascade upscale` did not write it" in capsys.readouterr().err
         assert (out / "red.png").read_bytes() == before
 
 
@@ -176,7 +176,7 @@ def test_a_sheet_of_curves_or_views_replaces_its_own_kind_alone(
     Image.new("RGB", (3, 3)).save(mine)
     before = mine.read_bytes()
     for words in (["plot", str(tmp_path / "run"), "--out"], ["check-data", str(tmp_path / "run.yaml"), "--sheet"]):
-        refused(main([*words, str(mine)]), capsys, "mine.png: is there already, and `cascade")
+        refused(main([*words, str(mine)]), capsys, "mine.png: exists, and `cascade")
         assert mine.read_bytes() == before
     check_png(tmp_path / "curves.png", "cascade plot")
     with pytest.raises(CascadeError, match="`cascade check-data` did not write it"):

@@ -140,8 +140,8 @@ def test_memory_in_tiles_grows_by_a_few_tensors_of_the_picture_alone() -> None:
 @pytest.mark.parametrize(
     ("model", "tile", "message"),
     [
-        (UNetConfig(attention=(False, False, True), norm="pixel"), 64, "looks at the whole picture"),
-        (UNetConfig(attention=(False,) * 3, norm="group"), 64, "looks at the whole picture"),
+        (UNetConfig(attention=(False, False, True), norm="pixel"), 64, "sees the whole picture at once"),
+        (UNetConfig(attention=(False,) * 3, norm="group"), 64, "sees the whole picture at once"),
         (NETWORKS["levels"], 12, "tile: 12; stage sr64 expects a multiple of 8"),
         (NETWORKS["levels"], 4, "expects a multiple of 8"),
     ],

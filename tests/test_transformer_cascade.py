@@ -72,7 +72,7 @@ def test_the_command_draws_in_batches_of_its_own_choice_and_enlarges(
 
 
 def test_tiles_are_refused_since_it_looks_at_the_whole_picture(model: Path) -> None:
-    with pytest.raises(ValueError, match="stage sr16 looks at the whole picture"):
+    with pytest.raises(ValueError, match="stage sr16 sees the whole picture at once"):
         CascadePipeline.from_pretrained(model, device="cpu").upscale(Image.new("RGB", (8, 8)), tile=8)
 
 

@@ -202,12 +202,12 @@ def test_back_projection_brings_the_area_mean_to_the_smaller_picture() -> None:
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
-        (picture(40, 8), {"to": 40}, "to: 40; the picture's longer side has 40 px already, give more"),
+        (picture(40, 8), {"to": 40}, "to: 40; the picture's longer side already has 40 px, give more"),
         (picture(8, 8), {"to": 0}, "to: 0; expected at least 1"),
         (picture(8, 8), {"tile": 0}, "tile: 0; expected at least 1"),
-        (picture(8, 8), {"tile": 8}, "tile: stage sr16 looks at the whole picture; draw it without tiles"),
+        (picture(8, 8), {"tile": 8}, "tile: stage sr16 sees the whole picture at once; draw it without tiles"),
         (picture(8, 8), {"steps": {"sr64": 2}}, "no stage is called 'sr64'"),
-        (picture(8, 8), {"prompt": 3}, "prompt: 3 is no text"),
+        (picture(8, 8), {"prompt": 3}, "prompt: 3 is not text"),
         (picture(8, 8), {"output_type": "jpeg"}, "output_type: 'jpeg'"),
         (b"abc", {}, "image: bytes; expected a PIL picture, a path or a NumPy array"),
         (np.zeros((8, 8)), {}, r"image: an array float64 of shape \(8, 8\); expected uint8"),

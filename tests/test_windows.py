@@ -142,7 +142,7 @@ def test_tars_pictures_of_pictures_reports_and_what_is_said_of_a_model(desk: Des
         ["evaluate", "tiny model", "--suite", "scenes", "--limit", 2, "--steps", 1, "--out", "report"],
         ["info", "tiny model"],
     )
-    assert "15 pictures in tars, 15 of them from before" in said
+    assert "15 pictures in tars, 15 of them from an earlier run" in said
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert events[-1]["out"] == "a 😀"
     assert (desk.folder / "два" / "000000-a-quoted.png").exists()

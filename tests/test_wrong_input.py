@@ -167,9 +167,9 @@ DRAWING = [
     Case("out of memory", DRAW, "out of memory in stage sr32; use a smaller batch_size", forward(runs_out_of_memory)),
     Case("out of memory on a CPU", DRAW, "out of memory in stage base", forward(cannot_allocate)),
     Case("prompt file missing", FILE + "{folder}/p.txt", "p.txt: no such file"),
-    Case("prompt file is a folder", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", lambda world: (world.folder / "p.txt").mkdir()),
-    Case("prompt file empty", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one a line", written("p.txt", "\n")),
-    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .ndjson, .csv, .tsv (also packed: .gz), .parquet, a folder of captions or of Parquet files, or `-`"),
+    Case("prompt file is a folder", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one per line", lambda world: (world.folder / "p.txt").mkdir()),
+    Case("prompt file empty", FILE + "{folder}/p.txt", "p.txt: no prompts in it; write one per line", written("p.txt", "\n")),
+    Case("prompt file of another kind", FILE + "{folder}/p.doc", "expected one of .txt, .jsonl, .ndjson, .csv, .tsv (also compressed: .gz), .parquet, a folder of captions or of Parquet files, or `-`"),
     Case("prompt table header", FILE + "{folder}/p.csv", "p.csv:1: 'promt' is not a column; did you mean prompt?", written("p.csv", "promt\nfox\n")),
     Case("output below a file", "generate fox --model {model} --out {folder}/file/out", "file/out: cannot be written", written("file", "")),
     Case("output is a file", "generate fox --model {model} --out {folder}/file", "file: cannot be written", written("file", "")),
@@ -237,7 +237,7 @@ TRAINING = [
     Case("wrong type", TRAIN + "training.steps=many", 'training.steps: should be a valid integer, not "many"', good_settings),
     Case("setting missing", TRAIN, "config.yaml: data is missing", no_data),
     Case("no assignment", TRAIN + "training.steps", "'training.steps': expected key=value, such as training.steps=100", good_settings),
-    Case("unknown preset", "train preset:tiny/bas", "preset:tiny/bas: no such preset; there are "),
+    Case("unknown preset", "train preset:tiny/bas", "preset:tiny/bas: no such preset; expected one of "),
     Case("missing tracker", TRAIN + "training.trackers=[clearml]", "training.trackers: clearml is not installed", good_settings),
     Case("fp16 on a CPU", TRAIN + "training.precision=fp16", "training.precision: fp16 needs a GPU; on a CPU use bf16", good_settings),
     Case("nothing to resume", TRAIN + "--resume", "no usable checkpoint to resume from; start the run without --resume", good_settings),
@@ -329,7 +329,7 @@ def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(repo: str, **_: bool) -> Path:
-        raise CascadeError(f"{repo}: neither a folder nor a model that the hub gives: offline")
+        raise CascadeError(f"{repo}: neither a folder nor a model on the hub: offline")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cascade.load.index.download", offline)

@@ -1,4 +1,4 @@
-"""From prompts to a folder of pictures, whatever happens: resumable, split over processes and shards.
+"""Prompts -> a folder of pictures: resumable after any interruption, split over processes and shards.
 
-Reading (`cascade.prompts`), planning, drawing and writing know nothing of each other; `run_batch` joins them.
+Reading (`cascade.prompts`), planning, drawing and writing do not depend on each other; `run_batch` joins them.
 """

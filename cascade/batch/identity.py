@@ -1,4 +1,4 @@
-"""What must be the same when a run is continued."""
+"""The identity of a model and of the software: a continued run must have the same."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from cascade._version import __version__
 from cascade.errors import CascadeError
 from cascade.load.index import ModelIndex
 
-_LOOKED_AT = 1 << 16
+_ENDS_BYTES = 1 << 16
 
 
 def model_identity(index: ModelIndex) -> str:
-    """Name of a model and a digest of its files: settings whole, of weights the size, the beginning and the end."""
+    """A model's name and a digest of its files: settings in full; of weights the size, the beginning and the end."""
     digest = hashlib.sha256(str(index.max_text_length).encode())
     if index.text_padded or index.captions != "as_is":
         digest.update(f" padded={index.text_padded} {index.captions}".encode())
     for folder in (index.text_encoder, *index.stages):
         for path in _files(folder):
             digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
-            digest.update(_looked_at(path))
+            digest.update(_ends_of(path))
     return f"{index.name} {digest.hexdigest()[:12]}"
 
 
-def _looked_at(path: Path) -> bytes:
+def _ends_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            beginning = file.read(_LOOKED_AT)
-            file.seek(max(0, path.stat().st_size - _LOOKED_AT))
-            return beginning + file.read(_LOOKED_AT)
+            beginning = file.read(_ENDS_BYTES)
+            file.seek(max(0, path.stat().st_size - _ENDS_BYTES))
+            return beginning + file.read(_ENDS_BYTES)
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def weights_sha256(index: ModelIndex) -> str:
-    """SHA-256 over every weight of a model, in hexadecimal: the safetensors files of text encoder and stages, whole."""
+    """SHA-256 over all weights of a model, hexadecimal: the safetensors files of text encoder and stages, in full."""
     digest = hashlib.sha256()
     for folder in (index.text_encoder, *index.folders):
         for path in _files(folder):
@@ -50,12 +50,12 @@ def weights_sha256(index: ModelIndex) -> str:
 
 
 def versions() -> str:
-    """Of what draws: another one may change last bits."""
+    """Versions of the software that draws; another version may change the last bits."""
     return f"cascade {__version__}, torch {torch.__version__}"
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    """Those of a folder of ours, or of DeepFloyd IF's in diffusers' layout."""
+    """The model's files in a folder of cascade, or of DeepFloyd IF in diffusers' layout."""
     places = [folder, *(folder / name for name in ("unet", "scheduler", "tokenizer"))]
     found = (path for place in places if place.is_dir() for path in place.iterdir())
     return sorted(path for path in found if path.suffix in (".json", ".safetensors"))

@@ -1,4 +1,4 @@
-"""How an output folder is laid out: the format of its files, and what each shard calls its own."""
+"""The layout of an output folder: picture format, and names of the files that each shard has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ WEBDATASET = "webdataset"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the output is stored.
+    """The storage format of the output.
 
-    format: png, webp, jpeg, or webdataset: PNG in tar shards of `tar_size` prompts. shard: (which, of how many).
+    format: png, webp, jpeg, or webdataset: PNG in tar shards of `tar_size` prompts. shard: (number, count).
     """
 
     format: str = "png"
@@ -20,16 +20,16 @@ class Layout:
 
     @property
     def in_tars(self) -> bool:
-        """Whether pictures become members of tars."""
+        """Whether pictures are stored in tars."""
         return self.format == WEBDATASET
 
     @property
     def picture_format(self) -> str:
-        """Of the single pictures."""
+        """Format of each picture file."""
         return "png" if self.in_tars else self.format
 
     def named(self, stem: str, ending: str = "") -> str:
-        """A file of which each shard has its own: `manifest.jsonl`, or `manifest-00003-of-00016.jsonl`."""
+        """The name of a file that each shard has: `manifest.jsonl`, or `manifest-00003-of-00016.jsonl`."""
         which, count = self.shard
         middle = f"-{which:05d}-of-{count:05d}" if count > 1 else ""
         return f"{stem}{middle}{ending}"

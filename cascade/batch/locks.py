@@ -1,4 +1,4 @@
-"""Locks of the kernel: they die with the process that holds them, so a killed run leaves none behind."""
+"""Kernel locks for a run and its units of work: they end with their process, so a killed run leaves none behind."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cascade.errors import CascadeError
 from cascade.locks import take
 
 _DONE = b"\1"
-_PATIENCE_SECONDS = 2.0  # for the first process of our own launch to say that it is ours
+_PATIENCE_SECONDS = 2.0  # for the first process of this launch to write its name into the lock
 
 
 class RunLock:
-    """Who may write into a folder: one process, or all of one launch.
+    """The right to write into a folder, held by one process or by all processes of one launch.
 
-    The first to come holds the lock alone, prepares the folder, and then shares the lock with its launch.
+    The first process holds the lock exclusively, prepares the folder, and then shares the lock with its launch.
     """
 
     def __init__(self, path: Path, launch: str | None) -> None:
-        """launch: names the processes that belong together; None: this one alone."""
+        """launch: name shared by the processes of a launch; None: this process alone."""
         self._file = path.open("a+", encoding="utf-8")
         self._path, self._launch = path, launch
         self.first = False
 
     def acquire(self) -> None:
-        """Raises CascadeError when another run holds it. `first` says whether we have to prepare the folder."""
+        """Take the lock and set `first`. Raises CascadeError when another run holds it."""
         start = time.monotonic()
         while not take(self._file.fileno(), self._path, wait=False):
             holder = self._holder()
@@ -41,19 +41,19 @@ class RunLock:
                     " another folder with --out"
                 )
             time.sleep(0.05)
-        # A launch of which the first processes are done already has prepared the folder.
+        # If earlier processes of this launch have already finished, they have prepared the folder.
         self.first = self._launch is None or self._holder() != self._launch
         self._file.truncate(0)
         self._file.write(self._launch or f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
 
     def share(self) -> None:
-        """The folder is prepared: let the others of the launch in."""
+        """Let the other processes of the launch in, now that the folder is prepared."""
         if self._launch is not None:
             take(self._file.fileno(), self._path, shared=True)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._file.close()
 
     def _holder(self) -> str:
@@ -62,9 +62,9 @@ class RunLock:
 
 
 class Claims:
-    """Who works on which number: a lock on one byte of a file each, which a dead process loses.
+    """Locks on numbered units of work: one byte of a file per unit; the locks of a dead process are released.
 
-    The byte itself says whether the work on its number is done.
+    The byte's value records whether the unit is finished.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,38 +72,38 @@ class Claims:
         self._file = path.open("r+b", buffering=0)
 
     def take(self, number: int) -> bool:
-        """Whether nobody else works on it, and now we do. Raises OSError where the file system has no locks."""
+        """Lock a unit; returns False if another process has it. Raises OSError on a file system without locks."""
         return system.lock_byte(self._file.fileno(), number)
 
     def wait(self, number: int) -> None:
-        """Until nobody works on it."""
+        """Wait until no process has the unit."""
         system.lock_byte(self._file.fileno(), number, wait=True)
         self.release(number)
 
     def is_done(self, number: int) -> bool:
-        """Whether a process of this run has finished it."""
+        """Whether a process of this run has finished the unit."""
         return system.read_at(self._file.fileno(), 1, number) == _DONE
 
     def finish(self, number: int) -> None:
-        """It is done, and we no longer work on it."""
+        """Mark the unit as finished and unlock it."""
         system.write_at(self._file.fileno(), _DONE, number)
         self.release(number)
 
     def clear(self) -> None:
-        """Nothing is done."""
+        """Mark every unit as not finished."""
         self._file.truncate(0)
 
     def release(self, number: int) -> None:
-        """We no longer work on it."""
+        """Unlock the unit."""
         system.unlock_byte(self._file.fileno(), number)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release all locks."""
         self._file.close()
 
 
 def processes() -> tuple[int, int, str | None]:
-    """(our number, how many processes, a name for them all), as accelerate and torchrun tell their processes."""
+    """(rank, number of processes, name of the launch), from the variables that accelerate and torchrun set."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return 0, 1, None

@@ -1,4 +1,4 @@
-"""The manifest: a line of JSON for every finished picture, appended by one process or many, whole or not at all."""
+"""The manifest: one line of JSON per finished picture, appended atomically by one or several processes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _CHUNK = 1 << 20
 
 
 class Manifest:
-    """An open manifest, and a table on the disk of what it says: memory stays flat."""
+    """An open manifest, indexed by a table on disk, so that its size takes no memory."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or begins the file. Raises CascadeError when it cannot be written."""
+        """Opens or creates the file. Raises StorageError when it cannot be written."""
         self.path = path
         try:
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
-        self._mutex = threading.RLock()  # the thread that draws looks up while the one that writes appends
+        self._mutex = threading.RLock()  # the drawing thread looks up entries while the writing thread appends
         self._read = 0
-        self._tidy = True  # sorted, and a line a picture
+        self._tidy = True  # sorted, one line per picture
         self._last = (-1, -1)
         self._table = ScratchTable(
             "CREATE TABLE finished (line INTEGER, number INTEGER, start INTEGER, length INTEGER,"
@@ -45,12 +45,12 @@ class Manifest:
         self._table.close()
 
     def refresh(self) -> None:
-        """Read the whole lines that were added since, by whichever process."""
+        """Read the complete lines that any process has added since."""
         with self._mutex, held(self._file.fileno(), self.path):
             self._refresh()
 
     def find(self, index: int, number: int) -> dict[str, Any] | None:
-        """The newest line of a picture that was read."""
+        """The newest line of a picture among those read, or None."""
         with self._mutex:
             row = self._table.execute(
                 "SELECT length, start FROM finished WHERE line = ? AND number = ?", (index, number)
@@ -59,30 +59,30 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole lines that were read."""
+        """Bytes of the complete lines read."""
         return self._read
 
     def count(self, before: int | None = None) -> int:
-        """Finished pictures that were read. before: only those whose lines begin before that byte."""
+        """Number of finished pictures read. before: count only lines that begin before that byte."""
         end = self._read if before is None else before
         with self._mutex:
             row = self._table.execute("SELECT COUNT(*) FROM finished WHERE start < ?", (end,)).fetchone()
         return int(row[0])
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line, in one piece. Raises CascadeError when it cannot be written or the file is gone."""
+        """Append a line in one piece. Raises StorageError when it cannot be written or the file was removed."""
         line = json_text(entry).encode() + b"\n"
         try:
-            self._check_there()
+            self._check_exists()
             with self._mutex, held(self._file.fileno(), self.path):
-                self._refresh()  # also cuts off what a killed process left behind
+                self._refresh()  # also finds the incomplete line of a killed process, which is cut off here
                 self._file.truncate(self._read)
                 self._write_whole(line)
         except OSError as error:
             raise self._unwritable(error) from None
 
     def _write_whole(self, line: bytes) -> None:
-        """On a full disk the system writes what fits, and tells only when asked for the rest."""
+        """Write a line. On a full disk the system writes a part and reports the error only at the next attempt."""
         try:
             while line:
                 line = line[self._file.write(line) :]
@@ -91,13 +91,13 @@ class Manifest:
             raise
 
     def is_empty(self) -> bool:
-        """Whether it is there, and no process ever wrote a line."""
+        """Whether the file exists and has no line."""
         return self.path.exists() and self.path.stat().st_size == 0
 
     def tidy(self, temporary: Path) -> None:
-        """Sort by index, and leave out lines that newer ones replaced. Only when nobody else writes.
+        """Sort the lines by index, and drop those that newer ones replace. Only when no other process writes.
 
-        temporary: the new file, until it is whole.
+        temporary: path of the new file until it is complete.
         """
         self.refresh()
         if self._tidy:
@@ -105,7 +105,7 @@ class Manifest:
         try:
             with temporary.open("wb") as file:
                 file.writelines(self._lines())
-            self._file.close()  # Windows replaces no open file
+            self._file.close()  # Windows cannot replace an open file
             system.replace(temporary, self.path)
             self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
@@ -119,7 +119,7 @@ class Manifest:
         return (json.loads(line) for line in self._lines())
 
     def _lines(self) -> Iterator[bytes]:
-        # A cursor of its own: entries are appended while others are read.
+        # A separate cursor: entries may be appended while these are read.
         rows = self._table.execute("SELECT start, length FROM finished ORDER BY line, number")
         return (system.read_at(self._file.fileno(), length, start) for start, length in rows)
 
@@ -129,11 +129,11 @@ class Manifest:
         while chunk := system.read_at(self._file.fileno(), _CHUNK, start + len(rest)):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
-                self._learn(line, start)
+                self._index(line, start)
                 start += len(line) + 1
             self._read = start
 
-    def _learn(self, line: bytes, start: int) -> None:
+    def _index(self, line: bytes, start: int) -> None:
         try:
             entry = parse_json(line)
             key = (int(entry["index"]), int(entry["number"]))
@@ -145,21 +145,21 @@ class Manifest:
         self._last = key
         self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
 
-    def _check_there(self) -> None:
-        """Writing to a file that was removed would succeed, into nothing."""
+    def _check_exists(self) -> None:
+        """Raises FileNotFoundError if the file was removed or replaced: writing to it would succeed and be lost."""
         if not system.is_same_file(self._file.fileno(), self.path):
             raise FileNotFoundError(2, "it was replaced while the run wrote to it")
 
     def _unwritable(self, error: OSError) -> StorageError:
         return StorageError(
-            f"{self.path.parent}: cannot be written: {error.strerror or error}; mend that and start again, or name"
+            f"{self.path.parent}: cannot be written: {error.strerror or error}; fix that and start again, or name"
             " another folder with --out"
         )
 
 
 def made_by(entry: Mapping[str, Any]) -> tuple[str, int]:
-    """What tells the picture of a line from another one that stands in its place: recipe, and how many have its prompt.
+    """(digest of the recipe, pictures per prompt): the values that tell a picture from another one with its number.
 
-    Raises KeyError or TypeError for what is no line of a manifest.
+    Raises KeyError or TypeError for an entry that is not a line of a manifest.
     """
     return Recipe.digest_of(entry), entry["num_images"]

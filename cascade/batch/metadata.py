@@ -1,4 +1,4 @@
-"""What a picture says of itself: enough to draw the same bytes again. Inside PNG, WebP and JPEG."""
+"""Metadata inside PNG, WebP and JPEG files: enough to draw the same bytes again."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
 from cascade.text.captions import well_formed
 
 FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
-"""File formats and their endings."""
+"""File formats and their file name endings."""
 
 _ORIGIN = ("num_images", "index", "model", "license", "cascade")
-"""What a picture says of where it comes from, besides its recipe."""
+"""Entries about a picture's origin, in addition to its recipe."""
 _TEXTS = {
     "model",
     "license",
     "cascade",
     *(name for name, field in Recipe.model_fields.items() if field.annotation is str),
 }
-"""What stands in a chunk as it is, where all else is JSON."""
+"""Entries that are plain text in PNG chunks; all others are JSON."""
 _JPEG_QUALITY, _WEBP_QUALITY = 95, 95
-_DESCRIPTION = 0x010E  # EXIF's ImageDescription, where viewers show it
+_DESCRIPTION = 0x010E  # EXIF's ImageDescription, which viewers show
 _LONGEST_EXIF = 60_000  # bytes; a JPEG segment ends at 65,535
 
 
 @dataclass(frozen=True)
 class Describer:
-    """Says how a pipeline drew a picture of a run."""
+    """Describes how a pipeline drew a picture of a run."""
 
     pipeline: CascadePipeline
     options: DrawOptions
 
     def __call__(self, target: Target, drawn: Drawn) -> dict[str, Any]:
-        """What a picture's line of the manifest says of how it was drawn."""
+        """The entries of the manifest's line about how the picture was drawn."""
         pipeline, record = self.pipeline, target.job.record
         recipe = target.recipe.to_json()
         sizes = set(drawn.batch_sizes.values())
@@ -74,11 +74,11 @@ class Describer:
 
 
 def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[bytes, bytes | None]:
-    """A picture file with its metadata inside, and the metadata as a file beside it where they do not fit."""
+    """The bytes of a picture file with its metadata, and the metadata as a second file if they do not fit into it."""
     buffer = io.BytesIO()
     text = json.dumps(_inside(entry))
     if format == "png":
-        # Runs only: drawn pictures have hardly a string that returns, and looking for them takes most of the time.
+        # Run-length only: drawn pictures hardly repeat longer strings, and the search for them takes most of the time.
         image.save(buffer, format="PNG", pnginfo=_text_chunks(entry), compress_type=zlib.Z_RLE)
         return buffer.getvalue(), None
     exif = Image.Exif()
@@ -93,13 +93,13 @@ def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[b
 
 
 def _inside(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a line of the manifest stands in the picture: its recipe, where it comes from, and the settings."""
+    """The entries of a manifest line that go into the picture: its recipe, its origin and its settings."""
     recipe = [name for name in Recipe.model_fields if name in entry]
     return {name: entry[name] for name in (*recipe, *_ORIGIN, "settings")}
 
 
 def _text_chunks(entry: Mapping[str, Any]) -> PngInfo:
-    """International text chunks, which hold any Unicode; what is no text as JSON."""
+    """International text chunks, which hold any Unicode; values that are not text as JSON."""
     chunks = PngInfo()
     for name, value in _inside(entry).items():
         chunks.add_itxt(name, well_formed(value) if isinstance(value, str) else json.dumps(value))
@@ -107,14 +107,14 @@ def _text_chunks(entry: Mapping[str, Any]) -> PngInfo:
 
 
 def sidecar(file: str) -> str:
-    """The name of the metadata beside a picture."""
+    """The name of the metadata file of a picture."""
     return f"{file}.json"
 
 
 def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
-    """(what `encode` wrote into a picture, its format). Raises CascadeError when it is no picture of ours."""
+    """(metadata that `encode` wrote into a picture, its format). Raises CascadeError if there is none."""
     path = picture if isinstance(picture, (str, Path)) else "picture"
-    with picture_told(str(path)), open_picture(picture) as image:
+    with picture_errors(str(path)), open_picture(picture) as image:
         format = str(image.format).lower()
         if format == "png":
             image.load()
@@ -124,14 +124,14 @@ def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     try:
         return _parsed(Path(path), text), format
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise CascadeError(f"{path}: does not say how it was drawn; expected a picture of `cascade generate`") from None
+        raise CascadeError(f"{path}: does not record how it was drawn; expected a `cascade generate` picture") from None
 
 
 def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
-    """`_inside`, from JSON or from chunks. Raises KeyError, ValueError or TypeError for what is none."""
+    """The inverse of `_inside`, from JSON or chunks. Raises KeyError, ValueError or TypeError for other content."""
     if "all" in text:
-        beside = Path(sidecar(str(path)))
-        data = read_json(beside) if not text["all"] and beside.exists() else parse_json(text["all"])
+        separate = Path(sidecar(str(path)))
+        data = read_json(separate) if not text["all"] and separate.exists() else parse_json(text["all"])
     else:
         data = {name: value if name in _TEXTS else parse_json(value) for name, value in _known(text).items()}
     for name in ("num_images", "index"):
@@ -141,5 +141,5 @@ def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _known(text: Mapping[str, str]) -> dict[str, str]:
-    """The chunks that are ours; others, such as a camera's, may hold anything."""
+    """The chunks that `encode` writes; others, such as a camera's, may hold anything."""
     return {name: str(value) for name, value in text.items() if name in (*Recipe.model_fields, *_ORIGIN, "settings")}

@@ -1,4 +1,4 @@
-"""An output folder: pictures, the manifest that names every finished one, and what lets a later run continue."""
+"""An output folder: pictures, the manifest of all finished ones, and the state from which a later run continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cascade.prompts.record import Failure
 
 
 class Output:
-    """The folder of a run. `begin` takes the lock; the lock ends with the process."""
+    """The folder of a run. `begin` takes the lock; it ends with the process."""
 
     def __init__(
         self,
@@ -36,17 +36,17 @@ class Output:
         overwrite: bool = False,
         extras: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """Raises CascadeError when the folder cannot be written, or holds something else that a run would touch.
+        """Raises CascadeError when the folder cannot be written, or holds other files that the run would touch.
 
-        overwrite: begin anew; the pictures of the earlier run are removed. extras: what `write_with` will be asked for.
+        overwrite: start again; the pictures of the earlier run are removed. extras: files that `write_with` will write.
         """
         self.folder, self.layout, self._overwrite = path_of(folder), layout or Layout(), overwrite
         self._state = self.folder / STATE
         self._spool, self._temporary = self._own_state("spool"), self._own_state("temporary")
         self.team = Team(self._state, self.layout)
         self._earlier = EarlierRun(self.folder, self.layout)
-        self._earlier.check_strangers(extras, overwrite)
-        # A file of the name of a picture is ours if a run stands here, which may have been killed before its line.
+        self._earlier.check_foreign_files(extras, overwrite)
+        # With an earlier run here, a file with a picture's name is that run's, which may have died before its line.
         may_replace = self._earlier.settings() is not None
         self._store: Store = FolderStore(self.folder, self._temporary, may_replace)
         if self.layout.in_tars:
@@ -56,16 +56,16 @@ class Output:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
-                pass  # better to know now than after the first picture
+                pass  # fail now rather than after the first picture
 
     # --- beginning and end
 
     def begin(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Take the folder, or continue in it. settings: what must be the same when a run is continued.
+        """Take the folder, or continue in it. settings: those that must stay the same when a run is continued.
 
-        Returns them with a seed: where it is None, that of the run that stands here, or a new one.
+        Returns them with a seed: where it is None, the seed of the earlier run, or a new one.
 
-        Raises CascadeError when another run writes here, or the run that stands here had other settings.
+        Raises CascadeError when another run writes here, or the earlier run had other settings.
         """
         with self._writing():
             self._state.mkdir(exist_ok=True)
@@ -87,8 +87,8 @@ class Output:
         else:
             settled = self._earlier.continued(settings) if self._earlier.has_pictures() else with_seed(settings)
         if self._earlier.settings() != settled:
-            shutil.rmtree(self.shelf, ignore_errors=True)  # smaller pictures of other settings, or of another model
-        shutil.rmtree(self._temporary, ignore_errors=True)  # what a killed run had half-written
+            shutil.rmtree(self.shelf, ignore_errors=True)  # smaller pictures of other settings or another model
+        shutil.rmtree(self._temporary, ignore_errors=True)  # incomplete files of a killed run
         self._temporary.mkdir()
         self.path("failures", ".jsonl").unlink(missing_ok=True)
         text = json_text({MADE_BY: PROGRAM, **settled}, indent=2) + "\n"
@@ -101,7 +101,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go of everything; a folder that was made for nothing goes again."""
+        """Release everything; remove a folder that was created but not used."""
         nothing = self._manifest is None or self._manifest.is_empty()
         if self._manifest is not None:
             self._manifest.close()
@@ -116,17 +116,17 @@ class Output:
                 self.folder.rmdir()
         self.team.unlock()
 
-    # --- while it runs
+    # --- during the run
 
     @property
     def manifest(self) -> Manifest:
-        """Open from `begin` on."""
+        """The open manifest, after `begin`."""
         assert self._manifest is not None, "begin() comes first"
         return self._manifest
 
     @property
     def shelf(self) -> Path:
-        """Where smaller pictures wait, when memory is short."""
+        """The folder that holds smaller pictures between stages when memory is short."""
         return self._own_state("shelf")
 
     def owns(self, index: int) -> bool:
@@ -136,14 +136,14 @@ class Output:
         return (index if unit is None else unit) % count == which
 
     def unit(self, index: int) -> int | None:
-        """To which tar a prompt belongs; None: prompts are on their own."""
+        """The number of the tar that a prompt belongs to; None: no tars."""
         return self._store.unit(index)
 
     def claim(self, unit: int) -> bool:
         """Whether this process may draw a unit."""
         claimed = self.team.claim(unit)
         if claimed and self.team.count > 1:
-            self.manifest.refresh()  # another one may have died within it
+            self.manifest.refresh()  # another process may have died in the middle of this unit
         return claimed
 
     def has(self, target: Target) -> bool:
@@ -151,16 +151,16 @@ class Output:
         return self._pictures.has(target)
 
     def write(self, finished: Finished) -> dict[str, Any]:
-        """Write a picture whole, then its line of the manifest, which is returned."""
+        """Write a picture in full, then its line of the manifest, which is returned."""
         with self._writing():
             return self._pictures.write(finished)
 
     def read(self, name: str) -> bytes | None:
-        """A picture's file, or None when it is not there. name: as the manifest says it."""
+        """The content of a picture's file, or None when it is missing. name: as in the manifest."""
         return self._store.read(name)
 
     def fail(self, failure: Failure, **more: Any) -> None:
-        """Write down what could not be drawn."""
+        """Record something that could not be drawn."""
         line = {"origin": failure.origin, "index": failure.index, "reason": failure.reason, **more}
         path = self.path("failures", ".jsonl")
         with self._writing(), path.open("a", encoding="utf-8", newline="\n") as file, held(file.fileno(), path):
@@ -168,12 +168,12 @@ class Output:
             file.flush()
 
     def finish(self, unit: int) -> None:
-        """All pictures of a unit are written: pack it, and let others see."""
+        """Pack a unit whose pictures are all written, and mark it as finished for other processes."""
         with self._writing():
             self._store.finish(unit)
         self.team.finish(unit)
 
-    # --- after it
+    # --- after the run
 
     def is_everything_done(self, last: int) -> bool:
         """Whether the processes of this launch finished all units to `last`."""
@@ -181,12 +181,12 @@ class Output:
         return self.team.are_done(range(which, last + 1, count))
 
     def kept(self) -> int:
-        """How many pictures are of an earlier run, whichever process found them; before `complete`."""
-        with self._writing():  # the folder may be gone
+        """Number of pictures of earlier runs, found by any process; call before `complete`."""
+        with self._writing():  # the folder may have been removed
             return self.manifest.count(before=self.team.before)
 
     def failures(self) -> int:
-        """How many failures all processes wrote down."""
+        """Number of failures that all processes recorded."""
         path = self.path("failures", ".jsonl")
         if not path.exists():
             return 0
@@ -194,12 +194,12 @@ class Output:
             return sum(1 for _ in file)
 
     def complete(self) -> None:
-        """Put the manifest in order, and remove what only a restart would need."""
+        """Sort the manifest, and remove the state that only a restart needs."""
         self.manifest.tidy(self._temporary / "manifest")
         shutil.rmtree(self.shelf, ignore_errors=True)
 
     def write_with(self, stem: str, ending: str, write: Callable[[Path], object]) -> None:
-        """Have a file beside the pictures written whole."""
+        """Write an additional file atomically, by the function `write`."""
         temporary = self._temporary / f"{stem}{ending}"
         with self._writing():
             self._earlier.note_made(stem, ending)
@@ -207,7 +207,7 @@ class Output:
             system.replace(temporary, self.path(stem, ending))
 
     def path(self, stem: str, ending: str) -> Path:
-        """A file beside the pictures, each shard's its own."""
+        """The path of an additional file; each shard has its own."""
         return self.folder / self.layout.named(stem, ending)
 
     def _own_state(self, name: str) -> Path:

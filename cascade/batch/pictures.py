@@ -1,4 +1,4 @@
-"""Finished pictures: files in a store, each with its line in the manifest."""
+"""Finished pictures: files in a store, each with a line in the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_THE_FILE = ("file", "stages", "sha256", "seconds")
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture to be written. entry: what its line of the manifest says of how it was drawn."""
+    """A picture to write. entry: the part of its manifest line about how it was drawn."""
 
     target: Target
     drawn: Drawn
@@ -30,14 +30,14 @@ class Finished:
 
 
 class Pictures:
-    """What a folder holds. A picture is there when its file is whole and its line says so."""
+    """The pictures in a folder. A picture counts as finished when its file and its manifest line are complete."""
 
     def __init__(self, folder: Path, layout: Layout, store: Store, manifest: Manifest) -> None:
-        """folder: for messages."""
+        """folder: the folder's name in messages."""
         self._folder, self._layout, self._store, self._manifest = folder, layout, store, manifest
 
     def has(self, target: Target) -> bool:
-        """Whether a picture is finished and whole. Raises CascadeError when another one stands there."""
+        """Whether a picture is finished and complete. Raises CascadeError when another one has its place."""
         index = target.job.record.index
         known = self._manifest.find(index, target.number)
         if known is None:
@@ -53,7 +53,7 @@ class Pictures:
         return whole and there and all(self._store.read(name) == text for name, text in self._companions(known).items())
 
     def write(self, finished: Finished) -> dict[str, Any]:
-        """Write a picture whole, then its line of the manifest, which is returned. Raises OSError, CascadeError."""
+        """Write a picture in full, then its manifest line, which is returned. Raises OSError, CascadeError."""
         target, entry, ending = finished.target, finished.entry, FORMATS[self._layout.picture_format]
         index, count = target.job.record.index, target.job.num_images
         files: dict[str, bytes] = {}
@@ -64,11 +64,11 @@ class Pictures:
             kept[str(slot.config.resolution)] = name
             files[name] = encode(picture, entry, self._layout.picture_format)[0]
         file = self._store.name(index, target.stem, ending, count)
-        content, beside = encode(image, entry, self._layout.picture_format)
-        if beside is not None:
-            files[sidecar(file)] = beside
+        content, separate = encode(image, entry, self._layout.picture_format)
+        if separate is not None:
+            files[sidecar(file)] = separate
         files |= self._companions({**entry, "file": file})
-        files[file] = content  # last: if it is there, the others are
+        files[file] = content  # last: if it exists, the others do
         self._store.write(files)
         stages = {"stages": kept} if kept else {}
         seconds = round(finished.drawn.seconds, 3)
@@ -77,7 +77,7 @@ class Pictures:
         return line
 
     def _companions(self, line: Mapping[str, Any]) -> dict[str, bytes]:
-        """What stands beside a picture in a tar: its line of the manifest without times and names, and its prompt."""
+        """The files next to a picture in a tar: its manifest line without times and names, and its prompt."""
         if not self._layout.in_tars:
             return {}
         stem = str(line["file"]).rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""What is to be drawn: a record with everything settled, its pictures, and where each will stand."""
+"""The plan of a batch: a record with all its settings resolved, its pictures, and their file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from cascade.arguments import stage_sizes
 from cascade.config.sampling import SamplingConfig
-from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.batch_size import BatchSize, BatchSizes
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit
 from cascade.drawing.engine import Conduct
@@ -23,24 +23,23 @@ from cascade.sampling import resolve_sampling
 from cascade.slots import StageSlot
 
 FILES_PER_FOLDER = 10_000
-"""Pictures in one folder, beyond which subfolders begin."""
+"""Maximum number of pictures in one folder; after that, subfolders begin."""
 _NAME_LENGTH = 60
 
 
 Change: TypeAlias = tuple[Edit | None, tuple[int, int], dict[str, Any]]
-"""What `Changes.resolve` gives: the edit, the size that is drawn, what the recipe says of both."""
+"""The result of `Changes.resolve`: the edit, the size to draw, and the recipe's entries for both."""
 
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """What a call asks for, where a prompt's own line says nothing else. Names as in `CascadePipeline.__call__`.
+    """Settings of a call, which a prompt's own line may override. Names as in `CascadePipeline.__call__`.
 
-    run_seed: from which the seeds of the prompts follow, for the manifest.
+    run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
-    batch_size: see `cascade.drawing.batch_size.Wish`. changes: a picture to be changed, and how; a line may name its
-    own.
+    batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
-    strict: the first failure ends the run. low_memory: smaller pictures wait on the disk.
+    strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
     """
 
     run_seed: int
@@ -51,7 +50,7 @@ class DrawOptions:
     width: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    batch_size: Wish = None
+    batch_size: BatchSize = None
     window: int | None = None
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)
@@ -59,15 +58,15 @@ class DrawOptions:
     low_memory: bool = False
 
     def conduct(self, **more: Any) -> Conduct:
-        """How the engine goes about it. more: further fields of `Conduct`."""
+        """The engine's settings. more: further fields of `Conduct`."""
         return Conduct(self.batch_size, keep_stages=self.save_stages, **more)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt with everything settled: what the stages in `slots` draw for it, at which sizes, and how.
+    """A prompt with everything resolved: the stages in `slots`, their sizes and their settings.
 
-    edit: the picture that is changed. changes: what the recipe says of it.
+    edit: the picture to change. changes: the recipe's entries for it.
     """
 
     record: PromptRecord
@@ -85,20 +84,20 @@ class Job:
         return self.record.id or f"{self.record.index:06d}"
 
     def targets(self) -> Iterator[Target]:
-        """Its pictures."""
+        """The pictures of the prompt."""
         return (Target(self, number) for number in range(self.num_images))
 
 
 @dataclass(frozen=True)
 class Target:
-    """One picture of a run: its number among those of the job."""
+    """One picture of a run: a job, and the picture's number within it."""
 
     job: Job
     number: int
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What decides its bytes."""
+        """Everything that decides the picture's bytes."""
         job, (height, width) = self.job, self.job.sizes[-1]
         return Recipe(
             prompt=job.record.prompt,
@@ -112,14 +111,14 @@ class Target:
         )
 
     def task(self) -> Task:
-        """The same for the engine."""
+        """The picture as a task for the engine."""
         recipe, job = self.recipe, self.job
         return Task(recipe, passes(job.slots, job.sizes, recipe), edit=job.edit, name=str(job.record.index))
 
     @property
     def stem(self) -> str:
         """`000000-a-red-apple`, or `000000-1-a-red-apple` where a prompt has several; ASCII, at most 60."""
-        prompt = self.job.record.prompt[: 20 * _NAME_LENGTH]  # what follows cannot show, and may be long
+        prompt = self.job.record.prompt[: 20 * _NAME_LENGTH]  # the rest cannot show, and may be long
         plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
         number = [str(self.number)] if self.job.num_images > 1 else []
         parts = [f"{self.job.record.index:06d}", *number, *re.findall("[a-z0-9]+", plain)]
@@ -127,10 +126,10 @@ class Target:
 
 
 class Planner:
-    """Settles what holds for each prompt of a run."""
+    """Resolves the settings of each prompt of a run."""
 
     def __init__(self, pipeline: CascadePipeline, options: DrawOptions) -> None:
-        """Raises CascadeError for what the call itself asks for and this cascade cannot do: no line is to blame."""
+        """Raises CascadeError for settings of the call itself that this cascade cannot satisfy, whatever the line."""
         self._options = options
         self._configs = [slot.config for slot in pipeline.slots]
         resolve_sampling(self._configs, options.preset, options.sampling)
@@ -140,20 +139,20 @@ class Planner:
         self._last: tuple[dict[str, Any], Change] = ({}, self._called)
 
     def job(self, record: PromptRecord) -> Job:
-        """What holds for a prompt. Raises CascadeError for settings of its own that this cascade does not allow."""
+        """The job of a prompt. Raises CascadeError for settings of its own that this cascade cannot satisfy."""
         options, own = self._options, {"steps": record.steps, "guidance": record.guidance}
         overrides = {**options.sampling, **{name: value for name, value in own.items() if value is not None}}
         settings = resolve_sampling(self._configs, options.preset, overrides)
         negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
         count = record.num_images or options.num_images
-        edit, size, said = self._changes(record)
+        edit, size, entries = self._changes(record)
         sizes = self.sizes
         if size != sizes[-1]:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
-        return Job(record, negative or "", count, self.slots, sizes, settings, edit, said)
+        return Job(record, negative or "", count, self.slots, sizes, settings, edit, entries)
 
     def _changes(self, record: PromptRecord) -> Change:
-        """Those of the line, where it has any, else the call's; a picture is read once for lines that say the same."""
+        """The line's changes if it has any, else the call's; a picture that several lines name is read once."""
         every = {name: getattr(record, name) for name in ("image", "mask", "strength")}
         own = {name: value for name, value in every.items() if value is not None}
         if own != self._last[0]:
@@ -165,7 +164,7 @@ class Planner:
         return changes.resolve([slot.config for slot in self.slots], self.sizes[-1], asked)
 
     def window(self, sizes: BatchSizes) -> int:
-        """Prompts that are drawn together: the same in every process, whatever memory each of them finds free."""
+        """Number of prompts to draw together: the same in every process, whatever memory each finds free."""
         settings = resolve_sampling(self._configs, self._options.preset, self._options.sampling)
         each = zip(self.slots, self.sizes, strict=True)
         way = [Pass(slot, size, settings[slot.config.name], number=0) for slot, size in each]
@@ -174,14 +173,14 @@ class Planner:
 
 
 def plan(pipeline: CascadePipeline, record: PromptRecord, options: DrawOptions) -> Job:
-    """`Planner.job` of a single prompt."""
+    """The job of a single prompt; see `Planner.job`."""
     return Planner(pipeline, options).job(record)
 
 
 def subfolder(index: int, num_images: int) -> str:
-    """`0003/` for the pictures of a prompt beyond the first 10,000 files, which stand in the folder itself.
+    """`0003/` for the pictures of a prompt beyond the first 10,000 files, "" for the first ones.
 
-    By the prompt's index alone, so that neither order nor the number of processes moves a picture.
+    It depends on the prompt's index alone, so that neither order nor number of processes moves a picture.
     """
     group = index // max(1, FILES_PER_FOLDER // num_images)
     return f"{group:04d}/" if group else ""

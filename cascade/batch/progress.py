@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: nothing, a bar, or lines of JSON."""
+"""Progress of a run on the terminal: nothing, a bar, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _BETWEEN_SECONDS = 0.2
 
 
 class Progress:
-    """Hears of every picture and failure. This one only tells the failures, one line each, on stderr."""
+    """Receives every picture and failure. This base class prints only the failures, one line each, on stderr."""
 
     def begin(self, total: int | None) -> None:
-        """total: pictures of this run, about; None when that is not known."""
+        """total: approximate number of pictures of this run, or None if unknown."""
 
     def step(self, stage: str, step: int, steps: int) -> None:
-        """A step of a stage is done, of the batch at hand."""
+        """Report a finished step of a stage, for the current batch."""
 
     def kept(self) -> None:
-        """A picture of an earlier run is whole."""
+        """Report a picture that an earlier run finished."""
 
     def picture(self, line: Mapping[str, Any]) -> None:
-        """A picture was written. line: of the manifest."""
+        """Report a picture that was written. line: its line of the manifest."""
 
     def failed(self, failure: Failure) -> None:
-        """Something could not be drawn."""
+        """Report something that could not be drawn."""
         print(message(str(failure).replace("\n", " ")), file=sys.stderr)
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Report the end of the run."""
 
 
 class Bar(Progress):
-    """Pictures a second, time left, failures."""
+    """A bar with pictures per second, time left and failures."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -56,7 +56,7 @@ class Bar(Progress):
             self._bar.set_description_str(f"{stage} {step}/{steps}")
 
     def kept(self) -> None:
-        # They take no time: from the start, so that they do not count as speed.
+        # Kept pictures take no time: counted as done from the start, so that they do not count as speed.
         assert self._bar is not None, "begin() comes first"
         self._bar.initial += 1
         self._bar.update()
@@ -77,7 +77,7 @@ class Bar(Progress):
 
 
 class JsonLog(Progress):
-    """A line of JSON for everything that happens, on stdout: ASCII, which every terminal and pipe takes."""
+    """One line of JSON per event, on stdout, in ASCII, which every terminal and pipe accepts."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file or sys.stdout
@@ -103,5 +103,5 @@ class JsonLog(Progress):
         self.write("failure", origin=failure.origin, reason=failure.reason, **self._counts)
 
     def write(self, event: str, **values: Any) -> None:
-        """One line, at once."""
+        """Print one line, and flush it."""
         print(json.dumps({"event": event, **values}), file=self._file, flush=True)

@@ -1,4 +1,4 @@
-"""What is made of a manifest: a table, a page that shows pictures beside their prompts, a contact sheet."""
+"""Reports made from a manifest: a table, a page of pictures and prompts, a contact sheet."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cascade.text.captions import well_formed
 
 T = TypeVar("T")
 GRID_CELL = 256
-"""Largest width of a picture on the contact sheet."""
+"""Maximum width of a picture on the contact sheet."""
 GRID_PICTURES = 100
-"""Pictures on the contact sheet, which shows the first ones."""
-_ROWS = 1000  # of a table, in memory at a time
+"""Maximum number of pictures on the contact sheet; it shows the first ones."""
+_ROWS = 1000  # rows of a table in memory at a time
 _PAGE = Path(__file__).with_name("page.html")
 
 
 def write_parquet(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """A manifest as a table; settings and stages as JSON, because their columns would differ from model to model."""
+    """A manifest as a table; settings and stages are JSON text, because their columns differ from model to model."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -36,7 +36,7 @@ def write_parquet(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
         "seconds": pa.float64(),
     }
     schema = pa.schema(list(columns.items()))
-    # An open file, for pyarrow takes no path that is not UTF-8.
+    # An open file, because pyarrow accepts only UTF-8 paths.
     with path.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
         for rows in _groups(entries, _ROWS):
             plain = [{name: _cell(row.get(name)) for name in columns} for row in rows]
@@ -56,13 +56,13 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def write_page(entries: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
-    """One HTML file without anything from elsewhere: pictures beside prompts, searchable, loaded as they are seen."""
+    """One self-contained HTML file: pictures with their prompts, searchable, loaded as they are scrolled into view."""
     parts = _PAGE.read_text(encoding="utf-8").split("PICTURES")
     head, tail = (part.replace("TITLE", _escaped(well_formed(title))) for part in parts)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(head)
         for number, entry in enumerate(entries):
-            size, seed = entry["settings"], str(entry["seed"])  # as text: JavaScript would round it
+            size, seed = entry["settings"], str(entry["seed"])  # as text, because JavaScript would round it
             picture = [quote(entry["file"]), entry["prompt"], entry["id"], seed, size["width"], size["height"]]
             # `</script>` in a prompt must not end the script.
             file.write((",\n" if number else "") + json_text(picture).replace("<", "\\u003c"))
@@ -76,7 +76,7 @@ def _escaped(text: str) -> str:
 def write_grid(
     entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
 ) -> None:
-    """A contact sheet of the first pictures, PNG. read: the content of a file of the manifest, or None.
+    """A contact sheet of the first pictures, PNG. read: returns the content of a file in the manifest, or None.
 
     Raises CascadeError for a picture that is damaged.
     """

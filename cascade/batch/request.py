@@ -1,4 +1,4 @@
-"""A batch from beginning to end: what is asked for, in one object, and how it went."""
+"""A batch from start to end: the request as one object, and its outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
 from cascade.device import choose_device
-from cascade.drawing.batch_size import Wish
+from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
 from cascade.load.index import read_index
@@ -34,11 +34,12 @@ from cascade.values import SETTINGS
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a batch went.
+    """The outcome of a batch.
 
-    folder: where its pictures are. seed: of the run. pictures: in the folder; kept: of them, from before; failures:
-    prompts and pictures that could not be drawn, in failures.jsonl. stopped: there is more to draw, the same call goes
-    on. speaks: whether this process is the one of several that speaks for all; the others know nothing of the counts.
+    folder: folder of the pictures. seed: the run's. pictures: number in the folder; kept: those among them from earlier
+    runs; failures: prompts and pictures that could not be drawn, listed in failures.jsonl. stopped: there is more to
+    draw, and the same call continues. speaks: whether this process, among several, reports the result; the counts of
+    the others are not valid.
     """
 
     folder: Path
@@ -52,9 +53,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """What `cascade generate` is asked for; names and meanings are those of its options.
+    """The arguments of `cascade generate`, with the names and meanings of its options.
 
-    prompts: texts to draw; file: of prompts, in their place. manifest: "parquet" for a table beside the JSON lines.
+    prompts: texts to draw; file: a prompt file instead. manifest: "parquet" for a table in addition to the JSON lines.
     """
 
     out: str
@@ -90,7 +91,7 @@ class BatchRequest:
     grid: bool = False
     device: str | None = None
     dtype: str | None = None
-    batch_size: Wish = None
+    batch_size: BatchSize = None
     low_memory: bool = False
     text_8bit: bool = False
     window: int | None = None
@@ -98,7 +99,7 @@ class BatchRequest:
     def run(self, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Draw everything that the folder does not hold yet.
 
-        stop: asked now and then. Raises CascadeError for what the call itself asks for, when that is not possible.
+        stop: called regularly; True ends the run early. Raises CascadeError if the request itself cannot be satisfied.
         """
         self._check()
         progress = progress or Progress()
@@ -114,7 +115,7 @@ class BatchRequest:
             return self._finish(output, summary, run_seed)
 
     def changes(self) -> Changes:
-        """The picture to be changed, and how."""
+        """The picture to change, and how."""
         if self.extend is not None and not isinstance(self.extend, Mapping):
             raise CascadeError("extend: expected sides and pixels, such as left=64,top=32")
         return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
@@ -126,7 +127,7 @@ class BatchRequest:
             raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
 
     def _extras(self) -> list[tuple[str, str]]:
-        """What is written beside the pictures, as (stem, ending)."""
+        """Additional files to write, as (stem, ending)."""
         asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
         return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
@@ -134,14 +135,14 @@ class BatchRequest:
         return Layout(self.format, self.tar_size, self.shard)
 
     def _check_split(self, output: Output) -> None:
-        """Several processes read the same prompts and must know the same seed."""
+        """Raises CascadeError unless several processes or shards can read the same prompts and have the same seed."""
         if output.team.count > 1 and self.file == "-":
             raise CascadeError("--prompts -: several processes cannot share standard input; name a file")
         if self.shard[1] > 1 and self.seed is None:
             raise CascadeError("--shard: shards need the same seed; give one with --seed")
 
     def _settings(self) -> dict[str, Any]:
-        """What decides the bytes of the output; `Output` refuses to continue a run of which any was different."""
+        """Settings that decide the bytes of the output; `Output` refuses to continue a run with other ones."""
         device = choose_device(self.device)
         own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
         stored = ("batch_size", "format", "save_stages")
@@ -155,7 +156,7 @@ class BatchRequest:
         }
 
     def _dtype(self, device: torch.device) -> str | dict[str, str]:
-        """The number format; where it was left to us, what is fastest here, which a run that stands there overrules."""
+        """The number format; if none was requested, that of the run to continue, or the fastest here."""
         configs = map(read_config, read_index(self.model).stages)
         name = str(settled_dtype(self.dtype, device, configs)).removeprefix("torch.")
         return {"auto": name} if self.dtype == "auto" else name
@@ -184,14 +185,14 @@ class BatchRequest:
         )
 
     def _total(self, output: Output) -> int | None:
-        """Pictures of this process, about."""
+        """Approximate number of pictures of this process."""
         prompts = count_prompts(self.file) if self.file else len(self.prompts)
         if prompts is None:
             return None
         return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.team.count))
 
     def _finish(self, output: Output, summary: Summary, run_seed: int) -> Outcome:
-        """What comes once all is drawn; with several processes, the first does it for all."""
+        """Finish the output once all is drawn; with several processes, the first does it for all."""
         output.team.wait_for_the_others()
         stopped = summary.stopped or not output.is_everything_done(summary.last_unit)
         if output.team.rank > 0:
@@ -217,20 +218,20 @@ class BatchRequest:
             output.write_with("index", ".html", lambda path: write_page(entries(), path, title))
 
 
-def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **wishes: Any) -> Outcome:
-    """Draw prompts into a folder of pictures with a manifest, as `cascade generate` does; whatever is there is kept.
+def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **options: Any) -> Outcome:
+    """Draw prompts into a folder of pictures with a manifest, as `cascade generate` does; finished pictures are kept.
 
-    prompts: a prompt, several, or the Path of a prompt file. wishes: fields of `BatchRequest`, such as `seed`, `model`,
-    `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call goes on after a stop or a kill.
-    Raises CascadeError for what cannot be drawn at all; single prompts that fail are in `failures.jsonl`.
+    prompts: a prompt, several, or the Path of a prompt file. options: fields of `BatchRequest` such as `seed`, `model`,
+    `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call continues after a stop or a kill.
+    Raises CascadeError if nothing can be drawn; single prompts that fail are listed in `failures.jsonl`.
     """
     names = [field.name for field in fields(BatchRequest) if field.name not in ("out", "prompts", "file")]
-    for name in wishes:
+    for name in options:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             raise CascadeError(
                 f"generate_files: {quoted(name)} is not known" + (f"; did you mean {close[0]}?" * bool(close))
             )
     if isinstance(prompts, Path):
-        return BatchRequest(out=str(out), file=str(prompts), **wishes).run()
-    return BatchRequest(out=str(out), prompts=[prompts] if isinstance(prompts, str) else prompts, **wishes).run()
+        return BatchRequest(out=str(out), file=str(prompts), **options).run()
+    return BatchRequest(out=str(out), prompts=[prompts] if isinstance(prompts, str) else prompts, **options).run()

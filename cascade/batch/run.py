@@ -1,4 +1,4 @@
-"""A run: records are planned, windows of them drawn, pictures written in the background; whatever is there is kept."""
+"""A run: plans records, draws windows of them, writes pictures in the background, and keeps finished pictures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cascade.pipeline import CascadePipeline
 from cascade.prompts.record import Failure, PromptRecord
 
 LOW_MEMORY_WINDOW = 64
-"""Prompts that share one loading of the stages when memory is short."""
+"""Prompts drawn per loading of the stages when memory is short."""
 
 
 @dataclass
 class Summary:
-    """How a run went. pictures: drawn by it; kept: finished earlier; stopped: there is more to draw.
+    """The result of a run. pictures: drawn by it; kept: finished earlier; stopped: there is more to draw.
 
-    last_unit: of the pieces of work, its own and other processes', the last; -1: there was none.
+    last_unit: number of the last unit of work, this process's or another's; -1: there was none.
     """
 
     pictures: int = 0
@@ -49,16 +49,16 @@ def run_batch(
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Draw and write every record that `output`, which has begun, does not hold yet.
+    """Draw and write every record that `output`, after its `begin`, does not hold yet.
 
-    stop: asked now and then. Raises CascadeError for what the call itself asks for, when that is not possible.
+    stop: called regularly; True ends the run early. Raises CascadeError if the request itself cannot be satisfied.
     """
-    planner, told = Planner(pipeline, options), progress or Progress()
-    conduct = options.conduct(stop=stop, on_step=lambda step: told.step(step.stage, step.step, step.steps))
+    planner, reports = Planner(pipeline, options), progress or Progress()
+    conduct = options.conduct(stop=stop, on_step=lambda step: reports.step(step.stage, step.step, step.steps))
     engine = pipeline.engine(conduct, Shelf(output.shelf) if options.low_memory else None)
     window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        run = _Run(planner, engine, Describer(pipeline, options), output, writer, told, options.strict)
+        run = _Run(planner, engine, Describer(pipeline, options), output, writer, reports, options.strict)
         try:
             for unit, lines in _units(records, output, window):
                 if stop():
@@ -72,9 +72,9 @@ def run_batch(
 
 
 def _units(records: Iterable[Line], output: Output, window: int) -> Iterator[tuple[int, list[Line]]]:
-    """The lines of this shard in pieces that one process draws: a window, or a tar.
+    """The lines of this shard in units that one process draws: a window, or a tar.
 
-    By their order alone, so that every process cuts the same pieces.
+    Units follow from the order of the lines alone, so every process forms the same ones.
     """
     unit, lines = 0, list[Line]()
     for line in records:
@@ -86,7 +86,7 @@ def _units(records: Iterable[Line], output: Output, window: int) -> Iterator[tup
             lines = []
         unit = unit if tar is None else tar
         lines.append(line)
-        if tar is None and len(lines) == window:  # at once: the next line may take long to come
+        if tar is None and len(lines) == window:  # now, because the next line may take long to arrive
             yield unit, lines
             lines = []
             unit += 1
@@ -96,7 +96,7 @@ def _units(records: Iterable[Line], output: Output, window: int) -> Iterator[tup
 
 @dataclass
 class _Run:
-    """What the steps of a run share."""
+    """State shared by the steps of a run."""
 
     planner: Planner
     engine: Engine
@@ -110,7 +110,7 @@ class _Run:
         self.summary = Summary()
 
     def draw_unit(self, unit: int, lines: list[Line], window: int) -> None:
-        """Draw what is missing of a unit, window by window."""
+        """Draw the missing pictures of a unit, window by window."""
         for start in range(0, len(lines), window):
             jobs = [job for line in lines[start : start + window] if (job := self._planned(line)) is not None]
             targets = [target for job in jobs for target in job.targets() if not self._kept(target)]

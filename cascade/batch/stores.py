@@ -1,4 +1,4 @@
-"""Where finished files go: a folder with subfolders, or the tar shards of WebDataset."""
+"""Storage of finished files: a folder with subfolders, or WebDataset's tar shards."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pathlib import Path
 from typing import Protocol
 
 from cascade import system
-from cascade.batch.earlier import not_ours
+from cascade.batch.earlier import foreign_file
 from cascade.batch.plan import subfolder
 
 
 class Store(Protocol):
-    """Files by name. A name is as the manifest says it."""
+    """Files by name. Names are those in the manifest."""
 
     def name(self, index: int, stem: str, ending: str, num_images: int) -> str:
         """The name of a picture's file."""
 
     def unit(self, index: int) -> int | None:
-        """To which tar shard a prompt belongs; None: prompts are on their own."""
+        """The number of the tar shard that a prompt belongs to; None: no tars."""
 
     def write(self, files: Mapping[str, bytes]) -> None:
-        """Write each file whole. Raises OSError."""
+        """Write each file in full. Raises OSError."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, or None when it is not there."""
+        """A file's content, or None when it is missing."""
 
     def finish(self, unit: int) -> None:
-        """All files of a unit are written."""
+        """Finish a unit: all its files are written."""
 
 
 class FolderStore:
-    """Files in a folder. Half-written ones stand aside in `temporary`, until they are whole."""
+    """Files in a folder. Until they are complete they are in `temporary`."""
 
     def __init__(self, folder: Path, temporary: Path, may_replace: bool = True) -> None:
-        """may_replace: whether what stands there under the name of a file is ours."""
+        """may_replace: whether existing files with the same names belong to this run."""
         self._folder, self._temporary, self._may_replace = folder, temporary, may_replace
 
     def name(self, index: int, stem: str, ending: str, num_images: int) -> str:
@@ -61,18 +61,18 @@ class FolderStore:
         return path.read_bytes() if path.is_file() else None
 
     def finish(self, unit: int) -> None:
-        """Nothing is to be done: every file was whole when it got its name."""
+        """Does nothing: every file was complete when it got its name."""
 
 
 class TarStore:
     """WebDataset: `000000.tar/000000-a-fox.png` is a member of 000000.tar, which holds prompts 0 to `size` - 1.
 
-    Until all pictures of a shard are there, they wait as files in `spool`, so that a kill loses none. Members are in
-    the order of their names and have no time, so that the same pictures make the same tar.
+    Until a shard is complete its pictures are files in `spool`, so that a kill loses none. Members are sorted by name
+    and have no time, so that the same pictures make the same tar.
     """
 
     def __init__(self, folder: Path, spool: Path, temporary: Path, size: int, may_replace: bool = True) -> None:
-        """size: prompts in a shard. may_replace: whether tars that stand there under the names of shards are ours."""
+        """size: prompts per shard. may_replace: whether existing tars with the names of shards belong to this run."""
         self._may_replace = may_replace
         self._folder, self._spool, self._temporary, self._size = folder, spool, temporary, size
         self._open: tuple[str, dict[str, tuple[int, int]]] = ("", {})
@@ -100,7 +100,7 @@ class TarStore:
             return file.read(length)
 
     def finish(self, unit: int) -> None:
-        """Pack the shard, if there are files that wait for it."""
+        """Pack the shard, if files are waiting for it."""
         tar = self._tar(unit)
         waiting = self._spool / tar
         if not waiting.is_dir():
@@ -123,7 +123,7 @@ class TarStore:
         return f"{unit:06d}.tar"
 
     def _members(self, tar: str) -> dict[str, tuple[int, int]]:
-        """(start, length) of the members of a tar, up to where it is damaged; none if it is missing."""
+        """(start, length) of a tar's members, up to the first damaged one; none if the tar is missing."""
         if self._open[0] != tar:
             members: dict[str, tuple[int, int]] = {}
             with suppress(OSError, tarfile.TarError), tarfile.open(self._folder / tar) as file:
@@ -134,16 +134,16 @@ class TarStore:
 
 
 def _check_free(paths: Iterable[Path]) -> None:
-    """Raises CascadeError for a file that is there, and is not ours to replace."""
+    """Raises CascadeError for a file that exists and must not be replaced."""
     for path in paths:
         if path.exists():
-            raise not_ours(path)
+            raise foreign_file(path)
 
 
 def place(path: Path, content: bytes, temporary: Path) -> None:
-    """Write a file whole: aside, then renamed.
+    """Write a file in full under a temporary name, then rename it.
 
-    Nothing is synced to the disk: what a power cut takes, the next run misses by its SHA-256 and draws again.
+    It is not synced to the disk: a file lost in a power cut fails the next run's SHA-256 check and is drawn again.
     """
     handle, name = tempfile.mkstemp(dir=temporary)
     written = Path(name)

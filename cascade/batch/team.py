@@ -1,4 +1,4 @@
-"""The processes of one launch, or one alone: which may write into a folder, and which draws what."""
+"""The processes of one launch, or a single one: the right to write into a folder, and the division of the work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cascade.locks import are_missing
 
 
 class Team:
-    """Processes that share a folder. Everything that they hold ends with them, however they end.
+    """Processes that share a folder. All that they hold is released when they end, even by a kill.
 
-    rank: our number among `count`.
+    rank: this process's number among `count`.
     """
 
     def __init__(self, state: Path, layout: Layout) -> None:
-        """state: a folder for locks, of which each shard has its own."""
+        """state: a folder for lock files; each shard has its own."""
         self._state, self._layout = state, layout
         self.rank, self.count, self._launch = processes()
         self._lock: RunLock | None = None
@@ -26,9 +26,9 @@ class Team:
         self._drawing: Claims | None = None
 
     def enter(self) -> bool:
-        """Take the folder; whether we are the first and have to prepare it, before `let_in`.
+        """Take the folder; returns whether this process is the first and must prepare it before `let_in`.
 
-        Raises CascadeError when another run has it, OSError when no lock can be written.
+        Raises CascadeError when another run has the folder, OSError when no lock can be written.
         """
         self._lock = RunLock(self._path("lock"), self._launch)
         self._lock.acquire()
@@ -36,14 +36,14 @@ class Team:
         return self._lock.first
 
     def let_in(self, before: int) -> None:
-        """The folder is prepared. before: how long the manifest was then."""
+        """Let the other processes in, now that the folder is prepared. before: the manifest's length in bytes."""
         assert self._lock is not None, "enter() comes first"
         self._opened(self._claims).clear()
         self._path("before").write_text(str(before), encoding="ascii")
         self._lock.share()
 
     def start(self) -> None:
-        """From now on the others wait for us. Raises CascadeError where there are no locks to share the work by."""
+        """Mark this process as drawing, so that others wait for it. Raises CascadeError if work cannot be shared."""
         if self.count == 1:
             return
         try:
@@ -52,34 +52,34 @@ class Team:
             if not are_missing(error):
                 raise
             raise CascadeError(
-                f"{self._state.parent}: no locks on this file system, by which {self.count} processes share the work;"
+                f"{self._state.parent}: no locks on this file system, which {self.count} processes need to share work;"
                 " give each a part with --shard instead, or write to a local disk"
             ) from None
 
     @property
     def before(self) -> int:
-        """How long the manifest was when the first of us came."""
+        """The manifest's length in bytes when the first process began."""
         return int(self._path("before").read_text(encoding="ascii"))
 
     def claim(self, unit: int) -> bool:
-        """Whether we may draw a unit: nobody draws it, or has. Of several it is whoever comes first."""
+        """Claim a unit of work; returns False if another process draws it or has drawn it."""
         if self.count == 1:
             return True
         claims = self._opened(self._claims)
         if not claims.take(unit):
             return False
-        if claims.is_done(unit):  # its failures are written down, and its pictures need no second look
+        if claims.is_done(unit):  # its failures are recorded, and its pictures need no second check
             claims.release(unit)
             return False
         return True
 
     def finish(self, unit: int) -> None:
-        """A unit is done."""
+        """Mark a unit as done."""
         if self.count > 1:
             self._opened(self._claims).finish(unit)
 
     def wait_for_the_others(self) -> None:
-        """Until none of us draws any more: launchers end all when one ends with a failure."""
+        """Wait until no process draws any more: launchers end all processes when one ends with a failure."""
         if self.count == 1:
             return
         drawing = self._opened(self._drawing)
@@ -89,17 +89,17 @@ class Team:
                 drawing.wait(rank)
 
     def are_done(self, units: Iterable[int]) -> bool:
-        """Whether all of `units` are finished; one of us that was told to stop left its own."""
+        """Whether all of `units` are finished; a process that was stopped leaves some undone."""
         return self.count == 1 or all(map(self._opened(self._claims).is_done, units))
 
     def leave(self) -> None:
-        """Let go of claims; the folder stays ours until `unlock`."""
+        """Release the claims; the folder stays locked until `unlock`."""
         for part in (self._claims, self._drawing):
             if part is not None:
                 part.close()
 
     def unlock(self) -> None:
-        """Others may have the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.close()
 

@@ -1,4 +1,4 @@
-"""A thread that writes while the network draws."""
+"""A thread that writes pictures while the network draws."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Self
 
 WAITING = 16
-"""Pictures that may wait to be written; then the network waits, and memory stays what it is."""
+"""Maximum number of pictures in the queue; when it is full the network waits, which bounds the memory."""
 
 
 class BackgroundWriter:
-    """Does one piece of work after another, in the order given. Leaving the `with` waits until all is done."""
+    """Runs pieces of work in order, in a thread. Leaving the `with` block waits until all are done."""
 
     def __init__(self, waiting: int = WAITING) -> None:
         self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(waiting)
@@ -27,14 +27,14 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Raises what went wrong in the thread, unless something else already does."""
+        """Raises the thread's error, unless another error is already being raised."""
         self._queue.put(None)
         self._thread.join()
         if error is None:
             self._raise()
 
     def put(self, work: Callable[[], object]) -> None:
-        """Have it done soon. Raises what went wrong with earlier work."""
+        """Queue a piece of work. Raises the error of earlier work."""
         self._raise()
         self._queue.put(work)
 
@@ -44,7 +44,7 @@ class BackgroundWriter:
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            if self._error is None:  # after an error the rest is thrown away, so that nobody waits for the queue
+            if self._error is None:  # after an error the rest is discarded, so that `put` never blocks
                 try:
                     work()
                 except BaseException as error:  # handed to the thread that draws

@@ -1,1 +1,1 @@
-"""The command line; `program` is where to begin reading."""
+"""The command line; start reading at `program`."""

@@ -1,4 +1,4 @@
-"""`cascade check-data`: what a training run will see, before it runs."""
+"""`cascade check-data`: inspects the data of a training run before the run starts."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
     from cascade.text.tokens import TokenCounter
 
 _PROGRAM = "cascade check-data"
-_NAMED = 5  # problems, copies and captions that are written out
+_NAMED = 5  # problems, copies and captions that are printed
 _SHOWN = 60  # characters of a caption before its cut
 
 
 @click.command("check-data")
 @path_argument("config")
 @click.argument("assignments", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--limit", type=click.IntRange(min=1), help="Records to look at, spread evenly; default: all of them.")
+@click.option("--limit", type=click.IntRange(min=1), help="Records to inspect, spread evenly; default: all.")
 @path_option("--sheet", default="check-data.png", show_default=True)
 @click.option("--views", type=click.IntRange(min=1), default=24, show_default=True, help="Pictures on the sheet.")
 def check_data(config: str, assignments: tuple[str, ...], limit: int | None, sheet: str, views: int) -> int:
-    """Look at the data of a training run, held-out data too: counts, sizes, bad records, caption lengths, copies.
+    """Inspect the data of a training run, held-out data included: counts, sizes, bad records, captions, copies.
 
-    A record is bad if training would pass over it. Draws a sheet of the first views as the network will see them, for
-    super-resolution beside the smaller pictures. Of scenes and streams the first 1000 records are looked at. Exit
-    status 1: there are bad records, named.
+    A record is bad if training would skip it. Draws a sheet of the first views as the network will see them, for
+    super-resolution next to the smaller pictures. Of scenes and streams the first 1000 records are inspected. Exit
+    status 1: there are bad records; their names are printed.
     """
     from PIL.PngImagePlugin import PngInfo
 
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
-    from cascade.files.ours import SOFTWARE, check_png
+    from cascade.files.replaceable import SOFTWARE, check_png
     from cascade.load.training import load_train_config, text_encoder_source
     from cascade.text.tokens import TokenCounter
 
     check_png(Path(sheet), _PROGRAM)
     settings = load_train_config(find_config(config), assignments)
-    # First, because a wrong encoder or place for the sheet should be told before a million pictures are decoded.
+    # First, so that a wrong encoder or sheet path is reported before a million pictures are decoded.
     reading = Reading(TokenCounter(text_encoder_source(settings.text)), settings.text)
     with writing(Path(sheet)):
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
 
 
 def surveys_of(config: TrainConfig, limit: int | None) -> list[Survey]:
-    """Of each source of a run, then of each of its held-out ones."""
+    """A survey of each source of a run, then of each held-out source."""
     from cascade.data.survey import survey
 
     validation = config.training.validation
@@ -80,13 +80,13 @@ def surveys_of(config: TrainConfig, limit: int | None) -> list[Survey]:
 
 
 def describe(found: Survey, data: DataConfig, stage: StageConfig) -> list[str]:
-    """What was found, in lines."""
-    total = f"{found.total:,} records" if found.total is not None else "no known end"
-    lines = [f"{found.name}: {total}, {found.looked_at:,} looked at"]
+    """The findings as lines of text."""
+    total = f"{found.total:,} records" if found.total is not None else "endless"
+    lines = [f"{found.name}: {total}, {found.looked_at:,} inspected"]
     if found.sizes:
         by_area = sorted(found.sizes, key=lambda size: size[0] * size[1])
         least, median, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-        side = min if data.aspect == "crop" else max  # of the square that is made of a picture; tiles stay as they are
+        side = min if data.aspect == "crop" else max  # side of the square made of a picture; tiles are not resized
         small = 0 if data.tiles else sum(side(size) < stage.resolution for size in found.sizes)
         enlarged = f"; {small:,} will be enlarged to {stage.resolution} px" if small else ""
         lines.append(f"  pictures: {least} to {most}, median {median}{enlarged}")
@@ -98,14 +98,14 @@ def describe(found: Survey, data: DataConfig, stage: StageConfig) -> list[str]:
 
 
 class Reading:
-    """How captions reach the text encoder: cleaned, and cut after `text.max_length` tokens."""
+    """Prepares captions as the text encoder reads them: cleaned, and cut after `text.max_length` tokens."""
 
     def __init__(self, counter: TokenCounter, text: TextConfig) -> None:
-        """counter: of texts that are cleaned already."""
+        """counter: counts the tokens of cleaned texts."""
         self._counter, self._text = counter, text
 
     def describe(self, captions: Iterable[str]) -> list[str]:
-        """How many tokens the captions have, and which of them are cut, where."""
+        """The token counts of the captions, and where the longest ones are cut."""
         read = list(dict.fromkeys(map(self._cleaned, captions)))
         lengths = self._counter.count(read)
         if not lengths:
@@ -127,14 +127,14 @@ class Reading:
         return prepare_caption(caption, self._text.captions)
 
     def _kept(self, text: str) -> str:
-        """The whole words of a cleaned text that are kept."""
+        """The words of a cleaned text that are kept in full."""
         words = text.split()
         lengths = self._counter.count([" ".join(words[: count + 1]) for count in range(len(words))])
         return " ".join(words[: sum(length <= self._text.max_length for length in lengths)])
 
 
 def _some(what: str, lines: Sequence[str]) -> list[str]:
-    """`what`: how many, and the first few."""
+    """A line `what: number`, and the first few lines."""
     named = [f"    {line}" for line in lines[:_NAMED]]
     more = [f"    and {len(lines) - _NAMED:,} more"] if len(lines) > _NAMED else []
     return [f"  {what}: {len(lines):,}", *named, *more]

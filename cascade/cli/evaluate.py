@@ -1,4 +1,4 @@
-"""`cascade evaluate`: measure what a cascade draws."""
+"""`cascade evaluate`: measures the pictures that a cascade draws."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ def _sr() -> Suite:
 
 
 SUITES: dict[str, Callable[[], Suite]] = {"scenes": _scenes, "art": _art, "sr": _sr}
-"""The suites by name; each is imported when it is asked for."""
+"""The suites by name; each is imported when it is used."""
 
 UNUSED: dict[str, tuple[str, ...]] = {
     "scenes": ("data", "until", "further", "clip", "inception"),
     "sr": ("until", "further", "clip", "inception"),
 }
-"""Options that a suite would not look at, and that are refused with it."""
+"""Options that a suite does not use; the command refuses them for it."""
 
 SAMPLING = ("steps", "guidance", "sampler")
 
 VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
-"""Packages whose release may move a figure."""
+"""Packages whose version may change a figure."""
 
 
 @click.command()
 @path_argument("model", required=False)
-@click.option("--suite", type=click.Choice(tuple(SUITES)), required=True, help="What is measured.")
-@path_option("--out", default="evaluation", show_default=True, metavar="FOLDER", help="Where the report goes.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of prompts and noise.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Pictures at most; default: the suite's own.")
-@path_option("--data", metavar="FOLDER", help="True pictures: the Parquet files of scripts/prepare_data.py.")
-@click.option("--until", type=click.IntRange(min=1), metavar="SIZE", help="Side of the largest drawings measured.")
-@click.option("--further", type=click.IntRange(min=1), metavar="N", help="Drawings of each further style of the data.")
-@path_option("--clip", metavar="MODEL", help="Your CLIP, folder or hub id: adds its score to the art suite.")
-@path_option("--inception", metavar="FILE", help="Your Inception weights: adds the Frechet distance to the art suite.")
+@click.option("--suite", type=click.Choice(tuple(SUITES)), required=True, help="The measurements to make.")
+@path_option("--out", default="evaluation", show_default=True, metavar="FOLDER", help="Folder of the report.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="For prompts and noise.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Maximum pictures; default: the suite's own.")
+@path_option("--data", metavar="FOLDER", help="Real pictures: the Parquet files of scripts/prepare_data.py.")
+@click.option("--until", type=click.IntRange(min=1), metavar="SIZE", help="Side of the largest pictures measured.")
+@click.option("--further", type=click.IntRange(min=1), metavar="N", help="Pictures of each other style of the data.")
+@path_option("--clip", metavar="MODEL", help="A CLIP model, folder or hub id: adds its score to the art suite.")
+@path_option("--inception", metavar="FILE", help="Inception weights: adds the Frechet distance to the art suite.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
@@ -78,10 +78,10 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype: str | None, **values: Any) -> int:
-    """Measure what a cascade draws: report.json, report.md and contact.png in FOLDER.
+    """Measure the pictures that a cascade draws; writes report.json, report.md and contact.png to FOLDER.
 
     MODEL is a folder or hub id; default: the bundled cascade. The same call gives the same numbers; docs/evaluation.md
-    says what each of them means.
+    explains each of them.
 
     \b
     cascade evaluate --suite scenes --out report
@@ -104,7 +104,7 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
 
 
 def _check(suite: str, out: str, values: dict[str, Any]) -> None:
-    """Raises CascadeError for what would be noticed only after everything was drawn, or never."""
+    """Raises CascadeError for mistakes that would otherwise show only after all drawing, or never."""
     from cascade.evaluation.report import check_folder
 
     for option in UNUSED.get(suite, ()):
@@ -112,7 +112,7 @@ def _check(suite: str, out: str, values: dict[str, Any]) -> None:
             raise CascadeError(f"--{option}: the suite {suite} does not use it; leave it out")
     place = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise CascadeError(f"--out {out}: {place} is no folder that can be written; name another")
+        raise CascadeError(f"--out {out}: {place} is not a writable folder; name another")
     check_folder(Path(out))
 
 
@@ -134,7 +134,7 @@ def _request(values: dict[str, Any]) -> Request:
 
 
 def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict[str, Any]:
-    """What every report says of the run: enough to repeat it, and nothing that changes when it is repeated."""
+    """The report's entries about the run: all that is needed to repeat it, and nothing that a repetition changes."""
     import torch
 
     from cascade._version import __version__

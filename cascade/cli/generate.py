@@ -1,4 +1,4 @@
-"""`cascade generate`: pictures from prompts, into a folder."""
+"""`cascade generate`: draws pictures from prompts into a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def for_stages(
     name: str, convert: Callable[[str], Any], help: str, metavar: str = "[STAGE=]VALUE,..."
 ) -> Callable[[Any], Any]:
-    """An option that takes `20` for all stages, or `base=20,sr256=4`."""
+    """A click option with one value for all stages (`20`), or one per stage (`base=20,sr256=4`)."""
 
     def read(_context: click.Context, _parameter: click.Parameter, text: str | None) -> Any:
         try:
@@ -49,7 +49,7 @@ def _batch_size(_context: click.Context, _parameter: click.Parameter, text: str 
     try:
         size = whole_number(text)
     except ValueError as error:
-        raise click.BadParameter(f"{error}; expected one of at least 1, or auto.") from None
+        raise click.BadParameter(f"{error}; expected a number of at least 1, or auto.") from None
     if size < 1:
         raise click.BadParameter(f"{size} is not in the range x>=1.")
     return size
@@ -61,7 +61,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     which, _, count = text.partition("/")
     if which.isdecimal() and count.isdecimal() and 1 <= int(which) <= int(count):
         return (int(which) - 1, int(count))
-    raise click.BadParameter(f"{quoted(text)}; expected which of how many, such as 3/16.")
+    raise click.BadParameter(f"{quoted(text)}; expected number/count, such as 3/16.")
 
 
 @click.command()
@@ -69,19 +69,19 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @path_option("--prompts", "file", metavar="FILE", help="Prompts: .txt, .jsonl, .csv, .tsv, .parquet, a folder, or `-`.")
 @click.option("--strict", is_flag=True, help="Stop at the first line that cannot be drawn.")
 @path_option(
-    "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from what it says of itself."
+    "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from the metadata inside it."
 )
 @path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Where the pictures go.")
-@click.option("--overwrite", is_flag=True, help="Begin anew in a folder with pictures of an earlier run; they go.")
+@path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
+@click.option("--overwrite", is_flag=True, help="Remove the pictures of an earlier run in FOLDER and start again.")
 @click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
-@click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts in a shard of webdataset.")
-@click.option("--manifest", type=click.Choice(("jsonl", "parquet")), default="jsonl", help="Parquet: beside the JSONL.")
-@click.option("--html", is_flag=True, help="Also write a page of pictures beside prompts, FOLDER/index.html.")
-@click.option("--shard", callback=_shard, metavar="I/N", help="Draw only the I-th of N parts, such as 3/16.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same pictures; default: drawn and reported.")
+@click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts per webdataset shard.")
+@click.option("--manifest", type=click.Choice(("jsonl", "parquet")), default="jsonl", help="Parquet: in addition.")
+@click.option("--html", is_flag=True, help="Also write a page of pictures and prompts, FOLDER/index.html.")
+@click.option("--shard", callback=_shard, metavar="I/N", help="Draw only part I of N, such as 3/16.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same pictures; default: random.")
 @click.option("-n", "--num-images-per-prompt", type=_POSITIVE, default=1, show_default=True)
-@click.option("--negative-prompt", metavar="TEXT", help="What the pictures should not be like.")
+@click.option("--negative-prompt", metavar="TEXT", help="Description of what to avoid.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
@@ -89,29 +89,29 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
 @click.option("--until", type=_POSITIVE, help="Stop after the stage of this size, in pixels.")
-@click.option("--height", type=_POSITIVE, help="Of the pictures, in pixels.")
-@click.option("--width", type=_POSITIVE, help="Of the pictures, in pixels.")
+@click.option("--height", type=_POSITIVE, help="Height of the pictures, in pixels.")
+@click.option("--width", type=_POSITIVE, help="Width of the pictures, in pixels.")
 @click.option("--save-stages", is_flag=True, help="Keep the smaller pictures too, in FOLDER/stages.")
 @click.option("--grid", is_flag=True, help="Also write a contact sheet, FOLDER/grid.png.")
 @path_option("--image", metavar="FILE", help="A picture to change, see docs/editing.md.")
-@path_option("--mask", metavar="FILE", help="White where the picture is drawn anew; elsewhere every bit stays.")
-@for_stages("--strength", number, "0 gives the picture back, 1 ignores it; default: 0.85, with a mask 1.")
+@path_option("--mask", metavar="FILE", help="White where the picture is redrawn; elsewhere every bit stays.")
+@for_stages("--strength", number, "0 returns the picture, 1 ignores it; default: 0.85, with a mask 1.")
 @for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
 @click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
 @click.option(
-    "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Go this far to another seed's noise."
+    "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Mix in this share of another seed's noise."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option(
     "--dtype",
-    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU supports it, else float32.",
 )
-@click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; or auto: what fits.")
+@click.option("--batch-size", callback=_batch_size, metavar="N", help="Pictures per network call; auto: all that fit.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time, for a window of prompts.")
 @click.option("--text-8bit", is_flag=True, help="Text encoder in 8 bits; needs the extra `quantized`.")
 @click.option("--window", type=_POSITIVE, help="Prompts drawn together; default: a batch, 64 with --low-memory.")
-@click.option("--log-json", is_flag=True, help="For machines: a line of JSON for everything that happens, on stdout.")
-@click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
+@click.option("--log-json", is_flag=True, help="Print one line of JSON per event on stdout.")
+@click.option("--quiet", is_flag=True, help="Print only failures.")
 def generate(**values: Any) -> int:
     """Draw pictures.
 
@@ -129,19 +129,19 @@ def generate(**values: Any) -> int:
     from cascade.cli.redraw import redraw
 
     if request.prompts or request.file:
-        raise CascadeError("--from-image: the picture says what to draw; give no prompts beside it")
+        raise CascadeError("--from-image: the picture holds its own prompt; leave out prompts")
     return redraw(picture, request)
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What a person or a program sees of a run."""
+    """The output of a run on the terminal."""
 
     quiet: bool
     log_json: bool
 
     def progress(self) -> Progress:
-        """While it goes on."""
+        """The progress display during the run."""
         from cascade.batch.progress import Bar, JsonLog, Progress
 
         if self.log_json:
@@ -149,10 +149,10 @@ class Screen:
         return Bar() if sys.stderr.isatty() and not self.quiet else Progress()
 
     def end(self, outcome: Outcome, request: BatchRequest) -> None:
-        """Once it is over."""
+        """Print the outcome."""
         if request.seed is None:
             self._say(f"seed: {outcome.seed}")
-        before = f", {outcome.kept} of them from before" if outcome.kept else ""
+        before = f", {outcome.kept} of them from an earlier run" if outcome.kept else ""
         failed = f", {outcome.failures} failed" if outcome.failures else ""
         page = f"; see {outcome.folder / 'index.html'}" if request.html and request.shard[1] == 1 else ""
         plural = "s" * (outcome.pictures != 1)
@@ -169,8 +169,8 @@ class Screen:
 
 
 def _drawn(request: BatchRequest, screen: Screen) -> int:
-    """Draw everything; the exit status."""
-    with _told_to_stop() as stop:
+    """Draw everything; returns the exit status."""
+    with _stopping_on_signals() as stop:
         outcome = request.run(screen.progress(), stop)
     if not outcome.speaks:
         return 0
@@ -179,8 +179,8 @@ def _drawn(request: BatchRequest, screen: Screen) -> int:
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether the system's word to stop came: then the pictures at hand are finished, and the run ends."""
+def _stopping_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function: whether a stop signal has arrived; the run then finishes its current pictures and ends."""
     asked = False
 
     def ask(_number: int, _frame: FrameType | None) -> None:

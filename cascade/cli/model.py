@@ -1,4 +1,4 @@
-"""`cascade info` and `cascade assemble`: what a model folder holds, and how one is made of trained stages."""
+"""`cascade info` and `cascade assemble`: describe a model folder, and make one from trained stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the table. gflop_per_call: of the network, one picture; calls: how many a picture takes.
+    """One line of the table. gflop_per_call: one network call for one picture. calls: network calls per picture.
 
     draws: false for a stage that only `upscale` uses.
     """
@@ -40,16 +40,16 @@ class Part:
 
     @property
     def gflop_per_picture(self) -> float | None:
-        """All calls together."""
+        """Arithmetic of all calls."""
         return None if self.calls is None or self.gflop_per_call is None else self.calls * self.gflop_per_call
 
 
 @click.command()
 @path_argument("model", required=False)
-@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages behind the first of MODEL's.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="Stages that replace MODEL's after the first.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) -> int:
-    """Show the parts of a cascade: sizes, parameters, arithmetic, licence, and which ways to load it fit here.
+    """Show the parts of a cascade: sizes, parameters, arithmetic, licence, and the ways to load it that fit here.
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
@@ -81,7 +81,7 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
 
 def _memory(possible: Sequence[Way], free: int) -> str:
-    """A line for each way to load the model, and the first that fits."""
+    """One line per way to load the model, and the first that fits."""
     lines = [f"{way.bytes / 1e9:6.1f} GB at most with {way.description}" for way in possible]
     fitting = next((way.description for way in possible if way.bytes <= free), None)
     advice = f"fits with {fitting}" if fitting else "no setting fits"
@@ -119,7 +119,7 @@ def _size(folder: Path) -> int:
 
 
 def _table(parts: list[Part]) -> str:
-    """Right-aligned columns, and the sums below."""
+    """Right-aligned columns, with sums at the end."""
     header = ["part", "pixels", "parameters", "MB on disk", "steps", "calls", "GFLOP per call", "GFLOP per picture"]
     rows = [_row(part) for part in parts]
     total = sum(part.gflop_per_picture or 0 for part in parts if part.draws)
@@ -168,12 +168,12 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 @click.command()
 @path_option("--text-encoder", required=True, help="A T5 folder or hub id, or `bundled`.")
 @path_option("--stage", "stages", required=True, multiple=True, metavar="FOLDER", help="A stage, smallest first.")
-@click.option("--adapter", metavar="STAGE=FOLDER,...", help="Low-rank adapters, to be added to stages.")
+@click.option("--adapter", metavar="STAGE=FOLDER,...", help="Low-rank adapters to add to stages.")
 @path_option("--out", required=True, metavar="FOLDER", help="The model folder to write.")
 @click.option("--name", required=True, help="Name of the cascade.")
 @click.option("--license", required=True, help="Licence of the weights, such as CC-BY-4.0.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format on disk; default: as trained.")
-@click.option("--max-text-length", type=click.IntRange(min=1), help="In tokens; default: as in training.")
+@click.option("--max-text-length", type=click.IntRange(min=1), help="Text length in tokens; default: as in training.")
 def assemble(
     text_encoder: str,
     stages: tuple[str, ...],
@@ -184,7 +184,7 @@ def assemble(
     dtype: str | None,
     max_text_length: int | None,
 ) -> int:
-    """Put trained stages behind a text encoder, as one model folder. It reads texts as the stages' were in training.
+    """Join a text encoder and trained stages to one model folder. It reads text as the stages' training did.
 
     \b
     cascade assemble --text-encoder bundled --stage runs/base --stage runs/sr256 \\
@@ -217,12 +217,12 @@ def _adapters(text: str | None) -> dict[str, str]:
 @click.command()
 @path_argument("source")
 @path_argument("out")
-@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage to put behind SOURCE's.")
+@path_option("--super-resolution", multiple=True, metavar="FOLDER", help="A second stage, to follow SOURCE's.")
 def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
-    """Turn DeepFloyd IF from diffusers' folder layout into ours, or back. Weights stay bit for bit.
+    """Convert DeepFloyd IF from diffusers' folder layout to cascade's, or back. Weights stay bit for bit.
 
-    SOURCE is a folder or hub id. One of diffusers' becomes OUT, a cascade of ours; one of ours becomes diffusers
-    folders: OUT itself, or one a stage below it.
+    SOURCE is a folder or hub id. A diffusers folder becomes OUT, a cascade. A cascade becomes diffusers folders: OUT
+    itself if it has one stage, else one folder per stage in OUT.
     """
     from cascade.convert import convert as convert_model
 

@@ -12,7 +12,7 @@ from cascade.files.paths import expanded
 
 
 class PathText(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 alone
-    """A path, or the name of a model: not empty, `~` at its beginning the home folder, as after a space."""
+    """A path, or the name of a model: not empty; a leading `~` is the home folder, as in a shell."""
 
     name = "path"
 

@@ -1,4 +1,4 @@
-"""`cascade plot`: the curves of training runs as a picture."""
+"""`cascade plot`: draws the curves of training runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROGRAM = "cascade plot"
 @path_argument("runs", nargs=-1, required=True)
 @path_option("--out", default="curves.png", show_default=True)
 def plot(runs: tuple[str, ...], out: str) -> int:
-    """Draw what runs logged: loss, loss by noise level, learning rate, gradient norm, pictures per second.
+    """Draw the logs of runs: loss, loss by noise level, learning rate, gradient norm, pictures per second.
 
     RUNS are folders of training runs; each is a line in every panel. Needs no server and no display.
 
@@ -25,7 +25,7 @@ def plot(runs: tuple[str, ...], out: str) -> int:
     cascade plot runs/wide runs/deep --out both.png
     """
     from cascade.checkpoint import atomic_file
-    from cascade.files.ours import SOFTWARE, check_png
+    from cascade.files.replaceable import SOFTWARE, check_png
     from cascade.training.plot import draw_curves, read_curves
 
     check_png(Path(out), _PROGRAM)

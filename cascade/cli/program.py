@@ -1,4 +1,4 @@
-"""The command line. Commands import what is heavy when they run, so that `cascade --help` is quick."""
+"""The command line. Commands import heavy packages only when they run, so that `cascade --help` is fast."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ __all__ = ["main"]
 @click.version_option(__version__, prog_name="cascade")
 @click.pass_context
 def program(context: click.Context) -> None:
-    """A pixel-space text-to-image cascade: draw pictures, train stages, put them together.
+    """A pixel-space text-to-image cascade: draw pictures, train stages, assemble cascades.
 
-    Exit status: 0 all done, 1 some pictures failed and are named or a run was stopped, 2 the call was wrong or could
+    Exit status: 0 all done; 1 some pictures failed, and are named, or a run was stopped; 2 the call was wrong or could
     not run.
     """
     if context.invoked_subcommand is None:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             if error.filename is None:
                 raise
-            # A path that may not be looked at, or is too long: told in one place, for it may be asked for anywhere.
+            # A path without permission, or too long: reported here, because every command opens files.
             return _fail([f"{error.filename}: {error.strerror or error}"])
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "cascade"
@@ -92,7 +92,7 @@ def _fail(lines: Sequence[str]) -> int:
 
 @contextmanager
 def _plain_messages() -> Iterator[None]:
-    """While a command runs, log messages and warnings are plain lines on stderr, and any name can be printed."""
+    """Print log messages and warnings as plain lines on stderr while a command runs; any file name can be printed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names need not be UTF-8

@@ -1,4 +1,4 @@
-"""`cascade generate --from-image`: a picture is drawn again from what it says of itself."""
+"""`cascade generate --from-image`: draws a picture again from the metadata inside it."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 
 def redraw(picture: str, request: BatchRequest) -> int:
-    """Draw `picture` again into the request's folder, to the same bytes; the exit status.
+    """Draw `picture` again into the request's folder, to the same bytes; returns the exit status.
 
-    request: names the model, the device, and the picture that it was made from, where it was made from one; with
-    `overwrite` another picture of ours that stands there is replaced. Raises CascadeError when it says nothing of
-    itself, or was drawn by another model, and for what would be written over.
+    request: holds the model, the device, and the picture to change, if there was one; with `overwrite` an existing
+    picture of cascade is replaced. Raises CascadeError when the picture has no metadata, or was drawn by another model,
+    and for a file that would be overwritten.
     """
     from cascade.batch.metadata import read_metadata
 
-    said, format = read_metadata(picture)
+    metadata, format = read_metadata(picture)
     target = Path(request.out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
     if target.exists():
-        read_metadata(target)  # a stranger's is told before anything is drawn, and stays
-    content = _drawn(said, format, picture, request)
+        read_metadata(target)  # another program's picture is refused before anything is drawn, and kept
+    content = _drawn(metadata, format, picture, request)
     same = content == Path(picture).read_bytes()
     if target.exists() and not request.overwrite and target.read_bytes() != content:
-        raise CascadeError(f"{target}: is there already, and another picture; --overwrite, or name another --out")
+        raise CascadeError(f"{target}: exists, and is another picture; give --overwrite, or name another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
-    say(f"{target}: {'the same bytes' if same else _difference(said)}")
+    say(f"{target}: {'the same bytes' if same else _difference(metadata)}")
     return 0 if same else 1
 
 
-def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
-    """The file, as the run that wrote it would; the smaller picture of a stage is known by its size."""
+def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
+    """The content of the picture file, as the original run wrote it; an earlier stage's picture by its size."""
     from cascade.batch.metadata import encode
     from cascade.drawing.engine import Conduct
     from cascade.drawing.recipe import Recipe
@@ -56,15 +56,17 @@ def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchReques
     from cascade.images import to_pil
     from cascade.pipeline import CascadePipeline
 
-    recipe = Recipe.from_json(said, picture)
+    recipe = Recipe.from_json(metadata, picture)
     if recipe.source:
         raise CascadeError(f"{picture}: was enlarged from another picture; enlarge that one with `cascade upscale`")
-    settings = said["settings"]
+    settings = metadata["settings"]
     pipeline = CascadePipeline.from_pretrained(
         request.model, device=request.device or settings["device"], dtype=settings["dtype"]
     )
-    if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
-        raise CascadeError(f"{picture}: was drawn by the model {quoted(said['model'])}; name its folder with --model")
+    if pipeline.name != metadata["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
+        raise CascadeError(
+            f"{picture}: was drawn by the model {quoted(metadata['model'])}; name its folder with --model"
+        )
     with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
@@ -74,26 +76,24 @@ def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchReques
     images = [to_pil(pixels[None])[0] for pixels in result.pixels]
     chosen = next((image for image in images if image.size == size), images[-1])
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-    return encode(chosen, {**said, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+    return encode(chosen, {**metadata, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
 
 
 def _edit(recipe: Recipe, pipeline: CascadePipeline, picture: str, changes: Changes) -> Edit | None:
-    """The change that a picture was made by. Raises CascadeError when the command line names another one, or none."""
+    """The edit that made the picture. Raises CascadeError when the command line has another one, or none."""
     if not recipe.image:
         return None
     if changes.image is None:
-        raise CascadeError(
-            f"{picture}: was made from another picture; name that with --image, and the mask with --mask"
-        )
+        raise CascadeError(f"{picture}: was made from another picture; name it with --image, and its mask with --mask")
     configs = [slot.config for slot in pipeline.slots[: len(recipe.stages)]]
     edit, _, own = changes.resolve(configs, (recipe.height, recipe.width), asked=True)
     if (own["image"], own["mask"]) != (recipe.image, recipe.mask):
-        raise CascadeError(f"{picture}: was made from another picture or mask than --image and --mask name")
+        raise CascadeError(f"{picture}: was made from another picture or mask than those in --image and --mask")
     return edit
 
 
-def _difference(said: dict[str, Any]) -> str:
+def _difference(metadata: dict[str, Any]) -> str:
     return (
-        f"not the same bytes; it was drawn by cascade {said['cascade']} on {said['settings']['device']},"
-        " and machine, torch version and thread count count too"
+        f"not the same bytes; it was drawn by cascade {metadata['cascade']} on {metadata['settings']['device']},"
+        " and the bytes also depend on machine, torch version and thread count"
     )

@@ -1,4 +1,4 @@
-"""How commands print: everything passes through here, so that no name or prompt reaches a terminal as it is."""
+"""Printing for all commands, with escapes, so that no name or prompt can control a terminal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cascade.quoting import message, shown_lines
 
 
 def say(text: object, error: bool = False) -> None:
-    """Print a result on standard output, or a message on standard error, which is cut where it is too long."""
+    """Print a result on standard output, or a message, cut if it is too long, on standard error."""
     click.echo(message(str(text)) if error else shown_lines(str(text)), err=error)
 
 
 class PlainFormatter(logging.Formatter):
-    """The message alone."""
+    """Log messages without level or name."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Its lines, escaped and cut as `say` does."""
+        """The message's lines, escaped and cut as by `say`."""
         return message(super().format(record))

@@ -1,4 +1,4 @@
-"""`cascade studio` and `cascade serve`: a page and an HTTP API in front of one engine."""
+"""`cascade studio` and `cascade serve`: a web page and an HTTP API for drawing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 PORT = 7860
 _KEY = "CASCADE_API_KEY"
-_OTHER_PORTS = 20  # that the page tries; a program expects the API where it was told
+_OTHER_PORTS = 20  # that `studio` tries; a program expects the API at the port it was given
 
 _OPTIONS = (
     path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
-    path_option("--out", default="out", show_default=True, metavar="FOLDER", help="The gallery."),
-    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
-    click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any that is free."),
-    click.option("--allowed-host", multiple=True, metavar="NAME", help="A further name under which others reach us."),
-    click.option("--no-auth", is_flag=True, help="Let everyone in who reaches --host, without a key."),
-    click.option("--most-waiting", type=click.IntRange(min=1), default=500, show_default=True, help="Pictures."),
+    path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the gallery."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require a key."),
+    click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free port."),
+    click.option("--allowed-host", multiple=True, metavar="NAME", help="Another host name that requests may use."),
+    click.option("--no-auth", is_flag=True, help="Accept requests without a key on any --host."),
+    click.option(
+        "--most-waiting", type=click.IntRange(min=1), default=500, show_default=True, help="Pictures in the queue."
+    ),
     click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one."),
     click.option(
-        "--dtype", help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it."
+        "--dtype", help="float32, bfloat16, float16, or auto (fastest); default: bfloat16 if the GPU supports it."
     ),
     click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time."),
 )
@@ -49,11 +51,11 @@ def _with_options(command: Command) -> Command:
 
 @click.command()
 @_with_options
-@click.option("--no-browser", is_flag=True, help="Only say where the page is.")
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 def studio(no_browser: bool, **values: Any) -> int:
-    """Draw with a page on this machine, which your browser shows.
+    """Draw on a web page, served on this machine and opened in your browser.
 
-    Pictures go into the folder --out, which `cascade generate` can draw into, too. No request leaves this machine.
+    Pictures go to the folder --out, which `cascade generate` may use as well. No request leaves this machine.
     """
     return Request(**values, page=True, browser=not no_browser).run()
 
@@ -61,7 +63,7 @@ def studio(no_browser: bool, **values: Any) -> int:
 @click.command()
 @_with_options
 def serve(**values: Any) -> int:
-    """Answer HTTP requests for pictures: our own API, OpenAI's images API, and AUTOMATIC1111's txt2img.
+    """Answer HTTP requests for pictures: cascade's own API, OpenAI's images API, and AUTOMATIC1111's txt2img.
 
     Listens on this machine alone; for others give --host, and a key in the environment variable CASCADE_API_KEY.
     """
@@ -70,7 +72,7 @@ def serve(**values: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asks for; one field an option."""
+    """The command line's options, one field each."""
 
     model: str | None
     out: str
@@ -86,7 +88,7 @@ class Request:
     browser: bool
 
     def run(self) -> int:
-        """Serve until somebody ends it; the exit status."""
+        """Serve until stopped; returns the exit status."""
         rules = self._rules()
         from cascade.server.app import make_app
         from cascade.server.gallery import Gallery
@@ -107,10 +109,10 @@ class Request:
         return 0
 
     def _rules(self) -> Rules:
-        """Raises CascadeError when the extra is missing, and for an open door that nobody asked for."""
+        """Raises CascadeError when the extra is missing, and when other machines could draw without a key."""
         try:
             import fastapi  # noqa: F401
-            import uvicorn  # noqa: F401 - to say so before anything is loaded
+            import uvicorn  # noqa: F401 - reported before anything is loaded
 
             from cascade.server.guard import Rules, is_loopback
         except ImportError as error:
@@ -118,7 +120,7 @@ class Request:
         key = os.environ.get(_KEY) or None
         if not is_loopback(self.host) and key is None and not self.no_auth:
             raise CascadeError(
-                f"--host {self.host}: others could draw here; set {_KEY} to a key that they need, or give --no-auth"
+                f"--host {self.host}: other machines could draw here; set {_KEY} to a key for them, or give --no-auth"
             )
         return Rules(hosts=(*self.allowed_host, self.host), key=None if self.no_auth else key)
 

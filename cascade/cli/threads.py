@@ -1,8 +1,8 @@
-"""How torch's threads wait for each other, settled before torch is imported.
+"""How torch's threads wait for each other, set before torch is imported.
 
-OpenMP's threads spin at the end of every parallel part until the last one is there. With a core for each that is the
-fastest way. With another program on one of the cores, the spinning thread keeps the late one from running, thousands of
-times in a picture: on two busy cores a picture takes five times as long as with threads that sleep instead.
+OpenMP's threads spin at the end of every parallel section until the last one arrives. With one core per thread that is
+fastest. If another program occupies a core, the spinning thread keeps the late one from running, thousands of times per
+picture: on two busy cores a picture takes five times as long as with threads that sleep instead.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _BUSY = 0.5
 
 
 def wait_asleep_on_a_busy_machine() -> bool:
-    """Have waiting threads sleep where other programs keep half a core busy or more; whether they will.
+    """Let waiting threads sleep if other programs use half a core or more; returns whether they will.
 
-    Nothing changes where the environment says already how many threads there are or how they wait. The bytes of
-    pictures do not depend on it.
+    Does nothing if the environment already sets the number of threads or how they wait. The bytes of pictures do not
+    depend on it.
     """
     if any(name in os.environ for name in _SETTINGS):
         return False

@@ -1,4 +1,4 @@
-"""`cascade train` and `cascade encode`: one stage's training run, and the text embeddings that it reads."""
+"""`cascade train` and `cascade encode`: a training run of one stage, and the text embeddings for it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
 PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "configs")
-"""Where presets are: in an installed package, or in a checkout of the sources."""
+"""Folders of presets: in an installed package, or in a checkout of the sources."""
 _LAUNCHER = "accelerate"
-"""Beside them: how processes are started, which is no training run."""
+"""A folder next to the presets with launcher configurations, which are not training runs."""
 
 
 @click.command()
@@ -63,9 +63,9 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
 def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: str | None) -> int:
     """Fill the cache of text embeddings of a training run.
 
-    Encodes its sample prompts and every caption of its sources, held-out ones too, for which a stream is read once from
-    end to end; those of drawn scenes are encoded when met. Stopped by Ctrl-C or SIGTERM and started
-    again, it goes on. Under `accelerate launch` or `torchrun` the processes share the captions.
+    Encodes its sample prompts and every caption of its sources, held-out ones included; a stream is read once from end
+    to end. Captions of drawn scenes are encoded during training. Stopped by Ctrl-C or SIGTERM and started again, it
+    continues. Under `accelerate launch` or `torchrun` the processes share the captions.
     """
     from tqdm import tqdm
 
@@ -86,12 +86,12 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     bar = sys.stderr.isatty() and number == 0
     with stop_signals() as stopped:
         captions = _captions(settings)
-        told = tqdm(captions, desc="captions", unit="caption", disable=not bar)
-        added = fill(cache, encoder, told, Pace(batch_size, stopped=stopped), share=(number, count))
-    cache = open_cache(settings.text.cache, encoder)  # with what the other processes wrote
-    who = f"process {number}: " if count > 1 else ""
+        shown = tqdm(captions, desc="captions", unit="caption", disable=not bar)
+        added = fill(cache, encoder, shown, Pace(batch_size, stopped=stopped), share=(number, count))
+    cache = open_cache(settings.text.cache, encoder)  # includes the embeddings of the other processes
+    prefix = f"process {number}: " if count > 1 else ""
     say(
-        f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
+        f"{prefix}{added} captions encoded, {len(cache)} in {settings.text.cache},"
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
     if stopped():
@@ -100,7 +100,7 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
 
 
 def _captions(config: TrainConfig) -> Iterator[str]:
-    """All that the run will give to its text encoder, so that it need not be loaded at its first validation or grid."""
+    """All texts that the run will encode, so that it does not load the encoder for its first validation or grid."""
     from cascade.data.loader import captions_of
 
     validation = config.training.validation
@@ -115,7 +115,7 @@ def find_config(name: str) -> Path:
     wanted = name.removeprefix(PRESET)
     presets = known_presets()
     if wanted not in presets:
-        raise CascadeError(f"{name}: no such preset; there are {', '.join(sorted(presets))}")
+        raise CascadeError(f"{name}: no such preset; expected one of {', '.join(sorted(presets))}")
     return presets[wanted]
 
 

@@ -1,4 +1,4 @@
-"""`cascade upscale`: pictures of one's own, enlarged by the super-resolution stages."""
+"""`cascade upscale`: enlarges your own pictures with the super-resolution stages."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _POSITIVE = click.IntRange(min=1)
 
 @click.command()
 @path_argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("--prompt", default="", metavar="TEXT", help="What the pictures show.")
-@click.option("--to", type=_POSITIVE, metavar="N", help="Longer side of the result; default: of the last stage.")
-@click.option("--tile", type=_POSITIVE, metavar="N", help="Draw squares of this side one at a time: less memory.")
+@click.option("--prompt", default="", metavar="TEXT", help="Description of the pictures.")
+@click.option("--to", type=_POSITIVE, metavar="N", help="Longer side of the result; default: the last stage's size.")
+@click.option("--tile", type=_POSITIVE, metavar="N", help="Draw in square tiles of this side, which takes less memory.")
 @path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@path_option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Where the pictures go.")
-@click.option("--overwrite", is_flag=True, help="Replace pictures that are there already.")
+@path_option("--out", default="upscaled", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace existing pictures.")
 @click.option(
     "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Same seed, same pictures."
 )
@@ -40,10 +40,10 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option(
     "--dtype",
-    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU has it.",
+    help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU supports it, else float32.",
 )
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
-@click.option("--quiet", is_flag=True, help="Say nothing but what failed.")
+@click.option("--quiet", is_flag=True, help="Print only failures.")
 def upscale(
     images: tuple[str, ...],
     model: str | None,
@@ -57,8 +57,8 @@ def upscale(
 ) -> int:
     """Enlarge pictures of any size and aspect ratio.
 
-    Each becomes FOLDER/NAME.png, which says how it was made; manifest.jsonl has a line for each. Pictures that are
-    there from the same call are kept. Transparency, EXIF and the frames of an animation stay (as an animated PNG).
+    Each becomes FOLDER/NAME.png with metadata about how it was made, and a line in manifest.jsonl. Existing pictures
+    from the same call are kept. Transparency, EXIF and the frames of an animation are preserved (as an animated PNG).
 
     \b
     cascade upscale photo.jpg --prompt "a red apple, noto style"
@@ -71,7 +71,7 @@ def upscale(
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
     sampling = {name: options[name] for name in SETTINGS}
     configs = [slot.config for slot in pipeline.enlargers]
-    resolve_sampling(configs, options["preset"], sampling)  # told once, not each time
+    resolve_sampling(configs, options["preset"], sampling)  # to report a mistake once, not for each picture
     enlarger = Enlarger(pipeline, options, overwrite)
     failed = 0
     for image, target in targets.items():
@@ -90,14 +90,14 @@ def upscale(
 
 
 def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
-    """The file that each picture becomes. Raises CascadeError when two would become the same, or `out` is no folder."""
+    """The output file of each picture. Raises CascadeError when two are the same, or `out` is not a folder."""
     targets: dict[str, Path] = {}
     taken: dict[str, str] = {}
     for image in dict.fromkeys(images):
         target = out / f"{portable(Path(image).stem)}.png"
         same = alike(target.name)
         if same in taken:
-            raise CascadeError(f"{image}: would become {target}, as {taken[same]} does; give them two --out folders")
+            raise CascadeError(f"{image}: would become {target}, as {taken[same]} does; use two --out folders")
         if target.exists() and Path(image).exists() and target.samefile(image):
             raise CascadeError(f"{image}: would be overwritten; name another folder with --out")
         targets[image], taken[same] = target, image
@@ -110,7 +110,7 @@ def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
 
 
 def _check_manifest(out: Path) -> None:
-    """Raises CascadeError for a folder whose manifest is another tool's: neither could go on with the lines of both."""
+    """Raises CascadeError if another program wrote the folder's manifest; neither could continue a mixed one."""
     path = out / MANIFEST
     if not path.exists():
         return
@@ -121,4 +121,4 @@ def _check_manifest(out: Path) -> None:
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise CascadeError(f"{path}: is not of `cascade upscale`; name another folder with --out")
+        raise CascadeError(f"{path}: not written by `cascade upscale`; name another folder with --out")

@@ -1,4 +1,4 @@
-"""One picture of `cascade upscale`: enlarged with all that its file holds, written, and recognised the next time."""
+"""One picture of `cascade upscale`: enlarged with its alpha, EXIF and frames, written, and recognised later."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Enlarger:
-    """Enlarges pictures in the way that a call asks for. options: those of `CascadePipeline.upscale`."""
+    """Enlarges pictures with the settings of one call. options: arguments of `CascadePipeline.upscale`."""
 
     pipeline: CascadePipeline
     options: Mapping[str, Any]
     overwrite: bool
 
     def make(self, image: str, target: Path) -> str:
-        """Write one picture and its line of the manifest, and say what was done. Raises CascadeError."""
+        """Write one picture and its manifest line; returns a message. Raises CascadeError."""
         from cascade.files.frames import read_frames
 
         try:
@@ -48,18 +48,16 @@ class Enlarger:
         return f"{width}x{height}, {len(drawn.images)} frames" if drawn.is_animated else f"{width}x{height}"
 
     def _is_kept(self, target: Path, asked: Mapping[str, Any]) -> bool:
-        """Whether the picture there is the one asked for. Raises CascadeError for one that is not to be replaced."""
+        """Whether the existing picture is the requested one. Raises CascadeError if it must not be replaced."""
         same = _is_from(target, json.loads(json.dumps(asked)))
         if same is None:
-            raise CascadeError(f"{target}: is there already, and `cascade upscale` did not write it; move it")
+            raise CascadeError(f"{target}: exists, and `cascade upscale` did not write it; move it")
         if not same and not self.overwrite:
-            raise CascadeError(
-                f"{target}: is there already, and not from this call; --overwrite, or name another --out"
-            )
+            raise CascadeError(f"{target}: exists, but from another call; give --overwrite, or name another --out")
         return same and not self.overwrite
 
     def _enlarged(self, name: str, frames: Frames) -> Frames:
-        """Every frame by itself. All see the same noise, so that what stands still does not flicker."""
+        """Every frame, enlarged separately. All have the same noise, so that still parts do not flicker."""
         from cascade.files.alpha import is_opaque
         from cascade.files.frames import check_pixels
         from cascade.upscaling import target_size
@@ -81,7 +79,7 @@ class Enlarger:
         return drawn if opaque else with_alpha(drawn, whole.getchannel("A"))
 
     def _entry(self, image: str, asked: Mapping[str, Any], drawn: Frames) -> dict[str, Any]:
-        """What the picture and the manifest say of it."""
+        """The entry for the picture's metadata and the manifest."""
         from cascade._version import __version__
 
         pipeline = self.pipeline
@@ -102,7 +100,7 @@ class Enlarger:
 
 
 def _write(target: Path, drawn: Frames, entry: Mapping[str, Any]) -> None:
-    """The picture whole, then its line. Raises CascadeError when they cannot be written."""
+    """Write the picture in full, then its manifest line. Raises CascadeError when they cannot be written."""
     from PIL.PngImagePlugin import PngInfo
 
     from cascade.checkpoint import atomic_file
@@ -122,16 +120,16 @@ def _write(target: Path, drawn: Frames, entry: Mapping[str, Any]) -> None:
 
 
 def _is_from(target: Path, asked: Any) -> bool | None:
-    """Whether the picture that stands there is whole and was asked for in the same way; None: it is none of ours."""
+    """Whether the existing picture is complete and from the same request; None: cascade did not write it."""
     from cascade.files.picture import open_picture
 
     try:
-        # However large it is: only one that says that it is ours is decoded.
+        # Without a size limit: it is decoded only if its metadata says that cascade wrote it.
         with open_picture(target, limited=False) as image:
-            said = parse_json(image.info.get("upscale", "null"))
-            if not isinstance(said, dict):
+            recorded = parse_json(image.info.get("upscale", "null"))
+            if not isinstance(recorded, dict):
                 return None
-            return bool(said == asked) and _is_whole(image)
+            return bool(recorded == asked) and _is_whole(image)
     except (OSError, SyntaxError, ValueError, TypeError, AttributeError):
         return None
 

@@ -1,1 +1,1 @@
-"""The settings of a stage and of a training run. What each builds is one hop away, in `cascade.build`."""
+"""The settings of a stage and of a training run. `cascade.build` makes objects from them."""

@@ -1,4 +1,4 @@
-"""What several sections of the settings share: numbers with bounds, names, the version of the files."""
+"""Types that several sections of the settings share: bounded numbers, names, the version of the files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field
 from cascade.files.paths import expanded
 
 FORMAT_VERSION = 1
-"""Version of every file that is written from these settings; `cascade.load` reads this one."""
+"""Version of every file written from these settings; `cascade.load` reads this version."""
 
 AugSpread = Literal["std", "time"]
-"""In what the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
+"""The quantity in which the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,4 +23,4 @@ def _path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path)]
-"""A path, or the name of something on the hub: not empty, `~` at its beginning the home folder."""
+"""A path, or the name of something on the hub: not empty; a leading `~` is the home folder."""

@@ -1,4 +1,4 @@
-"""What a stage is trained on: captions, their encoder, and pictures."""
+"""The training data of a stage: captions, their encoder, and pictures."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cascade.config.common import AugSpread, Fraction, PathText
 from cascade.settings import Settings
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
-"""How captions are cleaned; see `cascade.text.captions`."""
+"""Ways to clean captions; see `cascade.text.captions`."""
 
 
 class TextReading(Settings):
-    """How texts become tokens: a network expects prompts that are read as its captions were in training."""
+    """Conversion of texts to tokens; a network expects prompts that are read as its training captions were."""
 
     max_length: Tokens = 64
     """Tokens kept of a caption; longer ones are cut with a warning."""
     padded: bool = False
-    """Give networks all `max_length` tokens, with what the encoder makes of the padding, as DeepFloyd IF reads them."""
+    """Pass all `max_length` tokens to networks, including the encoder's output for padding, as DeepFloyd IF does."""
     captions: Captions = "as_is"
-    """Texts as they are, in lower case, or cleaned as DeepFloyd IF's captions were."""
+    """Captions as they are, in lower case, or cleaned as those of DeepFloyd IF."""
     null_text: Literal["encoded", "zeros"] = "encoded"
-    """What networks are given for no text: what the encoder makes of the empty prompt, or zeros, as Imagen has it."""
+    """Input of networks for no text: the encoder's output for the empty prompt, or zeros, as in Imagen."""
 
 
 class TextConfig(TextReading):
@@ -36,11 +36,11 @@ class TextConfig(TextReading):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder."""
     cache: PathText | None = None
-    """Folder of cached embeddings; captions not in it are encoded when met. None: encode every time."""
+    """Folder of cached embeddings; other captions are encoded during training. None: no cache."""
 
     @property
     def reading(self) -> TextReading:
-        """Of these settings those that a stage's folder keeps."""
+        """The part of these settings that a stage's folder records."""
         return TextReading(**{name: getattr(self, name) for name in TextReading.model_fields})
 
 
@@ -49,7 +49,7 @@ class FolderSource(Settings):
 
     kind: Literal["folder"] = "folder"
     path: PathText
-    """The folder; searched recursively, linked folders too, hidden ones not."""
+    """The folder; searched recursively, including linked folders, without hidden ones."""
     caption_column: str = "caption"
     """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -65,17 +65,17 @@ class ParquetSource(Settings):
     image_column: str = "image"
     """Column of encoded pictures (bytes, or a struct with `bytes`)."""
     caption_column: str = "caption"
-    """Column of captions, or of lists of variants of which one is drawn per view."""
+    """Column of captions, or of lists of variants, one of which is chosen per view."""
     low_column: str | None = None
-    """Super-resolution: column of the smaller pictures, such as those that the stage before drew. None, or an empty
-    cell: the area mean."""
+    """Super-resolution: column of the smaller pictures, such as an earlier stage's output. None, or an empty cell: the
+    area mean."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
 
 
 class HubSource(Settings):
-    """Any dataset that Hugging Face `datasets` loads, streaming or not. The library keeps copies, of `kind: parquet`
-    too, in ~/.cache/huggingface/datasets; HF_DATASETS_CACHE in the environment names another folder."""
+    """Any dataset that Hugging Face `datasets` loads, streaming or not. The library keeps copies (also for `kind:
+    parquet`) in ~/.cache/huggingface/datasets; the environment variable HF_DATASETS_CACHE names another folder."""
 
     kind: Literal["datasets"] = "datasets"
     name: PathText
@@ -85,7 +85,7 @@ class HubSource(Settings):
     split: str = "train"
     """Split."""
     streaming: bool = False
-    """Read as a stream, without downloading first."""
+    """Read as a stream, without downloading the data first."""
     shuffle_buffer: Pictures = 1000
     """Streaming: records are shuffled within blocks of this many."""
     image_column: str = "image"
@@ -97,17 +97,17 @@ class HubSource(Settings):
 
 
 class WebDatasetSource(Settings):
-    """WebDataset tar shards on a disk: neighbours 0001.jpg, 0001.txt are a record. Read in place, never unpacked."""
+    """WebDataset tar shards on a disk: neighbours 0001.jpg, 0001.txt form a record. Read in place, never unpacked."""
 
     kind: Literal["webdataset"] = "webdataset"
     files: tuple[PathText, ...]
     """Paths or glob patterns of uncompressed tar files. (Shards on a hub: `kind: datasets` with `streaming`.)"""
     caption: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "txt"
-    """Ending of the members with captions: `txt`, of which each line is a variant, or `json`."""
+    """Ending of the caption members: `txt`, each line a variant, or `json`."""
     caption_column: str = "caption"
     """Key of the caption, or of a list of variants, in `json` members."""
     shuffle_block: Pictures = 10_000
-    """Each epoch permutes the shards, then records within blocks of this many; nothing is held in memory."""
+    """Each epoch permutes the shards, then records within blocks of this size; no records are held in memory."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
 
@@ -128,17 +128,17 @@ SourceConfig = Annotated[
 
 
 def own_lows(sources: Sequence[SourceConfig]) -> bool:
-    """Whether a source has smaller pictures of its own."""
+    """Whether a source has a column of smaller pictures."""
     return any(isinstance(source, ParquetSource) and source.low_column is not None for source in sources)
 
 
 class DataConfig(Settings):
-    """Where pictures and captions come from and how a view is made of them."""
+    """The sources of pictures and captions, and how a view is made from them."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """One or several sources, mixed by weight."""
     caption_dropout: Fraction = 0.1
-    """Probability that a caption gives way to the null text, for classifier-free guidance."""
+    """Probability that a caption is replaced by the null text, for classifier-free guidance."""
     crop: Side | None = None
     """Super-resolution: train on random crops of this size (in pixels of the large picture). None: whole pictures."""
     tiles: bool = False
@@ -146,22 +146,22 @@ class DataConfig(Settings):
     aspect: Literal["crop", "pad"] = "pad"
     """Pictures that are not square are centre-cropped, or padded with white."""
     flip: Fraction = 0.0
-    """Probability of mirroring, drawn scenes excepted; leave 0 where captions speak of left and right."""
+    """Probability of mirroring (never for drawn scenes); leave 0 where captions mention left and right."""
     jitter: Fraction = 0.0
-    """Largest random shift and zoom, as a share of the size, with white around; for pictures on white. Drawn scenes
-    stay as they are."""
+    """Largest random shift and zoom, as a share of the size, filled with white; for pictures on white. Drawn scenes are
+    not changed."""
     max_aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Super-resolution: largest standard deviation of the noise on the smaller picture, which has any from 0 on."""
+    """Super-resolution: the noise on the smaller picture has a standard deviation from 0 to this."""
     aug_spread: AugSpread = "std"
-    """Super-resolution: that noise is uniform in its standard deviation, or in the time of the cosine schedule, as
-    Imagen and DeepFloyd IF draw it: a seventh of the pictures then have more than 0.97."""
+    """Super-resolution: that noise is uniform in its standard deviation, or in the time of the cosine schedule, as in
+    Imagen and DeepFloyd IF: a seventh of the pictures then have more than 0.97."""
     max_bad_share: Fraction = 0.05
     """Stop when a larger share of the records is broken or has no caption."""
     workers: Annotated[int, Field(ge=0), PROCESSES.validator] = 0
-    """Processes that decode pictures beside the training process."""
+    """Processes that decode pictures in addition to the training process."""
     decoded: PathText | None = None
-    """Folder for pictures decoded once, at the stage's `resolution`, and mapped into memory by every process from then
-    on: 12 KB each at 64 px. The views are the same. Streams and drawn scenes are not stored. None: no such folder."""
+    """Folder for pictures that are decoded once, at the stage's `resolution`, and then memory-mapped by every process:
+    12 KB each at 64 px. The views are the same. Streams and drawn scenes are not stored. None: no such folder."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,4 +1,4 @@
-"""The networks that a stage can have: each brings its own settings, in one file with it."""
+"""The networks that a stage can have; each has its settings in the same file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cascade.models.unet import UNetConfig
 
 
 def _kind_of_model(value: Any) -> Any:
-    """A model without `kind` is our U-Net, as in files from before there was a second one."""
+    """Read a model without `kind` as the U-Net, because older files have no `kind`."""
     return value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
 
 

@@ -62,7 +62,7 @@ class CosineSchedule(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.log_snr_min >= self.log_snr_max:
-            raise ValueError(f"log_snr_min {self.log_snr_min} must lie below log_snr_max {self.log_snr_max}")
+            raise ValueError(f"log_snr_min {self.log_snr_min} must be less than log_snr_max {self.log_snr_max}")
         return self
 
 

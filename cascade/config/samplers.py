@@ -1,4 +1,4 @@
-"""The settings of samplers: a section for each, made of what its function in `cascade.diffusion.samplers` takes."""
+"""The settings of samplers: one section each, made from the parameters of functions in `cascade.diffusion.samplers`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_SAMPLER = "ddim"
 
 
 class SamplerConfig(Settings):
-    """A sampler by its name, `kind`, and its own settings. Written as the name alone where they are the defaults."""
+    """A sampler by its name, `kind`, and its own settings. Written as the name alone if they are the defaults."""
 
     kind: str
 
@@ -33,7 +33,7 @@ class SamplerConfig(Settings):
         return {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A section's class stands in no module, so that pickle looks it up by the sampler's name."""
+        """Pickle by the sampler's name, because the section's class is in no module."""
         return _section_of, (self.kind, self.own)
 
     @model_validator(mode="before")
@@ -47,7 +47,7 @@ class SamplerConfig(Settings):
 
 
 def section(kind: str, sampler: Sampler) -> type[SamplerConfig]:
-    """The section of a sampler: a setting for each parameter that its function takes by name alone."""
+    """The section of a sampler: one setting for each keyword-only parameter of its function."""
     hints = get_type_hints(sampler, include_extras=True)
     parameters = inspect.signature(sampler).parameters.values()
     own = {each.name: (hints[each.name], each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
@@ -63,9 +63,9 @@ def section(kind: str, sampler: Sampler) -> type[SamplerConfig]:
 
 
 def _setting(hint: Any, default: Any) -> tuple[Any, Any]:
-    """A parameter's type without, and its default with, what its `Option` says of it."""
+    """A parameter's type without its `Option`, and its default with the `Option`'s meaning and bounds."""
     plain, option = get_args(hint)
-    assert isinstance(option, Option), f"{hint} has no Option that says what it means"
+    assert isinstance(option, Option), f"{hint} has no Option that describes it"
     return plain, Field(default, description=option.meaning, ge=option.least, le=option.greatest)
 
 
@@ -78,7 +78,7 @@ def _section_of(kind: str, own: Mapping[str, Any]) -> SamplerConfig:
 
 
 def _kind_of(value: Any) -> str | None:
-    """The name of a sampler: the value itself, or that of a section, None where a section has none."""
+    """The name of a sampler: the value itself, or the `kind` of a section, None if it has none."""
     if isinstance(value, dict):
         return value.get("kind")
     return str(getattr(value, "kind", value))
@@ -93,13 +93,13 @@ else:
     ]
 
 _FORMERLY_FLAT = {"eta": "ddim", "variance": "ddpm"}
-"""Settings that stood beside `sampler` before samplers had sections, and the sampler that each belongs to."""
+"""Settings next to `sampler` in old files, before samplers had sections, and the sampler that each belongs to."""
 
 
 def with_sampler_section(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain sampling settings of any version in today's form, where each setting of a sampler is in its section.
+    """Plain sampling settings of any version in the current form, with each sampler setting in its section.
 
-    What belongs to another sampler than the one in use is left out.
+    Settings of a sampler that is not in use are left out.
     """
     kind = values.get("sampler", DEFAULT_SAMPLER)
     flat = {name: value for name, value in values.items() if name in _FORMERLY_FLAT}
@@ -112,8 +112,8 @@ def with_sampler_section(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_sampler(asked: Any, own: SamplerConfig) -> Any:
-    """The sampler that a caller asks for, as plain data; where that is its name alone, `own` is meant if it has it.
+    """A caller's sampler as plain data; a name alone means `own` if that is the same sampler.
 
-    own: the stage's sampler, with the settings that were chosen for it.
+    own: the stage's sampler, with its settings.
     """
     return own.model_dump(mode="json") if asked == own.kind else asked

@@ -1,4 +1,4 @@
-"""How a stage draws: sampler, steps, guidance, thresholding; and the presets that change them."""
+"""Settings for drawing: sampler, steps, guidance, thresholding; and the presets that change them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StepCount = Annotated[int, Field(gt=0), SAMPLING_STEPS.validator]
 
 
 class SamplingConfig(Settings):
-    """How a stage draws unless the caller says otherwise."""
+    """Settings for drawing, which the caller may override."""
 
     sampler: AnySampler = SECTIONS[DEFAULT_SAMPLER](kind=DEFAULT_SAMPLER)
     """A name, or a section with the sampler's own settings: {kind: ddim, eta: 0.5}. `ddpm` is algorithm 18.2; the
@@ -24,11 +24,11 @@ class SamplingConfig(Settings):
     steps: StepCount = 50
     """Number of sampling steps (Heun calls the network twice in each but the last)."""
     spacing: Spacing = "t"
-    """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: whole steps of a discrete
-    schedule, of which the first or the last is met."""
+    """Steps are spread evenly in the schedule's time or in log SNR; `leading` and `trailing`: evenly over the steps of
+    a discrete schedule, including its first or its last."""
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | NamedSteps | None = None
-    """Discrete schedules: the steps themselves, numbered from 0, high noise first, or one of DeepFloyd IF's lists, in
-    place of `steps` and `spacing`."""
+    """Discrete schedules: the list of steps, numbered from 0, high noise first, or the name of one of DeepFloyd IF's
+    lists; replaces `steps` and `spacing`."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Weight of classifier-free guidance, 1 = none."""
     guidance_interval: tuple[float, float] | None = None
@@ -40,18 +40,18 @@ class SamplingConfig(Settings):
     aug_level: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Super-resolution: standard deviation of the noise on the smaller picture."""
     consistency: Annotated[int, Field(ge=0), ROUNDS.validator] = 0
-    """Super-resolution: rounds of back-projection after the last step: the area mean of the result is compared with the
-    smaller picture, and the difference, enlarged, added to it (Irani & Peleg 1991)."""
+    """Super-resolution: rounds of back-projection after the last step: the difference between the smaller picture and
+    the result's area mean is enlarged and added (Irani & Peleg 1991)."""
     flatten: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """After the last step, neighbours whose colours differ by less than about this, in [-1, 1], are averaged: the grain
-    that a small network leaves in flat art goes, edges stay. Not for photographs. 0: nothing is."""
+    """After the last step, neighbours whose colours differ by less than about this, in [-1, 1], are averaged: it
+    removes the grain of a small network in flat art, and keeps edges. Not for photographs. 0: off."""
 
     @model_validator(mode="before")
     @classmethod
     def _in_sections(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # What a validator of ours gives back is no longer JSON to pydantic, whose strict tuples are then no lists.
+        # pydantic no longer treats a validator's result as JSON, and its strict tuples then reject lists.
         plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return with_sampler_section(plain)
 
@@ -60,7 +60,7 @@ class SamplingConfig(Settings):
         if isinstance(self.timesteps, tuple) and (
             not self.timesteps or any(after >= before for before, after in pairwise(self.timesteps))
         ):
-            raise ValueError("timesteps must fall from step to step, from high noise to low, such as [999, 500, 0]")
+            raise ValueError("timesteps must decrease, from high noise to low, such as [999, 500, 0]")
         return self
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class SamplingConfig(Settings):
 
 
 class PresetConfig(Settings):
-    """What a named preset changes in `sampling`."""
+    """The changes that a named preset makes to `sampling`."""
 
     sampler: AnySampler | None = None
     """See sampling.sampler."""

@@ -1,4 +1,4 @@
-"""A stage: its network, its noise, what the network predicts and how it draws; all that stage.json holds."""
+"""A stage: its network, its noise, what the network predicts and how it draws; the content of stage.json."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from cascade.models.unet import UNetConfig
 from cascade.settings import Settings
 
 PICTURE_CHANNELS = 3
-"""Red, green, blue: of what a stage draws and of the smaller picture that it starts from."""
+"""Red, green and blue, in a stage's pictures and in the smaller pictures that it enlarges."""
 
 
 class StageConfig(Settings):
     """One diffusion model of the cascade: network, noise, and what the network predicts. Saved as stage.json."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """Name by which per-stage options speak of it, such as `base`; also of its folder in a cascade."""
+    """The stage's name in per-stage options, such as `base`; also the name of its folder in a cascade."""
     resolution: Side
-    """Height and width of the pictures it draws by default, in pixels."""
+    """Default height and width of its pictures, in pixels."""
     low_resolution: Side | None = None
-    """Super-resolution: size of the smaller picture it starts from. None: a base stage."""
+    """Super-resolution: size of the smaller picture that it enlarges. None: a base stage."""
     path: Literal["picture", "residual"] = "picture"
-    """What is diffused: the picture, or (super-resolution) its difference from the upsampled smaller one."""
+    """The diffused variable: the picture, or (super-resolution) its difference from the upsampled smaller one."""
     residual_scale: Annotated[float, Field(gt=0)] = 1.0
-    """`path: residual`: the difference is divided by this, so that it has about unit variance."""
+    """`path: residual`: the difference is divided by this, which gives it about unit variance."""
     parameterization: Kind = "eps"
-    """What the network predicts."""
+    """The quantity that the network predicts."""
     schedule: ScheduleConfig = CosineSchedule()
     """Noise level as a function of time."""
     model: ModelConfig = UNetConfig()
     """The network."""
     sampling: SamplingConfig = SamplingConfig()
-    """Defaults when drawing."""
+    """Default settings for drawing."""
     presets: dict[Literal["fast", "best"], PresetConfig] = Field(default_factory=dict)
     """Named changes of `sampling`; `default` is `sampling` itself."""
 
@@ -57,18 +57,18 @@ class StageConfig(Settings):
         needed = self.model.needs_schedule
         if needed not in (None, self.schedule.kind):
             raise ValueError(
-                f"model.kind: {self.model.kind} needs schedule.kind: {needed}, whose steps it was trained on"
+                f"model.kind: {self.model.kind} needs schedule.kind: {needed}, on whose steps it was trained"
             )
         self.check_sampler(self.sampling.sampler)
         if self.resolution % self.geometry.divisor:
             raise ValueError(
                 f"resolution {self.resolution} is not a multiple of {self.geometry.divisor},"
-                " by which the model divides it"
+                " the factor by which the model reduces it"
             )
         return self
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
-        """Raises ValueError for a sampler that needs a variance which this stage's network does not predict."""
+        """Raises ValueError for a sampler that needs a predicted variance if the stage's network predicts none."""
         if sampler.own.get("variance") == "learned" and not self.model.predicts_variance:
             raise ValueError(
                 f"sampler.variance: learned needs a network that predicts it, which model.kind: {self.model.kind} does"
@@ -77,12 +77,12 @@ class StageConfig(Settings):
 
     @property
     def channels(self) -> int:
-        """Channels of its pictures; nothing else says how many they have."""
+        """Number of channels of its pictures, the only place that defines it."""
         return PICTURE_CHANNELS
 
     @property
     def geometry(self) -> Geometry:
-        """How its network lies over a picture."""
+        """The network's requirements on picture sizes, and its receptive field."""
         return self.model.geometry(self.channels)
 
     @property

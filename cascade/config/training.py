@@ -1,4 +1,4 @@
-"""A training run: loss, optimizer, weight average, and all that its YAML file holds."""
+"""A training run: loss, optimizer, weight average; the content of its YAML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade.settings import Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
-"""Layers that learn a difference of low rank: the linear ones of attention, or all linear and convolutional ones."""
+"""Layers that get a low-rank adapter: the linear ones of attention, or all linear and convolutional ones."""
 
 
 class UniformLevels(Settings):
@@ -39,13 +39,13 @@ class LossConfig(Settings):
     """The training loss: a weighted square, and the distribution of noise levels."""
 
     space: Kind = "eps"
-    """The square is taken between true and predicted eps, v, x or velocity, whatever the network predicts."""
+    """The squared error is between true and predicted eps, v, x or velocity, whatever the network predicts."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Weight min(SNR, gamma) on the square in x (Hang et al. 2023), in place of `space`."""
+    """Weight min(SNR, gamma) on the squared error in x (Hang et al. 2023), instead of `space`."""
     max_weight: Annotated[float, Field(gt=0)] | None = None
     """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
     variance_weight: Annotated[float, Field(ge=0)] = 1.0
-    """`if_unet`: weight of the variational bound, in bits per dimension, which alone trains the predicted variance."""
+    """`if_unet`: weight of the variational bound, in bits per dimension; it alone trains the predicted variance."""
     levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
     """Distribution of the noise levels."""
     stratified: bool = False
@@ -67,35 +67,35 @@ class OptimizerConfig(Settings):
     warmup_steps: Annotated[int, Field(ge=0), COUNT.validator] = 100
     """Steps over which the learning rate rises from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the fall at the end."""
+    """Shape of the decrease at the end."""
     decay_steps: Annotated[int, Field(ge=0), COUNT.validator] = 0
-    """Steps of the fall; it ends at 0 with the last step of the run. 0 with a decay: everything after the warm-up."""
+    """Steps of the decrease; it ends at 0 with the last step of the run. 0 with a decay: all after the warm-up."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
 
 
 class EMAConfig(Settings):
-    """Average of the weights over the recent past, which is what gets saved for drawing."""
+    """Average of the weights over the recent past; the average is saved for drawing."""
 
     half_life_images: PositiveInt = 50_000
     """Pictures after which a weight's contribution has halved."""
     warmup: bool = True
-    """Shorten the half-life to a fifth of the pictures seen so far, so that the start is forgotten."""
+    """Shorten the half-life to a fifth of the pictures seen so far, so that early weights are forgotten."""
 
 
 class ValidationConfig(Settings):
-    """The loss on pictures that training does not see, of the averaged weights, always with the same noise."""
+    """The averaged weights' loss on held-out pictures, always with the same noise."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """The held-out pictures, in the sections of data.sources."""
+    """The held-out pictures, as in data.sources."""
     every: PositiveInt = 1000
-    """Steps between validations; there is one after the last step too."""
+    """Steps between validations; one more follows the last step."""
     batches: Batches = 8
     """Batches of batch_size pictures, shared by the processes."""
 
 
 class TrainingConfig(Settings):
-    """The run."""
+    """Settings of the optimization."""
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
@@ -104,19 +104,19 @@ class TrainingConfig(Settings):
     accumulation: Pictures = 1
     """Passes per optimizer step; each holds batch_size / accumulation / processes pictures in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic inside the network; weights stay float32. `auto`: bf16 on GPUs that have it, on a processor if it is
-    faster there than fp32. A run keeps what it began with. fp16 needs a GPU."""
+    """Arithmetic inside the network; weights stay float32. `auto`: bf16 on GPUs that support it, on a CPU if it is
+    faster there than fp32. A run keeps its first choice. fp16 needs a GPU."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Everything random follows from it."""
+    """Seed of all randomness."""
     init_from: PathText | None = None
-    """Weights that the network starts from: a stage folder, such as MODEL/base of a model, or a run's folder."""
+    """Initial weights: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
-    """Parts that stay as they are, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
+    """Parts that are not trained, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
     lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
-    """Train differences of this rank alone (needs the extra `peft`); the finished stage has them added in, the folder
-    `adapter` holds them apart. 0: train all weights."""
+    """Train only a low-rank adapter of this rank (needs the extra `peft`); the finished stage includes it, the folder
+    `adapter` holds it separately. 0: train all weights."""
     lora_layers: LowRankLayers = "attention"
-    """Layers that `lora_rank` is for: the linear ones of attention, or all linear and convolutional ones."""
+    """Layers that get an adapter: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -164,13 +164,13 @@ class TrainConfig(Settings):
     output: PathText
     """Folder of the run: checkpoints, samples, log and the finished stage."""
     stage: StageConfig
-    """What is trained."""
+    """The stage to train."""
     text: TextConfig = TextConfig()
     """The text encoder."""
     data: DataConfig
-    """What it is trained on."""
+    """The training data."""
     training: TrainingConfig = TrainingConfig()
-    """How it is trained."""
+    """Settings of the optimization."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,4 +1,4 @@
-"""From denoiser to denoiser: guidance, thresholding, and the change between a picture and its residual."""
+"""Functions from denoiser to denoiser: guidance, thresholding, conversion between a picture and its residual."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cascade.diffusion.noise import Denoiser, Estimate, number_of, x_of
 
 
 class Joinable(Protocol):
-    """A batch of conditions, whatever they are. `cascade.conditioning.Conditioning` is one."""
+    """A batch of conditions of any kind, such as `cascade.conditioning.Conditioning`."""
 
     def joined(self, other: Self) -> Self:
-        """This batch with another behind it."""
+        """This batch followed by another."""
 
 
 Conditions = TypeVar("Conditions", bound=Joinable)
@@ -24,10 +24,10 @@ _Seen = TypeVar("_Seen", bound=Joinable, contravariant=True)
 
 
 class ConditionalDenoiser(Protocol[_Seen]):
-    """A denoiser that also sees conditions. A `Stage` is one."""
+    """A denoiser that also takes conditions, such as a `Stage`."""
 
     def prepare(self, cond: _Seen) -> Denoiser:
-        """The denoiser for these conditions; what does not change between steps is computed here, once."""
+        """The denoiser for these conditions; values that do not change between steps are computed here, once."""
 
 
 def guide(
@@ -39,7 +39,7 @@ def guide(
 ) -> Denoiser:
     """Classifier-free guidance: x_null + weight (x_cond - x_null), both halves in one batch.
 
-    A variance that the model gives beside x_hat is that of `cond`, unguided, as DeepFloyd IF has it.
+    A variance that the model returns with x_hat is taken from `cond`, unguided, as in DeepFloyd IF.
     weight: 1 = none; a number, or (B, 1, 1, 1), one for each picture.
     null: the conditions under the null text, or a negative prompt in its place.
     interval: log SNR range in which guidance acts; outside it only `cond` is evaluated, at half the cost.
@@ -68,7 +68,7 @@ def guide(
 
 
 def with_changed(denoise: Denoiser, change: Callable[[Tensor], Tensor]) -> Denoiser:
-    """The denoiser whose x_hat is changed; a variance beside it stays as it is."""
+    """The denoiser with `change` applied to its x_hat; a variance is left as it is."""
 
     def changed(z: Tensor, log_snr: Tensor) -> Estimate:
         estimate = denoise(z, log_snr)
@@ -83,9 +83,9 @@ def clip(denoise: Denoiser) -> Denoiser:
 
 
 def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) -> Denoiser:
-    """Dynamic thresholding: clip x_hat to its own quantile s of |x_hat| and divide by s, where s exceeds 1.
+    """Dynamic thresholding: clip x_hat to [-s, s] and divide it by s, a quantile of |x_hat|, where s exceeds 1.
 
-    quantile: in (0, 1), such as 0.995, taken over each picture alone. maximum: cap on s (DeepFloyd IF's
+    quantile: in (0, 1), such as 0.995, taken over each picture separately. maximum: cap on s (DeepFloyd IF's
     `sample_max_value`). Source: Saharia et al. (2022) sec. 2.3 and fig. A.10.
     """
 
@@ -98,17 +98,17 @@ def threshold(denoise: Denoiser, quantile: float, maximum: float = torch.inf) ->
 
 
 def quantile_of_rows(values: Tensor, quantile: float) -> Tensor:
-    """The quantile of each row, between neighbours linear: (B, n) -> (B,), the same bits as `torch.quantile`.
+    """The quantile of each row, linear between neighbours: (B, n) -> (B,), equal in bits to `torch.quantile`.
 
-    NaN for a row that holds one. That one refuses rows of more than 2^24 values, less than a picture of 2400 x 2400
-    has.
+    NaN for a row that contains NaN. `torch.quantile` refuses rows of more than 2^24 values; a picture of 2400 x 2400
+    has more.
     """
     count = values.shape[1]
     rank = float(torch.tensor(quantile, dtype=values.dtype) * (count - 1))
     below = min(int(rank), count - 1)
     above = min(below + 1, count - 1)
-    # The values on the quantile's nearer side alone, in order: at 0.995 a 200th of them. Not `kthvalue`, which takes
-    # minutes where the values happen to be in descending order.
+    # Sorts only the values on the nearer side of the quantile: at 0.995 a 200th of them. `kthvalue` would take minutes
+    # where the values are in descending order.
     if 2 * below >= count:
         ordered = values.topk(count - below, dim=1).values
         low, high = ordered[:, count - 1 - below], ordered[:, count - 1 - above]
@@ -120,12 +120,12 @@ def quantile_of_rows(values: Tensor, quantile: float) -> Tensor:
 
 
 def to_picture(denoise: Denoiser, base: Tensor, scale: float) -> Denoiser:
-    """From a denoiser of residuals to the picture that its x_hat stands for: base + scale x_hat.
+    """The denoiser of residuals with x_hat converted to a picture: base + scale x_hat.
 
-    base: (B, C, H, W), the upsampled smaller picture; z stays the noisy residual. Diffusing r = (x - base) / scale
+    base: (B, C, H, W), the upsampled smaller picture; z remains the noisy residual. Diffusing r = (x - base) / scale
     from pure noise is a path from base plus noise of standard deviation `scale` to x, so one process serves both
-    (ResShift, Yue et al. 2023, states it as a process of its own). Around `clip` or `threshold`, which must act on
-    the picture: to_residual(clip(to_picture(denoise, base, scale)), base, scale).
+    (ResShift, Yue et al. 2023, states it as a separate process). `clip` and `threshold` must act on the picture:
+    to_residual(clip(to_picture(denoise, base, scale)), base, scale).
     """
     return with_changed(denoise, lambda x_hat: base + scale * x_hat)
 

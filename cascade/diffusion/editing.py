@@ -1,4 +1,4 @@
-"""Drawing with a part of the answer in hand: known pixels are kept, and a picture is the start instead of noise."""
+"""Sampling with known pixels: pixels outside a mask are kept, and a noised picture replaces noise as the start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cascade.transfer import on_device
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of pictures before they are drawn.
+    """Known pixels of a batch of pictures that is to be edited.
 
-    x: (B, C, H, W) in [-1, 1]. mask: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew, 0 where x stays; None:
-    all of it is drawn anew. strength: in [0, 1], how much noise x is given to start from; 1: all, so that where the
-    picture is drawn anew x counts for nothing. rounds: see `sample_repaint`; 1: the stage's own sampler.
+    x: (B, C, H, W) in [-1, 1]. mask: (B, 1, H, W) in [0, 1], 1 where the picture is redrawn, 0 where x is kept; None:
+    all of it is redrawn. strength: in [0, 1], the time t whose noise is added to x at the start; 1: pure noise, so that
+    x is ignored where the picture is redrawn. rounds: see `sample_repaint`; 1: the stage's own sampler.
     """
 
     x: Tensor
@@ -39,16 +39,16 @@ class Known:
     rounds: int = 1
 
     def to(self, device: torch.device) -> Known:
-        """The same on another device."""
+        """The same pixels on another device."""
         mask = None if self.mask is None else on_device(self.mask, device)
         return replace(self, x=on_device(self.x, device), mask=mask)
 
 
 def keep_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
-    """x_hat, with the known picture in its place where the mask is 0.
+    """The denoiser with x_hat replaced by the known picture x where the mask is 0.
 
-    Whichever sampler follows then puts the known pixels in at every step at their noise level: by DDIM's step they keep
-    the noise that they began with, by DDPM's they are drawn from q(z_s | z_t, x).
+    Any sampler then sets the known pixels at every step at their noise level: DDIM's step keeps the noise that they
+    started with, DDPM's draws them from q(z_s | z_t, x).
     """
     return with_changed(denoise, lambda x_hat: torch.lerp(x, x_hat, mask))
 
@@ -56,8 +56,8 @@ def keep_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
 def levels_from(schedule: NoiseSchedule, log_snrs: Tensor, strength: float) -> Tensor:
     """The noise levels of a sampler that starts from a picture with the noise of time t = strength: (n + 1,), n <= N.
 
-    log_snrs: (N + 1,), from pure noise. Where a schedule has numbered steps, only these are levels, and the first
-    (1 - strength) N are left out. Strength 0 leaves the last level alone.
+    log_snrs: (N + 1,), from pure noise. For a schedule with numbered steps these are the only levels, and the first
+    (1 - strength) N are left out. At strength 0 only the last level remains.
     """
     if strength >= 1:
         return log_snrs
@@ -70,9 +70,9 @@ def levels_from(schedule: NoiseSchedule, log_snrs: Tensor, strength: float) -> T
 
 
 def start_from(known: Known, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
-    """z at the first level: the noise eps where the picture is drawn anew from nothing, else x with that noise.
+    """z at the first level: eps alone where the picture is redrawn at strength 1, elsewhere x diffused with eps.
 
-    x: the known picture, as it is diffused. log_snr: (B, 1, 1, 1).
+    x: the known picture, or its residual, as the process diffuses it. log_snr: (B, 1, 1, 1).
     """
     noised = diffuse(x, eps, log_snr)
     if known.strength < 1:
@@ -83,10 +83,10 @@ def start_from(known: Known, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
 def sample_repaint(
     denoise: Denoiser, z: Tensor, log_snrs: Tensor, rng: Generators, on_step: OnStep, rounds: int
 ) -> Tensor:
-    """Ancestral sampling in which every step is taken `rounds` times, with noise added back between.
+    """Ancestral sampling in which every step is repeated `rounds` times, with noise added back in between.
 
-    So what is drawn anew hears of the known pixels more than once before the next level; with one round it is `ddpm`.
-    denoise: one of `keep_known`. Source: Lugmayr et al. (2022), RePaint, algorithm 1.
+    The redrawn pixels can thus adapt to the known ones before the next level; with one round this is `ddpm`.
+    denoise: the result of `keep_known`. Source: Lugmayr et al. (2022), RePaint, algorithm 1.
     """
     levels = log_snrs.to(z.device)[:, None, None, None, None].expand(-1, len(z), 1, 1, 1)
     for step, (log_snr_t, log_snr_s) in enumerate(pairwise(levels.unbind())):

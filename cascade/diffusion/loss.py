@@ -1,4 +1,4 @@
-"""The training loss and the distribution of noise levels. No reduction, no randomness: those are arguments."""
+"""The training loss and the distribution of noise levels, without a batch mean; random numbers are arguments."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cascade.diffusion.schedules import NoiseSchedule, ReverseStep
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weight of the square, as a function of log SNR.
+    """Weight of the squared error, as a function of log SNR.
 
-    space: the square is that of eps, v, x or velocity. min_snr_gamma: min(SNR, gamma) on the square in x instead
-    (Hang et al. 2023). max_weight: cap on the weight in x. variance: weight of the variational bound, for networks
-    that predict their variance; step: what its bound is of, which each batch brings.
+    space: the quantity whose squared error has weight 1: eps, v, x or velocity. min_snr_gamma: weight min(SNR, gamma)
+    on the squared error in x instead (Hang et al. 2023). max_weight: cap on the weight in x. variance: weight of the
+    variational bound, for networks that predict their variance; step: the reverse step of the bound, set per batch.
     """
 
     space: Kind = "eps"
@@ -39,7 +39,7 @@ class Weighting:
         return log_weight
 
     def on_output(self, kind: Kind, log_snr: Tensor) -> Tensor:
-        """The weight on the square of a network's own output of `kind`; exactly 1 where `kind` is `space`."""
+        """The weight on the squared error of a network's output of `kind`; exactly 1 where `kind` is `space`."""
         return (self.log_in_x(log_snr) - log_weight_in_x(kind, log_snr)).exp()
 
 
@@ -53,17 +53,17 @@ def diffusion_loss(
 ) -> Tensor:
     """Weighted mean square of each picture: (B,).
 
-    network: (z, log_snr) -> output of `kind`; channels beyond those of x say in [-1, 1] where the variance lies, and
-    are trained by the variational bound of the weighting's `step` alone. x, eps: (B, C, H, W); log_snr: (B, 1, 1, 1).
-    Source: Prince (2023) algorithm 18.1 for kind = space = eps, where the weight is 1. The square is taken in the
-    network's own space: in x it would cancel at low noise.
+    network: (z, log_snr) -> output of `kind`; channels beyond those of x hold the place of the log variance in [-1, 1]
+    and are trained only by the variational bound of the weighting's `step`. x, eps: (B, C, H, W); log_snr:
+    (B, 1, 1, 1). Source: Prince (2023) algorithm 18.1 for kind = space = eps, where the weight is 1. The squared error
+    is taken in the network's output space: in x it would cancel at low noise.
     """
     z = diffuse(x, eps, log_snr)
     output, *spread = network(z, log_snr).float().split(x.shape[1], dim=1)
     square = (output - target(kind, x, eps, log_snr)).square().mean(dim=(1, 2, 3))
     loss = weighting.on_output(kind, log_snr).flatten() * square
     if spread and weighting.step is not None and weighting.variance:
-        x_hat = to_x(kind, output.detach(), z, log_snr)  # the bound must not pull at what the square trains
+        x_hat = to_x(kind, output.detach(), z, log_snr)  # the bound must not train the mean
         loss = loss + weighting.variance * variational_bits((spread[0] + 1) / 2, x_hat, x, z, log_snr, weighting.step)
     return loss
 
@@ -71,9 +71,10 @@ def diffusion_loss(
 def variational_bits(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr: Tensor, step: ReverseStep) -> Tensor:
     """The variational bound's term of one step, in bits per dimension: (B,).
 
-    place: where the log variance lies, 0 the posterior's, 1 that of beta. x_hat, x, z: (B, C, H, W), x in [-1, 1] on
-    255 levels. The KL divergence of the true posterior from ours; in the step to the clean picture the likelihood of
-    x. Source: Ho et al. (2020) eq. 5 and 13; Nichol & Dhariwal (2021) eq. 15 for the variance.
+    place: the log variance on the line from the posterior's (0) to that of beta (1). x_hat, x, z: (B, C, H, W), x in
+    [-1, 1] with 256 levels. The term is the KL divergence of the true posterior from the model's; in the step to the
+    clean picture, the negative log likelihood of x. Source: Ho et al. (2020) eq. 5 and 13; Nichol & Dhariwal (2021)
+    eq. 15 for the variance.
     """
     true_mean, _ = posterior(x, z, log_snr, step.before)
     mean, _ = posterior(x_hat, z, log_snr, step.before)
@@ -85,37 +86,37 @@ def variational_bits(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr
 
 
 def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log of the probability that a Gaussian gives to the bin of x, one of 256 levels in [-1, 1]; shaped like x.
+    """Log probability of the bin of x, one of 256 levels in [-1, 1], under a Gaussian; shaped like x.
 
-    The outermost bins reach to infinity. Source: Ho et al. (2020) eq. 13. Far from the mean, where the cumulative
-    distribution is 1 but for rounding, or 0, the mirrored bin's logarithms are subtracted instead: right in float32 at
-    any distance, with a gradient.
+    The outermost bins extend to infinity. Source: Ho et al. (2020) eq. 13. Far from the mean, where the cumulative
+    distribution rounds to 0 or 1, logarithms of the lower tail are subtracted instead, with the bin mirrored if
+    necessary: accurate in float32 at any distance, with a gradient.
     """
     scale = (-0.5 * log_variance).exp()
     above = torch.where(x > 0.999, _EDGE, (x - mean + 1 / 255) * scale)
     below = torch.where(x < -0.999, -_EDGE, (x - mean - 1 / 255) * scale)
     mirrored = above + below > 0
     above, below = torch.where(mirrored, -below, above), torch.where(mirrored, -above, below)
-    around = torch.special.ndtr(above) - torch.special.ndtr(below)  # a bin that the mean lies in or next to
+    around = torch.special.ndtr(above) - torch.special.ndtr(below)  # for a bin at or next to the mean
     log_above, log_below = (_log_lower_tail(end.clamp(max=0)) for end in (above, below))
     beyond = log_above + torch.log(-torch.expm1((log_below - log_above).clamp(max=-_LEAST)))
     return torch.where(above > 0, around.clamp(min=_LEAST).log(), beyond)
 
 
 _EDGE = 1e4
-"""As many standard deviations as stand for infinity, whose gradient would not be a number."""
+"""Standard deviations used in place of infinity, whose gradient would be NaN."""
 _LEAST = 1e-12
 
 
 def _log_lower_tail(x: Tensor) -> Tensor:
-    """Log of the probability that a standard normal number is below x <= 0. torch's own `log_ndtr` is not for MPS."""
+    """Log of the standard normal cumulative distribution at x <= 0. torch's `log_ndtr` is missing on MPS."""
     return torch.special.erfcx(-x / math.sqrt(2)).log() - math.log(2) - x.square() / 2
 
 
 def uniform_levels(schedule: NoiseSchedule, u: Tensor) -> Tensor:
     """Log SNR at uniform time, from u (B,) uniform in [0, 1): (B, 1, 1, 1).
 
-    Discrete: t = k / T with k uniform in 1..T, as algorithm 18.1 draws it; continuous: t = u.
+    Discrete: t = k / T with k uniform in 1..T, as in algorithm 18.1; continuous: t = u.
     """
     t = u if schedule.steps is None else ((u * schedule.steps).floor() + 1) / schedule.steps
     return schedule.log_snr(t)[:, None, None, None]
@@ -124,7 +125,7 @@ def uniform_levels(schedule: NoiseSchedule, u: Tensor) -> Tensor:
 def logit_normal_levels(schedule: NoiseSchedule, u: Tensor, mean: float, std: float) -> Tensor:
     """Log SNR = -2 logit t with logit t ~ N(mean, std), from u (B,): (B, 1, 1, 1), within the schedule's range.
 
-    t is that of the straight path, 1 = noise (Esser et al. 2024, sec. 3.1).
+    t is the time of the straight path, 1 = noise (Esser et al. 2024, sec. 3.1).
     """
     logit = mean + std * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))
     ends = schedule.log_snr(torch.tensor([1.0, 0.0]))

@@ -15,19 +15,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cascade.transfer import on_device
 
 Estimate = Tensor | tuple[Tensor, Tensor]
-"""x_hat (B, C, H, W), alone or with the place of the log variance: 0 the posterior's, 1 that of beta, in between both.
+"""x_hat (B, C, H, W), alone or with the place of the log variance between the posterior's (0) and that of beta (1).
 
-The place, not the variance, because a denoiser does not know how far the next step will go (Nichol & Dhariwal 2021,
+A place instead of a variance, because a denoiser does not know the length of the next step (Nichol & Dhariwal 2021,
 eq. 15)."""
 
 Denoiser = Callable[[Tensor, Tensor], Estimate]
-"""(z, log_snr) -> estimate: (B, C, H, W), (B, 1, 1, 1) -> (B, C, H, W), once or twice."""
+"""(z, log_snr) -> estimate: (B, C, H, W), (B, 1, 1, 1) -> one or two tensors (B, C, H, W)."""
 
 LOG_SNR_RANGE = (-20.0, 20.0)
-"""Log SNR is clipped to this wherever a formula would reach infinity; at the ends 2e-9 of signal or noise is left."""
+"""Log SNR is clipped to this range where a formula would reach infinity; its ends leave 2e-9 of signal or noise."""
 
 CLEAN = LOG_SNR_RANGE[1]
-"""Log SNR of a picture without noise: where a sampler's last level is this or more, it ends at x itself."""
+"""Log SNR of a picture without noise: a sampler whose last level is this or more returns x itself."""
 
 
 def x_of(estimate: Estimate) -> Tensor:
@@ -39,15 +39,15 @@ _numbers = WeakTensorKeyDictionary()
 
 
 def note_number(log_snr: Tensor, number: float) -> Tensor:
-    """The same log SNR, of pictures that all have `number`; see `number_of`."""
+    """log_snr with the attached note that all its pictures have the log SNR `number`; see `number_of`."""
     _numbers[log_snr] = number
     return log_snr
 
 
 def number_of(log_snr: Tensor) -> float:
-    """The log SNR of pictures that all have the same, as a sampler moves them.
+    """The common log SNR of a batch whose pictures all have the same, as in a sampler.
 
-    From the sampler's note where there is one: to read it from a GPU is to wait for all that this still has to do.
+    Read from the sampler's note if present: reading it from a GPU would wait for all of its queued work.
     """
     number = _numbers.get(log_snr)
     return float(log_snr.flatten()[0]) if number is None else float(number)
@@ -107,16 +107,16 @@ def posterior(x: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> tup
 
 
 def predicted_eps(x_hat: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The noise that makes z of x_hat: (z - sqrt(alpha) x_hat) / sqrt(1 - alpha)."""
+    """The noise in z if x_hat is the clean picture: (z - sqrt(alpha) x_hat) / sqrt(1 - alpha)."""
     return (z - alpha(log_snr).sqrt() * x_hat) / one_minus_alpha(log_snr).sqrt()
 
 
 def noise_like(z: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise shaped like z (B, C, H, W): picture b draws from rng[b] alone, in float32 on the CPU.
+    """Standard normal noise shaped like z (B, C, H, W): picture b draws only from rng[b], in float32 on the CPU.
 
-    So a picture's noise is the same in bits in any batch and on any device.
+    A picture's noise is therefore equal in bits in any batch and on any device.
     """
     if len(rng) != z.shape[0]:
-        raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; give one each")
+        raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; pass one per picture")
     noise = [torch.randn(z.shape[1:], generator=g, dtype=torch.float32) for g in rng]
     return on_device(torch.stack(noise), z.device).to(z.dtype)

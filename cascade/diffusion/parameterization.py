@@ -1,11 +1,11 @@
-"""What the network predicts: eps, v, x or velocity. Each is one linear combination of z and x_hat.
+"""Parameterizations of the network's output: eps, v, x or velocity. Each is a linear combination of z and x_hat.
 
     eps       the noise                            (Ho et al. 2020)
     v         sqrt(alpha) eps - sqrt(1-alpha) x    (Salimans & Ho 2022), variance preserving
     x         the clean picture
     velocity  eps - x, of the straight path (1-t) x + t eps   (Lipman et al. 2023)
 
-The straight path is the same process at another scale: z / (sqrt(alpha) + sqrt(1-alpha)) lies on it at
+The straight path is the same process at another scale: z / (sqrt(alpha) + sqrt(1-alpha)) is on it at
 t = sqrt(1-alpha) / (sqrt(alpha) + sqrt(1-alpha)), so `velocity` needs no second kind of z.
 """
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from cascade.diffusion.noise import alpha, one_minus_alpha
 
 Kind = Literal["eps", "v", "x", "velocity"]
-"""What a network may predict."""
+"""The quantity that a network predicts."""
 
 
 def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The x_hat that a network's output stands for. output, z: (B, C, H, W); log_snr: (B, 1, 1, 1)."""
+    """x_hat from a network's output. output, z: (B, C, H, W); log_snr: (B, 1, 1, 1)."""
     signal, noise = alpha(log_snr).sqrt(), one_minus_alpha(log_snr).sqrt()
     match kind:
         case "x":
@@ -37,7 +37,7 @@ def to_x(kind: Kind, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
 
 
 def target(kind: Kind, x: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
-    """What the output should have been, for the x and eps that made z."""
+    """The correct output for the x and eps of z."""
     match kind:
         case "x":
             return x

@@ -1,12 +1,12 @@
-"""Samplers: functions of a denoiser, a noisy tensor and noise levels. They know no text and no settings file.
+"""Samplers: functions of a denoiser, a noisy tensor and noise levels, independent of text and settings files.
 
 Common to all: z is (B, C, H, W), drawn from the noise level log_snrs[0]; log_snrs is (N + 1,), increasing; the
-result is (B, C, H, W) at the level log_snrs[N], and x itself, as in algorithm 18.2, where that is `CLEAN`. A variance
-that the denoiser gives beside x_hat is used by `ddpm` with variance `learned` alone. `on_step(step, x_hat)` is called
-after each of the N steps.
+result is (B, C, H, W) at the level log_snrs[N], and x itself, as in algorithm 18.2, where that is `CLEAN`. Only `ddpm`
+with variance `learned` uses a variance that the denoiser returns with x_hat. `on_step(step, x_hat)` is called after
+each of the N steps.
 
-A new sampler is a function here and a line in `SAMPLERS`. The parameters that it takes by name alone are its own
-settings: `cascade.config` makes a section of them, {kind: NAME, ...}, and the first line of its docstring their title.
+A new sampler is a function here and a line in `SAMPLERS`. Its keyword-only parameters are its own settings:
+`cascade.config` makes a section of them, {kind: NAME, ...}, with the first line of its docstring as title.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Sampler = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Option:
-    """What a sampler's own setting means, and the least and the greatest value of a number."""
+    """Description of a sampler's own setting, and the bounds of a number."""
 
     meaning: str
     least: float | None = None
@@ -53,22 +53,20 @@ class Option:
 
 Variance = Annotated[
     Literal["posterior", "beta", "between", "learned"],
-    Option("sigma_t^2: of the posterior, beta_t, or between: where `gamma` says, or a network (`learned`, IF's)."),
+    Option("sigma_t^2: `posterior`, `beta`, or in between, at `gamma` or as the network predicts (`learned`, IF)."),
 ]
-Gamma = Annotated[
-    float, Option("`between`: the share of the way from the posterior's log variance to beta's, as in Imagen.", 0, 1)
-]
+Gamma = Annotated[float, Option("`between`: 0 is the posterior's log variance, 1 that of beta, as in Imagen.", 0, 1)]
 Eta = Annotated[float, Option("0 is deterministic, 1 adds as much noise as `ddpm`.", 0, 1)]
 
 
 def _ignore(step: int, x_hat: Tensor) -> None:
-    """The callback of those who do not watch."""
+    """The default callback: none."""
 
 
 def _pairs(z: Tensor, log_snrs: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """(step, log SNR now, log SNR next), each log SNR of shape (B, 1, 1, 1); infinite after the last step to `CLEAN`.
 
-    In the formulas of a step an infinite log SNR is exactly x: alpha is 1, and what is left of z and of noise is 0.
+    With an infinite log SNR the formulas of a step give exactly x: alpha is 1, the factors of z and noise are 0.
     """
     numbers = log_snrs.tolist()
     numbers[-1] = math.inf if numbers[-1] >= CLEAN else numbers[-1]
@@ -78,7 +76,7 @@ def _pairs(z: Tensor, log_snrs: Tensor) -> list[tuple[int, Tensor, Tensor]]:
 
 
 def _move(x_hat: Tensor, z: Tensor, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
-    """From level t to s along the line on which x_hat and its eps stay what they are: the exact DDIM step.
+    """z moved from level t to s with x_hat and its eps held constant: the DDIM step.
 
     Source: Song et al. (2021) eq. 12 with eta = 0.
     """
@@ -98,10 +96,10 @@ def sample_ddpm(
 ) -> Tensor:
     """Ancestral sampling: z_s ~ N(mean of q(z_s | z_t, x_hat), sigma_t^2), no noise in the last step.
 
-    variance: sigma_t^2 is that of the `posterior`, or `beta`, or lies `between` the two, its logarithm a share gamma of
-    the way from the first, or where the denoiser says (`learned`). Source: Prince (2023) algorithm 18.2 with eq. 18.15;
-    Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for what lies between, and Saharia
-    et al. (2022), whose gamma is one number.
+    variance: sigma_t^2 is the `posterior`'s, or `beta`, or `between` the two, its logarithm a fraction gamma of the way
+    from the first to the second, or at the place that the denoiser returns (`learned`). Source: Prince (2023) algorithm
+    18.2 with eq. 18.15; Ho et al. (2020) sec. 3.2 for the two variances; Nichol & Dhariwal (2021) eq. 15 for the
+    interpolation, and Saharia et al. (2022) for a constant gamma.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
         estimate = denoise(z, log_snr_t)
@@ -112,9 +110,9 @@ def sample_ddpm(
             if variance == "beta":
                 spread = beta
             elif variance == "between":
-                spread = spread ** (1 - gamma) * beta**gamma  # 0, not NaN, where a step has no length
+                spread = spread ** (1 - gamma) * beta**gamma  # 0, not NaN, for a step of length 0
             elif variance == "learned":
-                assert isinstance(estimate, tuple), "this denoiser gives no variance beside x_hat"
+                assert isinstance(estimate, tuple), "this denoiser returns no variance with x_hat"
                 spread = torch.lerp(spread.log(), beta.log(), estimate[1]).exp()
             z = z + spread.sqrt() * noise_like(z, rng)
         on_step(step, x_hat)
@@ -130,7 +128,7 @@ def sample_ddim(
     *,
     eta: Eta = 0.0,
 ) -> Tensor:
-    """DDIM: first order. eta 0 is deterministic; eta 1 has the posterior's variance, hence is DDPM.
+    """DDIM: first order. eta 0 is deterministic; eta 1 has the posterior's variance and so is DDPM.
 
     Source: Song et al. (2021) eq. 12 and 16.
     """
@@ -156,13 +154,13 @@ def sample_heun(
     rng: Generators,  # noqa: ARG001 - every sampler takes one; this one is deterministic
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """Heun's second-order method on the probability flow; two evaluations a step, one in the last.
+    """Heun's second-order method on the probability flow; two evaluations per step, one in the last.
 
-    While x_hat keeps its value `_move` solves the flow exactly, so the mean of x_hat at both ends of the step
-    corrects it: Heun's method in the exponential form of Lu et al. (2022) arXiv 2211.01095. Karras et al. (2022)
-    algorithm 1 takes the mean of eps_hat instead, which multiplies a change of x_hat by s_t / 2 s_s for
-    s = exp(-log SNR / 2): hundreds in the first step of a cosine schedule even in time. There, on Gaussian data in
-    10 steps, its error is 10 and this one's 0.07.
+    For a constant x_hat `_move` solves the flow exactly, so the correction uses the mean of x_hat at both ends of the
+    step: Heun's method in the exponential form of Lu et al. (2022) arXiv 2211.01095. Karras et al. (2022) algorithm 1
+    uses the mean of eps_hat instead, which multiplies a change of x_hat by s_t / 2 s_s for s = exp(-log SNR / 2):
+    hundreds in the first step of a cosine schedule with even steps in time. There, on Gaussian data in 10 steps, its
+    error is 10 and that of this form 0.07.
     Source: Lu et al. (2022) arXiv 2211.01095.
     """
     for step, log_snr_t, log_snr_s in _pairs(z, log_snrs):
@@ -183,10 +181,10 @@ def sample_dpmpp(
     rng: Generators,  # noqa: ARG001 - every sampler takes one; this one is deterministic
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """DPM-Solver++(2M): second order with one evaluation a step, x_hat extrapolated from the step before.
+    """DPM-Solver++(2M): second order with one evaluation per step, x_hat extrapolated from the previous step.
 
     With lambda = log SNR / 2 and r = h_before / h: x = x_hat + (x_hat - x_before) / (2 r). The last step is of
-    first order, since lambda jumps there; so is one after a step so short that its slope would be rounding alone.
+    first order, since lambda jumps there; so is a step after one so short that its slope would be only rounding error.
     Source: Lu et al. (2022) arXiv 2211.01095, algorithm 2.
     """
     x_before: Tensor | None = None
@@ -204,9 +202,9 @@ def sample_dpmpp(
 
 
 LEAST_SHARE = 0.01
-"""Of a step's length in log SNR, that the step before must have to tell a slope: `dpm++` multiplies the difference of
-two x_hat, of which bfloat16 rounds away 4e-3, by half the inverse. A clipped schedule in many steps has some of no
-length at its ends, and joined lists of levels two that differ by rounding alone."""
+"""Least length of the previous step in log SNR, as a share of this step's, from which `dpm++` takes a slope: it
+multiplies the difference of two x_hat, with a bfloat16 rounding error of 4e-3, by half the inverse. A clipped schedule
+in many steps has steps of length 0 at its ends, and joined lists of levels may hold two that differ by rounding."""
 
 
 SAMPLERS: Mapping[str, Sampler] = {
@@ -215,19 +213,19 @@ SAMPLERS: Mapping[str, Sampler] = {
     "heun": sample_heun,
     "dpm++": sample_dpmpp,
 }
-"""By the names that settings give them."""
+"""Samplers by their name in settings."""
 
 
 def evaluations(sampler: Sampler, log_snrs: Tensor, **own: Any) -> list[float]:
-    """Log SNR of each evaluation of the denoiser that a sampler makes on its way over log_snrs (N + 1,), in order.
+    """Log SNR of each evaluation of the denoiser by a sampler with the levels log_snrs (N + 1,), in order.
 
-    own: the sampler's own settings. Found by letting it run on one number, with a denoiser that only takes notes.
+    own: the sampler's own settings. Found by running it on one value with a denoiser that only records its calls.
     """
     seen: list[float] = []
 
     def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
         seen.append(number_of(log_snr))
-        return torch.zeros_like(z), torch.zeros_like(z)  # a variance too, for the sampler that asks for one
+        return torch.zeros_like(z), torch.zeros_like(z)  # with a variance, for samplers that need one
 
     sampler(denoise, torch.zeros(1, 1, 1, 1), log_snrs, [torch.Generator()], **own)
     return seen

@@ -1,4 +1,4 @@
-"""Noise schedules: time t in [0, 1], from clean to noise, to log SNR. The book's step t of T is t / T here."""
+"""Noise schedules: from time t in [0, 1], clean to noise, to log SNR. The book's step t of T is t / T here."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class NoiseSchedule(Protocol):
 
 
 class ReverseStep(NamedTuple):
-    """One step back from a noise level. before: log SNR there. small, large: log variance of the posterior and of beta.
+    """One step back from a noise level. before: log SNR after it. small, large: log variance of the posterior, of beta.
 
-    Each (B, 1, 1, 1). The first step's posterior has no variance; it is given that of the second (Nichol & Dhariwal
-    2021, in their code).
+    Each (B, 1, 1, 1). The first step's posterior has variance 0; the second's is used instead (Nichol & Dhariwal 2021,
+    in their code).
     """
 
     before: Tensor
@@ -37,7 +37,7 @@ class ReverseStep(NamedTuple):
 
 
 class Held:
-    """A table of float32 that stays on each device where it was used: no copy, and no waiting for one, in each step."""
+    """A float32 table with a copy kept on each device that used it, so that no step copies or waits."""
 
     def __init__(self, table: Tensor) -> None:
         """table: on the CPU."""
@@ -46,13 +46,13 @@ class Held:
     def on(self, device: torch.device) -> Tensor:
         """The table on a device."""
         if device not in self._copies:
-            with torch.inference_mode(False):  # else it could not be used in training
+            with torch.inference_mode(False):  # an inference tensor could not be used in training
                 self._copies[device] = on_device(next(iter(self._copies.values())), device)
         return self._copies[device]
 
 
 def _reverse_steps(table: Tensor) -> Tensor:
-    """Of each step: log SNR before it, log variance of the posterior and of beta, in float64 until the end: (3, T)."""
+    """For each step back: log SNR after it, log variance of the posterior and of beta, computed in float64: (3, T)."""
     before, after = table[:-1], table[1:]
     inner = torch.arange(len(before)).clamp(min=min(1, len(before) - 1))
     small = -torch.expm1(after - before)[inner] * torch.sigmoid(-before)[inner]
@@ -79,7 +79,7 @@ class DiscreteSchedule:
     def log_snr(self, t: Tensor) -> Tensor:
         """Exact at the steps k / T; see NoiseSchedule."""
         position = t.double().clamp(0, 1) * len(self.betas)
-        # k / T in float32 may fall a hair beside the integer k; it means step k
+        # k / T in float32, times T, may miss the integer k by rounding; it means step k
         nearest = position.round()
         position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
         low = position.floor().long().clamp(max=len(self.betas) - 1)
@@ -145,14 +145,14 @@ class CosineSchedule:
 
 
 def resolution_shift(resolution: int, reference: int) -> float:
-    """Shift of log SNR that gives pictures of `resolution` the noise, averaged down, of `reference`."""
+    """Shift of log SNR that gives pictures of `resolution`, after averaging down, the noise of `reference`."""
     return 2 * math.log(reference / resolution)
 
 
 EvenSteps = Literal["t", "log_snr"]
-"""Steps spread evenly in time, or in log SNR."""
+"""Spacing of steps that is even in time, or in log SNR."""
 WholeSteps = Literal["leading", "trailing"]
-"""Whole steps of a discrete schedule, of which the first or the last is met."""
+"""Spacing by whole steps of a discrete schedule that includes its first step (`leading`) or its last (`trailing`)."""
 Spacing = Literal[EvenSteps, WholeSteps]
 NamedSteps = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super100"]
 """DeepFloyd IF's step lists."""
@@ -166,11 +166,11 @@ SECTIONS: dict[NamedSteps, tuple[int, ...]] = {
     "super27": (1, 1, 1, 1, 1, 1, 1, 2, 5, 13),
     "super100": (4, 4, 6, 6, 8, 8, 10, 10, 14, 30),
 }
-"""Of each list: how many steps fall into each of equal parts of the schedule, low noise first."""
+"""For each list, the number of steps in each of equal parts of the schedule, low noise first."""
 
 
 def named_steps(name: NamedSteps, total: int = 1000) -> tuple[int, ...]:
-    """The steps of a named list, numbered from 0, high noise first: both ends of each part, and evenly in between.
+    """The steps of a named list, numbered from 0, high noise first: both ends of each part, evenly spaced in between.
 
     Source: the respacing of Nichol & Dhariwal (2021) sec. 4, which DeepFloyd IF's lists follow.
     """
@@ -204,10 +204,10 @@ def step_grid(schedule: NoiseSchedule, numbers: Sequence[int]) -> Tensor:
 
 
 def log_snr_grid(schedule: NoiseSchedule, steps: int, spacing: EvenSteps = "t") -> Tensor:
-    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0, and there clean.
+    """The noise levels of a sampler: (steps + 1,), increasing log SNR from t = 1 to t = 0, the last one clean.
 
-    spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and
-    steps = T these are the T steps of algorithm 18.2, whose last one ends at x wherever a schedule is clipped.
+    spacing: `t`, even in time, or `log_snr`, even in log SNR. With `t`, a discrete schedule and steps = T these are the
+    T steps of algorithm 18.2, whose last one ends at x even if the schedule is clipped.
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "t":

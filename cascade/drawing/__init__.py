@@ -1,1 +1,1 @@
-"""Drawing: the only way from tasks to pictures. `engine` is where to begin reading."""
+"""Drawing: the only way from tasks to pictures. Start reading at `engine`."""

@@ -23,9 +23,9 @@ from cascade.transfer import on_device
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw: which text it has, and (seed, number), from which all its noise follows.
+    """One picture to draw: the row of its text, and (seed, number), which determine all its noise.
 
-    other: another seed, and how far the noise that a picture starts from lies on the way to that seed's, in [0, 1].
+    other: another seed, and a share in [0, 1]: the initial noise lies this far on the way to that seed's noise.
     """
 
     text: int
@@ -36,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Texts:
-    """Embeddings, a row for each `Picture.text`: of the prompts, and of what takes the null text's place for each."""
+    """Embeddings, one row for each `Picture.text`: of the prompts, and of their negative prompts or the null text."""
 
     own: TextEmbeddings
     null: TextEmbeddings
@@ -44,10 +44,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one batch of one stage begins with.
+    """The inputs of one batch of one stage.
 
-    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. known: what is known
-    of the pictures themselves.
+    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. known: pictures to
+    start from, and their pixels that must stay.
     """
 
     settings: SamplingConfig
@@ -61,9 +61,9 @@ class Inputs:
 def draw_batch(
     stage: Stage, inputs: Inputs, on_step: OnStep | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """One batch of one stage: (B, 3, H, W) float32, in about [-1, 1].
+    """Draw one batch with one stage: (B, 3, H, W) float32, in about [-1, 1].
 
-    device: where to compute, default where the weights lie; those read layer by layer lie nowhere.
+    device: device to compute on, default the weights' own; weights that are read layer by layer have none.
     """
     device, settings, low = device or stage.device, inputs.settings, inputs.low
     rows = [picture.text for picture in inputs.pictures]
@@ -95,10 +95,10 @@ def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor)
 
 
 def _start(stage: Stage, inputs: Inputs, device: torch.device) -> Tensor:
-    """The noise that pictures start from: (B, 3, H, W).
+    """The initial noise of the pictures: (B, 3, H, W).
 
-    Between two seeds along the sphere on which noise lies, so that its variance stays 1 (Shoemake 1985, slerp, of
-    vectors that are as good as orthogonal).
+    Noise between two seeds lies on the arc of the sphere between them, so that its variance stays 1 (slerp, Shoemake
+    1985, for vectors that are nearly orthogonal).
     """
     shape = torch.empty(len(inputs.pictures), stage.config.channels, *inputs.size, device=device)
     z = noise_like(shape, _rng(stage.name, inputs.pictures, "start"))

@@ -1,4 +1,4 @@
-"""What a call says of a picture that is to be changed, as the recipe and the engine need it."""
+"""The arguments for changing a picture, checked and converted for the recipe and the engine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from cascade.seeds import MAX_SEED
 from cascade.upscaling import ImageLike, read_mask, read_picture
 
 DEFAULT_STRENGTH = 0.85
-"""Of a picture without a mask; with one, what is drawn anew is drawn from nothing."""
-ANEW = 0.7
-"""Strength of the first stage from which the larger ones begin with noise alone. It moves shapes from about there on,
-and the old shapes would shine through a larger stage that began with them; below it, they keep the picture's detail."""
+"""Strength for a picture without a mask; with a mask the default is 1, new content without the old one."""
+REDRAWN = 0.7
+"""Strength of the first stage from which the larger stages start with noise alone. From about there on shapes move, and
+the old shapes would show through a larger stage that started with them; below it they keep the picture's detail."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """A picture to be changed, and how.
+    """A picture to change, and how.
 
-    image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is drawn anew. extend: pixels to
-    add at its sides in place of a mask, {"left": 64}, of `left`, `top`, `right` and `bottom`. strength: in [0, 1], of
-    the first stage, from which that of the others follows, or {stage: value}: 0 gives the picture back, 1 ignores it.
-    resampling: how often each step is taken where a mask keeps a part. variation: (seed, share in [0, 1]), other noise
-    to start from and how far on the way to it; this one needs no picture.
+    image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is redrawn. extend: instead of a
+    mask, pixels to add at its sides `left`, `top`, `right` and `bottom`, as {"left": 64}. strength: in [0, 1], of the
+    first stage, from which that of the others follows, or {stage: value}: 0 returns the picture, 1 ignores it.
+    resampling: repetitions of each step where a mask keeps a part. variation: (seed, share in [0, 1]): other initial
+    noise, and how far to go towards it; needs no picture.
     """
 
     image: ImageLike | None = None
@@ -45,29 +45,29 @@ class Changes:
     def resolve(
         self, stages: Sequence[StageConfig], size: tuple[int, int], asked: bool
     ) -> tuple[Edit | None, tuple[int, int], dict[str, Any]]:
-        """(the edit, the size that is drawn, what the recipe says of both). Raises CascadeError.
+        """(the edit, the size to draw, the recipe's entries for both). Raises CascadeError.
 
-        size: that would be drawn without a picture. asked: whether the caller asked for it.
+        size: the size to draw without a picture. asked: whether the caller chose it.
         """
-        said = self._variation()
+        entries = self._variation()
         if self.image is None:
             for name in ("mask", "strength", "extend"):
                 if getattr(self, name) is not None:
                     raise CascadeError(f"{name}: there is no picture to change; give one as image")
-            return None, size, said
+            return None, size, entries
         image, mask = self._pictures(self.image)
         fitting = fitting_size(stages, (image.shape[-2], image.shape[-1]))
         edit, size = edit_of(image, mask, [size] if asked else [size, fitting])
-        said |= {
+        entries |= {
             "image": digest_of(image),
             "mask": "" if mask is None else digest_of(mask),
             "strength": self._strengths([stage.name for stage in stages]),
             "resampling": positive("resampling", self.resampling, ROUNDS),
         }
-        return edit, size, said
+        return edit, size, entries
 
     def _pictures(self, given: ImageLike) -> tuple[Tensor, Tensor | None]:
-        """The picture (3, H, W) uint8 and its mask (H, W), the canvas around it included."""
+        """The picture (3, H, W) uint8 and its mask (H, W), including the canvas that `extend` adds."""
         image = read_picture(given)[0]
         if self.extend is None:
             return image, None if self.mask is None else read_mask(self.mask)
@@ -85,22 +85,22 @@ class Changes:
         return {"variation": float(share), "variation_seed": seed}
 
     def _strengths(self, stages: Sequence[str]) -> dict[str, float]:
-        """By stage; those with full strength are left out."""
+        """Strength by stage, without stages of full strength."""
         default = DEFAULT_STRENGTH if self.mask is None and self.extend is None else 1.0
         if isinstance(self.strength, Mapping):
             check_stages("strength", self.strength, stages)
             given = {name: self.strength.get(name, 1.0) for name in stages}
         else:
             first = default if self.strength is None else self.strength
-            given = {name: min(1.0, first / ANEW) if place else first for place, name in enumerate(stages)}
+            given = {name: min(1.0, first / REDRAWN) if place else first for place, name in enumerate(stages)}
         for value in given.values():
             if not 0 <= value <= 1:
-                raise CascadeError(f"strength: {value:g}; expected 0, which gives the picture back, to 1")
+                raise CascadeError(f"strength: {value:g}; expected 0, which returns the picture, to 1")
         return {name: float(value) for name, value in given.items() if value < 1}
 
 
 def fitting_size(stages: Sequence[StageConfig], picture: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in about the shape of a picture, its longer side what the last stage draws."""
+    """(height, width) of about a picture's aspect ratio, the longer side that of the last stage."""
     step, longest = common_step(stages), stages[-1].resolution
     height, width = (max(step, round(side * longest / max(picture) / step) * step) for side in picture)
     return height, width

@@ -1,4 +1,4 @@
-"""Editing: a picture that is changed, the part of it that is drawn, and how that part is put back."""
+"""Editing: a picture to change, the part of it to draw, and the blending of that part back into it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade.errors import CascadeError
 from cascade.images import downsample, to_float, to_uint8, upsample
 
 _CONTEXT = 1.5
-"""The side of what is drawn, in those of the mask: the network must see what the new part is to fit."""
+"""Side of the drawn part relative to the mask: the network must see the surroundings that the new part should fit."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Box:
     width: int
 
     def cut(self, picture: Tensor) -> Tensor:
-        """The part of (..., H, W)."""
+        """This part of (..., H, W)."""
         return picture[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A picture to be changed.
+    """A picture to change.
 
-    image: (3, H, W) uint8. mask: (H, W) float32 in [0, 1], 1 where it is drawn anew, 0 where it stays in every bit;
-    None: all of it is drawn anew. box: what is drawn, as a part of the picture; the rest is not looked at.
+    image: (3, H, W) uint8. mask: (H, W) float32 in [0, 1], 1 where it is redrawn, 0 where every bit stays; None: all of
+    it is redrawn. box: the part of the picture that is drawn; the rest is not used.
     """
 
     image: Tensor
@@ -46,13 +46,13 @@ class Edit:
     box: Box
 
     def known(self, size: tuple[int, int], strength: float, rounds: int) -> Known:
-        """What a stage that draws `size` knows of the picture; a batch of one, on the CPU."""
+        """The picture's part as input of a stage that draws `size`; a batch of one, on the CPU."""
         x = resized(to_float(self.box.cut(self.image))[None], size).clamp(-1, 1)
         mask = None if self.mask is None else resized(self.box.cut(self.mask)[None, None], size).clamp(0, 1)
         return Known(x, mask, strength, rounds)
 
     def finished(self, drawn: Tensor) -> Tensor:
-        """The whole picture, (3, H, W) uint8, with what was drawn, (3, h, w) uint8, in its place."""
+        """The whole picture, (3, H, W) uint8, with the drawn part (3, h, w) uint8 blended in."""
         if self.mask is None:
             return drawn
         part, mask = self.box.cut(self.image), self.box.cut(self.mask)
@@ -65,22 +65,22 @@ class Edit:
 
 
 def edit_of(image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]]) -> tuple[Edit, tuple[int, int]]:
-    """An edit, and the (height, width) that is drawn for it.
+    """An edit, and the (height, width) to draw for it.
 
-    image: (3, H, W) uint8. mask: (H, W) in [0, 1]. sizes: that may be drawn, the preferred one first. A picture whose
-    mask is small, and that is larger than what is drawn, gives the mask's neighbourhood alone, in the shape of the
-    first size that leaves room for it; any other is drawn whole, at the last size. Raises CascadeError for a mask of
-    another size, and for one that is empty.
+    image: (3, H, W) uint8. mask: (H, W) in [0, 1]. sizes: sizes that may be drawn, the preferred one first. If the
+    picture is larger than the drawn size and the mask is small, only the mask's neighbourhood is drawn, in the shape of
+    the first size with room for it; otherwise the whole picture, at the last size. Raises CascadeError for a mask of
+    another size, and for an empty one.
     """
     height, width = image.shape[-2:]
     whole = Box(0, 0, height, width)
     if mask is None:
         return Edit(image, None, whole), sizes[-1]
     if tuple(mask.shape) != (height, width):
-        raise CascadeError(f"mask: {mask.shape[1]}x{mask.shape[0]}; expected {width}x{height}, as the picture has it")
+        raise CascadeError(f"mask: {mask.shape[1]}x{mask.shape[0]}; expected {width}x{height}, the picture's size")
     places = mask.nonzero()
     if not len(places):
-        raise CascadeError("mask: is black everywhere, so nothing would be drawn; paint white what is to change")
+        raise CascadeError("mask: is black everywhere, so nothing would be drawn; paint the part to change white")
     (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
     for size in sizes:
         if size == (height, width):
@@ -92,9 +92,9 @@ def edit_of(image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]]
 
 
 def _around(mask: tuple[int, int, int, int], picture: tuple[int, int], size: tuple[int, int]) -> Box | None:
-    """The neighbourhood of a mask (top, left, bottom, right) in the shape of `size`; None: the whole picture is it.
+    """The neighbourhood of a mask (top, left, bottom, right) in the shape of `size`; None: the whole picture.
 
-    No smaller than what is drawn, so that nothing known is enlarged only to be reduced again.
+    At least as large as the drawn size, so that no known pixels are enlarged only to be reduced again.
     """
     top, left, bottom, right = mask
     scale = max(1.0, _CONTEXT * (bottom - top) / size[0], _CONTEXT * (right - left) / size[1])
@@ -107,7 +107,7 @@ def _around(mask: tuple[int, int, int, int], picture: tuple[int, int], size: tup
 
 
 def resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, C, H, W) as area means where it becomes smaller, bicubic where it becomes larger."""
+    """(1, C, H, W) resized: area means to reduce, bicubic to enlarge."""
     height, width = picture.shape[-2:]
     smaller = (min(size[0], height), min(size[1], width))
     reduced = picture if smaller == (height, width) else downsample(picture, smaller)
@@ -118,10 +118,10 @@ SIDES = ("left", "top", "right", "bottom")
 
 
 def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
-    """A larger canvas around a picture (3, H, W) uint8, and the mask of what is to be drawn: (3, H', W'), (H', W').
+    """A larger canvas around a picture (3, H, W) uint8, and the mask of its new part: (3, H', W'), (H', W').
 
-    left, ...: pixels to add. Beyond the picture its edge is repeated, which is what the mask's soft side shows through.
-    Raises CascadeError for negative numbers and for none at all.
+    left, ...: pixels to add. The new part repeats the picture's edge, which shows through the mask's soft side.
+    Raises CascadeError for negative numbers, and if all are zero.
     """
     sides = (left, right, top, bottom)
     if min(sides) < 0 or not any(sides):
@@ -132,6 +132,6 @@ def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom:
 
 
 def digest_of(pixels: Tensor) -> str:
-    """SHA-256 of a picture or a mask, of its shape and its values: what a recipe knows of it."""
+    """SHA-256 of the shape and values of a picture or mask, for the recipe."""
     values = pixels.contiguous().numpy()
     return hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The engine: tasks in, pictures out. Whoever wants a picture drawn, wherever it then goes, gives it tasks."""
+"""The engine: tasks in, pictures out. Every part of the package that draws gives it tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.editing import Known
-from cascade.drawing.batch_size import BatchSizes, Wish
+from cascade.drawing.batch_size import BatchSize, BatchSizes
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
@@ -23,18 +23,18 @@ from cascade.upscaling import padded
 
 
 class StoppedError(Exception):
-    """The engine was asked to stop; what it yielded before is finished."""
+    """The engine was stopped; pictures yielded before are finished."""
 
 
 @dataclass(frozen=True)
 class Conduct:
-    """How an engine goes about its work; nothing here changes a picture, but for the last bits that a batch size does.
+    """Settings of an engine's work. Only the batch size can change a picture, in its last bits.
 
-    batch_size: see `Wish`. keep_stages: `Drawn.pixels` holds the smaller pictures too. stop: asked between two batches.
-    abort: asked after each step. on_step: called with each step, and may raise.
+    batch_size: see `drawing.batch_size`. keep_stages: `Drawn.pixels` includes the smaller pictures. stop: called
+    between batches, True stops. abort: called after each step, True stops. on_step: called with each step; may raise.
     """
 
-    batch_size: Wish = None
+    batch_size: BatchSize = None
     keep_stages: bool = False
     stop: Callable[[], bool] = lambda: False
     abort: Callable[[], bool] | None = None
@@ -43,7 +43,7 @@ class Conduct:
 
 @dataclass(eq=False)
 class _Work:
-    """A task under way."""
+    """A task in progress."""
 
     task: Task
     seconds: float
@@ -53,17 +53,17 @@ Rows = Callable[[Sequence[Task]], Texts]
 
 
 class Engine:
-    """Draws pictures for as long as it lives: of any size, with any settings, by any stages.
+    """Draws pictures of any size, settings and stages, as often as it is called.
 
-    Pictures whose next pass agrees share its batches, all of one shape, so that a picture has the same bytes whatever
-    is drawn with it. Between two stages a picture is whole numbers: the next stage sees exactly the picture that can be
-    saved, and the last bits of float arithmetic do not travel on.
+    Pictures with equal next passes share batches of one fixed shape, so that a picture has the same bytes whatever
+    else is drawn. Between stages pictures are whole numbers: the next stage sees exactly the picture that can be saved,
+    and the last bits of floating-point arithmetic do not propagate.
     """
 
     def __init__(
         self, encode: Encode, device: torch.device, conduct: Conduct | None = None, shelf: Shelf | None = None
     ) -> None:
-        """encode: reads texts. device: where the stages compute. shelf: where smaller pictures wait."""
+        """encode: encodes texts. device: device of the stages. shelf: storage of pictures between stages."""
         self._device, self._conduct = device, conduct or Conduct()
         self._texts, self._shelf = RecentTexts(encode), shelf or Shelf()
         self.batch_sizes = BatchSizes(self._conduct.batch_size, device)
@@ -73,7 +73,7 @@ class Engine:
     def draw(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """The pictures of `tasks`, each as soon as its last pass is done.
 
-        Each stage is loaded once for all of them. Raises CascadeError when memory does not suffice, StoppedError.
+        Each stage is loaded once for all tasks. Raises CascadeError when memory does not suffice, StoppedError.
         """
         if not tasks:
             return
@@ -91,7 +91,7 @@ class Engine:
                 self._shelf.drop(shelf_key(task, position))
 
     def draw_all(self, tasks: Sequence[Task]) -> list[Drawn]:
-        """The pictures of all tasks, in their order. Raises CascadeError for one that cannot be drawn."""
+        """The pictures of all tasks, in order. Raises CascadeError for a picture that cannot be drawn."""
         drawn: dict[Task, Drawn] = {}
         for result in self.draw(tasks):
             if isinstance(result, Undrawn):
@@ -100,10 +100,10 @@ class Engine:
         return [drawn[task] for task in tasks]
 
     def _passed(self, slot: StageSlot, position: int, group: Sequence[_Work], texts: Rows) -> Iterator[Result]:
-        """One stage for all that wait for it; the pictures that end here, one way or the other."""
+        """Run one stage for all works that need it; yields pictures that are finished, or failed."""
         todo = [work for work in group if _is_last(work.task, position) or not self._is_waiting(work.task, position)]
         if not todo:
-            return  # a restart finds all of them on the shelf
+            return  # after a restart all may already be on the shelf
         with running(slot) as stage:
             for batch, pixels in self._batches(stage, position, todo, texts):
                 for work, picture in zip(batch, pixels, strict=True):
@@ -113,16 +113,16 @@ class Engine:
                         yield self._finished(work, picture)
                     else:
                         self._shelf.put(shelf_key(work.task, position), picture)
-            del stage  # with low_memory it must be gone before the next one is loaded
+            del stage  # with low_memory it must be released before the next one is loaded
 
     def _is_waiting(self, task: Task, position: int) -> bool:
-        """Whether what a pass gives lies on the shelf already."""
+        """Whether the result of a pass is already on the shelf."""
         return shelf_key(task, position) in self._shelf
 
     def _batches(
         self, stage: Stage, position: int, todo: Sequence[_Work], texts: Rows
     ) -> Iterator[tuple[Sequence[_Work], list[Tensor | None]]]:
-        """(pictures, their pixels or None where not finite), batch by batch of equal settings."""
+        """(works, their pixels, None for a picture that is not finite), in batches of equal settings."""
         for drawing, group in _by_pass(todo, position):
             rest = group
             while rest:
@@ -144,7 +144,7 @@ class Engine:
     def _drawn(
         self, stage: Stage, drawing: Pass, position: int, batch: Sequence[Task], texts: Rows, place: tuple[int, int]
     ) -> list[Tensor | None]:
-        """One batch, filled to its size with repetitions of its last picture, so that every call has one shape."""
+        """Draw one batch, filled up by repeating its last picture, so that every call has one shape."""
         height, width = drawing.size
         size, dtype = self.batch_sizes.of(drawing), next(stage.network.parameters()).dtype
         check_memory(stage.config, drawing.size, size, self._device, dtype, drawing.tile)  # before any noise is drawn
@@ -177,7 +177,7 @@ class Engine:
         return [picture if good else None for picture, good in zip(pixels, finite, strict=True)]
 
     def _smaller(self, tasks: Sequence[Task], position: int) -> Tensor | None:
-        """What the pictures begin with: (B, 3, h, w) uint8, None for a base stage."""
+        """The smaller pictures to start from: (B, 3, h, w) uint8, None for a base stage."""
         if position:
             return torch.stack([self._shelf.get(shelf_key(task, position - 1)) for task in tasks])
         starts = [task.start for task in tasks if task.start is not None]
@@ -204,7 +204,7 @@ def _picture(row: int, task: Task, position: int) -> Picture:
 
 
 def _known(tasks: Sequence[Task], drawing: Pass) -> Known | None:
-    """What is known of pictures that all are changed ones, or all are new."""
+    """The known pixels of a batch, whose pictures are either all edits or all new."""
     each = [
         task.edit.known(drawing.size, drawing.strength, task.recipe.resampling)
         for task in tasks
@@ -221,12 +221,12 @@ def _is_last(task: Task, position: int) -> bool:
 
 
 def shelf_key(task: Task, position: int) -> str:
-    """Names the picture of a task after a pass on the shelf, by all that made it."""
+    """The shelf's key for a task's picture after a pass; it depends on everything that determines the picture."""
     return "-".join(part for part in (task.recipe.digest(), str(position), task.name) if part)
 
 
 def _by_slot(works: Iterable[_Work], position: int) -> list[tuple[StageSlot, list[_Work]]]:
-    """Those that have a pass at `position`, by its stage, in the order in which each first occurs."""
+    """Works with a pass at `position`, grouped by its stage, in order of first occurrence."""
     groups: dict[int, tuple[StageSlot, list[_Work]]] = {}
     for work in works:
         if position < len(work.task.passes):
@@ -236,7 +236,7 @@ def _by_slot(works: Iterable[_Work], position: int) -> list[tuple[StageSlot, lis
 
 
 def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list[_Work]]]:
-    """Those whose passes at `position` agree in all but the number, in the order in which each first occurs."""
+    """Works grouped by passes that agree in all but the number, in order of first occurrence."""
     groups: dict[object, tuple[Pass, list[_Work]]] = {}
     for work in works:
         own = work.task.passes[position]

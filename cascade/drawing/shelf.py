@@ -1,4 +1,4 @@
-"""Where pictures wait between two stages."""
+"""Storage of pictures between two stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cascade.checkpoint import atomic_file
 
 
 class Shelf:
-    """Pictures on their way from one stage to the next: in memory, or as files that a restart finds again."""
+    """Pictures on their way from one stage to the next: in memory, or in files that a restart finds again."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -22,7 +22,7 @@ class Shelf:
         return key in self._held if self._folder is None else self._path(key).exists()
 
     def put(self, key: str, pixels: Tensor) -> None:
-        """pixels: (3, H, W) uint8."""
+        """Store a picture. pixels: (3, H, W) uint8."""
         if self._folder is None:
             self._held[key] = pixels
         else:
@@ -30,11 +30,11 @@ class Shelf:
                 np.save(file, pixels.numpy())
 
     def get(self, key: str) -> Tensor:
-        """(3, H, W) uint8."""
+        """A stored picture, (3, H, W) uint8."""
         return self._held[key] if self._folder is None else torch.from_numpy(np.load(self._path(key)))
 
     def drop(self, key: str) -> None:
-        """Forget a picture, if it is there."""
+        """Remove a picture, if it is stored."""
         self._held.pop(key, None)
         if self._folder is not None:
             self._path(key).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A task: one picture to draw, stage after stage; and what comes of it."""
+"""A task: one picture to draw, stage after stage; and its result."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cascade.text.embeddings import TextEmbeddings
 
 @dataclass(frozen=True)
 class Pass:
-    """One stage's part in a picture.
+    """One stage's part in drawing a picture.
 
-    size: height and width of what it draws. number: see `Recipe.number`; a stage that is passed twice draws other noise
-    the second time. strength: see `Recipe.strength`. tile: side of the squares in which it is drawn, see `Stage.tiled`;
-    None: in one piece.
+    size: height and width of the stage's picture. number: see `Recipe.number`; a second pass of the same stage has
+    another number, hence other noise. strength: see `Recipe.strength`. tile: side of the square tiles, see
+    `Stage.tiled`; None: in one piece.
     """
 
     slot: StageSlot
@@ -34,13 +34,13 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One picture to draw. It knows nothing of files; equal only to itself.
+    """One picture to draw. It has no file; a task equals only itself.
 
-    start: (3, h, w) uint8, the smaller picture with which the first pass begins, and whose digest the recipe's `source`
-    is; None: the first pass is a base stage's.
-    edit: the picture that is changed, whose digests the recipe has.
-    text: embeddings of one prompt that take the place of the recipe's. name: tells it from others with the same
-    recipe where half-drawn pictures wait on a disk.
+    start: (3, h, w) uint8, the smaller picture that the first pass enlarges; the recipe's `source` is its digest. None:
+    the first pass is a base stage's.
+    edit: the picture to change; the recipe has its digests.
+    text: embeddings of one prompt that replace the recipe's. name: tells the task from others with the same recipe when
+    half-drawn pictures are stored on disk.
     """
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Task:
     name: str = ""
 
     def __post_init__(self) -> None:
-        assert (self.start is None) == (not self.recipe.source), "a recipe names the picture that it begins with"
+        assert (self.start is None) == (not self.recipe.source), "a recipe names the picture that it starts from"
         assert (self.edit is None) == (not self.recipe.image), "a recipe names the picture that it changes"
 
 
@@ -59,9 +59,8 @@ class Task:
 class Drawn:
     """A finished picture.
 
-    pixels: (3, H, W) uint8 of each pass, in order: all of them where they are kept, else of the last alone.
-    seconds: its share of the time. batch_sizes: by stage; with the recipe, the model and the machine they decide the
-    bytes.
+    pixels: (3, H, W) uint8 of each pass, in order; only of the last unless stages are kept. seconds: its share of the
+    time. batch_sizes: by stage; together with the recipe, the model and the machine they decide the bytes.
     """
 
     task: Task
@@ -85,9 +84,8 @@ Result: TypeAlias = Drawn | Undrawn
 class Step:
     """A sampling step that is done.
 
-    step: from 0, of `steps`. batch: from 0, of the `batches` of this stage that are drawn in one go. tasks: whose
-    pictures these are. x_hat: (B, 3, H, W), one for each of them: the clean pictures as the network sees them now, in
-    about [-1, 1].
+    step: from 0, of `steps`. batch: from 0, of the stage's `batches` in this call. tasks: the tasks of the pictures.
+    x_hat: (B, 3, H, W), one for each task: the network's current estimate of the clean pictures, in about [-1, 1].
     """
 
     stage: str
@@ -100,7 +98,7 @@ class Step:
 
 
 def passes(slots: Iterable[StageSlot], sizes: Iterable[tuple[int, int]], recipe: Recipe) -> list[Pass]:
-    """The way of a picture through the stages of a cascade, the smallest first."""
+    """The passes of a picture through the stages of a cascade, the smallest first."""
     return [
         Pass(slot, size, recipe.stages[name], recipe.number, recipe.strength.get(name, 1.0))
         for slot, size in zip(slots, sizes, strict=True)
@@ -111,7 +109,7 @@ def passes(slots: Iterable[StageSlot], sizes: Iterable[tuple[int, int]], recipe:
 def enlarging(
     slot: StageSlot, start: Tensor, prompt: str, settings: SamplingConfig, seed: int = 0, number: int = 0
 ) -> Task:
-    """A single super-resolution stage's picture from a smaller one: start, (3, h, w) uint8, becomes scale times it."""
+    """A task for one super-resolution stage: start, (3, h, w) uint8, enlarged by the stage's scale."""
     height, width = (side * slot.config.scale for side in start.shape[-2:])
     recipe = Recipe(
         prompt=prompt,

@@ -1,4 +1,4 @@
-"""Embeddings of the texts of tasks, each text encoded once."""
+"""Embeddings of the tasks' texts; each text is encoded once."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from cascade.drawing.task import Task
 from cascade.text.embeddings import TextEmbeddings, join
 
 KEPT = 256
-"""Embeddings that stay between two calls."""
+"""Number of embeddings kept between two calls."""
 
 Encode = Callable[[Sequence[str]], TextEmbeddings]
-"""Texts -> their embeddings, all padded to one length: sums over more tokens may differ in their last bits, and a
-picture must not depend on how long the texts of other pictures are."""
+"""Texts -> their embeddings, all padded to one length: sums over more tokens may differ in the last bits, and a picture
+must not depend on the length of other pictures' texts."""
 
 
 class RecentTexts:
-    """Recently used embeddings: a run of equal prompts is encoded once."""
+    """Recently used embeddings, so that a series of equal prompts is encoded once."""
 
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
         self._known: dict[str, TextEmbeddings] = {}
 
     def of(self, tasks: Sequence[Task]) -> Callable[[Sequence[Task]], Texts]:
-        """Encode what is new in `tasks`; gives the rows of any batch of them."""
+        """Encode the new texts of `tasks`; returns a function from a batch of them to its rows."""
         texts = dict.fromkeys(text for task in tasks for text in _read(task))
         self._learn(texts)
         known: dict[str | Task, TextEmbeddings] = {text: self._known[text] for text in texts}
@@ -42,7 +42,7 @@ class RecentTexts:
         return rows
 
     def _learn(self, texts: Iterable[str]) -> None:
-        """Encode those that are not known, and put all of them last in the order in which they are forgotten."""
+        """Encode unknown texts, and mark all of `texts` as the most recently used."""
         missing = [text for text in texts if text not in self._known]
         if missing:
             embeddings = self._encode(missing)

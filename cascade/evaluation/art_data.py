@@ -15,7 +15,7 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.evaluation.tower import STYLES
 from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, rows
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.images import from_pil
 
 FLAGS = "Flags"
@@ -112,7 +112,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pixels(row: dict[str, Any], path: Path) -> Tensor:
-    with picture_told(f"{path}: {row['id']}"), open_picture(io.BytesIO(picture_bytes(row["image"]))) as image:
+    with picture_errors(f"{path}: {row['id']}"), open_picture(io.BytesIO(picture_bytes(row["image"]))) as image:
         pixels = from_pil(image)
         if pixels.shape[-2:] != (_SIZE, _SIZE):
             raise CascadeError(f"{path}: {row['id']}: {image.width}x{image.height}, expected {_SIZE}x{_SIZE}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of, rows
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 ORIGINALS = ("", "emoji", "more")
@@ -100,7 +100,7 @@ def _encoded(path: Path) -> Any:
 def _decoded(entry: Entry, size: int) -> Tensor:
     row = row_of(_encoded(entry.path), entry.row, entry.path, _IMAGE)
     with (
-        picture_told(f"{entry.path}: {entry.id}"),
+        picture_errors(f"{entry.path}: {entry.id}"),
         open_picture(io.BytesIO(picture_bytes(row["image"]))) as image,
     ):
         picture = from_pil(image)

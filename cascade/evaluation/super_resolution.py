@@ -33,7 +33,7 @@ from cascade.evaluation.fidelity import (
 from cascade.evaluation.report import Figure, Report, Request, judge_sha256
 from cascade.evaluation.tower import Tower, load_tower
 from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of
-from cascade.files.picture import open_picture, picture_told
+from cascade.files.picture import open_picture, picture_errors
 from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling
@@ -146,7 +146,7 @@ def read_pairs(
 
 
 def _decoded(stored: bytes | dict[str, Any], name: str) -> Tensor:
-    with picture_told(name), open_picture(io.BytesIO(picture_bytes(stored))) as image:
+    with picture_errors(name), open_picture(io.BytesIO(picture_bytes(stored))) as image:
         return to_float(from_pil(image))[None]
 
 

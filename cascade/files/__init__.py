@@ -1,1 +1,1 @@
-"""Other people's files: how they are named, found, opened and read, the same way everywhere."""
+"""Reading the user's files: how they are named, found, opened and decoded, the same way everywhere."""

@@ -1,4 +1,4 @@
-"""Transparency of a picture that is enlarged: its colours and its alpha channel go apart, and meet again."""
+"""Transparency of a picture to enlarge: its colours and its alpha channel are enlarged separately, then joined."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 
 _Array: TypeAlias = np.ndarray[Any, Any]
 _NEAR = 4
-"""Pixels beyond an edge that take the colours of their very neighbours: bicubic enlargement reaches two."""
+"""Distance in pixels over which transparent pixels take the colours of their neighbours; bicubic needs two."""
 
 
 def is_opaque(image: Image.Image) -> bool:
-    """Whether nothing of an RGB or RGBA picture is transparent."""
+    """Whether an RGB or RGBA picture has no transparent pixel."""
     return image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
 
 
 def bled(image: Image.Image) -> Image.Image:
     """RGB of RGBA, in which transparent pixels (alpha 0) continue the colours of those around them.
 
-    What a transparent pixel holds is arbitrary, often white or black, and would mix into the edges as a fringe. All
-    other pixels keep their colours; where everything is transparent it becomes white.
+    The colour of a transparent pixel is arbitrary, often white or black, and would mix into the edges as a fringe. All
+    other pixels keep their colours; a fully transparent picture becomes white.
     """
     pixels = np.asarray(image, dtype=np.float32)
     colours, weights = pixels[..., :3], pixels[..., 3:] / 255
@@ -36,14 +36,14 @@ def bled(image: Image.Image) -> Image.Image:
 
 
 def with_alpha(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    """RGBA of an enlarged RGB picture and the alpha channel of the smaller one, enlarged as a picture of its own."""
+    """RGBA from an enlarged RGB picture and the alpha channel of the smaller one, which is enlarged as a picture."""
     whole = image.copy()
     whole.putalpha(alpha.resize(image.size, Image.Resampling.BICUBIC))
     return whole
 
 
 def _grown(colours: _Array, weights: _Array) -> tuple[_Array, _Array]:
-    """Each transparent pixel with visible neighbours takes their colour, weighted by alpha, and mean alpha."""
+    """Give each transparent pixel with visible neighbours their mean colour, weighted by alpha, and mean alpha."""
     height, width = weights.shape[:2]
     sums = np.pad(np.concatenate((colours * weights, weights, weights > 0), axis=2), ((1, 1), (1, 1), (0, 0)))
     around = reduce(add, (sums[top : top + height, left : left + width] for top, left in product(range(3), repeat=2)))
@@ -54,10 +54,10 @@ def _grown(colours: _Array, weights: _Array) -> tuple[_Array, _Array]:
 
 
 def _filled(colours: _Array, weights: _Array) -> _Array:
-    """Transparent pixels take the mean of the smallest square around them that holds a visible one.
+    """Give transparent pixels the mean colour of the smallest square around them that contains a visible one.
 
     The squares are those of a pyramid, 2, 4, 8, ... pixels wide. Source: pull-push of Gortler et al. (1996), in which
-    what lies farther away counts where nothing nearer is known.
+    distant pixels count only where no nearer ones are known.
     """
     if (weights > 0).all():
         return colours

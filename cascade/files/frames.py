@@ -1,4 +1,4 @@
-"""All that a picture file holds: its frames, how long each is shown, and what its camera noted."""
+"""The full content of a picture file: its frames, their durations, and its EXIF data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade.errors import CascadeError
-from cascade.files.picture import MOST_PIXELS, most_pixels, open_picture, picture_told, straight
+from cascade.files.picture import MOST_PIXELS, most_pixels, open_picture, picture_errors, straight
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-"""Formats whose further pictures are frames. Those of a TIFF are pages, of a phone's JPEG (MPO) other views."""
-_LONGEST = 65_535  # milliseconds: what PNG's two bytes hold
+"""Formats whose further pictures are frames. In a TIFF they are pages, in a phone's JPEG (MPO) other views."""
+_LONGEST = 65_535  # milliseconds, the maximum of PNG's two bytes
 _STRUCTURE = {
     *range(0x00FE, 0x0108),  # sizes, bits, compression
     *(0x0111, 0x0112, 0x0115, 0x0116, 0x0117, 0x011C, 0x013D, 0x0140, 0x0152, 0x0153),
     *range(0x0142, 0x014B),  # tiles
     *(0x015B, 0x02BC, 0x8773),  # JPEG's tables, XMP, the colour profile
 }
-"""TIFF tags of how the pixels were stored, which a file of other pixels must not repeat; the orientation is one."""
+"""TIFF tags about how pixels were stored, orientation included, which a file of other pixels must not repeat."""
 _PARTS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 _BAD_EXIF = (SyntaxError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, struct.error)
 
@@ -31,8 +31,8 @@ _BAD_EXIF = (SyntaxError, OSError, ValueError, TypeError, KeyError, AttributeErr
 class Frames:
     """A still picture, or an animation.
 
-    images: RGB or RGBA, all of one size, sRGB, upright, without metadata. durations: milliseconds, one a frame.
-    plays: how often the animation runs, 0 without end.
+    images: RGB or RGBA, all of one size, sRGB, upright, without metadata. durations: milliseconds, one per frame.
+    plays: number of times the animation runs, 0 for endless.
     """
 
     images: Sequence[Image.Image]
@@ -47,8 +47,8 @@ class Frames:
 
 
 def read_frames(path: str | Path) -> Frames:
-    """Raises CascadeError for what is no picture, and for more pixels in all frames than `check_pixels` allows."""
-    with picture_told(str(path)), open_picture(path) as opened:
+    """All frames of a file. Raises CascadeError for other files, and for more pixels than `check_pixels` allows."""
+    with picture_errors(str(path)), open_picture(path) as opened:
         plays, exif = _plays(opened), _exif(opened)
         places = _places(opened)
         check_pixels(str(path), len(places), opened.size)
@@ -57,7 +57,7 @@ def read_frames(path: str | Path) -> Frames:
 
 
 def check_pixels(name: str, frames: int, size: tuple[int, int]) -> None:
-    """Raises CascadeError for an animation whose frames do not fit into memory together. A still is never refused."""
+    """Raises CascadeError for an animation whose frames do not fit into memory together. A still always passes."""
     pixels = frames * size[0] * size[1]
     if frames > 1 and pixels > most_pixels():
         raise CascadeError(
@@ -67,7 +67,7 @@ def check_pixels(name: str, frames: int, size: tuple[int, int]) -> None:
 
 
 def save_png(path: Path, frames: Frames, texts: PngInfo) -> None:
-    """A PNG, of several frames an animated one (APNG). Raises OSError."""
+    """Write a PNG, for several frames an animated one (APNG). Raises OSError."""
     first, *others = frames.images
     exif = _exif_for(frames.exif, first.size)
     if not others:
@@ -86,25 +86,25 @@ def save_png(path: Path, frames: Frames, texts: PngInfo) -> None:
 
 
 def _places(image: Image.Image) -> range:
-    """Which of a file's pictures are frames."""
+    """Positions of the frames among a file's pictures."""
     count = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
-    # A PNG may begin with a picture for programs that know no animation.
+    # A PNG may begin with a picture for programs that do not support animation.
     return range(1 if count > 1 and image.info.get("default_image") else 0, count)
 
 
 def _shown(image: Image.Image, places: range) -> Iterator[tuple[Image.Image, float]]:
-    """(frame, milliseconds), one after another."""
+    """(frame, milliseconds), in order."""
     for place in places:
         image.seek(place)
-        image.load()  # WebP says how long a frame stays when it is decoded
+        image.load()  # WebP sets a frame's duration only when it is decoded
         duration = float(image.info.get("duration", 0))
         frame = straight(image)
-        frame.info.clear()  # a profile would be applied again
+        frame.info.clear()  # else the profile would be applied again
         yield frame, duration
 
 
 def _plays(image: Image.Image) -> int:
-    """A GIF counts the repeats, and without a count is shown once; PNG and WebP count the times it is shown."""
+    """Number of plays. A GIF counts the repeats, and without a count plays once; PNG and WebP count the plays."""
     if image.format != "GIF":
         return int(image.info.get("loop", 0))
     repeats = image.info.get("loop")
@@ -112,7 +112,7 @@ def _plays(image: Image.Image) -> int:
 
 
 def _exif(image: Image.Image) -> Image.Exif:
-    """What the camera noted, but nothing of how pixels were stored or turned; empty where it is damaged."""
+    """The file's EXIF without tags about how pixels were stored or rotated; empty if it is damaged."""
     kept = Image.Exif()
     try:
         exif = image.getexif()
@@ -126,7 +126,7 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 
 def _exif_for(exif: Image.Exif, size: tuple[int, int]) -> bytes | None:
-    """As it holds for a picture of `size` in sRGB. None where nothing is noted."""
+    """EXIF adapted to a picture of `size` in sRGB; None if there is none."""
     details = exif.get(ExifTags.IFD.Exif, {})
     width, height = size
     now = {ExifTags.Base.ColorSpace: 1, ExifTags.Base.ExifImageWidth: width, ExifTags.Base.ExifImageHeight: height}

@@ -1,4 +1,4 @@
-"""Parquet files of other people's: whatever is wrong with one is one line that names it, its column and its row."""
+"""The user's Parquet files: any defect is reported on one line that names file, column and row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cascade.errors import CascadeError
 
 Kinds = Mapping[str, type | tuple[type, ...]]
-"""What the cells of each column are in Python."""
+"""The Python types of each column's cells."""
 
 PICTURE = (bytes, dict)
 """A column of encoded pictures: bytes, or a struct with `bytes`, as `datasets` stores them."""
@@ -19,10 +19,10 @@ _WORDS = {str: "text", list: "a list", bytes: "a picture", dict: "a picture", in
 
 
 def read_table(path: Path, kinds: Kinds, optional: Kinds | None = None) -> Any:
-    """The columns of a file, as a table of pyarrow. Raises CascadeError for a damaged file, or one without a column."""
+    """The columns of a file, as a pyarrow table. Raises CascadeError for a damaged file, or a missing column."""
     from pyarrow import parquet
 
-    with parquet_told(path):
+    with parquet_errors(path):
         names = set(parquet.read_schema(path).names)
         missing = kinds.keys() - names
         if missing:
@@ -31,14 +31,14 @@ def read_table(path: Path, kinds: Kinds, optional: Kinds | None = None) -> Any:
 
 
 def rows(table: Any, path: Path, kinds: Kinds, optional: Kinds | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table, their cells checked; those of `optional` columns may be null or missing."""
+    """The rows of a table with checked cells; those of `optional` columns may be null or missing."""
     for number in range(len(table)):
         yield row_of(table, number, path, kinds, optional)
 
 
 def row_of(table: Any, number: int, path: Path, kinds: Kinds, optional: Kinds | None = None) -> dict[str, Any]:
-    """One row, counted from 0. Raises CascadeError for a cell of another kind."""
-    with parquet_told(path):
+    """One row, counted from 0. Raises CascadeError for a cell of another type."""
+    with parquet_errors(path):
         row: dict[str, Any] = table.slice(number, 1).to_pylist()[0]
     for name, kind in {**kinds, **(optional or {})}.items():
         value = row.get(name)
@@ -50,14 +50,14 @@ def row_of(table: Any, number: int, path: Path, kinds: Kinds, optional: Kinds | 
 
 
 def picture_bytes(cell: bytes | dict[str, Any]) -> bytes:
-    """The encoded picture in a cell; empty where it has none."""
+    """The encoded picture in a cell; empty if there is none."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     return content if isinstance(content, bytes) else b""
 
 
 @contextmanager
-def parquet_told(name: str | Path) -> Iterator[None]:
-    """What pyarrow raises for a file that is damaged, or no Parquet, becomes CascadeError."""
+def parquet_errors(name: str | Path) -> Iterator[None]:
+    """A context in which pyarrow's errors for damaged or other files become CascadeErrors."""
     from pyarrow import ArrowException
 
     try:

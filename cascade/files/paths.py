@@ -1,4 +1,4 @@
-"""Paths as people write them, where no shell has seen them: in settings, behind `--out=`, in Python."""
+"""Expansion of paths that no shell has expanded: in settings, after `--out=`, in Python."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from cascade.errors import CascadeError
 
 
 def expanded(path: str) -> str:
-    """`~` and `~user` at the beginning of a path as the home folder that they mean, as a shell would.
+    """The path with a leading `~` or `~user` replaced by that home folder, as a shell does.
 
-    Without it a folder called `~` is made, and someone will then remove `~`. Raises CascadeError for a user whose home
-    is not known, unless something is there under that very name.
+    Otherwise a folder named `~` would be created, and a user might later delete `~`, the home folder. Raises
+    CascadeError for a user whose home is unknown, unless a file or folder has exactly this name.
     """
     if not path.startswith("~"):
         return path
     home = os.path.expanduser(path)  # noqa: PTH111 - Path's own raises RuntimeError
     if home.startswith("~") and not os.path.lexists(path):
         user = path.partition("/")[0]
-        raise CascadeError(f"{path}: the home folder of {user} is not known; write ./{path} for something called so")
+        raise CascadeError(f"{path}: the home folder of {user} is not known; if that is its name, write ./{path}")
     return home
 
 
 def plain_path(path: str | Path) -> Path:
-    """`path_of` for what libraries in Rust read or write. Raises CascadeError for bytes that are not UTF-8."""
+    """`path_of` for libraries written in Rust, which need UTF-8. Raises CascadeError for another encoding."""
     expanded_path = path_of(path)
     try:
         str(expanded_path).encode()
@@ -34,5 +34,5 @@ def plain_path(path: str | Path) -> Path:
 
 
 def path_of(path: str | Path) -> Path:
-    """`expanded`, as a path."""
+    """`expanded`, as a Path."""
     return Path(expanded(str(path)))

@@ -1,4 +1,4 @@
-"""Paths that may be patterns: `*`, `?`, `[...]` and `**` stand for others, unless a file or folder is called so."""
+"""Glob patterns in paths: `*`, `?`, `[...]` and `**`, unless a file or folder has exactly that name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cascade.errors import CascadeError
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a path or a pattern names, sorted.
+    """The files that a path or a pattern matches, sorted.
 
-    The longest beginning under which something is there is a name, so that a folder called `a[1]` can be searched.
+    The longest leading part that exists counts as a name, so that a folder named `a[1]` can be searched.
     Raises CascadeError for a pattern that searches the whole disk.
     """
     escaped = _with_names_escaped(pattern)
     start, deep, _ = escaped.partition("**")
     if deep and Path(start.partition("*")[0] or ".").resolve() == Path("/"):
-        raise CascadeError(f"{pattern}: searches the whole disk; name the folder in which `**` begins")
+        raise CascadeError(f"{pattern}: searches the whole disk; write the folder before `**`")
     found = glob.glob(escaped, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
     return sorted(path for path in found if Path(path).is_file())
 

@@ -1,4 +1,4 @@
-"""Pictures of any mode, depth and colour space -> 8 bits, sRGB, upright: what everything else here works on."""
+"""Pictures of any mode, depth and colour space -> 8 bits, sRGB, upright, the form that all other modules expect."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from cascade.errors import CascadeError
 from cascade.quoting import quoted
 
 MOST_PIXELS = "CASCADE_MAX_PIXELS"
-"""The environment's variable for how many pixels a picture that is read may have."""
+"""The environment variable that sets the maximum number of pixels of a picture to read."""
 _MOST_PIXELS = 178_956_970
 _OPENING = threading.Lock()
-"""Pillow's limit and Python's filters of warnings belong to the process, so only one thread at a time changes them."""
+"""Pillow's limit and Python's warning filters belong to the process, so only one thread at a time changes them."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error)
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 _TRANSFORM_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 _SHIFTS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 257}
-"""Of PNG's depths, what Pillow multiplies grays and colours by, and forgets to for the transparent one."""
+"""By PNG depth, Pillow's factor for grays and colours, which it does not apply to the transparent colour."""
 
 
 @contextmanager
 def open_picture(
     source: str | Path | BinaryIO, limited: bool = True, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """A picture of a file, its pixels not yet read. Raises what Pillow raises; see `picture_told`.
+    """A picture file, its pixels not yet decoded. Raises Pillow's errors; see `picture_errors`.
 
-    As many pixels as Pillow allows (179 million), for a small file may hold a picture that fills all memory; or as many
-    as the environment says in `CASCADE_MAX_PIXELS`. limited: false for any number. formats: those of Pillow that are
-    read, None for all.
+    Pillow allows 179 million pixels, because a small file may hold a picture that fills all memory; the environment
+    variable `CASCADE_MAX_PIXELS` sets another limit. limited: false for no limit. formats: Pillow's names of the
+    formats to read, None for all.
     """
     with _opened(source, most_pixels() // 2 if limited else None, formats) as image:
         yield image
 
 
 def _opened(source: str | Path | BinaryIO, limit: int | None, formats: tuple[str, ...] | None) -> Image.Image:
-    """limit: from so many pixels on Pillow warns, which nobody shall see; it refuses twice as many."""
+    """limit: pixels above which Pillow warns, which is suppressed; at twice as many it raises an error."""
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         before = Image.MAX_IMAGE_PIXELS
@@ -59,13 +59,13 @@ def _opened(source: str | Path | BinaryIO, limit: int | None, formats: tuple[str
 
 
 def read_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """RGB, sRGB, upright, transparency over white. Raises CascadeError, which begins with `name`."""
-    with picture_told(name), open_picture(source) as image:
+    """RGB, sRGB, upright, transparency over white. Raises CascadeError; its message begins with `name`."""
+    with picture_errors(name), open_picture(source) as image:
         return over_white(straight(image))
 
 
 def most_pixels() -> int:
-    """Of a picture that is read. Raises CascadeError for an environment that says no number."""
+    """Maximum pixels of a picture to read. Raises CascadeError if the environment variable is not a number."""
     text = os.environ.get(MOST_PIXELS, "")
     if text and not (text.isascii() and text.isdecimal()):
         raise CascadeError(f"{MOST_PIXELS}: {quoted(text)}; expected a number of pixels, such as 300000000")
@@ -73,8 +73,8 @@ def most_pixels() -> int:
 
 
 @contextmanager
-def picture_told(name: str) -> Iterator[None]:
-    """What Pillow raises for a picture that it cannot read becomes CascadeError."""
+def picture_errors(name: str) -> Iterator[None]:
+    """A context in which Pillow's errors for an unreadable picture become CascadeErrors."""
     try:
         yield
     except CascadeError:
@@ -83,7 +83,7 @@ def picture_told(name: str) -> Iterator[None]:
         raise CascadeError(f"{name}: no such file") from None
     except Image.DecompressionBombError:
         raise CascadeError(
-            f"{name}: has more than {most_pixels():,} pixels; if they are meant, set {MOST_PIXELS} to as many"
+            f"{name}: has more than {most_pixels():,} pixels; to read it anyway, set {MOST_PIXELS} to at least that"
         ) from None
     except _UNREADABLE as error:
         reason = "a folder" if isinstance(error, IsADirectoryError) else str(error) or type(error).__name__
@@ -91,12 +91,12 @@ def picture_told(name: str) -> Iterator[None]:
 
 
 def straight(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA where it has transparency: sRGB as its colour profile says, upright as EXIF does.
+    """RGB, or RGBA if it has transparency: converted from its colour profile to sRGB, and upright by its EXIF.
 
-    A profile that is damaged, or of another kind of colours than the picture has, counts as none; so does EXIF. Gray of
-    16 bits keeps its upper byte. Modes `I` and `F` (int32, float32) do not say what white is, so their largest value
-    does: white is the first of 1 (`F` alone), 255 and 65535 that it exceeds at most twice, for a few values beyond
-    white, as sharpening leaves them, shall not turn the rest black. What lies outside is clipped.
+    A damaged profile, or one for another kind of colours, is ignored; so is damaged EXIF. 16-bit gray keeps its upper
+    byte. Modes `I` and `F` (int32, float32) do not define white, so the largest value determines it: white is the first
+    of 1 (`F` only), 255 and 65535 that the largest value exceeds at most twofold, because sharpening may leave a few
+    values beyond white, and these must not turn the rest black. Values outside the range are clipped.
     """
     profile = image.info.get("icc_profile")
     _scale_transparency(image)
@@ -107,7 +107,7 @@ def straight(image: Image.Image) -> Image.Image:
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """RGB of RGB or RGBA."""
+    """RGB of an RGB or RGBA picture over white."""
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -118,8 +118,8 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Bring the one transparent colour of a PNG, of 2, 4 or 16 bits, to the 8 bits of its pixels."""
-    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []  # none once it is loaded
+    """Scale the transparent colour of a PNG of 2, 4 or 16 bits to the 8 bits of its pixels."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []  # empty once it is decoded
     factor = _SHIFTS.get(str(tiles[0].args)) if tiles else None
     colour = image.info.get("transparency")
     if factor is None or colour is None:
@@ -130,14 +130,14 @@ def _scale_transparency(image: Image.Image) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of EXIF that ends too early
+        with warnings.catch_warnings(action="ignore"):  # about truncated EXIF
             return ImageOps.exif_transpose(image)
-    except SyntaxError:  # its EXIF is no TIFF: damaged, and nothing can be said of its orientation
+    except SyntaxError:  # damaged EXIF, orientation unknown
         return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of more than 8 bits as `L`, or `LA` where one gray value is transparent."""
+    """Gray of more than 8 bits as `L`, or `LA` if one gray value is transparent."""
     values = np.asarray(image)
     gray = Image.fromarray(_gray_bytes(values, image.mode))
     transparent = image.info.get("transparency")
@@ -147,7 +147,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _gray_bytes(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
-    """As uint8, which Pillow's own conversion would cut off at 255; see `straight`."""
+    """The values as uint8 without Pillow's clipping at 255; see `straight`."""
     if mode.startswith("I;"):
         return (values >> 8).astype(np.uint8)
     finite = np.isfinite(values)
@@ -159,7 +159,7 @@ def _gray_bytes(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]
 
 
 def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """`image`, whose colours are those of a profile."""
+    """`image`, converted from the colours of a profile to sRGB."""
     plain = _plain(image)
     kinds = {"GRAY": ("1", "L", "LA", "La"), "CMYK": ("CMYK",)}
     space = _space(profile)
@@ -178,7 +178,7 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _space(profile: bytes) -> str:
-    """The kind of colours that a profile is for: `RGB`, `GRAY`, `CMYK`; empty where it is damaged."""
+    """The kind of colours that a profile is for: `RGB`, `GRAY`, `CMYK`; empty if it is damaged."""
     try:
         return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
     except _TRANSFORM_ERRORS:
@@ -187,7 +187,7 @@ def _space(profile: bytes) -> str:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where nothing is to be done: it is damaged, or it is sRGB itself."""
+    """The transform from a profile to sRGB; None if none is needed: the profile is damaged, or is sRGB itself."""
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
@@ -198,7 +198,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether colours stay within rounding, as with the many profiles that say sRGB in other words."""
+    """Whether colours stay within rounding, as for the many profiles that are sRGB under another name."""
     colours = np.array(list(product(range(0, 256, 51), repeat=3)), dtype=np.uint8)[None]
     changed = ImageCms.applyTransform(Image.fromarray(colours), transform)
     return bool(np.abs(np.asarray(changed).astype(int) - colours).max() <= 1)

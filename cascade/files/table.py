@@ -1,4 +1,4 @@
-"""Tables in text: CSV, read strictly. Nothing of a cell is lost, and no quote swallows rows without a word."""
+"""CSV, read strictly: no part of a cell is lost, and no unclosed quote swallows rows silently."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from itertools import chain
 from cascade.errors import CascadeError
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-"""What may stand between cells. The header decides: whichever it has most of."""
+"""Possible separators of cells: the one that is most frequent in the header is used."""
 
 
 class BadRowError(ValueError):
-    """What is wrong with one row, while those after it can be read."""
+    """A defect of one row; the rows after it can still be read."""
 
 
 def csv_rows(
     lines: Iterable[str], name: str, separator: str | None = None
 ) -> Iterator[tuple[int, list[str] | BadRowError]]:
-    """(the line on which a row begins, its cells or what is wrong with it); the first one is the header.
+    """(the row's first line number, its cells or its defect); the first row is the header.
 
-    lines: without their ends. separator: what stands between cells; None: what the header has. Blank rows are left
-    out. Raises CascadeError, which begins with `name` and a line, for a cell in quotes that does not end as one: which
-    of the rows below belong to it cannot be known.
+    lines: without line ends. separator: the separator of cells; None: the header's. Blank rows are left out.
+    Raises CascadeError, which begins with `name` and a line, for a quoted cell that does not end: which of the rows
+    below belong to it cannot be determined.
     """
     numbered = _Numbered(lines, separator)
     reader = csv.reader(numbered, delimiter=numbered.separator, strict=True)
@@ -45,15 +45,15 @@ def csv_rows(
 
 
 def separator_of(header: str) -> str:
-    """What stands between the cells of a header."""
+    """The separator of a header's cells."""
     return max(SEPARATORS, key=header.count)
 
 
-_HINT = "; a cell in quotes ends with one, and a quote inside it is written twice"
+_HINT = "; a quoted cell must end with a quote, and a quote inside it is written twice"
 
 
 class _Numbered:
-    """Lines for the library, which ends them, and which of them make the row at hand."""
+    """Lines for the csv module, with line ends, and a record of the lines of the current row."""
 
     def __init__(self, lines: Iterable[str], separator: str | None) -> None:
         self._lines = iter(lines)
@@ -66,7 +66,7 @@ class _Numbered:
         self.begin_row()
 
     def begin_row(self) -> None:
-        """What is read from now on belongs to another row."""
+        """Start a new row with the next line."""
         self.first, self.row = self._read + 1, list[str]()
 
     def __iter__(self) -> Iterator[str]:
@@ -82,13 +82,13 @@ class _Numbered:
 def _unclosed(name: str, numbered: _Numbered) -> CascadeError:
     line = numbered.first + _line_of_quote("\n".join(numbered.row), numbered.separator)
     return CascadeError(
-        f"{name}:{line}: the quote that begins a cell here is not followed by one that ends it; close the cell, and"
+        f"{name}:{line}: the quote that begins a cell here is never closed; close it after the cell, and"
         " write a quote inside it twice"
     )
 
 
 def _line_of_quote(row: str, separator: str) -> int:
-    """On which line of a row, counted from 0, the cell in quotes begins that does not end as one."""
+    """The line of a row, counted from 0, on which the unclosed quoted cell begins."""
     whole = re.compile(rf'"(?:[^"]|"")*+"(?![^{separator}\n])|(?!")[^{separator}\n]*')
     place = 0
     while place < len(row) and (cell := whole.match(row, place)):

@@ -1,4 +1,4 @@
-"""Text of other people's files: in which encoding it is, and whether it is text at all."""
+"""The user's text files: detection of their encoding, and of files that are not text."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from typing import BinaryIO
 from cascade import system
 
 _CHUNK = 1 << 13
-_LOOKED_AT = 4096  # bytes that tell the encoding
-_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+_LOOKED_AT = 4096  # bytes examined for the encoding
+_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NO_TEXT = "holds zero bytes, so it is no text in UTF-8; save it as UTF-8"
+_NO_TEXT = "holds zero bytes, so it is not UTF-8 text; save it as UTF-8"
 
 
 class NotTextError(ValueError):
-    """Why bytes are no text; to stand behind the name of the file, so without it."""
+    """Bytes are not text. The message follows the file's name, so it does not contain it."""
 
 
 class NoFileError(OSError):
-    """What a path names is neither file nor folder."""
+    """A path names neither a file nor a folder."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file, for reading. Raises OSError: NoFileError for a pipe or a device, where reading might wait for ever."""
+    """A file, opened for reading. Raises OSError: NoFileError for a pipe or device, on which reading might block."""
     handle = system.open_to_read(path)
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
-        return open(handle, "rb")  # noqa: PTH123 - of what is open already; raises IsADirectoryError
+        return open(handle, "rb")  # noqa: PTH123 - an open handle; raises IsADirectoryError
     os.close(handle)
-    raise NoFileError(errno.EINVAL, "a pipe or a device, no file")
+    raise NoFileError(errno.EINVAL, "a pipe or a device, not a file")
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, its line ends as LF. Raises OSError, NotTextError."""
+    """The text of a file, with LF as line ends. Raises OSError, NotTextError."""
     with open_regular(path) as file:
         return decoded(file.read())
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 or UTF-32 where it says so, its line ends as LF. Raises NotTextError."""
+    """Text from UTF-8, or from UTF-16 or UTF-32 if so marked, with LF as line ends. Raises NotTextError."""
     encoding = encoding_of(content)
     try:
         text = content.decode(encoding)
@@ -63,15 +63,15 @@ def decoded(content: bytes) -> str:
 
 
 def lines_of(file: BinaryIO) -> Iterator[str]:
-    """Lines without their ends (LF, CRLF or CR), as they are needed; of UTF-8 other bytes become lone surrogates.
+    """Lines without their ends (LF, CRLF or CR), read as needed; bytes that are not UTF-8 become lone surrogates.
 
-    Raises NotTextError for what is not the UTF-16 or UTF-32 that it begins as.
+    Raises NotTextError for invalid UTF-16 or UTF-32.
     """
     start = _start(file)
     encoding = encoding_of(start)
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=True)
-    line: list[str] = []  # in pieces: a line of many chunks would be copied as often
+    line: list[str] = []  # pieces, because appending many chunks to a string would copy it each time
     try:
         for chunk in chain([start], iter(lambda: _read(file), b""), [b""]):
             first, *others = decoder.decode(chunk, final=not chunk).split("\n")
@@ -86,9 +86,9 @@ def lines_of(file: BinaryIO) -> Iterator[str]:
 
 
 def json_text(data: object, indent: int | None = None) -> str:
-    """JSON that can be written in UTF-8: letters as they are, but all escaped where one is no character.
+    """JSON that can be written in UTF-8: letters as they are, or all escaped if one is not a valid character.
 
-    Bytes of a name that are not UTF-8 are half characters in Python, which come back from JSON as they were.
+    Bytes of a file name that are not UTF-8 are lone surrogates in Python, and JSON's escapes preserve them.
     """
     text = json.dumps(data, ensure_ascii=False, indent=indent)
     return text if is_utf8(text) else json.dumps(data, indent=indent)
@@ -104,10 +104,10 @@ def is_utf8(text: str) -> bool:
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding of a text that begins so. Raises NotTextError for zero bytes that are no UTF-16's either.
+    """The encoding of a text that begins with `start`. Raises NotTextError for zero bytes that are not UTF-16's.
 
-    UTF-16 without a byte order mark is known by every other byte, of most of the characters zero: the second of each
-    pair in the little-endian one, else the first.
+    UTF-16 without a byte order mark is recognised by zeros in every other byte, as most characters have them: in the
+    second byte of each pair if it is little-endian, else in the first.
     """
     for mark, encoding in _MARKS.items():
         if start.startswith(mark):
@@ -123,7 +123,7 @@ def encoding_of(start: bytes) -> str:
 
 
 def _start(file: BinaryIO) -> bytes:
-    """The first bytes, enough for a mark: a pipe may give them one by one."""
+    """The first bytes, enough for a mark; a pipe may return them one by one."""
     start = b""
     while len(start) < len(codecs.BOM_UTF32_LE) and (chunk := _read(file)):
         start += chunk
@@ -131,7 +131,7 @@ def _start(file: BinaryIO) -> bytes:
 
 
 def _read(file: BinaryIO) -> bytes:
-    """What is there, without waiting for more."""
+    """The bytes available, without waiting for more."""
     return file.read1(_CHUNK) if isinstance(file, io.BufferedReader) else file.read(_CHUNK)
 
 

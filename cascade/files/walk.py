@@ -1,4 +1,4 @@
-"""The files below a folder that are somebody's data: what systems and editors leave there is passed over."""
+"""The user's files in a folder and its subfolders, without those that systems and editors leave there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @dataclass
 class Walk:
-    """What was found.
+    """The result of a walk.
 
-    others: pipes, devices and links that lead nowhere. problems: a line for each of these, and for each folder and file
-    that cannot be read, with its reason.
+    others: pipes, devices and broken links. problems: a line for each of these, and for each folder or file that cannot
+    be read, with the reason.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -28,10 +28,10 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(folder: Path) -> Walk:
-    """The files of a folder and its subfolders, sorted; hidden ones are left out.
+    """The files of a folder and its subfolders, sorted, without hidden ones.
 
-    Links to folders are followed, and no folder is entered twice, so that circles end; its files have the name of the
-    folder itself where that lies below, else of the link that is first in order. Raises OSError for `folder` itself.
+    Links to folders are followed, and each folder is entered once, so that cycles end. Files of a linked folder have
+    its own path if that is below `folder`, else the path of the first link. Raises OSError for `folder` itself.
     """
     found = Walk()
     entered = {_identity(folder)}
@@ -46,7 +46,7 @@ def walk(folder: Path) -> Walk:
         except OSError as error:
             if here == folder:
                 raise
-            found.problems.append(_told(here, error))
+            found.problems.append(_problem(here, error))
             continue
         _sort_out(entries, found, folders, links)
     found.files.sort()
@@ -54,7 +54,7 @@ def walk(folder: Path) -> Walk:
 
 
 def _sort_out(entries: Iterable[os.DirEntry[str]], found: Walk, folders: deque[Path], links: deque[Path]) -> None:
-    """Put each entry of a folder where it belongs."""
+    """Add each entry of a folder to the right list."""
     for entry in entries:
         if is_hidden(entry.name):
             continue
@@ -66,17 +66,17 @@ def _sort_out(entries: Iterable[os.DirEntry[str]], found: Walk, folders: deque[P
                 found.files.append(path)
             else:
                 found.others.append(path)
-                found.problems.append(_told(path, "a link that leads nowhere" if entry.is_symlink() else "no file"))
-        except OSError as error:  # a circle of links
-            found.problems.append(_told(path, error))
+                found.problems.append(_problem(path, "a broken link" if entry.is_symlink() else "not a file"))
+        except OSError as error:  # a cycle of links
+            found.problems.append(_problem(path, error))
 
 
 def _is_known(folder: Path, entered: set[tuple[int, int]], found: Walk) -> bool:
-    """Whether a folder was entered under another name, or cannot be looked at; from now on it is."""
+    """Whether a folder was entered under another name, or cannot be read; marks it as entered."""
     try:
         identity = _identity(folder)
     except OSError as error:
-        found.problems.append(_told(folder, error))
+        found.problems.append(_problem(folder, error))
         return True
     known = identity in entered
     entered.add(identity)
@@ -88,5 +88,5 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _told(path: Path, reason: OSError | str) -> str:
+def _problem(path: Path, reason: OSError | str) -> str:
     return f"{path}: cannot be read: {reason if isinstance(reason, str) else reason.strerror or reason}"

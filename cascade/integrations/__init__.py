@@ -1,1 +1,1 @@
-"""Adapters to engines of others, each behind an optional extra of the package."""
+"""Adapters to other projects' engines, each behind an optional extra of the package."""

@@ -1,4 +1,4 @@
-"""Where a model and its stages lie: a name, folder or hub id -> folders, and what cascade.json says."""
+"""Finding a model and its stages: a name, folder or hub id -> folders, and the content of cascade.json."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cascade.text.t5_files import text_weights
 NameT = TypeVar("NameT", bound=str)
 
 LARGE_ENCODER = 1_000_000_000
-"""From so many weights on a text encoder is a large one. Smaller ones cost little in float32."""
+"""Number of weights from which a text encoder counts as large. In float32 a smaller one costs little memory."""
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
-"""The cascade that travels in the package."""
+"""The cascade in the package."""
 
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """What a cascade's cascade.json says, its folders as paths.
+    """The content of a cascade's cascade.json, with folders as paths.
 
     enlargers: the stages of `upscale`; None: those of the cascade.
     """
@@ -48,17 +48,17 @@ class ModelIndex:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders of all stages, each once: those that draw, then those that only enlarge a person's pictures."""
+        """The folders of all stages, each once: those that draw, then those that only `upscale` uses."""
         return tuple(dict.fromkeys([*self.stages, *(self.enlargers or ())]))
 
     @property
     def halves_text(self) -> bool:
-        """Whether the text encoder is bfloat16 beside 16-bit stages, as IF's and T5-XXL are; elsewhere float32."""
+        """Whether the text encoder is bfloat16 if the stages have 16 bits, as IF's and T5-XXL are; else float32."""
         return self.text_padded or stored_bytes(text_weights(self.text_encoder), torch.int8) > LARGE_ENCODER
 
     @property
     def reading(self) -> TextReading:
-        """How texts become tokens."""
+        """The conversion of texts to tokens."""
         return TextReading(
             max_length=self.max_text_length,
             padded=self.text_padded,
@@ -90,7 +90,7 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
 
 
 def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
-    """How a model reads its text, as its cascade.json at `path` says. Raises CascadeError for what cannot be."""
+    """How a model reads its text, from its cascade.json at `path`. Raises CascadeError for invalid values."""
     length = data.get("max_text_length", 64)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise CascadeError(f"{path}: max_text_length: expected a whole number of tokens, not {quoted(length)}")
@@ -103,7 +103,7 @@ def reading_of_index(data: Mapping[str, object], path: Path) -> TextReading:
 
 
 def _read_diffusers_index(folder: Path) -> ModelIndex:
-    """DeepFloyd IF as diffusers lays it out: one stage and the text encoder."""
+    """DeepFloyd IF in diffusers' layout: one stage and the text encoder."""
     return ModelIndex(
         name=folder.name,
         license=deepfloyd.read_license(folder),
@@ -117,7 +117,7 @@ def _read_diffusers_index(folder: Path) -> ModelIndex:
 
 
 def _one_of(known: Sequence[NameT], index: Mapping[str, object], key: str, default: NameT, path: Path) -> NameT:
-    """The value of `key`, one of the names that are known."""
+    """The value of `key`, which must be one of the known names."""
     value = index.get(key, default)
     for name in known:
         if value == name:

@@ -29,7 +29,7 @@ logger = logging.getLogger("cascade.load")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded: the arguments of `CascadePipeline.from_pretrained`."""
+    """Arguments of `CascadePipeline.from_pretrained`."""
 
     super_resolution: str | Path | Sequence[str | Path] | None = None
     device: str | torch.device | None = None
@@ -74,7 +74,7 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
         folder: slot_of(folder, target, number_format, low_memory, adapter)
         for folder, adapter in _with_adapters(folders, options.adapters or {})
     }
-    # Other people's weights, converted or not, come with other people's terms, of which whoever draws should hear.
+    # Other authors' weights, converted or not, have their own licence, which a user should read.
     level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG
     logger.log(level, "%s: the weights' licence is %s", index.name, index.license)
     pipeline = CascadePipeline(
@@ -98,11 +98,10 @@ def assemble(
     max_length: int | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> CascadePipeline:
-    """Put trained stages behind a text encoder, which reads texts as they were read for the stages in training.
+    """A pipeline of a text encoder and trained stages; it reads texts as the stages' training did.
 
-    Raises CascadeError when stages do not chain, or read their text in different ways. max_length: tokens of a prompt
-    at most, where that is another choice than in training. adapters: folders of low-rank adapters by the name of the
-    stage that they are added to.
+    Raises CascadeError when stages do not chain, or read text differently. max_length: maximum tokens of a prompt, if
+    different from training. adapters: folders of low-rank adapters by the name of the stage that they are added to.
     """
     source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
     folders = _with_adapters([find_stage(stage) for stage in stages], adapters or {})
@@ -112,7 +111,7 @@ def assemble(
 
 
 def load_encoder(source: str | Path, stages: Iterable[Path], max_length: int | None = None) -> TextEncoder:
-    """A text encoder that reads texts as they were read for these stage folders in training; see `assemble`."""
+    """A text encoder that reads texts as the training of these stage folders did; see `assemble`."""
     return TextEncoder.from_pretrained(source, **shared_reading(stages, max_length).model_dump())
 
 
@@ -125,11 +124,11 @@ def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]
 
 
 def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
-    """Stage folders, each with the adapter for it. Raises CascadeError for an adapter of a stage that there is not."""
+    """Stage folders, each with its adapter. Raises CascadeError for an adapter of an unknown stage."""
     names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
     unknown = [name for name in adapters if name not in names]
     if unknown:
-        raise CascadeError(f"adapters: {quoted(unknown[0])} is no stage of this model; it has {', '.join(names)}")
+        raise CascadeError(f"adapters: {quoted(unknown[0])} is not a stage of this model; it has {', '.join(names)}")
     return [
         (folder, path_of(adapters[name]) if name in adapters else None)
         for folder, name in zip(folders, names, strict=True)

@@ -1,4 +1,4 @@
-"""How the text of a stage was read in training, as its folder or what stands beside it says; whether stages agree."""
+"""How the training of a stage read its text, from its folder or its neighbours; agreement between stages."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ logger = logging.getLogger("cascade.load")
 
 
 def read_reading(folder: str | Path) -> TextReading | None:
-    """How the text of a stage was read. None: nobody has written it down.
+    """How the stage's training read text. None: not recorded.
 
-    Folders of earlier versions do not say it; then the run or the model that they stand in does.
+    Folders of earlier versions do not record it; then the run or the model that contains them does.
     """
     folder = Path(folder)
     if deepfloyd.is_diffusers(folder):
         return deepfloyd.READING
     run, model = folder.parent / "config.yaml", folder.parent / "cascade.json"
-    said = read_stage_reading(folder)
-    if said is None and folder.name == "stage" and run.is_file():
+    found = read_stage_reading(folder)
+    if found is None and folder.name == "stage" and run.is_file():
         return parse(TextConfig, read_yaml(run).get("text") or {}, f"{run}: text").reading
-    if said is None and model.is_file():
+    if found is None and model.is_file():
         return reading_of_index(read_json(model), model)
-    return said
+    return found
 
 
 def shared_reading(folders: Iterable[Path], max_length: int | None = None) -> TextReading:
-    """How a cascade of these stages must read its text: as all of them did in training.
+    """How a cascade of these stages must read text: as the training of all of them did.
 
-    max_length: asked for; it may differ from theirs unless they read padding, too. Raises CascadeError when stages
-    differ in a way that no cascade can have.
+    max_length: the requested length; it may differ from theirs unless they read padding. Raises CascadeError when
+    stages differ in a way that no cascade can reconcile.
     """
     stages = [_Reader.of(folder) for folder in folders]
     known = [stage for stage in stages if stage.reading]
@@ -50,22 +50,22 @@ def shared_reading(folders: Iterable[Path], max_length: int | None = None) -> Te
     for stage in stages:
         if stage.reads and stage.reading is None:
             reading = reading or stage.guessed()
-            logger.warning("%s does not say how its text was read; taken to be %s", stage.name, _told(reading))
+            logger.warning("%s does not record how its text was read; assuming %s", stage.name, _as_text(reading))
     reading = reading or TextReading()
     if max_length is None or max_length == reading.max_length:
         return reading
     if reading.padded:
         raise CascadeError(
-            f"max_length {max_length}: these stages read all of {reading.max_length} tokens, padding among them; leave"
+            f"max_length {max_length}: these stages read all {reading.max_length} tokens, including padding; leave"
             " --max-text-length out"
         )
     return reading.model_copy(update={"max_length": max_length})
 
 
 def check_reading(model: TextReading, folders: Iterable[Path]) -> None:
-    """Raises CascadeError for stages whose text was read in another way than `model`, the cascade's.
+    """Raises CascadeError for stages whose training read text differently from `model`, the cascade's reading.
 
-    A length alone, of text that is not padded, is worth a warning: only long prompts differ.
+    If only the length differs, and text is not padded, a warning suffices: only long prompts differ.
     """
     for stage in map(_Reader.of, folders):
         _check_same(_Reader("the model", reading=model), stage, lengths=False)
@@ -73,19 +73,19 @@ def check_reading(model: TextReading, folders: Iterable[Path]) -> None:
 
 
 def warn_of_other_reading(folder: Path, reading: TextReading) -> None:
-    """A warning for weights that were trained on text read in another way than `reading`."""
+    """Warn about weights that were trained on text read differently from `reading`."""
     _warn(_Reader.of(folder), reading)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A stage, and how its text was read. None: it reads none, or nobody knows."""
+    """A stage, and how its text was read. None: it reads no text, or nothing is recorded."""
 
     name: str
     reading: TextReading | None
     reads: bool = True
     pads: bool = False
-    """Whether its network is one that has always read padding."""
+    """Whether its network is of a kind that always reads padding."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -100,12 +100,12 @@ class _Reader:
 def _warn(stage: _Reader, now: TextReading) -> None:
     differing = _differing(stage.reading, now) if stage.reading else []
     if stage.reading and differing:
-        before, after = _told(stage.reading, differing), _told(now, differing)
-        logger.warning("the text of %s was read with %s; it is read with %s now", stage.name, before, after)
+        before, after = _as_text(stage.reading, differing), _as_text(now, differing)
+        logger.warning("the text of %s was read with %s; now it is read with %s", stage.name, before, after)
 
 
 def _check_same(one: _Reader, other: _Reader, lengths: bool) -> None:
-    """lengths: whether the length of text without padding must be the same, too."""
+    """Raises CascadeError if the two differ. lengths: whether the length of unpadded text counts."""
     if one.reading is None or other.reading is None:
         return
     differing = _differing(one.reading, other.reading)
@@ -117,8 +117,8 @@ def _check_same(one: _Reader, other: _Reader, lengths: bool) -> None:
     if differing == ["max_length"] and not one.reading.padded:
         way_out = "choose the length with --max-text-length (max_length)"
     raise CascadeError(
-        f"the text of {one.name} is read with {_told(one.reading, differing)}, that of {other.name} with"
-        f" {_told(other.reading, differing)}; a cascade reads its text once, for all stages: {way_out}"
+        f"the text of {one.name} is read with {_as_text(one.reading, differing)}, that of {other.name} with"
+        f" {_as_text(other.reading, differing)}; a cascade reads its text once, for all stages: {way_out}"
     )
 
 
@@ -126,6 +126,6 @@ def _differing(one: TextReading, other: TextReading) -> list[str]:
     return [name for name in TextReading.model_fields if getattr(one, name) != getattr(other, name)]
 
 
-def _told(reading: TextReading, names: Iterable[str] = tuple(TextReading.model_fields)) -> str:
+def _as_text(reading: TextReading, names: Iterable[str] = tuple(TextReading.model_fields)) -> str:
     values = reading.model_dump(mode="json")
     return ", ".join(f"{name}={str(values[name]).lower()}" for name in names)

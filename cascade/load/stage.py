@@ -1,4 +1,4 @@
-"""A stage folder -> its settings, its weights, and the stage that draws."""
+"""A stage folder -> its settings, its weights, and the stage itself."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cascade.streaming import stored_bytes, stream
 
 
 def read_config(folder: str | Path) -> StageConfig:
-    """The settings of a stage folder: ours, or DeepFloyd IF's in diffusers' layout."""
+    """The settings of a stage folder: cascade's, or DeepFloyd IF's in diffusers' layout."""
     return deepfloyd.read_stage(folder) if deepfloyd.is_diffusers(folder) else read_stage_config(folder)
 
 
 def read_weights(folder: str | Path) -> tuple[dict[str, Tensor], Path]:
-    """The network's weights in a stage folder, and the file or folder they came from."""
+    """The network's weights in a stage folder, and the file or folder that holds them."""
     folder = Path(folder)
     if deepfloyd.is_diffusers(folder):
         return deepfloyd.read_weights(folder), folder / "unet"
@@ -39,16 +39,16 @@ def load_stage(
     dtype: torch.dtype = torch.float32,
     adapter: str | Path | None = None,
 ) -> Stage:
-    """A stage from its folder (ours: stage.json, model.safetensors; or diffusers'), ready to draw.
+    """A stage from its folder (stage.json and model.safetensors, or diffusers' layout), ready to draw.
 
-    Built without memory on the meta device, then filled: the weights exist once. adapter: a folder of low-rank
-    differences that are added to them.
+    The network is built on the meta device, then filled, so that the weights exist once. adapter: a folder of a
+    low-rank adapter to add to them.
     """
     folder = path_of(folder)
     stage = build_stage(read_config(folder), device="meta")
     load_weights(stage.network, *read_weights(folder))
     if adapter is not None:
-        from cascade.training.lora import merge_adapter  # brings peft, an extra
+        from cascade.training.lora import merge_adapter  # imports peft, an extra
 
         merge_adapter(stage.network, path_of(adapter))
     stage.network.eval().requires_grad_(False)
@@ -58,16 +58,16 @@ def load_stage(
 def slot_of(
     folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapter: Path | None
 ) -> StageSlot:
-    """The place of a stage in a pipeline: loaded now, or (low_memory) when its turn comes."""
+    """The slot of a stage in a pipeline: loaded now, or (low_memory) for its turn."""
     if low_memory:
         return StageSlot(read_config(folder), lambda: _load_sparing(folder, device, dtype, adapter))
     return StageSlot.holding(load_stage(folder, device, dtype, adapter))
 
 
 def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Stage:
-    """Without the transformed kernels that would make it faster; streamed from disk where it does not fit whole.
+    """Load without the transformed kernels that would be faster; stream from disk what does not fit.
 
-    An adapter is added to weights in memory: with one, nothing is streamed.
+    An adapter is added to weights in memory, so with an adapter nothing is streamed.
     """
     diffusers = deepfloyd.is_diffusers(folder)
     files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
@@ -84,5 +84,5 @@ def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapte
 
 
 def fits(files: Sequence[Path], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights leave a fifth of a device's free memory for the rest."""
+    """Whether the weights leave a fifth of a device's free memory for the rest."""
     return stored_bytes(files, dtype) < 0.8 * machine.free_bytes(device)

@@ -33,12 +33,12 @@ logger = logging.getLogger("cascade.training")
 
 
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
-    """A training run's YAML file, in which `stage` may name a stage, such as bundled/base, for all of its settings.
+    """A training run's YAML file; its `stage` may be the name of a stage, such as bundled/base, for all its settings.
 
-    assignments: `section.name=value`, which change it; `stage=MODEL/base` too, before what is inside a stage.
+    assignments: `section.name=value`, which override it; `stage=MODEL/base` is applied before settings within a stage.
 
-    Its text is then read as that stage's was, where `text` does not say it. A run with a checkpoint keeps both in its
-    folder: the stage that was named need no longer exist.
+    Unless the file has settings in `text`, text is read as that stage's training did. A run with a checkpoint has both
+    in its folder: the named stage need no longer exist.
     """
     path = path_of(path)
     settings = override(read_yaml(path), [text for text in assignments if text.partition("=")[0] == "stage"])
@@ -52,7 +52,7 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
         except CascadeError as error:
             if begun is None:
                 raise CascadeError(f"{path}: stage: {error}") from None
-            logger.warning("%s: stage: %s; the run's own settings of it are used", path, error)
+            logger.warning("%s: stage: %s; using the run's own copy of its settings", path, error)
             stage = begun["stage"]
         settings = _with_reading(settings | {"stage": stage}, begun, folder)
     return parse(TrainConfig, override(settings, assignments), str(path))
@@ -70,10 +70,10 @@ def _begun(output: object) -> dict[str, Any] | None:
 
 
 def _with_reading(settings: dict[str, Any], begun: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
-    """The settings, their text read as a run that was begun reads it, or else as that of the stage in `folder` was."""
+    """The settings, with text read as in the earlier part of the run, or else as by the stage in `folder`."""
     text = settings.get("text", {})
     if not isinstance(text, dict):
-        return settings  # of which `parse` says what is wrong
+        return settings  # `parse` will report the mistake
     if begun is not None:
         known = begun.get("text") or {}
     else:
@@ -83,13 +83,13 @@ def _with_reading(settings: dict[str, Any], begun: dict[str, Any] | None, folder
 
 
 def load_trainer(config: TrainConfig) -> Trainer:
-    """Everything that a training run needs, with fresh weights or those of `training.init_from`.
+    """A trainer with everything that a run needs, with fresh weights or those of `training.init_from`.
 
-    A run with a checkpoint has its weights there: what it began from need no longer exist.
+    A run with a checkpoint takes its weights from it: the initial weights need no longer exist.
 
     Raises CascadeError for a run that cannot reach its end on this machine.
     """
-    from cascade.training.accelerator import expected_processes  # accelerate, which drawing does not need
+    from cascade.training.accelerator import expected_processes  # imports accelerate, which drawing does not need
     from cascade.training.guards import shortage_told
     from cascade.training.precision import settled
 
@@ -120,7 +120,7 @@ def _load_trainer(config: TrainConfig) -> Trainer:
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
     """The frozen encoder of a training run, behind its cache of embeddings if it has one.
 
-    A cache that the same settings made is trusted: T5 is loaded, and compared with it, only for a missing caption.
+    A cache made with the same settings is trusted: T5 is loaded, and compared with it, only for a missing caption.
     """
     if config.cache is None:
         return load_plain_text_encoder(config)
@@ -145,8 +145,8 @@ def text_encoder_source(config: TextConfig) -> str | Path:
 
 
 def encoder_settings(config: TextConfig) -> dict[str, object]:
-    """The settings that decide what the encoder gives; `cascade encode` writes them into the cache."""
-    as_before = {"null_text"} if config.null_text == "encoded" else set()  # caches from before it was a setting
+    """The settings that decide the encoder's output; `cascade encode` writes them into the cache."""
+    as_before = {"null_text"} if config.null_text == "encoded" else set()  # older caches lack this setting
     return config.model_dump(mode="json", exclude={"cache"} | as_before)
 
 

@@ -1,6 +1,7 @@
-"""Attention of a feature map's pixels to all of them, with the text tokens joined, or to the text tokens alone.
+"""Attention from each pixel of a feature map to all pixels and the text tokens, or to the text tokens alone.
 
-`attend` is softmax attention, on a CPU in bfloat16 by matrix products: torch's fused kernel is as slow as in float32.
+`attend` is softmax attention. On a CPU in bfloat16 it uses plain matrix products, since torch's fused kernel is no
+faster there than in float32.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Every pixel asks; pixels and text tokens answer; the result is added to the feature map.
+    """Pixels are the queries, pixels and text tokens the keys and values; the result is added to the feature map.
 
-    Source: Imagen (Saharia et al. 2022) sec. D.1: text concatenated to the keys and values of self-attention; in its
-    1024 stage, without `sees_picture`, text alone.
+    Source: Imagen (Saharia et al. 2022) sec. D.1: text is concatenated to the keys and values of self-attention.
+    Without `sees_picture` the text provides all keys and values, as in Imagen's 1024 stage.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class Attention(nn.Module):
     def _answers(
         self, own: Sequence[Tensor], text: KeysValues | None, visible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (B, heads, N, d), and which of them are seen. own: those of the pixels, or none."""
+        """Keys and values (B, heads, N, d), and the mask of visible ones. own: keys and values of the pixels, or []."""
         if not own:
-            assert text is not None, "without the picture there is the text"
-            return *text, None if visible is None else visible | ~visible.any(-1, keepdim=True)  # never nothing at all
+            assert text is not None, "attention to neither the picture nor the text"
+            return *text, None if visible is None else visible | ~visible.any(-1, keepdim=True)  # all if none is
         key, value = own
         if text is None:
             return key, value, None
@@ -92,20 +93,20 @@ class Attention(nn.Module):
 
 
 FEW_QUERIES = 256
-"""Up to here all heads are multiplied at once."""
+"""Up to this many queries, the scores of all heads are computed together."""
 LEAST_SCORES, MOST_SCORES = 50_000, 8_000_000
-"""Of one head: fewer are left to torch, more no longer lie in the cache."""
+"""Scores per head. Below this range torch's kernel is faster; above it the scores do not fit into the cache."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head.
 
-    query: (B, heads, M, d); key, value: (B, heads, N, d); mask: (B, 1, 1, N) bool, True where a key is seen, None when
-    all are -> (B, heads, M, d).
+    query: (B, heads, M, d); key, value: (B, heads, N, d); mask: (B, 1, 1, N) bool, True where a key is visible, None
+    when all are -> (B, heads, M, d).
 
-    With 64 queries the gradient of torch's fused kernel takes four times as long as its forward pass, two plain
-    products a third of both; with 1,024, head by head, the two passes take seven tenths of torch's time. The gradient
-    of the softmax is written out: torch's own takes more than twice as long in bfloat16.
+    With 64 queries, the backward pass of torch's fused kernel takes four times as long as its forward pass; two plain
+    products take a third of the two together. With 1,024 queries, head by head, both passes take seven tenths of
+    torch's time. The gradient of the softmax is written out: torch's takes more than twice as long in bfloat16.
     """
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     moderate = LEAST_SCORES <= query.shape[2] * key.shape[2] <= MOST_SCORES
@@ -119,11 +120,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 class _AllHeads(torch.autograd.Function):
-    """The scores of all heads at once, kept for the backward pass."""
+    """Attention that computes the scores of all heads together and keeps them for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", enabled=False):  # it would take the softmax in float32
+        with torch.autocast("cpu", enabled=False):  # autocast would compute the softmax in float32
             query = query * query.shape[-1] ** -0.5
             scores = _scores(query, key, mask)
             answer = scores @ value
@@ -140,13 +141,13 @@ class _AllHeads(torch.autograd.Function):
 
 
 class _HeadByHead(torch.autograd.Function):
-    """The scores of one head at a time; the backward pass computes them again, as flash attention does (Dao 2022)."""
+    """Attention one head at a time; the backward pass recomputes the scores, as in flash attention (Dao 2022)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         answer = torch.empty_like(query)
         query = query * query.shape[-1] ** -0.5
-        with torch.autocast("cpu", enabled=False):  # it would take the softmax in float32
+        with torch.autocast("cpu", enabled=False):  # autocast would compute the softmax in float32
             for one in _heads(query):
                 answer[one] = _scores(query[one], key[one], None if mask is None else mask[one[0], 0]) @ value[one]
         ctx.save_for_backward(query, key, value, mask, answer)
@@ -167,12 +168,12 @@ class _HeadByHead(torch.autograd.Function):
 
 
 def _heads(query: Tensor) -> list[tuple[int, int]]:
-    """(picture, head) of each of them."""
+    """(picture, head) of every head in the batch."""
     return [(picture, head) for picture in range(query.shape[0]) for head in range(query.shape[1])]
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """(..., M, d), (..., N, d) -> (..., M, N): the shares in which the keys answer."""
+    """(..., M, d), (..., N, d) -> (..., M, N): softmax of the products of query and key."""
     products = query @ key.mT
     if mask is not None:
         products = products.masked_fill_(~mask, float("-inf"))
@@ -182,6 +183,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 def _gradients(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, gradient: Tensor, along: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of scaled query, key and value, from that of the answer; along: (..., M, 1), sums of gradient times answer."""
+    """Gradients of the scaled query, the key and the value. gradient: of the answer; along: (..., M, 1), its products
+    with the answer, summed over d."""
     to_products = (gradient @ value.mT).sub_(along).mul_(scores)  # (..., M, N)
     return to_products @ key, to_products.mT @ query, scores.mT @ gradient

@@ -1,4 +1,4 @@
-"""What enters a network, residual blocks, and the steps between levels."""
+"""Input stacking, residual blocks, and the layers between levels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ModuleT = TypeVar("ModuleT", nn.Linear, nn.Conv2d)
 
 
 def zero_init(layer: ModuleT) -> ModuleT:
-    """Start a layer at zero, so that what it adds to is at first left alone."""
+    """Initialize a layer to zero, so that a residual branch starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -29,8 +29,8 @@ def silu(h: Tensor) -> Tensor:
 class Normalize(nn.Module):
     """GroupNorm over the picture, or LayerNorm over the channels of each pixel.
 
-    The second has no statistics over positions, so a crop and the whole picture see the same function
-    (Chu et al. 2022, TLC, measure what goes wrong otherwise).
+    LayerNorm takes no statistics over positions, so it computes the same function on a crop as on the whole picture
+    (Chu et al. 2022, TLC, measure the harm done by GroupNorm).
     """
 
     def __init__(self, channels: int, kind: str, groups: int) -> None:
@@ -43,7 +43,7 @@ class Normalize(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.groups is not None:
-            norm = group_norm if torch.is_grad_enabled() else F.group_norm  # ours differs in its gradient alone
+            norm = group_norm if torch.is_grad_enabled() else F.group_norm  # only the gradients differ
             return norm(h, self.groups, self.weight, self.bias)
         # A view when h is channels-last, as it is here; torch has a fused kernel for LayerNorm only.
         pixels = h.permute(0, 2, 3, 1)
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 class AddingResidualBlock(ResidualBlock):
-    """h + conv(silu(norm(conv(silu(norm(h))) + embedding))): what is known of the noise is added at every pixel.
+    """h + conv(silu(norm(conv(silu(norm(h))) + embedding))): the embedding is added at every pixel.
 
     Source: Prince (2023) fig. 18.9, "adding the result to the channels at every spatial position".
     """
@@ -95,7 +95,7 @@ class AddingResidualBlock(ResidualBlock):
 
 
 class Downsample(nn.Module):
-    """To the next level: space-to-depth and a 1x1 convolution, which loses nothing before it chooses."""
+    """Layer to the next coarser level: space-to-depth, which loses nothing, and a 1x1 convolution."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Back to the finer level: a 1x1 convolution and depth-to-space."""
+    """Layer back to the finer level: a 1x1 convolution and depth-to-space."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Upsample(nn.Module):
 
 
 class StridedDownsample(nn.Module):
-    """To the next level: a 3x3 convolution with a stride. Source: Imagen's Efficient U-Net, fig. A.28."""
+    """Layer to the next coarser level: a strided 3x3 convolution. Source: Imagen's Efficient U-Net, fig. A.28."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class StridedDownsample(nn.Module):
 
 
 class EnlargingUpsample(nn.Module):
-    """Back to the finer level: pixels are repeated, and a 3x3 convolution follows."""
+    """Layer back to the finer level: nearest-neighbour enlargement and a 3x3 convolution."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ class EnlargingUpsample(nn.Module):
 
 
 def stacked(z: Tensor, low_res: Tensor | None, step: int) -> Tensor:
-    """The noisy picture and the smaller one, upsampled, as channels of one: (B, C, H, W) -> (B, C + C', H, W).
+    """The noisy picture and the upsampled smaller one, stacked as channels: (B, C, H, W) -> (B, C + C', H, W).
 
-    step: what H and W are multiples of. Raises ValueError for other sizes.
+    step: H and W must be multiples of it. Raises ValueError for other sizes.
     """
     height, width = z.shape[-2:]
     if height % step or width % step:

@@ -1,4 +1,4 @@
-"""What networks of ours make of the conditions, once per generation: one vector, and keys and values of the text."""
+"""Conditions of cascade's own networks, prepared once per generation: one vector, and keys and values of the text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
 from cascade.models.network import Network, check_conditions
 
 TextUse = Literal["attention", "pooled", "none"]
-"""Tokens join attention's keys and values, and pooled text the embedding; the latter alone; or no text is read."""
+"""`attention`: tokens join the keys and values, pooled text joins the embedding. `pooled`: the embedding only."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a network has read of the conditions.
+    """Conditions prepared for a network.
 
     embedding: (B, E) from pooled text and augmentation level. text: keys and values for each block, in order; None for
-    one that reads no text. visible: (B, 1, 1, N), None when all tokens are real. low_res: (B, C, H, W), upsampled.
+    a block that reads no text. visible: (B, 1, 1, N), None when all tokens are real. low_res: (B, C, H, W), upsampled.
     """
 
     embedding: Tensor
@@ -33,12 +33,12 @@ class Seen:
     low_res: Tensor | None
 
     def crop(self, rows: slice, columns: slice) -> Seen:
-        """The same for a part of the picture."""
+        """The same conditions for a part of the picture."""
         return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
 
 
 class ConditionedNetwork(Network):
-    """A network whose every block sees one vector, of noise level, pooled text and augmentation level together."""
+    """A network in which every block reads one vector: noise level, pooled text and augmentation level combined."""
 
     def __init__(self, embedding_dim: int, text: TextUse, text_dim: int, low_res_channels: int) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class ConditionedNetwork(Network):
 
     @abstractmethod
     def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
-        """Keys and values of normalized text (B, N, D) for each block, in the order in which `forward` meets them.
+        """Keys and values of normalized text (B, N, D) for each block, in the order of `forward`.
 
-        None for a block that reads no text, and for all where there is none.
+        None for a block that reads no text, and for every block when `text` is None.
         """
 
     def prepare(self, cond: Conditioning) -> Seen:
@@ -74,5 +74,5 @@ class ConditionedNetwork(Network):
 
 
 def _known_to_be_real(mask: Tensor) -> bool:
-    """Whether every token (B, N) is real, where one may look: it waits for a GPU, and breaks a compiled graph."""
+    """Whether every token (B, N) is real; False where reading the mask would block on a GPU or break a graph."""
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())

@@ -1,4 +1,4 @@
-"""A convolution that takes the way with the fewest multiplications while its weights are frozen and on a CPU."""
+"""A convolution that uses an algorithm with fewer multiplications while its weights are frozen and on a CPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from cascade.models import phases, winograd
 
 LEAST_CHANNELS = {torch.float32: 192, torch.bfloat16: 256}
-"""With fewer in or out, the transforms cost what they save. In bfloat16 they also round more often, which the finest,
-narrowest level would show."""
+"""With fewer input or output channels the transforms cost as much as they save. In bfloat16 they also round more often,
+which is visible at the finest, narrowest level."""
 
 _current = threading.local()
 
 
 @contextmanager
 def one_generation(generation: object) -> Iterator[None]:
-    """Inside, in this thread, convolutions may keep transformed kernels for later calls of the same generation.
+    """Context in which this thread's convolutions may keep transformed kernels for later calls of one generation.
 
-    generation: the same object in all network calls between which no weight changes. Whether a weight has changed
-    cannot be seen for sure: writing through `.data`, as peft's merging does, moves neither address nor version, new
-    weights may lie where old ones did, and those made in inference mode have no version.
+    generation: the same object in all network calls between which no weight changes. A changed weight cannot be
+    detected reliably: writing through `.data`, as peft's merging does, changes neither address nor version, new weights
+    may have the address of old ones, and tensors made in inference mode have no version.
     """
     before = _generation()
     _current.generation = generation
@@ -40,9 +40,9 @@ def _generation() -> object | None:
 
 
 class Convolution(nn.Conv2d):
-    """A convolution. Within `one_generation`, one of 3x3, padded by 1, frozen, on a CPU holds its transformed kernel.
+    """A convolution. Within `one_generation`, a frozen 3x3 one with padding 1 on a CPU holds its transformed kernel.
 
-    Made with the arguments of its parent, since low-rank adaptation makes two smaller ones of the same class.
+    Takes the arguments of its parent class, since low-rank adaptation creates two smaller layers of the same class.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -58,12 +58,12 @@ class Convolution(nn.Conv2d):
         return winograd.convolve(h, self._transformed(winograd.transform_kernel), self.bias)
 
     def enlarging(self, h: Tensor) -> Tensor:
-        """What `forward` gives for h, one that it `transforms`, enlarged: (B, C_in, H, W) -> (B, C, 2 H, 2 W)."""
+        """`forward` of h enlarged by nearest neighbours, if it `transforms` h: (B, C_in, H, W) -> (B, C, 2 H, 2 W)."""
         assert self.bias is not None
         return phases.convolve(h, self._transformed(phases.transform_kernel), self.bias)
 
     def transforms(self, h: Tensor) -> bool:
-        """Whether this input meets a transformed kernel."""
+        """Whether a transformed kernel is used for this input."""
         if torch.compiler.is_compiling() or _generation() is None or not h.numel():
             return False
         frozen = not any(tensor.requires_grad for tensor in (h, *self.parameters()))
@@ -71,21 +71,21 @@ class Convolution(nn.Conv2d):
         return frozen and plain and self.transformed_bytes(h.dtype) > 0
 
     def transformed_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the transformed kernel that drawing in `dtype` on a CPU holds beside the weight."""
+        """Bytes of the transformed kernel that drawing in `dtype` on a CPU holds in addition to the weight."""
         if self.spare_memory or not self._fits() or dtype not in LEAST_CHANNELS:
             return 0
         wide = min(self.in_channels, self.out_channels) >= LEAST_CHANNELS[dtype]
         return 16 * self.in_channels * self.out_channels * dtype.itemsize if wide else 0
 
     def _fits(self) -> bool:
-        """Whether it is one of those that can be transformed. Asked each time: whoever wants pictures that repeat
-        without a seam changes `padding_mode` of networks that there are, or replaces `_conv_forward`."""
+        """Whether this layer can be transformed. Checked on every call: users who draw seamless textures change
+        `padding_mode` of an existing network, or replace `_conv_forward`."""
         shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         usual = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and "_conv_forward" not in self.__dict__
         return usual and self.bias is not None
 
     def _transformed(self, transform: Callable[[Tensor], Tensor]) -> Tensor:
-        """Anew for each generation, and within one where a change of the weight can be seen."""
+        """The transformed kernel, computed again for each generation and after any detected change of the weight."""
         weight, held = self.weight, self._kernel  # another thread may hold another generation's
         version = None if weight.is_inference() else weight._version
         state = (_generation(), transform, weight.data_ptr(), weight.dtype, version)

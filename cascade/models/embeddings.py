@@ -1,4 +1,4 @@
-"""Vectors that every block sees: the noise level and the pooled text."""
+"""Embeddings that every block reads: the noise level and the pooled text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 SHORTEST_PERIOD = 0.5
 LONGEST_PERIOD = 160.0
-"""Periods of the sinusoids, in units of log SNR: from a fine step of a sampler to four times the clipped range."""
+"""Range of the sinusoids' periods, in units of log SNR: a fine step of a sampler to four times the clipped range."""
 
 
 def sinusoidal(log_snr: Tensor, width: int) -> Tensor:
@@ -41,7 +41,7 @@ class NoiseLevelEmbedding(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """Attention-pooled text: the masked mean of the tokens asks, the tokens and that mean answer.
+    """Attention-pooled text: the masked mean of the tokens is the query, that mean and the tokens are keys and values.
 
     Source: Imagen (Saharia et al. 2022) sec. D.1, with the class token of GLIDE and DeepFloyd IF. The mean is always
     among the keys, so a text with no real token gives a finite vector.

@@ -1,4 +1,4 @@
-"""The parts of DeepFloyd IF's U-Net; the names of the parameters are those of its published weights."""
+"""Building blocks of DeepFloyd IF's U-Net, with the parameter names of its published weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cascade.models.attention import attend
 from cascade.models.convolution import Convolution
 
-if TYPE_CHECKING:  # the settings stand with the network that is made of these
+if TYPE_CHECKING:  # the settings are defined next to the network, which imports this module
     from cascade.models.if_unet import IFUNetConfig
 
 KeysValues = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ class TwoLayers(nn.Module):
 
 
 class Mix(nn.Conv2d):
-    """A 1x1 convolution as the matrix product that it is: on one thread torch has no fast convolution for it."""
+    """A 1x1 convolution computed as a matrix product: torch's convolution is slow for it on one thread."""
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W)."""
@@ -44,7 +44,7 @@ class Mix(nn.Conv2d):
 class IFResidualBlock(nn.Module):
     """(shortcut(h) + conv(gelu(scale-shift(norm(conv(resize(gelu(norm(h))))))))) / block_scale.
 
-    A change of size happens before the first convolution, on both branches: down by 2x2 means, up by repetition.
+    Resizing precedes the first convolution, on both branches: down by 2x2 means, up by repetition.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class IFResidualBlock(nn.Module):
         return h + inner if self.block_scale == 1 else (h + inner) / self.block_scale
 
     def _first(self, inner: Tensor) -> Tensor:
-        """The change of size and the first convolution: both at once where that saves multiplications."""
-        convolution: nn.Module = self.conv1  # under low-rank adaptation of another class
+        """Resizing and the first convolution, combined where that saves multiplications."""
+        convolution: nn.Module = self.conv1  # low-rank adaptation replaces it by another class
         if self.resize == "up" and isinstance(convolution, Convolution) and convolution.transforms(inner):
             return convolution.enlarging(inner)
         return cast(Tensor, convolution(self._resized(inner)))
@@ -92,7 +92,7 @@ class IFResidualBlock(nn.Module):
 
 
 class IFAttention(nn.Module):
-    """Every pixel asks; text tokens, then pixels, answer; the result is added to the feature map."""
+    """Pixels are the queries, text tokens, then pixels, the keys and values; the result is added to the feature map."""
 
     def __init__(self, config: IFUNetConfig, channels: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class TextEmbedding(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """The mean token, at a learned place, asks; that token and all others answer."""
+    """The mean token plus a learned position is the query; it and all other tokens are keys and values."""
 
     def __init__(self, text_dim: int, heads: int) -> None:
         super().__init__()

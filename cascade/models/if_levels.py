@@ -1,4 +1,4 @@
-"""The levels of DeepFloyd IF's U-Net, named as its published weights are."""
+"""The levels of DeepFloyd IF's U-Net, with the parameter names of its published weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 from cascade.models.if_blocks import IFAttention, IFResidualBlock
 
-if TYPE_CHECKING:  # the settings stand with the network that is made of these
+if TYPE_CHECKING:  # the settings are defined next to the network, which imports this module
     from cascade.models.if_unet import IFUNetConfig
 
 
 class Level(nn.Module):
-    """Residual blocks of one size, each perhaps with attention, and the block that leads to the next size."""
+    """Residual blocks of one size, each optionally followed by attention, and the block that resizes for the next."""
 
     def __init__(self, config: IFUNetConfig, index: int, widths: list[int], change: nn.ModuleDict) -> None:
-        """widths: channels that enter each block. change: {"downsamplers": ...}, {"upsamplers": ...} or nothing."""
+        """widths: input channels of each block. change: {"downsamplers": ...}, {"upsamplers": ...} or empty."""
         super().__init__()
         channels = config.channels[index]
         self.resnets = nn.ModuleList(IFResidualBlock(config, width, channels) for width in widths)
@@ -33,7 +33,7 @@ class Level(nn.Module):
 
     @property
     def change(self) -> IFResidualBlock | None:
-        """The block that leads to the next size."""
+        """The block that resizes for the next level."""
         blocks = getattr(self, "downsamplers", None) or getattr(self, "upsamplers", None)
         return None if blocks is None else cast(IFResidualBlock, blocks[0])
 
@@ -54,7 +54,7 @@ class Middle(nn.Module):
 
 
 def level_down(config: IFUNetConfig, index: int) -> Level:
-    """A level on the way down; each but the coarsest ends with the block that leads to the next."""
+    """A level on the way down; each but the coarsest ends with a downsampling block."""
     channels, before = config.channels[index], config.channels[max(index - 1, 0)]
     widths = [before, *[channels] * (config.blocks[index] - 1)]
     change = nn.ModuleDict()
@@ -64,7 +64,7 @@ def level_down(config: IFUNetConfig, index: int) -> Level:
 
 
 def level_up(config: IFUNetConfig, index: int) -> Level:
-    """A level on the way up: one block more than on the way down, for the skip that leads into the level."""
+    """A level on the way up: one block more than on the way down, for the skip from the level's input."""
     channels, before = config.channels[index], config.channels[max(index - 1, 0)]
     below = config.channels[min(index + 1, len(config.channels) - 1)]
     entering = [below, *[channels] * config.blocks[index]]

@@ -1,10 +1,10 @@
-"""The U-Net of DeepFloyd IF, written so that its published weights fit: every parameter has the name they give it.
+"""The U-Net of DeepFloyd IF, with the parameter names of its published weights.
 
-Beside ours (`cascade.models.unet`): average pooling down and nearest neighbours up inside residual blocks, GELU,
-attention whose keys begin with the text, a text norm over all tokens, raw T5 states pooled into the noise level,
-which is the number of a step, and a second half of the output that says where the variance lies.
+Differences from `cascade.models.unet`: average pooling down and nearest neighbours up inside residual blocks; GELU;
+attention whose keys begin with the text; a text norm over all tokens; raw T5 states pooled into the noise embedding,
+which encodes a step number; and a second half of the output that interpolates the log variance.
 
-Source: DeepFloyd IF (2023), whose weights these are for; Saharia et al. (2022) sec. D.1 and F.1.
+Source: DeepFloyd IF (2023); Saharia et al. (2022) sec. D.1 and F.1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cascade.models.if_levels import Level, Middle, level_down, level_up
 from cascade.models.network import Geometry, Network, NetworkConfig, check_conditions
 
 IF_NOISE = DiscreteSchedule(squared_cosine_betas(1000))
-"""The noise levels whose numbers the networks read, whatever schedule a stage is drawn with."""
+"""The schedule whose step numbers the networks read, whatever schedule a stage is drawn with."""
 
 
 class IFUNetConfig(NetworkConfig):
@@ -51,7 +51,7 @@ class IFUNetConfig(NetworkConfig):
     attention: tuple[bool, ...] = (False, True, True, True)
     """Whether the blocks of a level are followed by attention."""
     self_attention: bool = True
-    """Whether attention sees the picture beside the text."""
+    """Whether attention sees the picture as well as the text."""
     embedding_dim: Width = 768
     """Width of the noise-level embedding."""
     block_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -90,7 +90,7 @@ class IFUNetConfig(NetworkConfig):
         return self
 
     def geometry(self, channels: int) -> Geometry:
-        """How the network lies over a picture: it attends, and normalizes over the whole. See `Geometry`."""
+        """See `Geometry`. The receptive field is the whole picture, because of attention and GroupNorm."""
         numbers = float(channels) + self.channels[0]
         for level, (width, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
             numbers += width * blocks / 4**level
@@ -105,11 +105,11 @@ class IFUNetConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class IFPrepared:
-    """What the network computes once per picture rather than once per step.
+    """Values computed once per picture instead of once per step.
 
     embedding: (B, E) from the pooled text and, in stage II, the noise on the smaller picture. text: keys and values
-    for each attention, in order. low_res: (B, C, H, W), upsampled and noised. generation: names the calls that share
-    transformed kernels.
+    for each attention, in order. low_res: (B, C, H, W), upsampled and noised. generation: identifies the calls that
+    share transformed kernels.
     """
 
     embedding: Tensor
@@ -118,15 +118,15 @@ class IFPrepared:
     generation: object
 
     def crop(self, rows: slice, columns: slice) -> IFPrepared:
-        """The same for a part of the picture."""
+        """The same values for a part of the picture."""
         return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
 
 
 class IFUNet(Network):
-    """(z, log SNR, conditions) -> (B, 2 C, H, W): predicted noise, and in [-1, 1] where its log variance lies."""
+    """(z, log SNR, conditions) -> (B, 2 C, H, W): predicted noise, then the place of the log variance in [-1, 1]."""
 
     def __init__(self, config: IFUNetConfig, channels: int, low_res_channels: int = 0) -> None:
-        """channels: of the pictures. low_res_channels: those of the smaller picture, enlarged and noised, beside z."""
+        """channels: of the pictures. low_res_channels: of the enlarged, noised smaller picture, stacked with z."""
         super().__init__()
         self.config = config
         self.divisor = config.geometry(channels).divisor
@@ -144,10 +144,10 @@ class IFUNet(Network):
         self.conv_out = nn.Conv2d(first, 2 * channels, 3, padding=1)
 
     def prepare(self, cond: Conditioning) -> IFPrepared:
-        """Everything that depends on the conditions alone. cond.low_res: (B, C, H, W), already of z's size.
+        """Everything that depends only on the conditions. cond.low_res: (B, C, H, W), already of z's size.
 
-        The text has no mask here: IF reads what T5 gives for the padding too, up to 77 tokens. Raises ValueError when
-        a smaller picture is missing or not expected.
+        The text mask is ignored: IF also reads T5's states of the padding, up to 77 tokens. Raises ValueError when a
+        smaller picture is missing or not expected.
         """
         check_conditions(cond, self.low_res_channels)
         states = cond.text.to(self.conv_in.weight.dtype)
@@ -156,7 +156,7 @@ class IFUNet(Network):
             embedding = embedding + self.class_embedding(self._sinusoids(cond.low_res_log_snr))
         context = self.encoder_hid_proj(states)  # (B, N, D)
         text = tuple(attention.read_text(context) for attention in self._attentions())
-        # A compiled network has no kernels of its own to share, and no way to trace a new object.
+        # A compiled network shares no transformed kernels, and a new object cannot be traced.
         generation = None if torch.compiler.is_compiling() else object()
         return IFPrepared(embedding, text, cond.low_res, generation)
 
@@ -165,7 +165,7 @@ class IFUNet(Network):
 
         Between calls with the same prepared conditions, no weight may change. Raises ValueError for any other size.
         """
-        if isinstance(cond, Conditioning):  # a single call, for which transforming kernels would cost what it saves
+        if isinstance(cond, Conditioning):  # a single call: transforming the kernels would cost as much as it saves
             return self._output(z, log_snr, self.prepare(cond))
         with nullcontext() if torch.compiler.is_compiling() else one_generation(cond.generation):
             return self._output(z, log_snr, cond)
@@ -204,7 +204,7 @@ class IFUNet(Network):
         return cast(Tensor, block(*inputs))
 
     def _sinusoids(self, log_snr: Tensor) -> Tensor:
-        """Cosines, then sines, of the number of the step: (B, 1, 1, 1) -> (B, C)."""
+        """Cosines, then sines, of the step number: (B, 1, 1, 1) -> (B, C)."""
         half = self.config.channels[0] // 2
         exponent = -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=log_snr.device)
         angle = IF_NOISE.nearest_step(log_snr).float()[:, None] * exponent.exp()
@@ -215,17 +215,17 @@ class IFUNet(Network):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def attention_layers(self) -> Sequence[IFAttention]:
-        """Those of all blocks that attend."""
+        """The attention layers of all blocks."""
         return list(self._attentions())
 
     def sharded_blocks(self) -> Sequence[IFResidualBlock]:
-        """Residual blocks, where most weights are; the text projections of attention are read before a block runs."""
+        """Residual blocks, which hold most weights; attention's text projections are read before any block runs."""
         return [module for module in self.modules() if isinstance(module, IFResidualBlock)]
 
     def _levels(self, blocks: nn.ModuleList) -> list[Level]:
         return cast("list[Level]", list(blocks))
 
     def _attentions(self) -> Iterator[IFAttention]:
-        """All attentions in the order in which `forward` meets them."""
+        """All attention layers in the order of `forward`."""
         parts: list[Level | Middle] = [*self._levels(self.down_blocks), self.mid_block, *self._levels(self.up_blocks)]
         return (attention for part in parts for _, attention in part.blocks() if attention is not None)

@@ -1,4 +1,4 @@
-"""What every network offers and asks, whichever it is: the seam at which another architecture is added."""
+"""The interface of all networks and their settings, which another architecture implements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cascade.settings import Settings
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a network lies over a picture.
+    """Sizes, receptive field and memory of a network in relation to the picture.
 
-    divisor: height and width of a picture are multiples of it.
-    receptive_radius: how far a square of the output looks beyond its edges, in pixels, a multiple of the divisor as the
-    square's edges are; None: at the whole picture.
-    least_activations: numbers for each pixel that exist at once in a network call, or more. By this lower bound drawing
-    refuses at once what cannot fit into memory.
-    finest_width: numbers for each pixel in a map of the finest level, by which a batch size is guessed.
+    divisor: height and width of a picture must be multiples of it.
+    receptive_radius: pixels beyond its edges on which a square of the output depends, a multiple of the divisor like
+    the square's edges; None: the whole picture.
+    least_activations: lower bound on the values per pixel that a network call holds at the same time. Drawing uses it
+    to refuse immediately a picture that cannot fit into memory.
+    finest_width: values per pixel in a feature map of the finest level, used to estimate a batch size.
     """
 
     divisor: int
@@ -32,7 +32,7 @@ class Geometry:
 
 
 class Prepared(Protocol):
-    """What a network computes once for all noise levels, from the conditions alone."""
+    """Values that a network computes once for all noise levels, from the conditions alone."""
 
     def crop(self, rows: slice, columns: slice) -> Self:
         """The same for a part of the picture: images among the conditions are cropped, all else is kept."""
@@ -41,8 +41,8 @@ class Prepared(Protocol):
 class Network(nn.Module):
     """(z, log SNR, conditions) -> output.
 
-    `forward(z, log_snr, cond)` takes z (B, C, H, W), log_snr (B, 1, 1, 1), and conditions as they are or prepared; it
-    gives (B, C', H, W), of which channels beyond those of z say where the variance lies.
+    `forward(z, log_snr, cond)` takes z (B, C, H, W), log_snr (B, 1, 1, 1), and raw or prepared conditions. It returns
+    (B, C', H, W); channels beyond the C of z hold the place of the log variance.
     """
 
     activation_checkpointing: bool = False
@@ -50,7 +50,7 @@ class Network(nn.Module):
 
     @abstractmethod
     def prepare(self, cond: Conditioning) -> Prepared:
-        """Everything that depends on the conditions alone. Raises ValueError for conditions that do not fit."""
+        """Everything that depends only on the conditions. Raises ValueError for conditions that do not fit."""
 
     @abstractmethod
     def repeated_blocks(self) -> Sequence[nn.Module]:
@@ -58,20 +58,20 @@ class Network(nn.Module):
 
     @abstractmethod
     def attention_layers(self) -> Sequence[nn.Module]:
-        """The modules whose linear layers are attention's, which low-rank adaptation trains by default."""
+        """The attention modules, whose linear layers low-rank adaptation trains by default."""
 
     def sharded_blocks(self) -> Sequence[nn.Module]:
-        """Blocks whose weights are read by their own call alone: each is a unit of FSDP."""
+        """Blocks whose weights are read only in their own call: each is a unit of FSDP."""
         return self.repeated_blocks()
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The classes of `sharded_blocks`, under the name by which accelerate asks for them."""
+        """Class names of `sharded_blocks`, in the attribute that accelerate reads."""
         return sorted({type(block).__name__ for block in self.sharded_blocks()})
 
 
 def check_conditions(cond: Conditioning, low_res_channels: int) -> None:
-    """Raises ValueError when a smaller picture is missing, or there without a place for it."""
+    """Raise ValueError when a smaller picture is missing or not expected."""
     complete = cond.low_res is not None and cond.low_res_log_snr is not None
     if low_res_channels and not complete:
         raise ValueError("a super-resolution network needs low_res and low_res_log_snr in its conditions")
@@ -80,21 +80,21 @@ def check_conditions(cond: Conditioning, low_res_channels: int) -> None:
 
 
 class NetworkConfig(Settings):
-    """The settings of a network, which stand in one file with it, and build it.
+    """The settings of a network, defined in the same file as the network, which they build.
 
-    Each kind also has the settings `kind`, by which a file names it, and `text_dim`, the width of the text it reads.
+    Each subclass also has the settings `kind`, its name in a file, and `text_dim`, the width of the text embeddings.
     """
 
     enlarges_first: ClassVar[bool] = False
     """Whether a smaller picture is enlarged before it is noised."""
     predicts_variance: ClassVar[bool] = False
-    """Whether the output has a second half, which says where the variance of a step lies."""
+    """Whether the output has a second half, the place of a step's log variance between its bounds."""
     needs_schedule: ClassVar[str | None] = None
-    """The kind of noise schedule that its noise levels are numbered by; None: it reads any."""
+    """The kind of noise schedule that the network requires; None: any."""
     reads_padding: ClassVar[bool] = False
-    """Whether it reads what the text encoder gives for padding, too, and so must have all of it."""
+    """Whether the network also reads the text encoder's output for padding, and so requires all of it."""
     has_foreign_weights: ClassVar[bool] = False
-    """Whether weights of this kind are published by others, whose terms a user should see."""
+    """Whether others publish weights of this kind, with terms that a user should see."""
 
     @property
     def reads_text(self) -> bool:
@@ -103,13 +103,13 @@ class NetworkConfig(Settings):
 
     @abstractmethod
     def geometry(self, channels: int) -> Geometry:
-        """How the network lies over a picture of `channels`."""
+        """Sizes, receptive field and memory for pictures of `channels`."""
 
     @abstractmethod
     def build(self, channels: int, low_res_channels: int = 0) -> Network:
         """The network with fresh weights, for pictures of `channels`.
 
-        low_res_channels: those of the smaller picture among the conditions of a super-resolution stage, else 0.
+        low_res_channels: channels of the smaller picture that conditions a super-resolution stage, else 0.
         """
 
 
@@ -122,5 +122,5 @@ def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
 
 
 def rounded_up(pixels: int, multiple: int) -> int:
-    """The least multiple that is not smaller."""
+    """The smallest multiple of `multiple` that is at least `pixels`."""
     return -(-pixels // multiple) * multiple

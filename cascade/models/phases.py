@@ -1,8 +1,8 @@
-"""A 3x3 convolution behind an enlargement by nearest neighbours, as four of 2x2 on the small picture: 16 taps for 36.
+"""A 3x3 convolution after nearest-neighbour enlargement, as four 2x2 ones of the small picture: 16 taps, not 36.
 
-Each pixel of the small picture becomes 2x2 equal ones. A kernel laid over them meets the same pixel with several of
-its taps, whose sum is one tap; which taps, depends on the phase: whether the kernel's centre is in an even or an odd
-row and column. The result is the same but for rounding.
+Enlargement turns each pixel into 2x2 equal ones, so several taps of a kernel read the same small pixel and their sum
+is one tap. Which taps coincide depends on the phase: whether the kernel's centre is in an even or an odd row and
+column. The result is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from cascade.models.winograd import AT_ONCE
 
 MEETING = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
-"""Which of three taps meet the first, which the second small pixel, in even and in odd rows or columns."""
+"""The taps, of three, that read the first and the second small pixel, in even and in odd rows or columns."""
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
-    """(C, C_in, 3, 3) -> (2, 2, C, 2, 2, C_in): for even and odd rows, even and odd columns, a kernel channels last."""
+    """(C, C_in, 3, 3) -> (2, 2, C, 2, 2, C_in): a channels-last kernel for even and odd rows, even and odd columns."""
     meeting = torch.tensor(MEETING, dtype=torch.promote_types(weight.dtype, torch.float32))
     channels, channels_in = weight.shape[:2]
     kernel = weight.new_empty(2, 2, channels, 2, 2, channels_in)

@@ -1,8 +1,8 @@
-"""A large picture drawn in squares: which part of it a network call sees, and which part of its answer is kept.
+"""Drawing a large picture in squares: the part that a network call reads, and the part of its output that is kept.
 
-`TiledNetwork` goes around a network, and nobody who calls it knows. Exact for networks without attention and without
-statistics over the picture: a pixel depends on its surroundings up to the network's receptive radius alone, so a square
-that is seen with that much around it gets the pixels of the whole.
+`TiledNetwork` wraps a network and has the same interface. The result is exact for networks without attention and
+without statistics over the picture: a pixel depends only on its surroundings up to the network's receptive radius, so a
+square read with that margin has the same pixels as in the whole picture.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from cascade.models.network import Network, Prepared
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a picture: `kept`, which tile it without overlap, within `seen`."""
+    """Rows and columns of a picture: `kept` areas cover it without overlap; `seen` adds the margin that is read."""
 
     kept: tuple[slice, slice]
     seen: tuple[slice, slice]
 
     def cut(self, image: Tensor) -> Tensor:
-        """The part that is seen: (B, C, H, W) -> (B, C, h, w)."""
+        """The `seen` part of a picture: (B, C, H, W) -> (B, C, h, w)."""
         return image[:, :, *self.seen]
 
     def keep(self, answer: Tensor) -> Tensor:
-        """Of an answer that has the size of `seen`, what is kept."""
+        """The `kept` part of an answer that has the size of `seen`."""
         rows, columns = (
             slice(kept.start - seen.start, kept.stop - seen.start)
             for kept, seen in zip(self.kept, self.seen, strict=True)
@@ -38,7 +38,7 @@ class Tile:
 
 
 def tiles(height: int, width: int, side: int, margin: int) -> Iterator[Tile]:
-    """Squares of `side` that cover height x width, row by row, each seen with `margin` around it inside the picture."""
+    """Squares of `side` that cover height x width, row by row, each read with a `margin` clipped to the picture."""
     for top in range(0, height, side):
         for left in range(0, width, side):
             kept = slice(top, min(top + side, height)), slice(left, min(left + side, width))
@@ -50,7 +50,7 @@ def tiles(height: int, width: int, side: int, margin: int) -> Iterator[Tile]:
 
 
 def in_tiles(function: Callable[[Tile], Tensor], size: tuple[int, int], side: int, margin: int) -> Tensor:
-    """The answers of `function`, each (B, C, h, w) for what a tile sees, put together: (B, C, *size)."""
+    """The picture (B, C, *size) assembled from answers of `function`, each (B, C, h, w) for a tile's `seen` part."""
     result: Tensor | None = None
     for tile in tiles(*size, side, margin):
         kept = tile.keep(function(tile))
@@ -62,27 +62,27 @@ def in_tiles(function: Callable[[Tile], Tensor], size: tuple[int, int], side: in
 
 
 class TiledNetwork(Network):
-    """A network that is given squares of a picture one at a time, each seen with its receptive radius around it.
+    """A network applied to one square of a picture at a time, each with a margin of the receptive radius.
 
-    Its output is that for the whole picture up to float32's rounding, in the memory of one square and of a few tensors
-    of the whole size.
+    Its output equals that of one call for the whole picture up to float32 rounding, with the memory of one square and a
+    few tensors of the whole size.
     """
 
     def __init__(self, network: Network, side: int, radius: int) -> None:
-        """side: of the squares, a multiple of what the network divides a picture by. radius: how far it looks."""
+        """side: of the squares, a multiple of the network's divisor. radius: the network's receptive radius."""
         super().__init__()
         self.network, self.side, self.radius = network, side, radius
 
     def prepare(self, cond: Conditioning) -> Prepared:
-        """As the network itself, for the whole picture."""
+        """The wrapped network's, for the whole picture."""
         return self.network.prepare(cond)
 
     def repeated_blocks(self) -> Sequence[nn.Module]:
-        """As the network itself."""
+        """The wrapped network's."""
         return self.network.repeated_blocks()
 
     def attention_layers(self) -> Sequence[nn.Module]:
-        """As the network itself."""
+        """The wrapped network's."""
         return self.network.attention_layers()
 
     def forward(self, z: Tensor, log_snr: Tensor, cond: Conditioning | Prepared) -> Tensor:

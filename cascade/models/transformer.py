@@ -1,9 +1,9 @@
-"""A transformer on patches of pixels: the picture is a row of tokens, whatever its height and width.
+"""A transformer on patches of pixels: a picture of any height and width is a sequence of tokens.
 
 Source: Li & He (2025, JiT) arXiv 2511.13720: patches of plain pixels enter through a bottleneck, the network predicts
 the clean picture (parameterization x); RMSNorm, SwiGLU, normalized queries and keys, rotary positions along two axes.
-The adaptive norms, which start at zero, are those of Peebles & Xie (2023, DiT). As in our U-Net the text joins the keys
-and values of each block, and a smaller picture is more channels of the pixels.
+The adaptive norms, which start at zero, are from Peebles & Xie (2023, DiT). As in `cascade.models.unet`, text tokens
+join the keys and values of each block, and a smaller picture is stacked as channels.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from cascade.models.network import Geometry, NetworkConfig, module_list
 LONGEST_TURN = 100.0
 """Wavelength, in patches over 2 pi, of the slowest rotation (Heo et al. 2024, RoPE for vision)."""
 PLACES = 4
-"""Octaves of the sinusoids that say where in the picture a patch lies."""
+"""Octaves of the sinusoids that encode a patch's position in the picture."""
 
 
 class TransformerConfig(NetworkConfig):
-    """A transformer on patches of pixels. It wants `parameterization: x`, whose target lies where pictures do."""
+    """A transformer on patches of pixels. Best with `parameterization: x`, whose target is a clean picture."""
 
     kind: Literal["transformer"] = "transformer"
     width: Width = 384
     """Width of a token."""
     depth: Layers = 12
-    """Blocks, all alike."""
+    """Number of blocks, all alike."""
     patch: Side = 4
-    """Height and width of the square of pixels that is a token: 16 x 16 tokens for 64 px pictures."""
+    """Height and width of a token in pixels: 4 gives 16 x 16 tokens for 64 px pictures."""
     bottleneck: Width = 64
-    """Width through which a patch of pixels enters, far below its own."""
+    """Width of the bottleneck through which a patch of pixels enters, smaller than the patch."""
     head_dim: Width = 64
     """Width of one attention head, a multiple of 4."""
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
-    """Width of the layer between a block's two others, in widths of a token, before its gate takes a third."""
+    """Hidden width of a block's MLP, as a multiple of the token width; the gate reduces it by a third."""
     embedding_dim: Width = 384
     """Width of the noise-level embedding."""
     text: TextUse = "attention"
@@ -54,7 +54,7 @@ class TransformerConfig(NetworkConfig):
     text_dim: Width = 256
     """Width of the text encoder's embeddings."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout of what each block adds."""
+    """Dropout on the output of each block's attention and MLP."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -74,11 +74,11 @@ class TransformerConfig(NetworkConfig):
 
     @property
     def mlp_width(self) -> int:
-        """Width inside a block's MLP; with three matrices in place of two, two thirds of the ratio, even."""
+        """Hidden width of a block's MLP: two thirds of the ratio, as it has three matrices instead of two; even."""
         return 2 * max(round(self.mlp_ratio * self.width / 3), 1)
 
     def geometry(self, channels: int) -> Geometry:
-        """It attends to the whole picture; the tokens, their keys and values exist at once."""
+        """See `Geometry`. Attention reads the whole picture; tokens, keys and values are in memory together."""
         each = 1 / self.patch**2
         return Geometry(self.patch, None, channels + 4 * self.width * each, self.width * each)
 
@@ -88,7 +88,10 @@ class TransformerConfig(NetworkConfig):
 
 
 class TokenAttention(nn.Module):
-    """Every patch asks; patches and text tokens answer. Queries and keys are normalized, so that no logit grows."""
+    """Patches are the queries, patches and text tokens the keys and values.
+
+    Queries and keys are normalized, which bounds the logits.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class TokenAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then an MLP with a gate; scale, shift and share of both follow from the embedding, at first zero."""
+    """Attention, then a gated MLP; scale, shift and gate of both are computed from the embedding and start at zero."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -132,17 +135,17 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(ConditionedNetwork):
-    """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
+    """(z, log SNR, conditions) -> output, shaped like z. Independent of schedule and parameterization."""
 
     def __init__(self, config: TransformerConfig, channels: int, low_res_channels: int = 0) -> None:
-        """channels: of the pictures. low_res_channels: those of the smaller picture, which is seen beside z."""
+        """channels: of the pictures. low_res_channels: of the smaller picture, which is stacked with z."""
         super().__init__(config.embedding_dim, config.text, config.text_dim, low_res_channels)
         self.config = config
         width, pixels = config.width, config.patch**2
         self.narrow = nn.Linear((channels + low_res_channels) * pixels, config.bottleneck, bias=False)
         self.widen = nn.Linear(config.bottleneck, width)
         self.place = nn.Linear(4 * PLACES, width)
-        # Keys and values of the text stay outside the blocks: they are read before any block runs.
+        # The layers for keys and values of the text are outside the blocks: they run before any block.
         reads = config.depth if config.text == "attention" else 0
         self.text_key_values = module_list(nn.Linear(config.text_dim, 2 * width, bias=False) for _ in range(reads))
         self.blocks = module_list(TransformerBlock(config) for _ in range(config.depth))
@@ -187,26 +190,26 @@ class Transformer(ConditionedNetwork):
         return list(self.blocks)
 
     def attention_layers(self) -> Sequence[nn.Module]:
-        """Those of the blocks, and what makes keys and values of the text."""
+        """The blocks' attention, and the layers for keys and values of the text."""
         return [*(block.attention for block in self.blocks), *self.text_key_values]
 
 
 def adapted(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """RMSNorm without weights of its own, which scale and shift (B, 1, C) stand for: (B, N, C) -> (B, N, C)."""
+    """RMSNorm with scale and shift (B, 1, C) in place of weights: (B, N, C) -> (B, N, C)."""
     return torch.addcmul(shift, F.rms_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def centres(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(down, right) of each patch from the middle of the picture, in patches: (N, 2)."""
+    """Offset (down, right) of each patch from the middle of the picture, in patches: (N, 2)."""
     down, right = (torch.arange(count, device=device) - (count - 1) / 2 for count in (rows, columns))
     return torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def places(where: Tensor, rows: int, columns: int) -> Tensor:
-    """Where in the picture a patch lies: (N, 2) in patches -> (N, 4 PLACES) sines and cosines.
+    """Encoded position of each patch: (N, 2) in patches -> (N, 4 PLACES) sines and cosines.
 
-    In halves of the side of the square of equal area, so that a picture twice as large has the same places, and a wider
-    one goes beyond them on its right and left.
+    The unit is half the side of a square of the picture's area, so that a picture twice as large has the same
+    positions, and a wider one goes beyond them on its right and left.
     """
     octaves = math.pi / 2 * 2.0 ** torch.arange(PLACES, device=where.device)
     angle = (2 * where / math.sqrt(rows * columns))[:, :, None] * octaves  # (N, 2, PLACES)
@@ -214,9 +217,10 @@ def places(where: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def rotations(where: Tensor, head_dim: int) -> Tensor:
-    """Cosine and sine of the angle by which each pair of a head's numbers turns: (N, 2) -> (2, N, head_dim / 2).
+    """Cosine and sine of the angle by which each pair of a head's values is rotated: (N, 2) -> (2, N, head_dim / 2).
 
-    Half of the pairs turn with the row, half with the column, so that query and key know their distance in patches.
+    Half of the pairs rotate with the row, half with the column, so that the product of query and key depends on their
+    distance in patches.
     Source: Su et al. (2021) sec. 3.2, for two axes.
     """
     count = head_dim // 4
@@ -226,7 +230,7 @@ def rotations(where: Tensor, head_dim: int) -> Tensor:
 
 
 def rotate(heads: Tensor, turns: Tensor) -> Tensor:
-    """Each pair (first half, second half) of (B, heads, N, d) turned by its angle."""
+    """Rotate each pair (first half, second half) of (B, heads, N, d) by its angle."""
     cosine, sine = turns.to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

@@ -1,8 +1,8 @@
 """The U-Net of Prince (2023) fig. 18.9 with the text conditioning of Imagen.
 
-Its settings make Imagen's Efficient U-Net for super-resolution of it: `strides` that begin with 2 (each level
+With other settings it is Imagen's Efficient U-Net for super-resolution: `strides` that begin with 2 (each level
 downsamples before its blocks and upsamples after them), most `blocks` at the coarse levels, `resampling` by
-convolution, and `skips` and attention once a level.
+convolution, and one skip and one attention per level.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class UNetConfig(NetworkConfig):
     attention: tuple[bool, ...] = (False, True, True)
     """Whether the blocks of a level are followed by global self-attention (with the text tokens joined in)."""
     attention_after: Literal["blocks", "level"] = "blocks"
-    """Attention after each block of such a level, or once after the last, as in Imagen's Efficient U-Net."""
+    """Attention after each block of a level, or once after its last, as in Imagen's Efficient U-Net."""
     self_attention: bool = True
-    """Whether attention sees the picture beside the text. Without, each pixel asks the text alone, as in Imagen's 1024
-    stage, the same on crop and whole."""
+    """Whether attention sees the picture as well as the text. If false, each pixel attends to the text alone, as in
+    Imagen's 1024 stage, with equal results on a crop and on the whole picture."""
     middle_blocks: Annotated[int, Field(ge=0), LAYERS.validator] = 1
     """Residual blocks after the coarsest level, each but the last followed by attention where that level has it."""
     patch: Side = 1
@@ -63,13 +63,13 @@ class UNetConfig(NetworkConfig):
     """How the embedding of noise level and pooled text enters a residual block: it scales and shifts the features, or
     is added to them at every pixel, as in Prince's figure 18.9."""
     resampling: Literal["shuffle", "conv"] = "shuffle"
-    """Between levels: space-to-depth and a 1x1 convolution, or a strided 3x3 one, as Imagen has it; likewise back."""
+    """Between levels, down and up: `shuffle`, space-to-depth with a 1x1 convolution, or `conv`, a 3x3 one (Imagen)."""
     skips: Literal["concat", "add", "level"] = "concat"
-    """How the way up receives the way down: concatenated or added block by block, or added once a `level`."""
+    """How the way up receives the way down: concatenated or added block by block, or added once per `level`."""
     skip_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the skips; Imagen's Efficient U-Net uses 1/sqrt(2)."""
     norm: Literal["group", "pixel"] = "group"
-    """`group`: GroupNorm over the picture. `pixel`: over the channels of each pixel, the same on crop and whole."""
+    """`group`: GroupNorm over the picture. `pixel`: LayerNorm over each pixel's channels, equal on crop and whole."""
     groups: Width = 32
     """Groups of `norm: group`."""
     head_dim: Width = 64
@@ -95,7 +95,10 @@ class UNetConfig(NetworkConfig):
                 )
         check_network(self.channels, self.blocks)
         if any(self.attention) and not self.self_attention and self.text != "attention":
-            raise ValueError(f"self_attention: false leaves attention the text alone; text: {self.text} gives it none")
+            raise ValueError(
+                f"self_attention: false attends to text alone, but text: {self.text} provides no tokens;"
+                " set text: attention"
+            )
         if self.embedding_dim % 2:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be even: half sines, half cosines")
         for width, attends in zip(self.channels, self.attention, strict=True):
@@ -113,7 +116,7 @@ class UNetConfig(NetworkConfig):
         return self.text != "none"
 
     def geometry(self, channels: int) -> Geometry:
-        """How the network lies over a picture; what exists at once are the skips and the input, at least."""
+        """See `Geometry`. At least the skips and the input are in memory together."""
         numbers, cell = float(channels), self.patch
         for width, blocks, stride in zip(self.channels, self.blocks, self.strides, strict=True):
             cell *= stride
@@ -121,7 +124,7 @@ class UNetConfig(NetworkConfig):
         return Geometry(cell, self._receptive_radius(cell), numbers, float(self.channels[0]))
 
     def _receptive_radius(self, divisor: int) -> int | None:
-        """Rounded up where a path enters a coarser level."""
+        """The receptive radius in pixels, rounded up at each coarser level; None for the whole picture."""
         if self.norm == "group" or (any(self.attention) and self.self_attention):
             return None
         cell = radius = self.patch  # the head
@@ -186,10 +189,10 @@ class Level(nn.Module):
 
 
 class UNet(ConditionedNetwork):
-    """(z, log SNR, conditions) -> output, shaped like z. It knows no schedule and no parameterization."""
+    """(z, log SNR, conditions) -> output, shaped like z. Independent of schedule and parameterization."""
 
     def __init__(self, config: UNetConfig, channels: int, low_res_channels: int = 0) -> None:
-        """channels: of the pictures. low_res_channels: those of the smaller picture, which is seen beside z."""
+        """channels: of the pictures. low_res_channels: of the smaller picture, which is stacked with z."""
         super().__init__(config.embedding_dim, config.text, config.text_dim, low_res_channels)
         self.config = config
         self.divisor = config.geometry(channels).divisor
@@ -239,24 +242,24 @@ class UNet(ConditionedNetwork):
         return [block.read_text(text) for block in self.blocks()]
 
     def blocks(self) -> list[Block]:
-        """All blocks in the order in which `forward` meets them."""
+        """All blocks in the order of `forward`."""
         down, up = (level.encode for level in self.levels), (level.decode for level in reversed(self.levels))
         return list(chain(*down, self.middle, *up))
 
     def repeated_blocks(self) -> Sequence[nn.Module]:
-        """The levels, with what leads from one to the next, and the middle."""
+        """The levels, with the layers between them, and the middle."""
         return [*self.levels, *self.middle]
 
     def attention_layers(self) -> Sequence[Attention]:
-        """Those of all blocks that attend."""
+        """The attention layers of all blocks."""
         return [block.attention for block in self.blocks() if block.attention is not None]
 
     def sharded_blocks(self) -> Sequence[ResidualBlock]:
-        """Residual blocks, where most weights are; the text projections of attention are read before a block runs."""
+        """Residual blocks, which hold most weights; attention's text projections are read before any block runs."""
         return [block.residual for block in self.blocks()]
 
 
 def recomputed(block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
-    """A block whose activations are computed again in the backward pass."""
+    """Run a block whose activations are recomputed in the backward pass."""
     output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
     return output

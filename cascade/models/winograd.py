@@ -1,7 +1,7 @@
-"""3x3 convolutions with 16 multiplications for every four pixels in place of 36, for frozen networks on a CPU.
+"""3x3 convolutions with 16 multiplications per four pixels instead of 36, for frozen networks on a CPU.
 
-Each 4x4 patch of the picture gives 2x2 pixels: both the patch and the kernel are transformed by sums and differences,
-multiplied place by place (a matrix product over channels for each of 16 places), and the products are transformed back.
+Each 4x4 patch of the picture yields 2x2 pixels. The patch and the kernel are transformed by sums and differences and
+multiplied elementwise (a matrix product over channels at each of 16 positions); the products are transformed back.
 
 Source: Lavin & Gray (2016), F(2x2, 3x3).
 """
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 BAND_BYTES = 16_000_000
-"""Of a band's transformed rows at most. Smaller ones stay in the cache, but the kernel is then packed more often."""
+"""Upper bound on a band's transformed rows. A smaller band stays in the cache, but packs the kernel more often."""
 
 AT_ONCE = 64
-"""Channels whose kernels are transformed together: what bfloat16 needs in float32 meanwhile stays small."""
+"""Channels whose kernels are transformed together, which limits the temporary float32 copies of bfloat16 weights."""
 
 
 def transform_kernel(weight: Tensor) -> Tensor:
-    """(C, C_in, 3, 3) -> (16, C_in, C): G weight G^T, place by place."""
+    """(C, C_in, 3, 3) -> (16, C_in, C): G weight G^T, one matrix for each of 16 positions."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=exact)
     kernel = weight.new_empty(16, weight.shape[1], weight.shape[0])
@@ -47,20 +47,20 @@ def convolve(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         products = _workspace("products", h, (4, 4, batch, count, wide, channels))
         _transform_patches(pixels[:, :, :, top : top + count + 1], patches)
         torch.bmm(patches.flatten(2, 4).flatten(0, 1), kernel, out=products.view(16, -1, channels))
-        products[1, 1] += bias  # this place counts once, with plus, in each of the four pixels
+        products[1, 1] += bias  # this position enters each of the four pixels once, with a plus sign
         _transform_back(products, result[:, 2 * top : 2 * (top + count)])
     return result.permute(0, 3, 1, 2)
 
 
 def _split(h: Tensor) -> Tensor:
-    """(B, C, H, W) -> (2, 2, B, H / 2 + 1, W / 2 + 1, C): padded by 1; even and odd rows, even and odd columns apart.
+    """(B, C, H, W) -> (2, 2, B, H / 2 + 1, W / 2 + 1, C): padded by 1, split into even and odd rows and columns.
 
-    So that each step of the transformation runs over whole rows that lie together in memory.
+    Each step of the transformation then runs over whole rows that are contiguous in memory.
     """
     batch, channels, height, width = h.shape
     pixels = h.new_zeros(2, 2, batch, height // 2 + 1, width // 2 + 1, channels)
     h = h.permute(0, 2, 3, 1)
-    pixels[1, 1, :, :-1, :-1] = h[:, 0::2, 0::2]  # the first row is the second of the padded picture
+    pixels[1, 1, :, :-1, :-1] = h[:, 0::2, 0::2]  # row 0 is row 1 of the padded picture
     pixels[1, 0, :, :-1, 1:] = h[:, 0::2, 1::2]
     pixels[0, 1, :, 1:, :-1] = h[:, 1::2, 0::2]
     pixels[0, 0, :, 1:, 1:] = h[:, 1::2, 1::2]
@@ -82,7 +82,7 @@ def _transform_patches(pixels: Tensor, patches: Tensor) -> None:
 def _transform_back(products: Tensor, result: Tensor) -> None:
     """(4, 4, B, K, T, C) -> `result` (B, 2 K, 2 T, C): A^T products A of each patch.
 
-    As one matrix product, whose sums are rounded once: in bfloat16 sums in two steps would be rounded twice.
+    One matrix product rounds its sums once; in bfloat16 two steps would round twice.
     """
     a = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=products.dtype)
     pixels = torch.mm(torch.kron(a, a), products.flatten(0, 1).flatten(1)).view(2, 2, *products.shape[2:])
@@ -95,11 +95,11 @@ _kept = threading.local()
 
 
 def _workspace(name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor that this thread uses again: the system takes longer to give new memory than we to fill it."""
+    """An uninitialized tensor that this thread reuses: allocating fresh memory takes longer than filling it."""
     size = torch.Size(shape).numel()
     kept: Tensor | None = getattr(_kept, name, None)
     if kept is None or kept.dtype != like.dtype or kept.numel() < size:
-        with torch.inference_mode(False):  # else it could not be written outside of inference
+        with torch.inference_mode(False):  # an inference tensor could not be written in training
             kept = torch.empty(size, dtype=like.dtype)
         setattr(_kept, name, kept)
     return kept[:size].view(shape)

@@ -1,4 +1,4 @@
-"""What a line may say: the columns, the types and ranges of their values."""
+"""The columns of a prompt file, with types and ranges of their values."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cascade.text.captions import well_formed
 from cascade.values import number, per_stage, whole_number
 
 _MOST = 1_000_000  # steps, or pictures of one prompt
-_LARGEST_EXACT = 2**53  # beyond it a float64 no longer holds every whole number
-_WHOLE_DECIMAL = re.compile(r"(?<=\d)\.0*$")  # of `7.0`, as spreadsheets and pandas write whole numbers
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the error handler `surrogateescape` makes of other bytes
+_LARGEST_EXACT = 2**53  # beyond it float64 cannot represent every whole number
+_WHOLE_DECIMAL = re.compile(r"(?<=\d)\.0*$")  # as in `7.0`, which spreadsheets and pandas write for whole numbers
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, after the error handler `surrogateescape`
 
 
 def checked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a line, of the right types; those not given are left out. Raises BadLineError."""
+    """The values of a line, of the right types, without missing ones. Raises BadLineError."""
     values = {}
     for column, value in row.items():
         if column not in _COLUMNS:
@@ -37,16 +37,16 @@ def checked(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_header(header: Sequence[str], origin: str) -> None:
-    """A wrong header spoils every line below it. Raises CascadeError."""
+    """Raises CascadeError for a wrong header, which would spoil every line below it."""
     for column in header:
         if column not in _COLUMNS:
             raise CascadeError(f"{origin}: {_unknown(column)}")
     if "prompt" not in header or len(set(header)) != len(header):
-        raise CascadeError(f"{origin}: expected a header with each column once, among them prompt")
+        raise CascadeError(f"{origin}: expected a header with each column once, including prompt")
 
 
 def from_text(column: str, cell: str) -> Any:
-    """The value that the text of a cell stands for. Raises BadLineError."""
+    """The value of a cell's text. Raises BadLineError."""
     try:
         match column:
             case "seed" | "num_images":
@@ -61,9 +61,9 @@ def from_text(column: str, cell: str) -> Any:
 
 
 def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a table without what is not given: null, and NaN, which pandas writes for it.
+    """A row of a table without missing values: null, and NaN, which pandas writes for null.
 
-    In {stage: value} too: there a table has every stage of any row.
+    In {stage: value} too: there a table has every stage that occurs in any row.
     """
     values = {}
     for column, value in row.items():
@@ -93,7 +93,7 @@ def _unknown(column: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) > 10**40:
         return "a number of many digits"
-    text = json.dumps(value, default=str)  # a table may hold what JSON does not: dates, bytes
+    text = json.dumps(value, default=str)  # a table may hold values that JSON lacks: dates, bytes
     return text if len(text) <= 40 else text[:39] + "…"
 
 
@@ -101,12 +101,12 @@ def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadLineError(f"{column}: expected text, found {_shown(value)}")
     if "\0" in value:
-        raise BadLineError(f"{column}: holds a zero byte, so it is no text; save the file as UTF-8")
+        raise BadLineError(f"{column}: holds a zero byte, so it is not text; save the file as UTF-8")
     return well_formed(utf8(value)).strip()
 
 
 def _identifier(column: str, value: Any) -> str:
-    """An id may be a number in JSON."""
+    """A non-empty id, which may be a number in JSON."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(column, value)
     if not text:
         raise BadLineError(f"{column}: is empty")
@@ -115,7 +115,7 @@ def _identifier(column: str, value: Any) -> str:
 
 def _whole(column: str, value: Any, minimum: int, maximum: int) -> int:
     if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT:
-        value = int(value)  # a column of numbers, some of them missing, is one of floats for pandas
+        value = int(value)  # pandas turns a column of whole numbers with missing ones into floats
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
         raise BadLineError(f"{column}: expected a whole number in {minimum}..{maximum}, found {_shown(value)}")
     return value
@@ -138,7 +138,7 @@ def _each_stage(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
     def checked(column: str, value: Any) -> Any:
         if isinstance(value, dict):
-            # A stage may be called anything in a file; a message stays one line.
+            # A file may contain any stage name; the message must stay on one line.
             return {stage: check(f"{column}.{json.dumps(str(stage))[1:-1]}", own) for stage, own in value.items()}
         return check(column, value)
 

@@ -1,4 +1,4 @@
-"""What has to be known of all lines at once, kept on the disk: memory stays flat."""
+"""Data about all lines of a prompt file, kept on disk so that memory use stays constant."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cascade.scratch import ScratchTable
 
 
 class Counts:
-    """How often each text was seen."""
+    """Counts of texts."""
 
     def __init__(self) -> None:
         self._table = ScratchTable("CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
 
     def add(self, kind: str, text: str) -> int:
-        """How often `text` was added before."""
+        """Add `text`; returns how often it was added before."""
         key = hashlib.sha256(f"{kind} {text}".encode()).digest()[:16]
         row = self._table.execute(
             "INSERT INTO seen VALUES (?, 0) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times", (key,)
@@ -25,7 +25,7 @@ class Counts:
         return int(row[0])
 
     def close(self) -> None:
-        """Forget the counts."""
+        """Delete the counts."""
         self._table.close()
 
 

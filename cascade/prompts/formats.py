@@ -1,4 +1,4 @@
-"""Formats of prompt files: numbered lines, or a table, become rows of values by column."""
+"""Formats of prompt files: conversion of numbered lines, or of a table, to rows of values by column."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
-from cascade.files.parquet import parquet_told
+from cascade.files.parquet import parquet_errors
 from cascade.files.table import BadRowError
 from cascade.files.table import csv_rows as table_rows
 from cascade.files.text import lines_of
@@ -15,13 +15,13 @@ from cascade.prompts.columns import check_header, from_text, utf8, without_nulls
 from cascade.prompts.record import BadLineError
 
 Lines: TypeAlias = Iterable[tuple[int, str]]
-"""Numbered lines, without their ends."""
+"""Line numbers and lines without their ends."""
 
 Values: TypeAlias = "Mapping[str, Any] | BadLineError"
-"""The values of a row by column, or what is wrong with it."""
+"""The values of a row by column, or the row's defect."""
 
 Row: TypeAlias = tuple[int, Values]
-"""(line number, values or fault)."""
+"""(line number, values or defect)."""
 
 
 def numbered_lines(file: BinaryIO) -> Lines:
@@ -30,14 +30,14 @@ def numbered_lines(file: BinaryIO) -> Lines:
 
 
 def text_rows(lines: Lines) -> Iterator[Row]:
-    """A prompt a line."""
+    """One prompt per line."""
     for line, text in lines:
         if text.strip():
             yield line, {"prompt": text.strip()}
 
 
 def json_rows(lines: Lines) -> Iterator[Row]:
-    """A JSON string or object a line."""
+    """One JSON string or object per line."""
     for line, text in lines:
         if not text.strip():
             continue
@@ -57,9 +57,9 @@ def json_rows(lines: Lines) -> Iterator[Row]:
 
 
 def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[Row]:
-    """Rows below a header that names the columns. An empty cell counts as not given.
+    """Rows below a header that names the columns. An empty cell counts as missing.
 
-    separator: what stands between cells; None: commas, semicolons or tabs, whichever the header has.
+    separator: the separator of cells; None: commas, semicolons or tabs, as in the header.
     Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
     """
     rows = table_rows((text for _, text in lines), name, separator)
@@ -83,10 +83,10 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
 
 
 def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
-    """The rows of a Parquet file, in small batches. Raises CascadeError when it is damaged, or its header wrong."""
+    """The rows of a Parquet file, in small batches. Raises CascadeError for a damaged file or a wrong header."""
     from pyarrow import parquet
 
-    with parquet_told(name):
+    with parquet_errors(name):
         table = parquet.ParquetFile(file)
         check_header(table.schema_arrow.names, name)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())

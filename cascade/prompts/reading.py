@@ -1,4 +1,4 @@
-"""Rows become records: each checked, with an id of its own and a seed."""
+"""Conversion of rows to records: each is checked, and gets an id and a seed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from cascade.text.captions import well_formed
 
 
 def given_prompts(prompts: Iterable[str], seed: int) -> Iterator[PromptRecord]:
-    """Prompts of the command line; the seed holds for each."""
+    """Records for prompts of the command line; all have the given seed."""
     return (PromptRecord(index, well_formed(prompt), seed) for index, prompt in enumerate(prompts))
 
 
 def read_prompts(source: str, run_seed: int) -> Iterator[PromptRecord | Failure]:
-    """The prompts of a file, a folder of .txt captions, or standard input (`-`, a prompt a line), as they are needed.
+    """The prompts of a file, a folder of .txt captions, or standard input (`-`, one prompt per line), as needed.
 
-    A line without a seed gets one from (run seed, its id), or without an id from its text and how often that text
-    occurred before. Raises CascadeError, at once, when the file is missing, empty, of no known kind, or its header
-    is wrong.
+    A line without a seed gets one from (run seed, its id), or without an id from its text and the number of earlier
+    lines with that text. Raises CascadeError, immediately, when the file is missing, empty or of an unknown kind, or
+    its header is wrong.
     """
     source = expanded(source)
     name = "standard input" if source == STANDARD_INPUT else source
     rows = rows_of(source)
     first = next(rows, None)
     if first is None:
-        raise CascadeError(f"{name}: no prompts in it; write one a line")
+        raise CascadeError(f"{name}: no prompts in it; write one per line")
     return _records(chain([first], rows), name, run_seed)
 
 
 def _records(rows: Iterable[PlacedRow], name: str, run_seed: int) -> Iterator[PromptRecord | Failure]:
     with closing(Counts()) as counts:
         for index, (place, row) in enumerate(rows):
-            origin = well_formed(name + place)  # names of files need not be UTF-8
+            origin = well_formed(name + place)  # file names need not be UTF-8
             try:
                 yield _record(row, run_seed, counts, index, origin)
             except BadLineError as error:
@@ -54,5 +54,5 @@ def _record(row: Values, run_seed: int, counts: Counts, index: int, origin: str)
     values = checked(row)
     identifier = values.get("id")
     if identifier is not None and counts.add("id", identifier):
-        raise BadLineError(f"id: {quoted(identifier)} stands on an earlier line; every id must be its own")
+        raise BadLineError(f"id: {quoted(identifier)} is used on an earlier line; every id must be different")
     return record_of(values, run_seed, earlier=counts.add("text", values["prompt"]), index=index, origin=origin)

@@ -1,4 +1,4 @@
-"""A prompt to draw with what its line says of it, or what is wrong with the line."""
+"""A prompt to draw with the settings of its line, or the line's defect."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cascade.seeds import derive_seed
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt to draw, and what its line says of it; None: as the call says.
+    """One prompt to draw, and the settings of its line; None: the call's setting.
 
-    index: its place among the prompts of the file, bad lines counted, so that mending one moves no other.
+    index: its position among the prompts of the file, bad lines included, so that fixing one moves no other.
     origin: `file:line`, for messages.
     """
 
@@ -33,7 +33,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Failure:
-    """A line of a prompt file, or a picture of one, that cannot be drawn, and why. index: the line's place."""
+    """A line of a prompt file, or one of its pictures, that cannot be drawn, and why. index: the line's position."""
 
     origin: str
     reason: str
@@ -44,15 +44,15 @@ class Failure:
 
 
 class BadLineError(ValueError):
-    """What is wrong with one line."""
+    """A defect of one line."""
 
 
 def record_of(
     values: Mapping[str, Any], run_seed: int, *, earlier: int = 0, index: int = 0, origin: str
 ) -> PromptRecord:
-    """A record of checked values. Its seed: their own; or from (run seed, id); or from (run seed, text, earlier).
+    """A record of checked values. Its seed: its own; or from (run seed, id); or from (run seed, text, earlier).
 
-    earlier: how often that text occurred before.
+    earlier: number of earlier lines with the same text.
     """
     identifier = values.get("id")
     named = ("id", identifier) if identifier else ("text", values["prompt"], earlier)

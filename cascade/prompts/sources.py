@@ -1,4 +1,4 @@
-"""Where prompts come from: a file by its ending, a folder of captions, standard input."""
+"""Sources of prompts: a file of a kind given by its ending, a folder of captions, standard input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias, cast
 
 from cascade.errors import CascadeError
-from cascade.files.parquet import parquet_told
+from cascade.files.parquet import parquet_errors
 from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
 from cascade.files.walk import is_hidden
 from cascade.prompts.disk import in_order
@@ -35,11 +35,11 @@ _PARQUET = ".parquet"
 _PACKED = ".gz"
 
 PlacedRow: TypeAlias = tuple[str, Values]
-"""(where it stands, to be appended to the name of the source; values or fault)."""
+"""(position, to append to the source's name; values or defect)."""
 
 
 def rows_of(source: str) -> Iterator[PlacedRow]:
-    """The rows of a source, as they are needed. Raises CascadeError when it cannot be read, or its header is wrong."""
+    """The rows of a source, read as needed. Raises CascadeError when it cannot be read, or its header is wrong."""
     if source != STANDARD_INPUT and Path(source).is_dir():
         yield from _folder_rows(Path(source))
         return
@@ -48,7 +48,7 @@ def rows_of(source: str) -> Iterator[PlacedRow]:
 
 
 def count_prompts(source: str) -> int | None:
-    """About how many prompts a source has, bad lines counted, for the time left; None when that is not known."""
+    """Approximate number of prompts of a source, bad lines included, for the time left; None if unknown."""
     path = Path(source)
     if source == STANDARD_INPUT or not path.exists():
         return None
@@ -61,15 +61,15 @@ def count_prompts(source: str) -> int | None:
 
 
 def _rows_in(source: str) -> int:
-    """Of a Parquet file."""
+    """Number of rows of a Parquet file."""
     from pyarrow import parquet
 
-    with parquet_told(source):
+    with parquet_errors(source):
         return int(parquet.read_metadata(source).num_rows)
 
 
 def _ending(source: str) -> str:
-    """Which kind of file it is; of a packed one, what is packed."""
+    """The ending that gives a file's kind; for a compressed file, that of its content."""
     name = source.lower()
     return Path(name.removesuffix(_PACKED)).suffix
 
@@ -89,7 +89,7 @@ def _numbered_rows(source: str) -> Iterator[Row]:
     ending = _ending(source)
     if ending not in of_lines and not source.lower().endswith(_PARQUET):
         raise CascadeError(
-            f"{source}: unknown kind of prompt file; expected one of {', '.join(of_lines)} (also packed: .gz),"
+            f"{source}: unknown kind of prompt file; expected one of {', '.join(of_lines)} (also compressed: .gz),"
             " .parquet, a folder of captions or of Parquet files, or `-`"
         )
     with _open(source) as file:
@@ -100,7 +100,7 @@ def _numbered_rows(source: str) -> Iterator[Row]:
 
 
 def _folder_rows(folder: Path) -> Iterator[PlacedRow]:
-    """The captions of a folder, or where it has none the rows of its Parquet files, in the order of their names."""
+    """The captions of a folder, or if it has none the rows of its Parquet files, in order of their names."""
     with _readable(str(folder)):
         has_captions = False
         for row in _caption_rows(folder):
@@ -112,7 +112,7 @@ def _folder_rows(folder: Path) -> Iterator[PlacedRow]:
 
 
 def _caption_rows(folder: Path) -> Iterator[PlacedRow]:
-    """Each .txt or .caption file is one prompt, in the order of the names; its id is the name without that."""
+    """One prompt per .txt or .caption file, in order of names; its id is the file's name without the ending."""
     for name in in_order(_captions(folder)):
         yield f"/{name}", _caption(folder / name)
 
@@ -128,17 +128,17 @@ def _caption(path: Path) -> Values:
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """Names of the captions, in no order."""
+    """Names of the caption files, unordered."""
     return _named(folder, _CAPTIONS)
 
 
 def _parts(folder: Path) -> Iterator[str]:
-    """Names of the Parquet files, in no order."""
+    """Names of the Parquet files, unordered."""
     return _named(folder, (_PARQUET,))
 
 
 def _named(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """Names with one of these endings. Hidden files, such as the `._a.txt` of a Mac, are left out."""
+    """Names with one of these endings, without hidden files, such as the `._a.txt` of a Mac."""
     with os.scandir(folder) as entries:
         names = (entry.name for entry in entries)
         yield from (name for name in names if name.lower().endswith(endings) and not is_hidden(name))
@@ -150,7 +150,7 @@ def _open(path: str) -> Iterator[BinaryIO]:
         try:
             file = open_regular(path)
         except NoFileError as error:
-            raise CascadeError(f"{path}: cannot be read: {error.strerror}; pipe into `-`, for standard input") from None
+            raise CascadeError(f"{path}: cannot be read: {error.strerror}; pipe it to `-`, standard input") from None
         with file, GzipFile(fileobj=file) if path.lower().endswith(_PACKED) else nullcontext(file) as unpacked:
             yield cast("BinaryIO", unpacked)
 
@@ -161,7 +161,7 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a packed file that is damaged
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged compressed file
         reason = error.strerror if isinstance(error, OSError) else None
         raise CascadeError(f"{path}: cannot be read: {reason or error}") from None
     except NotTextError as error:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cascade.batch.metadata import encode
 from cascade.errors import CascadeError
-from cascade.files.picture import open_picture, over_white, picture_told, straight
+from cascade.files.picture import open_picture, over_white, picture_errors, straight
 
 MOST_PIXELS_READ = 32 << 20
 """Of a picture that somebody sends."""
@@ -42,7 +42,7 @@ def from_base64(text: str) -> bytes:
 def transparency(content: bytes) -> np.ndarray[Any, Any] | None:
     """(H, W) uint8, 255 where a picture is transparent; None where it has no alpha channel. Raises CascadeError."""
     checked_size(content)
-    with picture_told("the picture"), open_picture(io.BytesIO(content)) as image:
+    with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
         whole = straight(image)
     return 255 - np.asarray(whole.getchannel("A")) if whole.mode == "RGBA" else None
 
@@ -52,7 +52,7 @@ def as_sent(content: bytes, said: Mapping[str, Any], size: tuple[int, int] | Non
 
     size: height and width, None: as drawn. format: png, webp or jpeg.
     """
-    with picture_told("the picture"), open_picture(io.BytesIO(content)) as image:
+    with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
         wanted = image.size if size is None else size[::-1]
         if image.size == wanted and str(image.format).lower() == format:
             return content

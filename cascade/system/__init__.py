@@ -1,7 +1,7 @@
-"""What operating systems do each in their own way: one module for POSIX, one for Windows, of the same names.
+"""Functions that differ between operating systems: one module for POSIX, one for Windows, with the same names.
 
-Nothing else of the package asks which system it is on, nor imports what only one of them has. What a system cannot do
-is left out in its module, with the reason.
+No other part of the package checks the system, or imports a module that only one system has. A function that a system
+cannot offer is a stub in its module, with the reason.
 """
 
 import sys

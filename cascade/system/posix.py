@@ -11,21 +11,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-assert sys.platform != "win32", "Windows has a module of its own"
+assert sys.platform != "win32", "Windows has its own module"
 
 CHILD_ENDED: int | None = signal.SIGCHLD
-"""The signal by which a system says that a child process has ended."""
+"""The signal that reports the end of a child process."""
 
 STOP_SIGNALS: tuple[int, ...] = (signal.SIGTERM,)
-"""Signals, other than Ctrl-C, that ask a program to stop."""
+"""Signals, other than Ctrl-C, that request a program to stop."""
 
-# --- locks: they belong to whoever opened the file, and end with the process
+# --- locks: they belong to the opened file's handle, and end with the process
 
 
 def lock(handle: int, *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file, alone or shared with others; one that is held is changed. Returns whether it is ours now.
+    """Lock an open file, exclusively or shared; a lock already held is converted. Returns whether it was locked.
 
-    Raises OSError where the file system has no locks.
+    Raises OSError on a file system without locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -36,52 +36,52 @@ def lock(handle: int, *, shared: bool = False, wait: bool = True) -> bool:
 
 
 def unlock(handle: int) -> None:
-    """Let others lock it."""
+    """Release the lock."""
     fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def lock_byte(handle: int, number: int, *, wait: bool = False) -> bool:
-    """Lock one byte of a file, which need not be that long, against other processes. Returns whether it is ours."""
+    """Lock one byte of a file, which may be beyond its end, against other processes. Returns whether it was locked."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except (BlockingIOError, PermissionError):  # which of them differs between systems
+    except (BlockingIOError, PermissionError):  # depends on the system
         return False
     return True
 
 
 def unlock_byte(handle: int, number: int) -> None:
-    """Let others lock it."""
+    """Release the byte's lock."""
     fcntl.lockf(handle, fcntl.LOCK_UN, 1, number)
 
 
 def after_fork(action: Callable[[], None]) -> None:
-    """Have a forked child do something before anything else."""
+    """Register an action that a forked child runs before anything else."""
     os.register_at_fork(after_in_child=action)
 
 
 # --- files
 
 OPEN_FILES_STAY = False
-"""Whether a file that a program has open can be neither removed nor replaced."""
+"""Whether an open file can be neither removed nor replaced."""
 
 
 def open_to_read(path: str | Path) -> int:
-    """A handle of a file, which other programs that we start do not get; a pipe does not keep us waiting."""
+    """A handle of a file for reading, which child processes do not inherit; opening a pipe does not block."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def read_at(handle: int, length: int, start: int) -> bytes:
-    """At most `length` bytes from `start` on, also while other threads read and write."""
+    """At most `length` bytes beginning at `start`, even while other threads read and write."""
     return os.pread(handle, length, start)
 
 
 def write_at(handle: int, content: bytes, start: int) -> None:
-    """Write in the middle of a file."""
+    """Write at a position in a file."""
     os.pwrite(handle, content, start)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a power cut."""
+    """Flush a file, or the names in a folder, to the disk, so that a power cut does not lose them."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -90,17 +90,17 @@ def sync(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Give a file or folder another name; a file of that name is replaced in one go."""
+    """Rename a file or folder; an existing file with the new name is replaced atomically."""
     source.replace(target)
 
 
 def is_same_file(handle: int, path: Path) -> bool:
-    """Whether an open file is the one that has a name now. Raises FileNotFoundError when none has."""
+    """Whether a path now names this open file. Raises FileNotFoundError if the path does not exist."""
     return os.path.samestat(os.fstat(handle), path.stat())
 
 
 def cache_folder() -> Path:
-    """Where programs of a user keep what can be made anew."""
+    """The user's folder for files that programs can create again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
@@ -108,7 +108,7 @@ def cache_folder() -> Path:
 
 
 def c_library() -> ctypes.CDLL | None:
-    """The C library of this process; None where it cannot be had."""
+    """The C library of this process; None if it is not accessible."""
     try:
         return ctypes.CDLL(None)
     except OSError:
@@ -116,9 +116,9 @@ def c_library() -> ctypes.CDLL | None:
 
 
 def shared_memory() -> tuple[Path, int] | None:
-    """(where processes share memory, how many bytes are free there); None where there is no limit of its own.
+    """(folder of shared memory, free bytes there); None if shared memory has no separate limit.
 
-    A place that is not there, as in some containers, has nothing free.
+    A missing folder, as in some containers, has 0 bytes free.
     """
     if sys.platform != "linux":
         return None

@@ -1,4 +1,4 @@
-"""Windows: files that are open cannot be replaced, locks keep others from reading, folders are not synced."""
+"""Windows: open files cannot be replaced, locks prevent reading, folders are not synced."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-assert sys.platform == "win32", "the other systems have a module of their own"
+assert sys.platform == "win32", "the other systems have their own module"
 
 CHILD_ENDED: int | None = None
-"""There is no signal by which Windows says that a child process has ended."""
+"""Windows has no signal that reports the end of a child process."""
 
 STOP_SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGBREAK)
-"""Signals, other than Ctrl-C, that ask a program to stop: Ctrl-Break is the one that others can send."""
+"""Signals, other than Ctrl-C, that request a program to stop; other programs can send Ctrl-Break."""
 
-# --- locks: they belong to whoever opened the file, and end with the process
+# --- locks: they belong to the opened file's handle, and end with the process
 #
-# What is locked nobody else can read. So locks lie far behind what our files hold, below 2 GiB, where the C library's
-# offsets are safe. All are exclusive: a file is shared by locking one of many places, and had alone by locking them
-# all, both behind a gate that is held for a moment only.
+# No other process can read a locked range. So locks are far beyond the end of the files, below 2 GiB, where the C
+# library's offsets are safe. All locks are exclusive: to share a file, a process locks one of many bytes; to have it
+# alone, it locks them all. A gate byte, held only briefly, protects both operations.
 
 _BYTES = 1 << 30
 _GATE = (1 << 31) - (1 << 16)
-_SHARES = 1024  # processes that can share a file
+_SHARES = 1024  # maximum number of processes that share a file
 _POLL_SECONDS = 0.01
-_MOMENT_SECONDS = 1.0  # the locks of a process that was killed end a moment after it
-_position = threading.Lock()  # of a file: to go there and to act there are two calls
+_MOMENT_SECONDS = 1.0  # the locks of a killed process are released shortly after its end
+_position = threading.Lock()  # protects a file's position: seeking and acting are two calls
 _held: dict[int, tuple[int, int]] = {}
-"""(start, length) of the part of a file by which each handle holds it."""
+"""(start, length) of the range that each handle has locked."""
 
 
 def lock(handle: int, *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file, alone or shared with others; one that is held is changed. Returns whether it is ours now.
+    """Lock an open file, exclusively or shared; a lock already held is converted. Returns whether it was locked.
 
-    Raises OSError where the file system has no locks.
+    Raises OSError on a file system without locks.
     """
     return _until(lambda: _try_lock(handle, shared), None if wait else _MOMENT_SECONDS)
 
 
 def unlock(handle: int) -> None:
-    """Let others lock it."""
+    """Release the lock."""
     if handle in _held:
         _place(handle, msvcrt.LK_UNLCK, *_held.pop(handle))
 
 
 def lock_byte(handle: int, number: int, *, wait: bool = False) -> bool:
-    """Lock one byte of a file, which need not be that long, against other processes. Returns whether it is ours."""
+    """Lock one byte of a file, which may be beyond its end, against other processes. Returns whether it was locked."""
     return _until(lambda: _place(handle, msvcrt.LK_NBLCK, _BYTES + number, 1), None if wait else 0)
 
 
 def unlock_byte(handle: int, number: int) -> None:
-    """Let others lock it."""
+    """Release the byte's lock."""
     _place(handle, msvcrt.LK_UNLCK, _BYTES + number, 1)
 
 
 def after_fork(action: Callable[[], None]) -> None:
-    """Processes are not forked here."""
+    """Does nothing: Windows does not fork processes."""
 
 
 def _try_lock(handle: int, shared: bool) -> bool:
@@ -81,7 +81,7 @@ def _try_lock(handle: int, shared: bool) -> bool:
 
 
 def _until(action: Callable[[], bool], seconds: float | None) -> bool:
-    """Try again until something succeeds, for a time or, with None, for ever."""
+    """Repeat an action until it succeeds, for a number of seconds or, with None, for ever."""
     start = time.monotonic()
     while not action():
         if seconds is not None and time.monotonic() - start >= seconds:
@@ -91,7 +91,7 @@ def _until(action: Callable[[], bool], seconds: float | None) -> bool:
 
 
 def _place(handle: int, mode: int, start: int, length: int) -> bool:
-    """Lock or unlock a part of a file; False where another holds some of it, or nobody what is to be unlocked."""
+    """Lock or unlock a range of a file; returns False if another process has some of it, or if it was not locked."""
     with _position:
         before = os.lseek(handle, 0, os.SEEK_CUR)
         os.lseek(handle, start, os.SEEK_SET)
@@ -107,32 +107,32 @@ def _place(handle: int, mode: int, start: int, length: int) -> bool:
 # --- files
 
 OPEN_FILES_STAY = True
-"""Whether a file that a program has open can be neither removed nor replaced."""
+"""Whether an open file can be neither removed nor replaced."""
 
 
 def open_to_read(path: str | Path) -> int:
-    """A handle of a file, which other programs that we start do not get."""
+    """A handle of a file for reading, which child processes do not inherit."""
     if Path(path).is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return os.open(path, os.O_RDONLY | os.O_BINARY | os.O_NOINHERIT)
 
 
 def read_at(handle: int, length: int, start: int) -> bytes:
-    """At most `length` bytes from `start` on, also while other threads read and write."""
+    """At most `length` bytes beginning at `start`, even while other threads read and write."""
     with _position:
         os.lseek(handle, start, os.SEEK_SET)
         return os.read(handle, length)
 
 
 def write_at(handle: int, content: bytes, start: int) -> None:
-    """Write in the middle of a file."""
+    """Write at a position in a file."""
     with _position:
         os.lseek(handle, start, os.SEEK_SET)
         os.write(handle, content)
 
 
 def sync(path: Path) -> None:
-    """Have a file survive a power cut. The names in a folder cannot be asked for: NTFS keeps a journal of them."""
+    """Flush a file to the disk. Folders cannot be synced, but NTFS keeps a journal of names."""
     if path.is_dir():
         return
     handle = os.open(path, os.O_RDWR | os.O_BINARY)
@@ -146,9 +146,9 @@ _PATIENCE_SECONDS = 5.0
 
 
 def replace(source: Path, target: Path) -> None:
-    """Give a file or folder another name; a file of that name is replaced in one go.
+    """Rename a file or folder; an existing file with the new name is replaced atomically.
 
-    A moment's patience for readers and virus scanners, which keep files open that have just been written.
+    Tries again for a moment, because readers and virus scanners keep newly written files open.
     """
     start = time.monotonic()
     while True:
@@ -162,14 +162,14 @@ def replace(source: Path, target: Path) -> None:
             return
 
 
-def is_same_file(handle: int, path: Path) -> bool:  # noqa: ARG001 - what is open cannot be replaced
-    """Whether an open file is the one that has a name now. Raises FileNotFoundError when none has."""
+def is_same_file(handle: int, path: Path) -> bool:  # noqa: ARG001 - an open file cannot be replaced
+    """Whether a path now names this open file. Raises FileNotFoundError if the path does not exist."""
     path.stat()
     return True
 
 
 def cache_folder() -> Path:
-    """Where programs of a user keep what can be made anew."""
+    """The user's folder for files that programs can create again."""
     return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
 
 
@@ -177,10 +177,10 @@ def cache_folder() -> Path:
 
 
 def c_library() -> ctypes.CDLL | None:
-    """None: of the C libraries of this process none has what we would ask for."""
+    """None: no C library on Windows has the function that would be called."""
     return None
 
 
 def shared_memory() -> tuple[Path, int] | None:
-    """(where processes share memory, how many bytes are free there); None: it has no limit of its own."""
+    """None: shared memory has no separate limit."""
     return None

@@ -454,7 +454,7 @@ def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
 def test_a_pipe_beside_a_picture_or_in_the_place_of_a_list_is_not_waited_for(tmp_path: Path) -> None:
     write_folder(tmp_path, 1, silent=(0,))
     os.mkfifo(tmp_path / "000.txt")
-    with pytest.raises(BadRecordError, match=r"000\.txt: cannot be read: a pipe or a device, no file"):
+    with pytest.raises(BadRecordError, match=r"000\.txt: cannot be read: a pipe or a device, not a file"):
         open_records(FolderSource(path=str(tmp_path)))[0]
     os.mkfifo(tmp_path / "metadata.csv")
     assert len(open_records(FolderSource(path=str(tmp_path)))) == 1

@@ -53,7 +53,7 @@ def test_everything_that_is_wrong_is_found_and_named(flawed: FolderSource, stage
 
 def test_what_lies_in_a_folder_and_cannot_be_read_is_a_problem(flawed: FolderSource, stage: StageConfig) -> None:
     Path(flawed.path, "gone").symlink_to("nowhere")
-    assert looked_at(flawed, stage, 1).problems[-1] == f"{flawed.path}/gone: cannot be read: a link that leads nowhere"
+    assert looked_at(flawed, stage, 1).problems[-1] == f"{flawed.path}/gone: cannot be read: a broken link"
 
 
 def test_a_limit_spreads_over_all_records(tmp_path: Path, stage: StageConfig) -> None:

@@ -91,5 +91,5 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(
     (tmp_path / "file").write_text("kept")
     status, _, err = run(capsys, model, "--suite", "scenes", "--out", tmp_path / "file" / "report")
     assert status == 2
-    assert "is no folder that can be written" in err
+    assert "is not a writable folder" in err
     assert (tmp_path / "file").read_text() == "kept"

@@ -15,12 +15,12 @@ from cascade.settings import override, read_yaml
 from cascade.training.log import RunLog
 
 SPOILT = {
-    "NaN": "NaN is no number",
-    "[-Infinity]": "-Infinity is no number",
-    '{"a": 1e999}': "'1e999' is beyond the largest number",
-    '{"a": 1, "b": 2, "a": 3}': "'a' stands twice; keep one",
-    "[" * 100_000: "too many brackets within brackets",
-    "[" * 101 + "]" * 101: "too many brackets within brackets",
+    "NaN": "NaN is not a JSON number",
+    "[-Infinity]": "-Infinity is not a JSON number",
+    '{"a": 1e999}': "'1e999' is larger than the largest number",
+    '{"a": 1, "b": 2, "a": 3}': "'a' occurs twice; keep one",
+    "[" * 100_000: "brackets are nested too deep",
+    "[" * 101 + "]" * 101: "brackets are nested too deep",
     "9" * 5000: "digits",
     '{"a": 1': "delimiter",
     "": "Expecting value",
@@ -69,7 +69,7 @@ def test_a_spoilt_line_of_a_log_costs_that_line(tmp_path: Path) -> None:
 
 def test_settings_too_deep_to_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: " + "[" * 10_000)
-    with pytest.raises(CascadeError, match=r"a\.yaml: not valid YAML: too many brackets within brackets"):
+    with pytest.raises(CascadeError, match=r"a\.yaml: not valid YAML: brackets are nested too deep"):
         read_yaml(tmp_path / "a.yaml")
     with pytest.raises(CascadeError, match="is not a YAML value"):
         override({}, ["a=" + "[" * 10_000])

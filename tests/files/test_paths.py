@@ -52,7 +52,8 @@ def test_only_a_beginning_means_home(home: Path) -> None:
 @pytest.mark.usefixtures("home")
 def test_the_home_of_nobody_is_told_unless_something_is_called_so() -> None:
     with pytest.raises(
-        CascadeError, match=r"^~nobody-here/x: the home folder of ~nobody-here is not known; write \./~"
+        CascadeError,
+        match=r"^~nobody-here/x: the home folder of ~nobody-here is not known; if that is its name, write \./~",
     ):
         expanded("~nobody-here/x")
     Path("~$lock.txt").touch()

@@ -17,7 +17,7 @@ def test_a_search_through_the_whole_disk_is_refused_before_it_begins(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(glob, "glob", lambda *_, **__: pytest.fail("searched"))
-    with pytest.raises(CascadeError, match="searches the whole disk; name the folder in which"):
+    with pytest.raises(CascadeError, match="searches the whole disk; write the folder before"):
         matching(pattern)
 
 

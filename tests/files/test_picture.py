@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
-from cascade.files.picture import _OPENING, open_picture, picture_told, straight
+from cascade.files.picture import _OPENING, open_picture, picture_errors, straight
 from cascade.images import from_pil
 from cascade.upscaling import read_picture
 
@@ -176,7 +176,7 @@ def test_a_picture_of_too_many_pixels_is_told_with_the_way_to_allow_it(
     path = tmp_path / "large.png"
     Image.new("1", (100, 100)).save(path)
     monkeypatch.setenv("CASCADE_MAX_PIXELS", "9999")
-    with pytest.raises(CascadeError, match=r"large\.png: has more than 9,999 pixels; if they are meant, set CASC"):
+    with pytest.raises(CascadeError, match=r"large\.png: has more than 9,999 pixels; to read it anyway, set CASC"):
         read_picture(path)
     with pytest.raises(BadRecordError, match=r"broken picture: .*; CASCADE_MAX_PIXELS allows more"):
         decode(Record(path, (), "a"))
@@ -211,5 +211,5 @@ def test_the_limit_of_one_reader_is_not_that_of_another(tmp_path: Path, monkeypa
 
 def test_only_the_formats_that_are_named_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
-    with pytest.raises(CascadeError, match="not a readable picture"), picture_told("a"):
+    with pytest.raises(CascadeError, match="not a readable picture"), picture_errors("a"):
         open_picture(tmp_path / "a.bmp", formats=("PNG",)).__enter__()

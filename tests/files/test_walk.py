@@ -69,8 +69,8 @@ def test_what_cannot_be_read_is_told_with_its_reason(tmp_path: Path, monkeypatch
     assert sorted(line.removeprefix(f"{tmp_path}/") for line in walk(tmp_path).problems) == [
         "circle.png: cannot be read: Too many levels of symbolic links",
         "closed: cannot be read: Permission denied",
-        "gone.png: cannot be read: a link that leads nowhere",
-        "pipe.png: cannot be read: no file",
+        "gone.png: cannot be read: a broken link",
+        "pipe.png: cannot be read: not a file",
     ]
 
 

@@ -283,7 +283,7 @@ def test_text_alone_is_asked_by_each_pixel_for_itself() -> None:
 
 
 def test_text_alone_needs_a_text_that_attention_reads() -> None:
-    with pytest.raises(ValueError, match="self_attention: false leaves attention the text alone; text: pooled"):
+    with pytest.raises(ValueError, match="self_attention: false attends to text alone, but text: pooled"):
         unet(self_attention=False, text="pooled")
 
 

@@ -190,7 +190,7 @@ def test_a_pipeline_draws_with_an_adapter_as_with_merged_weights(tmp_path: Path,
 
 def test_wrong_adapters_are_named(tmp_path: Path, model: Path) -> None:
     folder = adapter_for(model, tmp_path / "adapter")
-    with pytest.raises(CascadeError, match="adapters: 'big' is no stage of this model; it has base, "):
+    with pytest.raises(CascadeError, match="adapters: 'big' is not a stage of this model; it has base, "):
         CascadePipeline.from_pretrained(model, adapters={"big": folder})
     with pytest.raises(CascadeError, match=r"no adapter here; give a folder with adapter_config\.json"):
         CascadePipeline.from_pretrained(model, adapters={"base": tmp_path})

@@ -96,7 +96,7 @@ def test_where_there_are_no_locks_a_run_warns_and_goes_on(
     monkeypatch.setattr("cascade.system.lock", unable)
     with caplog.at_level(logging.WARNING, "cascade.files"):
         assert trainer(micro_config(tmp_path / "run")).run()
-    assert "no locks on this file system; see that no other run writes into this folder" in caplog.text
+    assert "no locks on this file system; make sure no other run writes into this folder" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
