@@ -17,6 +17,6 @@ os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = _CACHE
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker a core for the whole suite; none for single files, which are done before workers have started."""
-    if config.args != [str(config.rootpath / path) for path in config.getini("testpaths")]:
+    if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return 0
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
