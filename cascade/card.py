@@ -14,8 +14,23 @@ CARD, PICTURES = "README.md", "card"
 """The card within a model's folder, and the folder of its pictures."""
 MARK = "<!-- written by cascade; a card without this line is kept when the model is saved again -->"
 _SPDX = frozenset(
-    "cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-3.0 cc-by-sa-3.0 apache-2.0 mit bsd-3-clause"
-    " openrail creativeml-openrail-m gpl-3.0 lgpl-3.0 unknown".split()
+    [
+        "cc0-1.0",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-3.0",
+        "cc-by-sa-3.0",
+        "apache-2.0",
+        "mit",
+        "bsd-3-clause",
+        "openrail",
+        "creativeml-openrail-m",
+        "gpl-3.0",
+        "lgpl-3.0",
+        "unknown",
+    ]
 )
 """Licences by the names that the hub has for them; every other is `other`, with its own name."""
 

@@ -177,7 +177,7 @@ class CascadePipeline:
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation)
         asked = height is not None or width is not None
-        edit, size, said = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
+        edit, size, entries = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
@@ -193,7 +193,7 @@ class CascadePipeline:
                     height=size[0],
                     width=size[1],
                     stages=stages,
-                    **said,
+                    **entries,
                 ),
                 embeds[index],
                 edit,

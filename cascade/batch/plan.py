@@ -145,11 +145,11 @@ class Planner:
         settings = resolve_sampling(self._configs, options.preset, overrides)
         negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
         count = record.num_images or options.num_images
-        edit, size, said = self._changes(record)
+        edit, size, entries = self._changes(record)
         sizes = self.sizes
         if size != sizes[-1]:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
-        return Job(record, negative or "", count, self.slots, sizes, settings, edit, said)
+        return Job(record, negative or "", count, self.slots, sizes, settings, edit, entries)
 
     def _changes(self, record: PromptRecord) -> Change:
         """The line's changes if it has any, else the call's; a picture that several lines name is read once."""

@@ -21,6 +21,7 @@ from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
 from cascade.cli.serve import serve, studio
 from cascade.cli.threads import wait_asleep_on_a_busy_machine
+from cascade.cli.trace import trace
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
@@ -53,6 +54,7 @@ for command in (
     evaluate,
     check_data,
     plot,
+    trace,
     info,
     assemble,
     convert,

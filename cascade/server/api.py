@@ -170,6 +170,20 @@ def files_router(queue: Queue) -> APIRouter:
         with found("picture"):
             return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
 
+    @router.get("/traces/{name}")
+    def trace(name: str) -> dict[str, Any]:
+        """What each stage computed at every step of a job with `trace`, as `cascade trace` writes it."""
+        with found("trace"):
+            return gallery.traces.get(name)
+
+    @router.get("/traces/{name}/{file}")
+    def trace_file(name: str, file: str) -> Response:
+        """A picture that the trace names, `sheet.png` or `trace.webp`."""
+        with found("trace"):
+            content = gallery.traces.file(name, file)
+        kind = _TYPES[file.rpartition(".")[2]]
+        return Response(content, media_type=kind, headers={"cache-control": _FOREVER})
+
     @router.post("/uploads", status_code=201)
     async def upload(picture: UploadFile) -> dict[str, Any]:
         """Store a picture, or a mask, to have it changed: `name` is what `image` and `mask` of a job expect."""

@@ -31,6 +31,8 @@ class Piece:
     def agreement(self) -> object:
         """Equal where pictures can share a batch at each stage."""
         plan = self.job.plan
+        if self.job.asked.trace:
+            return self.job.id
         return tuple(plan.sizes), tuple(plan.settings[slot.config.name].model_dump_json() for slot in plan.slots)
 
 

@@ -16,6 +16,7 @@ from cascade.batch.pictures import Finished
 from cascade.batch.plan import Target
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.task import Drawn, Result, Step, Undrawn
+from cascade.drawing.trace import Recorder
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.server.enlarged import EnlargedTarget
@@ -77,7 +78,7 @@ class Worker:
         engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
         while pieces := self._line.take(pipeline.default_batch_size):
             start = time.perf_counter()
-            self._draw(engine, Round(pieces, self._hub, self.pace))
+            self._draw(engine, Round(pieces, self._hub, self.pace, pipeline.text_encoder))
             self.counts.seconds += time.perf_counter() - start
 
     def _draw(self, engine: Engine, round: Round) -> None:
@@ -87,7 +88,8 @@ class Worker:
         open = dict(round.tasks)
         try:
             for result in engine.draw(list(round.tasks)):
-                self._take(open.pop(result.task), result)
+                recorder = round.recorders.get(result.task)
+                self._take(open.pop(result.task), result, recorder)
         except StoppedError:
             for task, piece in open.items():
                 self._stopped(piece, round.left_over(task, engine.batch_sizes))
@@ -99,14 +101,17 @@ class Worker:
         finally:
             self._shelf.clear()
 
-    def _take(self, piece: Piece, result: Result) -> None:
+    def _take(self, piece: Piece, result: Result, recorder: Recorder | None) -> None:
         if isinstance(result, Undrawn):
             self._fail([piece], result.reason)
+            return
+        if recorder is not None:
+            piece.job.trace = self._gallery.traces.write(piece.target, recorder, self.pipeline.result())
         else:
             whole = piece.target.fitted(result) if isinstance(piece.target, EnlargedTarget) else result
             self._keep(piece, piece.target, whole)
-            self.counts.drawn += 1
-            self._settle(piece)
+        self.counts.drawn += 1
+        self._settle(piece)
 
     def _keep(self, piece: Piece, target: Target, drawn: Drawn) -> None:
         """Into the gallery. Raises CascadeError when it cannot be written."""
