@@ -13,25 +13,9 @@ from cascade.cost import StageCost
 CARD, PICTURES = "README.md", "card"
 """The card within a model's folder, and the folder of its pictures."""
 MARK = "<!-- written by cascade; a card without this line is kept when the model is saved again -->"
-_SPDX = frozenset(
-    [
-        "cc0-1.0",
-        "cc-by-4.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-3.0",
-        "cc-by-sa-3.0",
-        "apache-2.0",
-        "mit",
-        "bsd-3-clause",
-        "openrail",
-        "creativeml-openrail-m",
-        "gpl-3.0",
-        "lgpl-3.0",
-        "unknown",
-    ]
-)
+_CC = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-3.0", "cc-by-sa-3.0")
+_CODE = ("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "openrail", "creativeml-openrail-m", "unknown")
+_SPDX = frozenset(_CC + _CODE)
 """Licences by the names that the hub has for them; every other is `other`, with its own name."""
 
 

@@ -26,12 +26,8 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 USUAL_COLUMN, OTHER_COLUMN = "caption", "text"
 """Column of captions in metadata files unless a setting names another, and the column read if that does not exist."""
 SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
-<<<<<<< HEAD
 _HELD_OUT = 16
-_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name that is too long with another ending is nobody's
-=======
 _NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name may become too long with another ending
->>>>>>> main
 
 
 class FolderRecords:
@@ -54,14 +50,9 @@ class FolderRecords:
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
-<<<<<<< HEAD
         everything = sorted(pictures | self._listed.keys())
         self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
-        # Known beforehand, because to ask for each ending of each picture costs as much as to decode a small one.
-=======
-        self._paths = sorted(pictures | self._listed.keys())
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
->>>>>>> main
         self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
         if not everything:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
@@ -129,14 +120,8 @@ def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tupl
         caption_column = OTHER_COLUMN
     for column in ("file_name", caption_column):
         if rows and column not in columns:
-<<<<<<< HEAD
-            way = (
-                "" if column == "file_name" else "; name the column of the captions: caption_column of the data source"
-            )
-            raise CascadeError(f"{path}: no column {quoted(column)}; there are {', '.join(columns)}{way}")
-=======
-            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}")
->>>>>>> main
+            way = "" if column == "file_name" else "; name the captions' column: caption_column of the data source"
+            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}{way}")
     for row in rows:
         if row.get("file_name"):
             # One name for each picture, for any spelling in a line: `./a.png`, `sub/../a.png`.

@@ -38,7 +38,7 @@ def test_a_caption_column_goes_before_one_named_text(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_the_setting_that_chooses_another(tmp_path: Path) -> None:
     picture(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,a cat\n")
-    with pytest.raises(CascadeError, match=r"no column 'caption'; there are file_name, prompt; .*caption_column"):
+    with pytest.raises(CascadeError, match=r"no column 'caption'; the columns are file_name, prompt; .*caption_column"):
         records(tmp_path)
     assert records(tmp_path, "prompt")[0].captions == ("a cat",)
 
