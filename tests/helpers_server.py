@@ -60,14 +60,20 @@ class Live:
 
 @contextmanager
 def live(
-    load: Load, folder: Path, *, rules: Rules | None = None, card: Path | None = None, **queue_options: Any
+    load: Load,
+    folder: Path,
+    *,
+    rules: Rules | None = None,
+    card: Path | None = None,
+    runs: Path | None = None,
+    **queue_options: Any,
 ) -> Iterator[Live]:
     """A server whose gallery is `folder`."""
     gallery = Gallery(folder)
     queue = Queue(load, gallery, **queue_options)
     started = threading.Event()
     with listening("127.0.0.1", 0) as own:
-        server = Server(make_app(queue, rules or Rules(), page=True, card=card), queue, started.set)
+        server = Server(make_app(queue, rules or Rules(), page=True, card=card, runs=runs), queue, started.set)
         thread = threading.Thread(target=server.run, args=([own],))
         queue.start()
         thread.start()

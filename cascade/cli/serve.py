@@ -28,6 +28,7 @@ _OTHER_PORTS = 20  # that `studio` tries; a program expects the API at the port 
 _OPTIONS = (
     path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
     path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the gallery."),
+    path_option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Training runs to follow."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require a key."),
     click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free port."),
     click.option("--allowed-host", multiple=True, metavar="NAME", help="Another host name that requests may use."),
@@ -76,6 +77,7 @@ class Request:
 
     model: str | None
     out: str
+    runs: str
     host: str
     port: int
     allowed_host: tuple[str, ...]
@@ -99,7 +101,7 @@ class Request:
             gallery = Gallery(self.out)
             queue = Queue(self._load, gallery, most_waiting=self.most_waiting)
             address = self._address(own.getsockname()[1], rules)
-            app = make_app(queue, rules, page=self.page, card=self._card())
+            app = make_app(queue, rules, page=self.page, card=self._card(), runs=Path(self.runs))
             queue.start()
             try:
                 Server(app, queue, lambda: self._say(address)).run([own])

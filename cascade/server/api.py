@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
+from fastapi import Path as FromPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
@@ -19,6 +20,7 @@ from cascade.server.asked import Asked, asked_of
 from cascade.server.card import model_card
 from cascade.server.pictures import checked_size
 from cascade.server.queue import Queue
+from cascade.server.runs import Runs
 from cascade.settings import Settings
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -147,6 +149,30 @@ def gallery_router(queue: Queue) -> APIRouter:
         """Bring back what was deleted."""
         with found("picture"):
             return gallery.restore(id)
+
+    return router
+
+
+def runs_router(runs: Runs) -> APIRouter:
+    """Training runs in a folder."""
+    router = APIRouter(prefix="/api", tags=["training"])
+
+    @router.get("/runs")
+    def every() -> dict[str, Any]:
+        """How far each run is, the one with the newest entry first."""
+        return {"folder": runs.folder.name, "runs": runs.every()}
+
+    @router.get("/runs/{id}")
+    def run(id: str) -> dict[str, Any]:
+        """One of them with its curves, warnings and the steps of its grids of sample pictures."""
+        with found("run"):
+            return runs.get(id)
+
+    @router.get("/runs/{id}/grids/{step}")
+    def grid(id: str, step: Annotated[int, FromPath(ge=0, lt=1 << 53)]) -> Response:
+        """A grid of sample pictures."""
+        with found("grid"):
+            return Response(runs.grid(id, step), media_type="image/png", headers={"cache-control": "no-cache"})
 
     return router
 

@@ -7,6 +7,7 @@ import { $, toast, trying } from "./dom.mjs";
 import { Easel } from "./easel.mjs";
 import { Gallery } from "./gallery.mjs";
 import { Thinking } from "./thinking.mjs";
+import { Training } from "./training.mjs";
 import { Viewer } from "./viewer.mjs";
 
 const VARIATIONS = 4, VARIED = 0.35; // as many, so far on the way to other noise
@@ -128,6 +129,8 @@ addEventListener("drop", event => {
   take(event.dataTransfer.files[0]);
 });
 addEventListener("paste", event => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
+
+new Training();
 
 // --- colours
 
