@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cascade import CascadePipeline
 from cascade.server.events import Event
+from cascade.server.models import Models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -47,7 +49,8 @@ def browser() -> Iterator[Browser]:
 def studio(pipeline: CascadePipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("studio")
     (folder / "README.md").write_text(CARD)
-    with live(lambda: pipeline, folder / "out", card=folder) as server:
+    models = Models(lambda _: pipeline, str(folder))
+    with live(lambda: pipeline, folder / "out", models=models) as server:
         yield server
 
 
@@ -553,3 +556,26 @@ def test_axe_finds_no_fault_in_the_training_tab(
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
         assert [(fault["id"], [node["html"][:200] for node in fault["nodes"]]) for fault in found] == []
         page.context.close()
+
+
+@pytest.mark.slow
+def test_another_model_is_chosen_on_the_page(browser: Browser, pipeline: CascadePipeline, tmp_path: Path) -> None:
+    other = copy.copy(pipeline)
+    other.name = "other"
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "cascade.json").write_text("{}")
+    (tmp_path / "first").mkdir()
+    models = Models(
+        lambda place: other if place and place.endswith("other") else pipeline,
+        str(tmp_path / "first"),
+        tmp_path / "models",
+    )
+    with live(models.choose(models.current), tmp_path / "out", models=models) as server:
+        page = browser.new_page()
+        opened(page, server)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.get_by_label("Model", exact=True).select_option("other")
+        expect(page.locator("#model")).to_contain_text("other")
+        draw(page, "a fox of the other one")
+        assert newest(server)["model"] == "other"
+        page.close()
