@@ -94,7 +94,7 @@ class _KeptByAttention(torch.autograd.Function):
 class StageMemory:
     """Bytes of a stage's weights, and the most that one network call allocates in addition.
 
-    transformed: transformed weights that convolutions on a CPU keep, unless told to save memory; by number format, each
+    transformed: transformed weights that convolutions on a CPU keep, unless memory is scarce; by number format, each
     counted in that format.
     """
 

@@ -55,8 +55,8 @@ class CascadeOutput:
         if png is None:
             return None
         lines = dict.fromkeys(zip(self.prompts, self.seeds, strict=False))
-        said = "".join(f"<li>{html.escape(prompt)} <small>seed {seed}</small></li>" for prompt, seed in lines)
-        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{said}</ul>'
+        entries = "".join(f"<li>{html.escape(prompt)} <small>seed {seed}</small></li>" for prompt, seed in lines)
+        return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{entries}</ul>'
 
     @classmethod
     def of(cls, drawn: Mapping[int, Tensor], output_type: str, seeds: list[int], prompts: list[str]) -> Self:

@@ -118,7 +118,7 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
 def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
     """Settings of `kind` from plain data. Raises CascadeError with one line per mistake, named by `origin`."""
     try:
-        # Strict JSON rules: lists become tuples, but "3" is no number and 1 is no boolean.
+        # Strict JSON rules: lists become tuples, but "3" is not a number and 1 is not a boolean.
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         mistakes: dict[str, list[Any]] = {}

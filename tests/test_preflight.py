@@ -119,19 +119,19 @@ CASES = [
     Case(
         "no captions column in a table",
         ('data.sources=[{kind: parquet, files: ["FOLDER/table.parquet"], image_column: picture}]',),
-        "no column 'caption'; there are picture, label, url",
+        "no column 'caption'; the columns are picture, label, url",
         table_without_captions,
     ),
     Case(
         "no captions column in metadata",
         (FOLDER,),
-        "no column 'caption'; there are file_name, size, text",
+        "no column 'caption'; the columns are file_name, size, text",
         metadata_without_captions,
     ),
     Case(
         "no captions column in held-out data",
         ('training.validation={sources: [{kind: parquet, files: ["FOLDER/table.parquet"], image_column: picture}]}',),
-        "no column 'caption'; there are picture, label, url",
+        "no column 'caption'; the columns are picture, label, url",
         table_without_captions,
     ),
     Case(

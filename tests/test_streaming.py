@@ -58,7 +58,7 @@ def test_a_damaged_text_encoder_that_does_not_fit_is_one_line(tmp_path: Path, mo
     make_tiny_cascade(tmp_path / "model")
     (tmp_path / "model" / "text_encoder" / "config.json").write_text("{")
     monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: 1000)
-    with pytest.raises(CascadeError, match=r"text_encoder: not loadable as a T5 .*; copy the folder again"):
+    with pytest.raises(CascadeError, match=r"text_encoder: not a loadable T5 .*; copy the folder again"):
         CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
 
 

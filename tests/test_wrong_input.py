@@ -253,7 +253,7 @@ TRAINING = [
     Case("IF without its sizes", "convert {folder}/if {folder}/out", "unet/config.json: block_out_channels is missing; download the file again", if_folder(**IF_KINDS)),
     Case("IF with an empty index", "info {folder}/if", "index.json: weight_map is missing; download the file again", if_folder(**IF_KINDS, **IF_SIZES)),
     Case("art without pictures", "evaluate {model} --suite art --data {folder} --out {folder}/out", "no pictures in train-64.parquet; make them again", no_art),
-    Case("no text encoder to check with", "check-data {folder}/config.yaml text.encoder={folder}", "there is no tokenizer.json", good_settings),
+    Case("no text encoder to check with", "check-data {folder}/config.yaml text.encoder={folder}", "no tokenizer.json", good_settings),
     Case("info of nothing", "info {folder}/none", "none: no such model folder"),
     Case("info of damaged weights", "info {own}", "text_encoder/model.safetensors: damaged, or not safetensors", truncated("text_encoder/model.safetensors")),
 ]  # fmt: skip

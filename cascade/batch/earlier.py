@@ -35,10 +35,10 @@ class EarlierRun:
         path = self._folder / RUN
         if not path.exists():
             return None
-        said = read_json(path)
-        if said.pop(MADE_BY, None) != PROGRAM and not said.keys() >= _OF_A_RUN:
+        content = read_json(path)
+        if content.pop(MADE_BY, None) != PROGRAM and not content.keys() >= _OF_A_RUN:
             raise CascadeError(f"{path}: not written by `cascade generate`; name another folder with --out")
-        return said
+        return content
 
     def is_foreign(self) -> bool:
         """Whether the folder has a manifest, but no record of how its pictures were drawn."""

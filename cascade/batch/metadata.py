@@ -130,8 +130,8 @@ def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
 def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
     """The inverse of `_inside`, from JSON or chunks. Raises KeyError, ValueError or TypeError for other content."""
     if "all" in text:
-        beside = Path(sidecar(str(path)))
-        data = read_json(beside) if not text["all"] and beside.exists() else parse_json(text["all"])
+        separate = Path(sidecar(str(path)))
+        data = read_json(separate) if not text["all"] and separate.exists() else parse_json(text["all"])
     else:
         data = {name: value if name in _TEXTS else parse_json(value) for name, value in _known(text).items()}
     for name in ("num_images", "index"):

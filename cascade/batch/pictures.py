@@ -64,9 +64,9 @@ class Pictures:
             kept[str(slot.config.resolution)] = name
             files[name] = encode(picture, entry, self._layout.picture_format)[0]
         file = self._store.name(index, target.stem, ending, count)
-        content, beside = encode(image, entry, self._layout.picture_format)
-        if beside is not None:
-            files[sidecar(file)] = beside
+        content, separate = encode(image, entry, self._layout.picture_format)
+        if separate is not None:
+            files[sidecar(file)] = separate
         files |= self._companions({**entry, "file": file})
         files[file] = content  # last: if it exists, the others do
         self._store.write(files)

@@ -155,13 +155,13 @@ class Planner:
         settings = resolve_sampling(self._configs, options.preset, overrides)
         negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
         count = record.num_images or options.num_images
-        edit, size, said = self._changes(record)
+        edit, size, entries = self._changes(record)
         sizes = self.sizes
         if size != sizes[-1]:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
         parts = options.regions if record.regions is None else regions_of(record.regions)
-        said = {**said, "language": options.language, "regions": parts.entries}
-        job = Job(record, negative or "", count, self.slots, sizes, settings, edit, said, parts.masks)
+        entries = {**entries, "language": options.language, "regions": parts.entries}
+        job = Job(record, negative or "", count, self.slots, sizes, settings, edit, entries, parts.masks)
         script_of(Target(job, 0).recipe)  # a mistake in the prompt fails this line alone
         return job
 

@@ -53,12 +53,12 @@ def run_batch(
 
     stop: called regularly; True ends the run early. Raises CascadeError if the request itself cannot be satisfied.
     """
-    planner, told = Planner(pipeline, options), progress or Progress()
-    conduct = options.conduct(stop=stop, on_step=lambda step: told.step(step.stage, step.step, step.steps))
+    planner, reports = Planner(pipeline, options), progress or Progress()
+    conduct = options.conduct(stop=stop, on_step=lambda step: reports.step(step.stage, step.step, step.steps))
     engine = pipeline.engine(conduct, Shelf(output.shelf) if options.low_memory else None)
     window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        run = _Run(planner, engine, Describer(pipeline, options), output, writer, told, options.strict)
+        run = _Run(planner, engine, Describer(pipeline, options), output, writer, reports, options.strict)
         try:
             for unit, lines in _units(records, output, window):
                 if stop():

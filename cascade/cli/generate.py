@@ -122,7 +122,7 @@ def generate(**values: Any) -> int:
     """Draw pictures.
 
     \b
-    cascade generate "a red apple" "two blue stars" --seed 7
+    cascade generate "a red apple" "a fox" --seed 7
     cascade generate --prompts prompts.jsonl --out pictures
     """
     from cascade.batch.request import BatchRequest
@@ -176,7 +176,7 @@ class Screen:
 
 def _drawn(request: BatchRequest, screen: Screen) -> int:
     """Draw everything; returns the exit status."""
-    with _told_to_stop() as stop:
+    with _stopping_on_signals() as stop:
         outcome = request.run(screen.progress(), stop)
     if not outcome.speaks:
         return 0
@@ -185,8 +185,8 @@ def _drawn(request: BatchRequest, screen: Screen) -> int:
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """A function that returns whether SIGTERM has arrived; the run then finishes its current pictures and ends."""
+def _stopping_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function: whether a stop signal has arrived; the run then finishes its current pictures and ends."""
     asked = False
 
     def ask(_number: int, _frame: FrameType | None) -> None:

@@ -15,11 +15,13 @@ from cascade._version import __version__
 from cascade.cli.data import check_data
 from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
+from cascade.cli.make import make
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
 from cascade.cli.serve import serve, studio
 from cascade.cli.threads import wait_asleep_on_a_busy_machine
+from cascade.cli.trace import trace
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
@@ -41,7 +43,22 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, studio, serve, upscale, train, encode, evaluate, check_data, plot, info, assemble, convert):
+for command in (
+    generate,
+    studio,
+    serve,
+    upscale,
+    make,
+    train,
+    encode,
+    evaluate,
+    check_data,
+    plot,
+    trace,
+    info,
+    assemble,
+    convert,
+):
     program.add_command(command)
 
 

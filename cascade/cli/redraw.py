@@ -29,13 +29,13 @@ def redraw(picture: str, request: BatchRequest) -> int:
     """
     from cascade.batch.metadata import read_metadata
 
-    said, format = read_metadata(picture)
+    metadata, format = read_metadata(picture)
     target = Path(request.out) / Path(picture).name
     if target.exists() and target.samefile(picture):
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
     if target.exists():
         read_metadata(target)  # another program's picture is refused before anything is drawn, and kept
-    content = _drawn(said, format, picture, request)
+    content = _drawn(metadata, format, picture, request)
     same = content == Path(picture).read_bytes()
     if target.exists() and not request.overwrite and target.read_bytes() != content:
         raise CascadeError(f"{target}: exists, and is another picture; give --overwrite, or name another --out")
@@ -44,11 +44,11 @@ def redraw(picture: str, request: BatchRequest) -> int:
         target.write_bytes(content)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from None
-    say(f"{target}: {'the same bytes' if same else _difference(said)}")
+    say(f"{target}: {'the same bytes' if same else _difference(metadata)}")
     return 0 if same else 1
 
 
-def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
+def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
     """The content of the picture file, as the original run wrote it; an earlier stage's picture by its size."""
     from cascade.batch.metadata import encode
     from cascade.drawing.engine import Conduct
@@ -57,15 +57,17 @@ def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchReques
     from cascade.images import to_pil
     from cascade.pipeline import CascadePipeline
 
-    recipe = Recipe.from_json(said, picture)
+    recipe = Recipe.from_json(metadata, picture)
     if recipe.source:
         raise CascadeError(f"{picture}: was enlarged from another picture; enlarge that one with `cascade upscale`")
-    settings = said["settings"]
+    settings = metadata["settings"]
     pipeline = CascadePipeline.from_pretrained(
         request.model, device=request.device or settings["device"], dtype=settings["dtype"]
     )
-    if pipeline.name != said["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
-        raise CascadeError(f"{picture}: was drawn by the model {quoted(said['model'])}; name its folder with --model")
+    if pipeline.name != metadata["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
+        raise CascadeError(
+            f"{picture}: was drawn by the model {quoted(metadata['model'])}; name its folder with --model"
+        )
     with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
@@ -75,7 +77,7 @@ def _drawn(said: dict[str, Any], format: str, picture: str, request: BatchReques
     images = [to_pil(pixels[None])[0] for pixels in result.pixels]
     chosen = next((image for image in images if image.size == size), images[-1])
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-    return encode(chosen, {**said, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+    return encode(chosen, {**metadata, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
 
 
 def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: BatchRequest) -> Task:
@@ -101,8 +103,8 @@ def _edit(recipe: Recipe, pipeline: CascadePipeline, picture: str, changes: Chan
     return edit
 
 
-def _difference(said: dict[str, Any]) -> str:
+def _difference(metadata: dict[str, Any]) -> str:
     return (
-        f"not the same bytes; it was drawn by cascade {said['cascade']} on {said['settings']['device']},"
+        f"not the same bytes; it was drawn by cascade {metadata['cascade']} on {metadata['settings']['device']},"
         " and the bytes also depend on machine, torch version and thread count"
     )

@@ -86,12 +86,12 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     bar = sys.stderr.isatty() and number == 0
     with stop_signals() as stopped:
         captions = _captions(settings)
-        told = tqdm(captions, desc="captions", unit="caption", disable=not bar)
-        added = fill(cache, encoder, told, Pace(batch_size, stopped=stopped), share=(number, count))
+        shown = tqdm(captions, desc="captions", unit="caption", disable=not bar)
+        added = fill(cache, encoder, shown, Pace(batch_size, stopped=stopped), share=(number, count))
     cache = open_cache(settings.text.cache, encoder)  # includes the embeddings of the other processes
-    who = f"process {number}: " if count > 1 else ""
+    prefix = f"process {number}: " if count > 1 else ""
     say(
-        f"{who}{added} captions encoded, {len(cache)} in {settings.text.cache},"
+        f"{prefix}{added} captions encoded, {len(cache)} in {settings.text.cache},"
         f" {cache.bytes_per_caption:.0f} bytes each"
     )
     if stopped():

@@ -126,10 +126,10 @@ def _is_from(target: Path, asked: Any) -> bool | None:
     try:
         # Without a size limit: it is decoded only if its metadata says that cascade wrote it.
         with open_picture(target, limited=False) as image:
-            said = parse_json(image.info.get("upscale", "null"))
-            if not isinstance(said, dict):
+            recorded = parse_json(image.info.get("upscale", "null"))
+            if not isinstance(recorded, dict):
                 return None
-            return bool(said == asked) and _is_whole(image)
+            return bool(recorded == asked) and _is_whole(image)
     except (OSError, SyntaxError, ValueError, TypeError, AttributeError):
         return None
 

@@ -13,19 +13,19 @@ from torch import Tensor
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
 )
-"""What is taken for a picture. One that this Pillow cannot read is a bad record: counted, and named."""
+"""File endings of pictures. A picture that this Pillow cannot read is a bad record, which is counted and logged."""
 
 
 EncodedPicture = bytes | Path | Image.Image | Tensor | None
-"""Bytes or the path of a file, a picture of PIL, or uint8 (3, H, W), decoded already."""
+"""Bytes or path of a file, a PIL picture, or an already decoded uint8 (3, H, W)."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A picture as it is stored (None: there is none), its caption variants, and a name for messages.
+    """A stored picture (None: missing), its caption variants, and a name for messages.
 
-    low: its smaller picture for super-resolution, where that is not the area mean. drawn: made for this one view, as
-    its caption says, to the edge: mirroring or moving it would make the caption wrong.
+    low: its smaller picture for super-resolution, where that is not the area mean. drawn: the picture was drawn for
+    this view from its caption, which mirroring or moving the picture would make wrong.
     """
 
     image: EncodedPicture
@@ -36,7 +36,7 @@ class Record:
 
 
 class BadRecordError(Exception):
-    """A record that gives no view: a broken picture, or no caption. Counted and passed over."""
+    """An unusable record: a broken picture, or no caption. It is counted and skipped."""
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(f"{origin}: {reason}")
@@ -52,18 +52,18 @@ class Records(Protocol):
         """Raises BadRecordError when its captions cannot be read."""
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of every record that has readable ones, without touching pictures."""
+        """The captions of every record with readable ones, without reading pictures."""
 
 
 def caption_variants(value: object) -> tuple[str, ...]:
-    """The non-empty strings in a caption or list of captions, stripped; anything else is no caption."""
+    """The non-empty strings in a caption or list of captions, stripped; anything else is ignored."""
     values = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
     return tuple(text.strip() for text in values if isinstance(text, str) and text.strip())
 
 
 def encoded_picture(value: object) -> EncodedPicture:
-    """What `datasets` or Parquet give for a picture -> bytes, a path or a PIL picture; None for all else."""
+    """A picture's value in `datasets` or Parquet -> bytes, a path or a PIL picture; None for anything else."""
     if isinstance(value, dict):
-        # `datasets` stores a struct: the bytes, or where there are none the path.
+        # `datasets` stores a struct: the bytes, or else the path.
         value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
     return value if isinstance(value, (bytes, Path, Image.Image)) else None

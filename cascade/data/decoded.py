@@ -1,8 +1,8 @@
 """Finite records with their pictures decoded once, square and at the stage's resolution, in one memory-mapped file.
 
-A folder holds for each source, resolution and aspect `NAME.pixels`, uint8 (N, 3, R, R), `NAME.records`, a line of JSON
-a record, and `NAME.json`, which says of what they were made; it is written last, and whatever is written replaces what
-was there at once. Any number of processes map the same file, of which the system holds one copy in memory.
+For each source, resolution and aspect a folder holds `NAME.pixels`, uint8 (N, 3, R, R), `NAME.records`, one line of
+JSON per record, and `NAME.json`, which describes their origin and is written last. All are replaced atomically. Any
+number of processes map the same file, of which the system holds one copy in memory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ logger = logging.getLogger("cascade.data")
 
 @dataclass(frozen=True)
 class Making:
-    """How pictures are decoded. Whatever changes a number of theirs is in `name` or `of`.
+    """Settings of decoding. Everything that affects the pixels is in `name` or `of`.
 
-    name: of the files. of: what they are made of, as JSON; other files, or other settings, are made anew.
+    name: of the files. of: a description of the source, as JSON; the files are rebuilt when it differs.
     """
 
     folder: Path
@@ -49,13 +49,13 @@ class Making:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the source's folder."""
         digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
         return f"{digest[:16]}-{self.resolution}-{self.aspect}"
 
 
 class DecodedRecords:
-    """The records of a source, each picture uint8 (3, R, R). Nothing is read but the files of the folder."""
+    """The records of a source, each picture uint8 (3, R, R). Only the files of the folder are read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -63,8 +63,8 @@ class DecodedRecords:
         shape = (int(said["count"]), 3, int(said["resolution"]), int(said["resolution"]))
         path = folder / f"{name}.pixels"
         if not path.exists() or path.stat().st_size != np.prod(shape):
-            raise CascadeError(f"{path}: not of the size that {name}.json says; delete {folder} and start again")
-        # As plain arrays: numpy's own class for mapped files takes ten times as long to take a part of one.
+            raise CascadeError(f"{path}: its size differs from the one in {name}.json; delete {folder} and start again")
+        # A plain array: slicing numpy's memmap class takes ten times as long.
         self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
         self._lines = np.asarray(np.memmap(folder / f"{name}.records", np.uint8, "r"))
         self._ends = np.flatnonzero(self._lines == ord("\n"))
@@ -85,34 +85,34 @@ class DecodedRecords:
                 yield tuple(captions)
 
     def _described(self, index: int) -> tuple[str, list[str], str | None]:
-        """(name for messages, captions, what is wrong with it)."""
+        """(name for messages, captions, problem or None)."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         origin, captions, reason = json.loads(self._lines[start : int(self._ends[index])].tobytes().decode())
         return origin, captions, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the same files: their content does not travel."""
+        """Pickle as a path: another process maps the same files."""
         return type(self), (self._folder, self._name)
 
 
 def decoded(records: Records, making: Making) -> DecodedRecords:
-    """The decoded copy of `records`, made now unless it is there. Of several processes one makes it, the others wait.
+    """The decoded copy of `records`, made now if missing. One of several processes makes it, the others wait.
 
     Raises CascadeError when the disk has no room for it.
     """
     folder, name = making.folder, making.name
     with lock_file(folder / f".{name}.lock"):
-        if not _is_there(making, len(records)):
+        if not _is_current(making, len(records)):
             _make(records, making)
     return DecodedRecords(folder, name)
 
 
-def _is_there(making: Making, count: int) -> bool:
+def _is_current(making: Making, count: int) -> bool:
     path = making.folder / f"{making.name}.json"
-    return path.exists() and read_json(path) == _said(making, count)
+    return path.exists() and read_json(path) == _description(making, count)
 
 
-def _said(making: Making, count: int) -> dict[str, Any]:
+def _description(making: Making, count: int) -> dict[str, Any]:
     return {"format": FORMAT_VERSION, "count": count, "resolution": making.resolution, "of": making.of}
 
 
@@ -122,8 +122,8 @@ def _make(records: Records, making: Making) -> None:
     free = shutil.disk_usage(making.folder).free
     if size > free:
         raise CascadeError(
-            f"data.decoded: {count} pictures of {side} px take {size / 1e9:.1f} GB, {making.folder} has"
-            f" {free / 1e9:.1f} GB free; name another folder, or leave it out"
+            f"data.decoded: {count} pictures of {side} px take {size / 1e9:.1f} GB, but {making.folder} has"
+            f" {free / 1e9:.1f} GB free; name another folder, or leave data.decoded out"
         )
     logger.info("decoding %d pictures to %d px, once: %s", count, side, making.folder / making.name)
     base = making.folder / making.name
@@ -139,15 +139,15 @@ def _make(records: Records, making: Making) -> None:
         for origin, captions, reason, picture in made:
             pixels_file.write(nothing if picture is None else picture.numpy().tobytes())
             lines_file.write(json.dumps([origin, captions, reason]) + "\n")
-    write_json(f"{base}.json", _said(making, count))
+    write_json(f"{base}.json", _description(making, count))
 
 
 _Square = tuple[str, tuple[str, ...], str | None, Tensor | None]
-"""(name for messages, captions, what is wrong with it, picture)."""
+"""(name for messages, captions, problem or None, picture)."""
 
 
 class _Squares(Dataset[_Square]):
-    """The records as they are stored."""
+    """The records in the form in which they are stored."""
 
     def __init__(self, records: Records, making: Making) -> None:
         self._records, self._making = records, making
@@ -172,7 +172,7 @@ def _made(squares: _Squares, count: int, workers: int) -> Generator[_Square, Non
 
 
 def stamp_of_files(paths: Iterable[str | Path]) -> str:
-    """A digest that changes when files are added, taken away, or written to."""
+    """A digest that changes when files are added, removed, or written to."""
     digest = hashlib.sha256()
     for path in map(str, paths):
         said = os.stat(path)  # noqa: PTH116 - of a million files

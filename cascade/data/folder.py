@@ -1,8 +1,9 @@
-"""Records of a folder: pictures, and captions in files beside them."""
+"""Records of a folder: pictures, and captions in files next to them."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cascade.config.data import Split
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
 from cascade.errors import CascadeError
 from cascade.files.table import BadRowError, csv_rows
@@ -21,34 +23,43 @@ from cascade.quoting import quoted
 logger = logging.getLogger("cascade.data")
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+USUAL_COLUMN, OTHER_COLUMN = "caption", "text"
+"""Column of captions in metadata files unless a setting names another, and the column read if that does not exist."""
 SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
-_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name that is too long with another ending is nobody's
+_HELD_OUT = 16
+_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name may become too long with another ending
 
 
 class FolderRecords:
     """Pictures of a folder and its subfolders, sorted by path.
 
-    Captions come from every metadata.jsonl and metadata.csv that lists the picture by `file_name` (relative to it),
-    else from the .txt and .caption files of the same name, in which each line that is not empty is one. Several are
-    variants. Hidden files and folders are no data; problems: what of the rest cannot be read, a line each.
+    Captions are read from every metadata.jsonl and metadata.csv that lists the picture by `file_name` (relative to that
+    file), else from the .txt and .caption files of the same name, one per non-empty line. Several captions are
+    variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, folder: Path, caption_column: str) -> None:
+    def __init__(self, folder: Path, caption_column: str, split: Split = "all") -> None:
         found = files_of(folder)
         self.problems = found.problems
         if found.problems:
-            logger.warning("data source %s: %d left out, the first: %s", folder, len(found.problems), found.problems[0])
+            count, first = len(found.problems), found.problems[0]
+            logger.warning("data source %s: %d files left out, the first: %s", folder, count, first)
         self._listed: dict[Path, tuple[str, ...]] = {}
         for name in METADATA_NAMES:
             for path in (path for path in found.files if path.name == name):
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
-        self._paths = sorted(pictures | self._listed.keys())
-        # Known beforehand, because to ask for each ending of each picture costs as much as to decode a small one.
+        everything = sorted(pictures | self._listed.keys())
+        self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
+        # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
-        if not self._paths:
+        if not everything:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
+        if not self._paths:
+            raise CascadeError(
+                f"data source {folder}: split: {split} leaves none of {len(everything)} pictures; use all"
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -70,8 +81,17 @@ class FolderRecords:
         return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
 
 
+def is_held_out(picture: Path, folder: Path) -> bool:
+    """Whether `split` holds a picture of `folder` out: one in sixteen, whatever else the folder contains."""
+    try:
+        name = picture.relative_to(folder).as_posix()
+    except ValueError:  # listed in a metadata file, and outside the folder
+        name = picture.name
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] % _HELD_OUT == 0
+
+
 def files_of(folder: Path) -> Walk:
-    """What lies below the folder of a source. Raises CascadeError when it is none, or cannot be read."""
+    """The files below a source's folder. Raises CascadeError when it is missing or cannot be read."""
     try:
         return walk(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +101,7 @@ def files_of(folder: Path) -> Walk:
 
 
 def _sidecar(path: Path) -> str:
-    """The text of a caption's file; empty when there is none. Raises BadRecordError."""
+    """The text of a caption file; empty when there is none. Raises BadRecordError."""
     try:
         return read_text(path)
     except NotTextError as error:
@@ -93,15 +113,18 @@ def _sidecar(path: Path) -> str:
 
 
 def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """(picture, captions) of each line. Raises CascadeError for lines and columns that are not as they should be."""
+    """(picture, captions) of each line. Raises CascadeError for malformed lines and missing columns."""
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
+    if caption_column == USUAL_COLUMN and USUAL_COLUMN not in columns and OTHER_COLUMN in columns:
+        caption_column = OTHER_COLUMN
     for column in ("file_name", caption_column):
         if rows and column not in columns:
-            raise CascadeError(f"{path}: no column {quoted(column)}; there are {', '.join(columns)}")
+            way = "" if column == "file_name" else "; name the captions' column: caption_column of the data source"
+            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}{way}")
     for row in rows:
         if row.get("file_name"):
-            # One name for a picture, however a line writes it: `./a.png`, `sub/../a.png`.
+            # One name for each picture, for any spelling in a line: `./a.png`, `sub/../a.png`.
             name = os.path.normpath(str(row["file_name"]))
             yield path.parent / name, caption_variants(row.get(caption_column))
 
@@ -113,7 +136,7 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except NotTextError as error:
         raise CascadeError(f"{path}: {error}") from None
-    # Not `splitlines`, which also cuts at the rarer line ends that JSON allows inside a string.
+    # Not `splitlines`, which also splits at rarer line ends that JSON allows inside a string.
     lines = text.split("\n")
     yield from _table(lines, path) if path.suffix == ".csv" else _objects(lines, path)
 
@@ -130,8 +153,8 @@ def _table(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
             yield dict(zip(header, cells, strict=True))
         else:
             raise CascadeError(
-                f"{path}, line {line}: {len(cells)} cells, the header has {len(header)}; put a cell with a separator"
-                " inside it in quotes"
+                f"{path}, line {line}: {len(cells)} cells, but the header has {len(header)};"
+                " quote a cell that contains a separator"
             )
 
 

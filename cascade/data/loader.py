@@ -1,6 +1,6 @@
 """Batches. View n of a run is a function of (settings, seed, n), so the only state to save is a number.
 
-Neither workers nor processes change what view n is: they only share out the numbers.
+The numbers of workers and processes do not change view n: they only divide the numbers among themselves.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from cascade.seeds import derive_seed, generator
 logger = logging.getLogger("cascade.data")
 
 CYCLE = 1000
-"""Views after which every source has had exactly its share."""
+"""Number of views in which every source has exactly its share."""
 MAX_ATTEMPTS = 50
 """Records tried for one view before giving up."""
 PATIENCE = 20
-"""Records seen before the share of bad ones is judged."""
+"""Records read before the share of bad ones is checked."""
 
 
 @dataclass(frozen=True)
 class View:
     """One picture with one caption.
 
-    image: uint8 (3, S, S).  sample: its number in the run.  bad: what was wrong with each record that was
-    read before it in its place.  low: uint8 (3, s, s), its smaller picture where that is not the area mean.
+    image: uint8 (3, S, S).  sample: its number in the run.  bad: the problem of each bad record that was tried first
+    for this view.  low: uint8 (3, s, s), its smaller picture where that is not the area mean.
     """
 
     image: Tensor
@@ -64,8 +64,8 @@ class View:
 class Batch:
     """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run.
 
-    lows: uint8 (3, s, s), by places in the batch: smaller pictures that are not the area mean. beside: what whoever
-    asked for batches wanted to know of the captions, made where they were read.
+    lows: uint8 (3, s, s), by index in the batch: smaller pictures that are not the area mean. beside: the result of the
+    caller's function of the captions, computed in the process that read them.
     """
 
     images: Tensor
@@ -79,14 +79,14 @@ class Batch:
 
 
 Beside = Callable[[list[str]], object]
-"""What is made of a batch's captions where they are read: in another process, if others read."""
+"""A function of a batch's captions, called in the process that reads them."""
 
 
 @dataclass(frozen=True)
 class _Share:
-    """A batch, and what was wrong with the records before each of its views.
+    """A batch, and the problems of the bad records before each of its views.
 
-    Joined where it is read: between processes each tensor takes as long as a whole batch does.
+    Joined in the reading process: sending one tensor to another process takes as long as sending a whole batch.
     """
 
     batch: Batch
@@ -106,10 +106,10 @@ class _Share:
 
 
 class Mixture:
-    """Which source view n uses, and for the how-manieth time.
+    """The source of view n, and how many times that source was used before.
 
-    Every cycle of views holds each source by its weight (at least once), shuffled by a generator keyed by
-    (seed, cycle); so the count of uses before n is arithmetic, and a resumed run knows it at once.
+    Every cycle of views contains each source in proportion to its weight (at least once), shuffled by a generator
+    keyed by (seed, cycle). The number of uses before n is therefore arithmetic, and known immediately on resume.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -120,7 +120,7 @@ class Mixture:
         self._places: list[tuple[int, int]] = []
 
     def locate(self, view: int) -> tuple[int, int]:
-        """(source, use of that source) of a view."""
+        """(index of the source, number of its earlier uses) of a view."""
         cycle, position = divmod(view, self._length)
         if cycle != self._cycle:
             ordered = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
@@ -161,7 +161,7 @@ class Views(Dataset[View]):
         source, use = self._mixture.locate(sample)
         bad: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
-            # Two generators, so that a setting of captions moves no pictures.
+            # Two generators, so that a caption setting does not change the pictures.
             picture_rng, caption_rng = (
                 random.Random(derive_seed(self._seed, purpose, sample)) for purpose in ("picture", "caption")
             )
@@ -177,7 +177,7 @@ class Views(Dataset[View]):
 
 
 class BadRecords:
-    """Counts bad records, names each once in the log, and stops the run when there are too many."""
+    """Counts bad records, logs each once, and stops the run when there are too many."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -186,9 +186,9 @@ class BadRecords:
         self._bad = 0
 
     def add(self, bad: Sequence[str]) -> None:
-        """A view, and what was wrong with each record before it in its place.
+        """Count a view and the problems of the bad records that were tried first for it.
 
-        Raises CascadeError when the share of bad records is above the limit, beyond chance.
+        Raises CascadeError when the share of bad records exceeds the limit by more than chance.
         """
         self._seen += 1 + len(bad)
         self._bad += len(bad)
@@ -204,14 +204,14 @@ class BadRecords:
             )
 
     def _too_many(self) -> bool:
-        # Two standard deviations of grace: 2 of the first 20 may well be bad when 1 in 100 is.
+        # A margin of two standard deviations: 2 of the first 20 are often bad when 1 in 100 is.
         expected = self._seen * self._max_share
         return self._bad > expected + 2 * math.sqrt(expected * (1 - self._max_share))
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Which part of the batches a process reads: process, of how many processes, and where it goes on."""
+    """The part of the batches that a process reads: its number, the number of processes, and the first batch."""
 
     process: int = 0
     processes: int = 1
@@ -230,9 +230,9 @@ def batches(
     """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
 
     batch_size: of all processes together; each takes a contiguous share.  portion: default all from the beginning.
-    beside: called where the records are read, in the data.workers decoding processes if there are some, for each
-    batch's captions; its answer is `Batch.beside`.  A streaming source is read by every worker of every process from
-    its start, each keeping its own share. Close the iterator to end the workers.
+    beside: called with each batch's captions in the process that reads the records (a worker, if data.workers > 0); its
+    result is `Batch.beside`.  A streaming source is read by every worker of every process from its start, each keeping
+    its own share. Close the iterator to end the workers.
     """
     portion = portion or Portion()
     count, rest = divmod(batch_size, portion.processes)
@@ -251,7 +251,7 @@ def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int)
 
 
 def _checked(shares: Generator[_Share, None, None], bad_records: BadRecords) -> Generator[Batch, None, None]:
-    # Closed at once in any case: an error's traceback would keep the workers waiting.
+    # Closed immediately in any case: an error's traceback would keep the workers alive.
     with closing(shares):
         for share in shares:
             for bad in share.bad:
@@ -271,7 +271,7 @@ def _loaded(shares: _Shares, numbers: Iterator[list[int]], workers: int) -> Gene
 
 
 class _Shares(Dataset["_Share | CascadeError"]):
-    """Several views by their numbers. A user's mistake is returned: raised, it would become a traceback."""
+    """Several views by their numbers. A CascadeError is returned, as raising it in a worker prints a traceback."""
 
     def __init__(self, views: Views, beside: Beside | None) -> None:
         self._views = views
@@ -289,9 +289,9 @@ class _Shares(Dataset["_Share | CascadeError"]):
 
 
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
-    """Every caption variant of sources that end, in order of appearance, as often as it appears; no picture is decoded.
+    """Every caption variant of finite sources, in order of appearance, with repetitions; no picture is decoded.
 
-    Drawn scenes have no end: their captions are encoded when met.
+    Drawn scenes are endless: their captions are encoded during training.
     """
     for source in sources:
         if not isinstance(source, ScenesSource):
@@ -301,5 +301,5 @@ def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
 def _variants_of(source: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Iterator[tuple[str, ...]]:
     if not (isinstance(source, HubSource) and source.streaming):
         return open_records(source).captions()
-    logger.info("data source %s: the whole stream is read once, for its captions", source.name)
+    logger.info("data source %s: reading the whole stream once, for its captions", source.name)
     return (record.captions for record in open_stream(source)(0))

@@ -1,8 +1,8 @@
-"""In which order records are used, as a pure function of how many were used before.
+"""The order in which records are used, as a pure function of the number of earlier uses.
 
-A *source* says which record its k-th use is: `ShuffledSource` permutes finite records anew in each epoch,
-`ShardedSource` their shards and then blocks, `StreamSource` blocks of a stream, and `SceneSource` draws. So a
-run that goes on after a stop needs to know nothing but a number.
+A *source* maps its k-th use to a record: `ShuffledSource` permutes finite records in each epoch, `ShardedSource` their
+shards and then blocks, `StreamSource` blocks of a stream, and `SceneSource` draws. A resumed run therefore needs only
+a number.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Key = tuple[int | str, ...]
 
 
 class Source(Protocol):
-    """Records in an order of its own."""
+    """Records in the source's own order."""
 
     def record(self, use: int, attempt: int = 0) -> Record:
-        """The record of the `use`-th view of this source; `attempt` > 0: another in place of a bad one.
+        """The record of the `use`-th view of this source; `attempt` > 0: a replacement for a bad record.
 
         Raises BadRecordError when its captions cannot be read.
         """
@@ -53,14 +53,14 @@ class ShuffledSource:
 
 
 class ShardedSource:
-    """Finite records that lie in shards: every epoch uses each once, and reads near where it has just read.
+    """Finite records in shards: every epoch uses each once, and consecutive reads are near each other.
 
-    An epoch permutes the shards, then each block of `block_size` consecutive records of that sequence, by orders
-    keyed by (key, epoch). Disks and their caches like it better than seeking all over, and nothing is held.
+    An epoch permutes the shards, then each block of `block_size` consecutive records of that sequence, in orders
+    keyed by (key, epoch). This is faster on disks and their caches than random reads, and keeps nothing in memory.
     """
 
     def __init__(self, records: Records, starts: Sequence[int], block_size: int, key: Key) -> None:
-        """starts: where each shard's records start, and where the last one's end."""
+        """starts: index of each shard's first record, then the number of all records."""
         self._records = records
         self._starts = torch.tensor(starts)
         self._block_size = block_size
@@ -78,12 +78,12 @@ class ShardedSource:
         start = position // self._block_size * self._block_size
         self._arrange(epoch, start, min(self._block_size, count - start))
         place = start + self._order[position - start]
-        turn = int(torch.searchsorted(self._ends, place, right=True))  # which shard of the epoch's sequence
+        turn = int(torch.searchsorted(self._ends, place, right=True))  # position of the shard in the epoch's sequence
         shard = int(self._shards[turn])
         return self._records[int(self._starts[shard + 1] - (self._ends[turn] - place))]
 
     def _arrange(self, epoch: int, start: int, length: int) -> None:
-        """Permute the shards of an epoch, and the block that begins at `start`, unless it was done just now."""
+        """Permute the shards of an epoch, and the block that begins at `start`, unless it is the current one."""
         if epoch != self._epoch:
             sizes = self._starts.diff()
             self._shards = torch.randperm(len(sizes), generator=generator(*self._key, "shards", epoch))
@@ -97,10 +97,10 @@ class ShardedSource:
 class StreamSource:
     """A stream: blocks of `block_size` consecutive records, each permuted by an order keyed by (key, epoch).
 
-    The library's own shuffle buffer is not restored at resume; this order is a function of `use` alone, and
-    going on in the middle is `open_stream(skip)`. The stream's order itself is kept, so mixing reaches no
-    further than a block. One block of encoded pictures is in memory. How long the stream is shows at its end;
-    a run that resumes in a later epoch reads through it once to know.
+    `datasets` does not restore its shuffle buffer on resume; this order is a function of `use` alone, and resuming
+    calls `open_stream(skip)`. The order of blocks is the stream's, so records are mixed only within a block. One block
+    of encoded pictures is in memory. The stream's length is known at its end; a run that resumes in a later epoch
+    reads the stream once to determine it.
     """
 
     def __init__(self, open_stream: Callable[[int], Iterable[Record]], block_size: int, name: str, key: Key) -> None:
@@ -117,38 +117,38 @@ class StreamSource:
         epoch, position = self._locate(use)
         count = len(self._block)
         if attempt:
-            # Another of the same block, because reaching any other would mean reading the stream again.
+            # Another record of the same block, because any other would require reading the stream again.
             return self._block[_any_index(count, (*self._key, use, attempt))]
         order = torch.randperm(count, generator=generator(*self._key, "block", epoch, self._start))
         return self._block[int(order[position - self._start])]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy for another process starts with nothing read: iterators cannot travel."""
+        """The state without iterators, which cannot be pickled: a copy in another process starts with nothing read."""
         return {**self.__dict__, "_rest": None, "_start": -1, "_block": []}
 
     def _locate(self, use: int) -> tuple[int, int]:
-        """(epoch, position in it) of a use, with the block of that position loaded."""
+        """(epoch, position in it) of a use; loads the block of that position."""
         epoch, position = (0, use) if self._length is None else divmod(use, self._length)
         self._load(position // self._block_size * self._block_size)
         if position < self._start + len(self._block):
             return epoch, position
         if self._length is not None:
-            raise CascadeError(f"data source {self._name}: the stream ended after fewer records than the first time")
-        # The stream ended before `use`: now its length can be known.
+            raise CascadeError(f"data source {self._name}: the stream ended earlier than in its first epoch")
+        # The stream ended before `use`, so its length is now known.
         self._length = self._start + len(self._block) if self._block else self._count()
         if self._length == 0:
             raise CascadeError(f"data source {self._name}: the stream has no records")
         return self._locate(use)
 
     def _load(self, start: int) -> None:
-        """Make the block at `start` the current one, reading on where the stream stands if possible."""
+        """Make the block at `start` the current one, continuing from the stream's position if possible."""
         if start == self._start:
             return
         reached = self._start + len(self._block)
         if self._rest is None or start < reached:
             self._rest = iter(self._open_stream(start))
             reached = start
-        # Blocks that only other workers need are read past.
+        # Blocks that only other workers need are skipped.
         ahead = itertools.islice(self._rest, start - reached, start - reached + self._block_size)
         self._block = list(ahead)
         self._start = start

@@ -1,7 +1,7 @@
-"""Drawn scenes of coloured shapes: endless, labelled, no files, and every caption is true.
+"""Drawn scenes of coloured shapes: endless, labelled, without files, and with true captions.
 
-A scene is a list of shapes in the unit square. It is drawn at any resolution with the same composition, and
-described in words in several ways. Each shape stays inside its box, and boxes do not meet.
+A scene is a list of shapes in the unit square. It has the same composition at any resolution, and several descriptions
+in words. Each shape stays inside its box, and boxes do not overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Size = Literal["small", "medium", "large"]
 Point = tuple[float, float]
 
 STYLE_WORDS = "drawn shapes"
-"""Stand in every caption, as the art styles' own words do in theirs."""
+"""Part of every caption, like the style words of the art data."""
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring", "hexagon", "crescent")
 
@@ -38,14 +38,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 WHITE = (255, 255, 255)
 
 HELD_OUT_PAIRS = frozenset((colour, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, colour in enumerate(COLOURS))
-"""(colour, shape) pairs that training never draws: every colour and every shape exactly once, so that each
-of them is known from other pairs, and a right picture of such a pair means that the two were put together."""
+"""(colour, shape) pairs that training never draws: every colour and every shape exactly once. Each occurs in other
+pairs, so a correct picture of a held-out pair shows that the network combines colour and shape."""
 EMOJI_PAIRS = frozenset({("red", "square"), ("green", "circle"), ("orange", "diamond")})
-"""Those of HELD_OUT_PAIRS that are emoji themselves: whoever trains on emoji has seen them, in other hands."""
+"""The HELD_OUT_PAIRS that also occur as emoji, and so in the emoji training data."""
 
 ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SIZES: dict[Size, float] = {"small": 0.13, "medium": 0.22, "large": 0.34}
-"""Half the width of a shape's box when it is alone, as a share of the picture's width."""
+"""Half the width of a single shape's box, as a share of the picture's width."""
 CROWDING = {1: 1.0, 2: 0.6, 3: 0.5, 4: 0.45}
 """Factor on the sizes, by the number of shapes."""
 ARRANGEMENTS: dict[int, tuple[Point, ...]] = {
@@ -54,8 +54,8 @@ ARRANGEMENTS: dict[int, tuple[Point, ...]] = {
     3: ((0.5, 0.28), (0.26, 0.72), (0.74, 0.72)),
     4: ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)),
 }
-"""Where equal shapes stand, by their number. Any places would do, but a caption tells nothing of them, and what is not
-told every part of the picture must guess alike: a small network then draws one shape too few or too many."""
+"""Positions of equal shapes, by their number. They are fixed because captions do not mention them: with random
+positions all parts of the picture must agree on a guess, and a small network draws one shape too few or too many."""
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 OPPOSITE: dict[Relation, Relation] = {
     "left of": "right of",
@@ -90,10 +90,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes on a ground.
+    """Shapes on a background.
 
-    background: `white` or a name of COLOURS, worn by no shape.  relation: of the first of two shapes to the
-    second.  place: a key of PLACES, where a single shape stands.
+    background: `white` or a name of COLOURS that no shape has.  relation: of the first of two shapes to the
+    second.  place: the position of a single shape, a key of PLACES.
     """
 
     objects: tuple[SceneObject, ...]
@@ -103,7 +103,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """A single shape, two related shapes, or a count of equal shapes; `held_out`: only of HELD_OUT_PAIRS."""
+    """A single shape, two related shapes, or several equal shapes; `held_out`: only HELD_OUT_PAIRS."""
     pairs = [pair for pair in ALL_PAIRS if (pair in HELD_OUT_PAIRS) == held_out]
     kind = rng.choices(("single", "related", "counted"), weights=(3, 4, 3))[0]
     if kind == "single":
@@ -115,7 +115,7 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 def _single(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Scene:
     colour, shape = rng.choice(pairs)
-    # A large shape fills the picture wherever it stands; only smaller ones have a place.
+    # A large shape fills most of the picture; only smaller ones get other places.
     size: Size = rng.choices(("small", "medium", "large"), weights=(1, 1, 2))[0]
     place = "in the center" if size == "large" or rng.random() < 0.4 else rng.choice(tuple(PLACES))
     x, y = PLACES[place]
@@ -130,7 +130,7 @@ def _related(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Scene:
     first, second = rng.sample(pairs, 2)
     relation: Relation = rng.choice(tuple(OPPOSITE))
     sizes: list[Size] = [rng.choice(tuple(SIZES)) for _ in range(2)]
-    # The first stands before the second along one axis; across it they differ little.
+    # The first shape precedes the second along one axis; along the other they differ little.
     along = [_near(0.26, 0.03, rng), _near(0.74, 0.03, rng)]
     across = [_near(0.5, 0.06, rng), _near(0.5, 0.06, rng)]
     if relation in ("right of", "below"):
@@ -158,7 +158,7 @@ def _counted(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Scene:
 
 
 def _background(rng: random.Random, worn: set[str]) -> str:
-    """White mostly, else a colour that no shape wears."""
+    """White in most cases, else a colour that no shape has."""
     if rng.random() < 0.75:
         return "white"
     return rng.choice([colour for colour in COLOURS if colour not in worn])
@@ -174,8 +174,8 @@ def _near(value: float, spread: float, rng: random.Random) -> float:
 def describe(scene: Scene, rng: random.Random) -> str:
     """One of many true captions of `scene`.
 
-    Shapes, colours, counts above one and a coloured background are always said; sizes, places and a white background
-    sometimes. Two related shapes may be joined by `and` where they stand side by side, the left one first.
+    Shapes, colours, counts above one and a coloured background are always mentioned; sizes, places and a white
+    background sometimes. Two shapes next to each other may be joined by `and`, the left one first.
     """
     subject = _subject(scene, rng)
     if scene.background != "white" or rng.random() < 0.15:
@@ -202,7 +202,7 @@ def _related_words(scene: Scene, relation: Relation, rng: random.Random) -> str:
     first, second = scene.objects
     side_by_side = relation in ("left of", "right of")
     listed = side_by_side and rng.random() < 0.5
-    # A list goes from left to right; of a relation either side may be named first.
+    # A list goes from left to right; a relation may start with either shape.
     if relation == "right of" if listed else rng.random() < 0.5:
         first, second, relation = second, first, OPPOSITE[relation]
     sizes_said = rng.random() < 0.4
@@ -270,7 +270,7 @@ def _star() -> list[Point]:
 
 
 def _heart() -> list[Point]:
-    """The well-known curve x = 16 sin^3, y = 13 cos - 5 cos 2 - 2 cos 3 - cos 4, scaled into the box."""
+    """The curve x = 16 sin^3, y = 13 cos - 5 cos 2 - 2 cos 3 - cos 4, scaled into the box."""
     angles = [2 * math.pi * index / 120 for index in range(120)]
     return [
         (
@@ -303,7 +303,7 @@ def _cross(arm: float = 0.32) -> list[Point]:
 _DISCS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float] | None]] = {
     "circle": ((0, 0, 0.95), None),
     "ring": ((0, 0, 1), (0, 0, 0.55)),
-    # The hole stays inside the box, too: it is painted in the ground's colour and must not reach a neighbour.
+    # The hole also stays inside the box: it is painted in the background's colour and must not cover a neighbour.
     "crescent": ((-0.1, 0, 0.9), (0.32, 0, 0.68)),
 }
 _OUTLINES: dict[str, list[Point]] = {

@@ -1,4 +1,4 @@
-"""From a section of the settings to the records or the source it describes."""
+"""Sources and records built from a section of the settings."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
 
 def open_source(config: SourceConfig, resolution: int, key: Key, data: DataConfig | None = None) -> Source:
-    """The source that `config` describes, its order keyed by `key`; `resolution`: of drawn scenes.
+    """The source that `config` describes, with its order keyed by `key`; `resolution`: of drawn scenes.
 
-    data: where its `decoded` is set, pictures come from there, at `resolution`, unless they are a stream's or drawn.
+    data: if its `decoded` is set, pictures of finite sources are read from that folder, at `resolution`.
     """
     if isinstance(config, ScenesSource):
         return SceneSource(config.held_out, resolution, key)
@@ -50,7 +50,7 @@ def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | 
 
 
 def _stamp(config: FiniteSource, records: Records) -> str:
-    """What changes when the pictures or captions of a source do."""
+    """A digest that changes when the pictures or captions of a source do."""
     if isinstance(config, FolderSource):
         return stamp_of_files(files_of(Path(config.path)).files)
     if isinstance(config, HubSource):
@@ -61,7 +61,7 @@ def _stamp(config: FiniteSource, records: Records) -> str:
 def open_records(config: FiniteSource) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
-        return FolderRecords(Path(config.path), config.caption_column)
+        return FolderRecords(Path(config.path), config.caption_column, config.split)
     if isinstance(config, ParquetSource):
         return open_parquet(config, matching_files(config.files))
     if isinstance(config, WebDatasetSource):
@@ -69,20 +69,29 @@ def open_records(config: FiniteSource) -> Records:
     return open_hub_table(config)
 
 
+def check_places(sources: Iterable[SourceConfig]) -> None:
+    """Raises CascadeError for a folder or file that does not exist, without reading any."""
+    for source in sources:
+        if isinstance(source, FolderSource) and not Path(source.path).is_dir():
+            raise CascadeError(f"data source {source.path}: no such folder")
+        if isinstance(source, ParquetSource | WebDatasetSource):
+            matching_files(source.files)
+
+
 def _open_tars(config: WebDatasetSource) -> TarRecords:
     return TarRecords(matching_files(config.files), config.caption, config.caption_column)
 
 
 def matching_files(patterns: Iterable[str]) -> list[str]:
-    """The files that the patterns name, sorted within each. Raises CascadeError for a pattern that names none."""
+    """The files that match the patterns, sorted within each. Raises CascadeError for a pattern without a match."""
     return [path for pattern in patterns for path in _files_of(pattern)]
 
 
 def _files_of(pattern: str) -> list[str]:
     matches = matching(pattern)
     if not matches:
-        hint = "; it is a folder: give folder/*.parquet" if Path(pattern).is_dir() else ""
+        hint = "; it is a folder: use folder/*.parquet" if Path(pattern).is_dir() else ""
         if "[" in pattern:
-            hint = "; brackets mean any of the letters inside: write [[] for one in a name"
+            hint = "; brackets match any letter inside them: write [[] for a literal ["
         raise CascadeError(f"data source {pattern}: no file matches{hint}")
     return matches

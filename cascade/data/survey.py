@@ -1,4 +1,4 @@
-"""What a data source holds: counts, sizes, broken and repeated pictures, captions. To be known before a run."""
+"""Survey of a data source before a run: counts, sizes, broken and repeated pictures, captions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cascade.data.workers import read_by_workers
 from cascade.images import contact_sheet, downsample, to_float, to_pil
 
 ENDLESS_LIMIT = 1000
-"""Records looked at of what has no end or no known one, unless another limit is given."""
+"""Records examined in a source of infinite or unknown length, unless another limit is given."""
 _CELL = 192
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One record, looked at. size: (width, height); digest: of its pixels; both None where it cannot be read."""
+    """One examined record. size: (width, height); digest: of its pixels; both None where it cannot be read."""
 
     origin: str
     captions: tuple[str, ...] = ()
@@ -42,18 +42,18 @@ class Finding:
 
 @dataclass
 class Survey:
-    """Findings, added up. total: how many records there are, None when that has no answer."""
+    """The sum of findings. total: number of records in the source, None if unknown or infinite."""
 
     name: str
     total: int | None
     looked_at: int = 0
     problems: list[str] = field(default_factory=list)
-    """Records that training passes over, each in a line that says why."""
+    """Records that training skips, one line each with the reason."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)
-    """Records with the pixels of an earlier one, and that one."""
+    """(record, earlier record with the same pixels)."""
     captions: dict[str, int] = field(default_factory=dict)
-    """How often each is there."""
+    """Number of records with each caption."""
     _first: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, finding: Finding) -> None:
@@ -72,12 +72,12 @@ class Survey:
 
 
 def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: int | None) -> Survey:
-    """Look at the records of a source: all, or `limit` of them, spread evenly; of what is endless the first ones.
+    """Examine the records of a source: all, or `limit` evenly spread ones; the first ones of an endless source.
 
-    data: how views are made of them, and by how many processes. Every distinct caption and a fingerprint of every
-    picture are held in memory.
+    data: the settings for views, including the number of worker processes. Every distinct caption and a fingerprint of
+    every picture are held in memory.
     """
-    look = partial(examine, data=data.model_copy(update={"jitter": 0.0}), stage=stage)  # slow, and never refuses any
+    look = partial(examine, data=data.model_copy(update={"jitter": 0.0}), stage=stage)  # slow, and rejects no record
     if isinstance(source, ScenesSource):
         drawn = SceneSource(source.held_out, stage.resolution, (0,))
         records: Iterable[Record] = (drawn.record(use) for use in itertools.count())
@@ -94,7 +94,7 @@ def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: in
 
 
 def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:
-    """Make a view of one record, as training does."""
+    """Build a view of one record, as in training."""
     try:
         pixels = decode(record)
     except BadRecordError as error:
@@ -114,10 +114,10 @@ def view_sheet(
 ) -> Image.Image:
     """The first `count` views of a run as the network will see them: cropped, resized, with the caption drawn.
 
-    For super-resolution each beside its smaller picture (before noise), which is enlarged by repeating pixels: the one
-    that the record brings, else the area mean. as_read: from a caption to what the text encoder reads of it.
+    For super-resolution each view is next to its smaller picture (before noise), the record's own or the area mean,
+    enlarged by repeating pixels. as_read: maps a caption to the text that the encoder reads.
     """
-    views = Views(data.model_copy(update={"decoded": None}), stage, seed)  # a glance: nothing is stored for it
+    views = Views(data.model_copy(update={"decoded": None}), stage, seed)  # nothing is stored for a preview
     cells: list[Image.Image] = []
     labels: list[str] = []
     for number in range(count):
@@ -144,7 +144,7 @@ def _first(records: Iterable[Record], look: Callable[[Record], Finding], limit: 
 
 
 def _spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of `count` places, evenly spread."""
+    """At most `limit` indices of `count`, evenly spread."""
     return [place * count // limit for place in range(limit)] if limit < count else list(range(count))
 
 
@@ -166,6 +166,6 @@ def _name(source: SourceConfig) -> str:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """By repeating pixels, so that the sheet shows pixels and not a resize."""
+    """The picture enlarged by repeating pixels, so that the sheet shows single pixels."""
     factor = max(_CELL // max(image.size), 1)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

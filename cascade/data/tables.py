@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 16
 
 
 class TableRecords:
-    """Rows of a map-style `datasets.Dataset`, memory-mapped, pictures left encoded."""
+    """Rows of a map-style `datasets.Dataset`, memory-mapped, with encoded pictures."""
 
     def __init__(
         self, table: Any, columns: tuple[str, str], name_row: Callable[[int], str], low_column: str | None = None
@@ -34,7 +34,7 @@ class TableRecords:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the rows do, as the library sees it."""
+        """The library's fingerprint, which changes when the rows do."""
         return str(self._table._fingerprint)
 
     def __getitem__(self, index: int) -> Record:
@@ -52,7 +52,7 @@ class TableRecords:
 
 
 def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
-    """The rows of Parquet `files`. Raises CascadeError for one that is none, or lacks a column."""
+    """The rows of Parquet `files`. Raises CascadeError for a file that is not Parquet, or lacks a column."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -71,10 +71,10 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
             total += parquet.metadata.num_rows
 
     if total == 0:
-        raise CascadeError(f"data source {' '.join(config.files)}: there are no rows")
+        raise CascadeError(f"data source {' '.join(config.files)}: no rows")
     try:
         table = _quietly(
-            # The library takes each for a pattern.
+            # The library treats each name as a pattern.
             lambda: datasets.load_dataset(
                 "parquet", data_files=[*map(glob.escape, files)], split="train", columns=wanted
             ),
@@ -88,7 +88,7 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
 
 
 def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | None:
-    """The file whose column has another type than the first file's, if there is one: the library names neither."""
+    """An error that names the file whose column differs in type from the first file's; the library names neither."""
     import pyarrow.parquet as pq
 
     types = [{name: str(pq.read_schema(path).field(name).type) for name in columns} for path in files]
@@ -96,14 +96,14 @@ def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | No
         for name in columns:
             if own[name] != types[0][name]:
                 return CascadeError(
-                    f"{path}: column {quoted(name)} is {own[name]}, in {files[0]} {types[0][name]}; make them the same,"
-                    " or name the files in two sources"
+                    f"{path}: column {quoted(name)} is {own[name]}, in {files[0]} {types[0][name]}; make them equal,"
+                    " or list the files in two sources"
                 )
     return None
 
 
 def _file_row(files: list[str], starts: list[int], index: int) -> str:
-    """The name of row `index` of all files together; `starts`: of the first row of each."""
+    """The name of row `index` in all files together; `starts`: index of each file's first row."""
     number = bisect.bisect_right(starts, index) - 1
     return f"{files[number]}, row {index - starts[number]}"
 
@@ -114,7 +114,7 @@ def open_hub_table(config: HubSource) -> TableRecords:
     columns = (config.image_column, config.caption_column)
     _require_columns(config.name, table.column_names, columns)
     if not len(table):
-        raise CascadeError(f"data source {config.name}: there are no rows")
+        raise CascadeError(f"data source {config.name}: no rows")
     table = _undecoded(table.select_columns(list(columns)), config.image_column)
     return TableRecords(table, columns, partial(_hub_row, config.name))
 
@@ -135,7 +135,7 @@ def open_stream(config: HubSource) -> Callable[[int], Iterator[Record]]:
 def _stream_records(stream: Any, config: HubSource, skip: int) -> Iterator[Record]:
     number = skip
     for batch in _stream_batches(stream, config.name, skip):
-        # Only now are the columns of every kind of stream known.
+        # Some streams list their columns only with the first batch.
         _require_columns(config.name, list(batch), (config.image_column, config.caption_column))
         for image, captions in zip(batch[config.image_column], batch[config.caption_column], strict=True):
             yield Record(encoded_picture(image), caption_variants(captions), _hub_row(config.name, number))
@@ -143,11 +143,11 @@ def _stream_records(stream: Any, config: HubSource, skip: int) -> Iterator[Recor
 
 
 def _stream_batches(stream: Any, name: str, skip: int) -> Iterator[dict[str, Any]]:
-    """Batches of rows, and whatever breaks while the library reads them as CascadeError."""
+    """Batches of rows; any error of the library becomes a CascadeError."""
     try:
-        # `iter` and not a plain loop, which in a worker process would see only the worker's part of the stream.
+        # `iter`, because a plain loop in a worker process would read only the worker's part of the stream.
         yield from stream.skip(skip).iter(batch_size=_ROWS_AT_ONCE)
-    except Exception as error:  # files, networks and builders raise nearly everything
+    except Exception as error:  # files, networks and builders raise exceptions of many types
         raise CascadeError(f"data source {name}: the stream broke off: {_first_line(error)}") from error
 
 
@@ -162,27 +162,27 @@ def _load_hub(config: HubSource) -> Any:
 
 
 def _check_name(folder: Path) -> None:
-    """Raises CascadeError for a folder whose name the library takes for a pattern, and would read others in its place.
+    """Raise CascadeError for a folder whose name the library would treat as a pattern and so read others instead.
 
-    It looks at where a link leads, so that a link with a plain name is no way out.
+    The library resolves links first, so a link with a plain name does not help.
     """
     whole = str(folder.resolve()) if folder.is_dir() else ""
     if glob.has_magic(whole) or "::" in whole:
         raise CascadeError(
-            f"data source {folder}: `datasets` takes `*`, `?`, `[` and `::` in {whole} for a pattern; rename the"
+            f"data source {folder}: `datasets` treats `*`, `?`, `[` and `::` in {whole} as a pattern; rename the"
             " folder, or read it with kind: parquet, webdataset or folder"
         )
 
 
 def _quietly(load: Callable[[], Any], name: str) -> Any:
-    """`load()` without progress bars, its many kinds of failure as CascadeError."""
+    """`load()` without progress bars; any failure becomes a CascadeError."""
     import datasets
 
     silenced = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return load()
-    except Exception as error:  # the library, its file systems and its builders raise nearly everything
+    except Exception as error:  # the library, its file systems and builders raise exceptions of many types
         hint = ""
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
             hint = f"; its cache is {datasets.config.HF_DATASETS_CACHE}: HF_DATASETS_CACHE names another folder"
@@ -193,7 +193,7 @@ def _quietly(load: Callable[[], Any], name: str) -> Any:
 
 
 def _undecoded(table: Any, image_column: str) -> Any:
-    """Pictures as bytes, so that broken ones can be counted instead of stopping the reader."""
+    """The table with pictures as bytes, so that broken ones are counted instead of stopping the reader."""
     import datasets
 
     features = table.features
@@ -206,7 +206,7 @@ def _require_columns(name: str, present: Iterable[str], wanted: Iterable[str]) -
     present = list(present)
     for column in wanted:
         if column not in present:
-            raise CascadeError(f"data source {name}: no column {quoted(column)}; there are {', '.join(present)}")
+            raise CascadeError(f"data source {name}: no column {quoted(column)}; the columns are {', '.join(present)}")
 
 
 def _first_line(error: Exception) -> str:

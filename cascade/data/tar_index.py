@@ -1,7 +1,7 @@
-"""Where the records of a tar shard lie: its headers are walked once.
+"""Index of the records in a tar shard, made by reading its headers once.
 
-What they say is written beside the shard, in `.cascade-index/`, and is memory-mapped by whoever reads, so that a
-hundred workers hold it once.
+The index is written next to the shard, in `.cascade-index/`, and memory-mapped, so that a hundred workers share one
+copy.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _NOWHERE: _Place = (-1, 0)
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and where its records lie.
+    """One tar file and the places of its records.
 
-    pictures: int64 (n, 2), start and size in bytes; start -1: there is none. captions: int64 (m, 2), those of all
-    records, one after the other; caption_ends: int64 (n,), where each record's end. keys: uint8, the names of the
-    records, joined; key_ends: int64 (n,), where each ends.
+    pictures: int64 (n, 2), start and size in bytes; start -1: no picture. captions: int64 (m, 2), start and size of the
+    captions of all records, in order; caption_ends: int64 (n,), end of each record's captions in that list. keys:
+    uint8, the joined names of the records; key_ends: int64 (n,), end of each name.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Shard:
         return len(self.pictures)
 
     def key(self, index: int) -> str:
-        """What the members of a record are called, without their endings."""
+        """The common name of a record's members, without their endings."""
         return bytes(_part(self.keys, self.key_ends, index).tolist()).decode(errors="replace")
 
     def captions_of(self, index: int) -> list[tuple[int, int]]:
@@ -60,7 +60,7 @@ class Shard:
 
 
 def open_shard(path: Path, caption: str) -> Shard:
-    """The index of a shard: the one beside it if it was made of this very file, else a new one."""
+    """The index of a shard: the stored one if it belongs to this version of the file, else a new one."""
     stat = path.stat()
     stamp = torch.tensor([_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns])
     index = path.parent / INDEX_FOLDER / f"{path.name}.{caption}.safetensors"
@@ -68,12 +68,12 @@ def open_shard(path: Path, caption: str) -> Shard:
     try:
         save_tensors(index, {"stamp": stamp, **tensors})
     except CascadeError as error:
-        logger.info("%s; the shard's headers will be read again by every process", error)
+        logger.info("%s; every process will read the shard's headers again", error)
     return Shard(path, **tensors)
 
 
 def _kept(index: Path, stamp: Tensor) -> dict[str, Tensor] | None:
-    """The tensors of an index that was made of this very file; None for any other, a damaged one, or none."""
+    """The tensors of a stored index of this version of the file; None if it is outdated, damaged or missing."""
     try:
         tensors = load_tensors(index)
     except CascadeError:
@@ -85,17 +85,17 @@ def _kept(index: Path, stamp: Tensor) -> dict[str, Tensor] | None:
 def _walk(path: Path, caption: str) -> dict[str, Tensor]:
     """The tensors of a shard's index, from the headers of its members.
 
-    They are grouped by key, as WebDataset does: neighbours whose names agree up to the first dot. Hidden ones, such as
-    the `._0001.jpg` that a Mac puts between them, are passed over.
+    Members are grouped by key as in WebDataset: neighbours whose names agree up to the first dot. Hidden ones, such as
+    macOS's `._0001.jpg`, are skipped.
     """
     keys: list[bytes] = []
     pictures: list[_Place] = []
     captions: list[list[_Place]] = []
     try:
-        with tarfile.open(path, "r:") as tar:  # no compression: what is compressed has no places
+        with tarfile.open(path, "r:") as tar:  # uncompressed only: places in a compressed file cannot be read directly
             members = (member for member in tar if member.isfile() and not is_hidden(member.name))
             for key, group in groupby(members, lambda member: split_name(member.name)[0]):
-                # Only now: the members of a group are gone when the next one is asked for.
+                # Collected here, because groupby discards a group's members when it moves to the next.
                 found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]
                 for picture, own_captions in _records(found, caption):
                     keys.append(key.encode(errors="surrogateescape"))
@@ -104,7 +104,7 @@ def _walk(path: Path, caption: str) -> dict[str, Tensor]:
         _require_end(path)
     except (tarfile.TarError, OSError) as error:
         raise CascadeError(
-            f"{path}: not a whole, uncompressed tar file ({error}); unpack .tar.gz to .tar, or download it again"
+            f"{path}: not a complete, uncompressed tar file ({error}); unpack .tar.gz to .tar, or download it again"
         ) from None
     return {
         "pictures": _places(pictures),
@@ -116,10 +116,10 @@ def _walk(path: Path, caption: str) -> dict[str, Tensor]:
 
 
 def _records(members: Sequence[tuple[str, _Place]], caption: str) -> list[tuple[_Place, list[_Place]]]:
-    """(picture, captions) of the members of one key, given as (ending, place): as a rule one record.
+    """(picture, captions) of the records in the members of one key, given as (ending, place); usually one record.
 
-    Several captions of one picture are variants. A key that stands twice, pictures too, is as many records; captions
-    go to them in their order, or all of them to each where they are not as many.
+    Several captions of one picture are variants. A key with several pictures is as many records: with an equal number
+    of captions they are paired in order, otherwise each record gets all captions.
     """
     first = next((ending for ending, _ in members if f".{ending}" in PICTURE_SUFFIXES), None)
     pictures = [place for ending, place in members if ending == first] or [_NOWHERE]
@@ -134,7 +134,7 @@ def _places(places: Iterable[_Place]) -> Tensor:
 
 
 def _ends(parts: Sequence[Sized]) -> Tensor:
-    """Where each of several parts ends when they stand one after the other."""
+    """The end of each part in their concatenation."""
     return torch.tensor(list(accumulate(map(len, parts))), dtype=torch.int64)
 
 
@@ -143,7 +143,7 @@ def _part(joined: Tensor, ends: Tensor, index: int) -> Tensor:
 
 
 def _require_end(path: Path) -> None:
-    """The library takes a torn header for the end; a whole tar ends with a block of zeros."""
+    """Check for the block of zeros at the end of a complete tar; `tarfile` takes a truncated header for the end."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
         if file.read() != tarfile.NUL * tarfile.BLOCKSIZE:

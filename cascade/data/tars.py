@@ -1,4 +1,4 @@
-"""Records of WebDataset tar shards, read in place: any one is a seek away, so nothing need be read in order."""
+"""Records of WebDataset tar shards, read by random access within the tar files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cascade.files.text import decoded
 from cascade.files.walk import is_hidden
 from cascade.quoting import quoted
 
-_LOOKED_AT = 100  # members, of which what is missing is told
+_LOOKED_AT = 100  # members listed in an error about a missing ending or key
 
 
 class TarRecords:
@@ -27,7 +27,7 @@ class TarRecords:
     def __init__(self, files: Sequence[str], caption: str, caption_column: str) -> None:
         """caption: ending of the members that hold captions: lines of text, or JSON with `caption_column`.
 
-        Raises CascadeError for a file that is no plain tar or ends too early, and where no record has such a caption.
+        Raises CascadeError for a file that is not an uncompressed tar or is truncated, and if no record has a caption.
         """
         self._shards = [open_shard(Path(file), caption) for file in files]
         self._caption_column = caption_column if caption.endswith("json") else None
@@ -69,16 +69,16 @@ class TarRecords:
 
 
 def _require_captions(shards: Sequence[Shard], ending: str, column: str | None) -> None:
-    """A wrong ending or key is one mistake in the settings, not one of each record: it is told with what there is."""
+    """Raise CascadeError, with the existing endings or keys, if the settings name an ending or key without a match."""
     captioned = next((shard for shard in shards if len(shard.captions)), None)
     if captioned is None:
         path = next(shard.path for shard in shards if len(shard))
         there = ", ".join(_first_endings(path))
-        raise CascadeError(f"{path}: no member ends in .{ending}; there are {there}; set the source's caption to one")
+        raise CascadeError(f"{path}: no member ends in .{ending}, only in {there}; set the source's caption to one")
     objects = [] if column is None else _first_objects(captioned)
     if objects and not any(column in value for value in objects):
         keys = ", ".join(sorted({key for value in objects for key in value}))
-        raise CascadeError(f"{captioned.path}: no key {quoted(column)} in its .{ending} members; there are {keys}")
+        raise CascadeError(f"{captioned.path}: no key {quoted(column)} in its .{ending} members; the keys are {keys}")
 
 
 def _first_endings(path: Path) -> list[str]:
@@ -89,7 +89,7 @@ def _first_endings(path: Path) -> list[str]:
 
 
 def _first_objects(shard: Shard) -> list[dict[str, object]]:
-    """What a shard's first JSON members with captions say, as far as they can be read."""
+    """The readable JSON objects among a shard's first caption members."""
     values = []
     with shard.path.open("rb") as file:
         for start, size in shard.captions[:_LOOKED_AT].tolist():

@@ -1,9 +1,11 @@
-"""From a record to what a network trains on. Pictures are uint8 (3, H, W); randomness is an argument."""
+"""Training pictures from records. Pictures are uint8 (3, H, W); random generators are arguments."""
 
 from __future__ import annotations
 
 import io
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +22,7 @@ from cascade.files.picture import MOST_PIXELS, open_picture
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
 
 MAX_ASPECT = 20
-"""Longer strips are bad records: padded to a square they are hardly more than white, and may not fit into memory."""
+"""Longer strips are bad records: padded to a square they are almost all white, and may not fit into memory."""
 
 
 def training_pair(
@@ -28,8 +30,8 @@ def training_pair(
 ) -> tuple[Tensor, Tensor | None]:
     """The picture of one view: (3, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
 
-    For super-resolution this is the large picture; the smaller one is its area mean and needs no file. Where the record
-    brings another, such as one that the stage before drew, the same part of that is second: (3, S / scale, S / scale).
+    For super-resolution this is the large picture; the smaller one is its area mean and needs no file. If the record
+    has its own, such as one drawn by the previous stage, the same part of it is second: (3, S / scale, S / scale).
     """
     return prepared_pair(decode(record), record, data, stage, rng)
 
@@ -37,14 +39,14 @@ def training_pair(
 def prepared_pair(
     picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
 ) -> tuple[Tensor, Tensor | None]:
-    """`training_pair` of a record whose picture is decoded already."""
+    """`training_pair` of a record whose picture is already decoded."""
     check_strip(record, picture, data.aspect)
     moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
         picture = square(picture, data.aspect)
-        # Before it is mirrored: so it is stored by `data.decoded`, and both are the same in every bit.
+        # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
         picture = picture if moves else resize(picture, stage.resolution)
-    flipped = rng.random() < data.flip and not record.drawn
+    flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = picture.flip(-1) if flipped else picture
     if moves:
         picture = jitter(picture, data.jitter, rng)
@@ -63,24 +65,32 @@ def prepared_pair(
 
 
 def check_strip(record: Record, picture: Tensor, aspect: Literal["crop", "pad"]) -> None:
-    """Raises BadRecordError for a picture that would be padded to hardly more than white."""
+    """Raise BadRecordError for a picture that would be almost all white after padding."""
     height, width = picture.shape[-2:]
     if aspect == "pad" and max(height, width) > MAX_ASPECT * min(height, width):
-        raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1; nothing to pad")
+        raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1, too narrow to pad")
 
 
 def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tensor:
-    """The smaller picture that the record brings. Raises BadRecordError unless it is `scale` times smaller."""
+    """The record's own smaller picture. Raises BadRecordError unless it is `scale` times smaller."""
     low = decode(replace(record, image=record.low))
     (height, width), (large_height, large_width) = low.shape[-2:], picture.shape[-2:]
     if (scale * height, scale * width) != (large_height, large_width):
-        sizes = f"{width}x{height}, the picture {large_width}x{large_height}"
-        raise BadRecordError(record.origin, f"its smaller picture has {sizes}; expected {scale} times as much")
+        sizes = f"{width}x{height} and the picture {large_width}x{large_height}"
+        raise BadRecordError(record.origin, f"its smaller picture has {sizes}; expected a ratio of {scale}")
     return low.flip(-1) if flipped else low
 
 
+_SIDES = re.compile(r"\b(left|right|clockwise|counter-?clockwise|flags?|letters?|text|word)\b", re.IGNORECASE)
+
+
+def names_a_side(captions: Iterable[str]) -> bool:
+    """Whether a caption speaks of left or right, or of a flag or letters, whose mirror image is another or none."""
+    return any(_SIDES.search(caption) for caption in captions)
+
+
 def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
-    """One of the record's variants, or with probability `dropout` the null caption. Raises BadRecordError."""
+    """One of the record's caption variants, or "" with probability `dropout`. Raises BadRecordError."""
     if not record.captions:
         raise BadRecordError(record.origin, "no caption")
     caption = rng.choice(record.captions)
@@ -88,7 +98,7 @@ def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
 
 
 def decode(record: Record) -> Tensor:
-    """The stored picture -> uint8 (3, H, W), upright, over white. Raises BadRecordError."""
+    """The stored picture -> uint8 (3, H, W), upright, on white. Raises BadRecordError."""
     if record.image is None:
         raise BadRecordError(record.origin, "no picture")
     if isinstance(record.image, Tensor):
@@ -140,12 +150,12 @@ def window(picture: Tensor, top: int, left: int, size: int) -> Tensor:
 
 
 def jitter(picture: Tensor, amount: float, rng: random.Random) -> Tensor:
-    """Zoom by 1 +- `amount`, shift by up to `amount` of the size along each axis, white around."""
+    """Zoom by 1 +- `amount` and shift by up to `amount` of the size along each axis, with white around."""
     zoom, shift_x, shift_y = (rng.uniform(-amount, amount) for _ in range(3))
     scale = 1 / (1 + zoom)
-    # affine_grid maps places of the result to places of the picture, in [-1, 1]: a shift by the size is 2.
+    # affine_grid maps positions in the result to positions in the picture, in [-1, 1]: a shift by the size is 2.
     matrix = torch.tensor([[scale, 0, 2 * shift_x], [0, scale, 2 * shift_y]])
-    # The negative, because grid_sample pads with zeros and we want white.
+    # The negative, because grid_sample pads with zeros and the padding should be white.
     negative = WHITE - picture[None].to(torch.float32)
     grid = F.affine_grid(matrix[None], list(negative.shape), align_corners=False)
     moved = F.grid_sample(negative, grid, mode="bicubic", padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""Processes that read for the one that trains, and what is said when one of them dies."""
+"""Processes that read data for the training process, and the error when one of them dies."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ logger = logging.getLogger("cascade.data")
 
 T = TypeVar("T")
 
-_AHEAD = 3  # items of a process that may lie in shared memory: two that wait, one that is made
+_AHEAD = 3  # items of a process in shared memory at most: two waiting, one in progress
 
 
 class ReaderDiedError(CascadeError):
-    """One of the processes that read is gone, and with it what it was to read."""
+    """A reading process died before it delivered its items."""
 
 
 def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> Generator[T, None, None]:
-    """`items[place]` for each of the places, in their order, read by other processes, which end with the iterator.
+    """`items[place]` for each of the places, in order, read by other processes, which end with the iterator.
 
-    They hand over through shared memory, or through pipes where that is small; where there is none at all, no process
-    can be started, and this one reads. Raises ReaderDiedError within seconds when one of them is killed.
+    Items are passed through shared memory, or through pipes if that is small. Without any shared memory no process can
+    be started, and the calling process reads. Raises ReaderDiedError within seconds when a reading process is killed.
     """
     if not _can_start():
         place, _ = shared_memory() or ("shared memory", 0)
-        logger.warning("%s cannot be written, which processes need that read; this one reads", place)
+        logger.warning("%s cannot be written, so no reading processes can start; the main process reads", place)
         yield from map(items.__getitem__, places)
         return
     with warnings.catch_warnings():
-        # How many workers to start is the user's choice, also on a machine with fewer cores.
+        # The number of workers is the user's choice, also on a machine with fewer cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             _Handed(items, workers),
@@ -54,17 +54,17 @@ def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> G
             worker_init_fn=_begin_worker,
         )
         before = multiprocessing.active_children()
-        with _deaths_found_by_asking():
+        with _no_signal_on_death():
             loaded = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in before]
     try:
-        with _death_told():
+        with _deaths_as_errors():
             yield from _taken(loaded)
     finally:
-        # The loader's iterator asks its workers to end when it goes, and it must go now, not at a later collection.
+        # Deleting the loader's iterator ends its workers; this must not wait for garbage collection.
         del loaded
         for process in started:
-            process.kill()  # one that hangs, on a disk perhaps; Python would wait for it when it ends
+            process.kill()  # a hanging one, for example on a disk; Python would wait for it at exit
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class _Piped:
 
 
 class _Handed(Dataset["T | _Piped"], Generic[T]):
-    """Items as they are handed to the process that asked: as they are, or, where shared memory is small, as bytes.
+    """Items in the form in which they are passed on: unchanged, or as bytes if shared memory is small.
 
-    Tensors travel in shared memory, where a process that finds no room dies, or waits for ever.
+    Tensors are passed in shared memory; a process that finds no room there dies or waits for ever.
     """
 
     def __init__(self, items: Dataset[T], workers: int) -> None:
         self._items, self._workers = items, workers
-        self._size: int | None = None  # of an item; all are about as large
+        self._size: int | None = None  # of one item; all have about the same size
 
     def __getitem__(self, place: Any) -> T | _Piped:
         item = self._items[place]
@@ -100,21 +100,21 @@ def _taken(loaded: Iterator[T | _Piped]) -> Iterator[T]:
         if not told:
             place, free = shared_memory() or ("shared memory", 0)
             logger.warning(
-                "%s has %.1f MB free, too little for data.workers: what they read comes through pipes, which takes"
-                " longer; a container gets more by --shm-size", place, free / 1e6,
+                "%s has %.1f MB free, too little for data.workers: items are sent through pipes, which takes longer;"
+                " start the container with a larger --shm-size", place, free / 1e6,
             )  # fmt: skip
             told = True
         yield pickle.loads(item.content)
 
 
 def _free_bytes() -> float:
-    """Of shared memory; without limit where a system sets none."""
+    """Free bytes of shared memory; infinite if the system sets no limit."""
     limited = shared_memory()
     return float("inf") if limited is None else limited[1]
 
 
 def _can_start() -> bool:
-    """Whether locks between processes can be made: they lie in shared memory, too."""
+    """Whether locks between processes can be created; they also need shared memory."""
     try:
         multiprocessing.Lock()
     except OSError:
@@ -123,10 +123,10 @@ def _can_start() -> bool:
 
 
 @contextmanager
-def _deaths_found_by_asking() -> Iterator[None]:
-    """torch has a killed child raise an error wherever the program is, in the middle of an optimizer's step too.
+def _no_signal_on_death() -> Iterator[None]:
+    """Disable torch's signal handler, by which a killed child raises an error anywhere, even in an optimizer's step.
 
-    Without that it finds out when it waits for a batch, where it looks every five seconds.
+    Without it the death is noticed while waiting for a batch, within five seconds.
     """
     handler = None if CHILD_ENDED is None else signal.getsignal(CHILD_ENDED)
     yield
@@ -135,19 +135,19 @@ def _deaths_found_by_asking() -> Iterator[None]:
 
 
 @contextmanager
-def _death_told() -> Iterator[None]:
+def _deaths_as_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        # An error inside a process that lives on comes with its type, and these words.
+        # An error in a process that is still alive has its type and these words.
         if "in DataLoader worker process" in str(error) or isinstance(error, CascadeError):
             raise
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        # The others: it died after it had handed a tensor over, and before that was taken.
+        # Any other: the process died after it had sent a tensor that was not yet received.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReaderDiedError(
-            "a process that reads pictures was killed, as a rule for want of memory; lower data.workers, or give more"
+            "a process that reads pictures was killed, usually for lack of memory; lower data.workers, or provide more"
             f" memory, in a container also shared memory ({reason})"
         ) from error
 
@@ -157,10 +157,10 @@ def _unchanged(item: Any) -> Any:
 
 
 def _begin_worker(_worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of a run, but the training process decides.
+    """Ignore Ctrl-C and a batch system's SIGTERM, which reach every process of a run: the training process decides.
 
-    When it is killed its workers end, too. torch's own look at the parent's number does not see it where a fork server
-    starts them, as Python 3.14 does: the server is the parent, and lives as long as any of them.
+    End when the training process is killed. torch compares the parent's process id, which fails with a fork server, the
+    default of Python 3.14: the server is the parent, and lives as long as any worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,7 +169,7 @@ def _begin_worker(_worker: int) -> None:
 
 
 def _end(_error: Exception, _item: Any) -> None:
-    """What cannot be handed over would be waited for: Python prints such an error, and goes on."""
+    """End the worker when an item cannot be sent: Python would only print the error, and the receiver would wait."""
     os._exit(1)
 
 

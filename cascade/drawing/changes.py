@@ -49,22 +49,22 @@ class Changes:
 
         size: the size to draw without a picture. asked: whether the caller chose it.
         """
-        said = self._variation()
+        entries = self._variation()
         if self.image is None:
             for name in ("mask", "strength", "extend"):
                 if getattr(self, name) is not None:
                     raise CascadeError(f"{name}: there is no picture to change; give one as image")
-            return None, size, said
+            return None, size, entries
         image, mask = self._pictures(self.image)
         fitting = fitting_size(stages, (image.shape[-2], image.shape[-1]))
         edit, size = edit_of(image, mask, [size] if asked else [size, fitting])
-        said |= {
+        entries |= {
             "image": digest_of(image),
             "mask": "" if mask is None else digest_of(mask),
             "strength": self._strengths([stage.name for stage in stages]),
             "resampling": positive("resampling", self.resampling, ROUNDS),
         }
-        return edit, size, said
+        return edit, size, entries
 
     def _pictures(self, given: ImageLike) -> tuple[Tensor, Tensor | None]:
         """The picture (3, H, W) uint8 and its mask (H, W), including the canvas that `extend` adds."""

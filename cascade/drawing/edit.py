@@ -81,7 +81,7 @@ def edit_of(image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]]
     if mask is None:
         return Edit(image, None, whole), sizes[-1]
     if tuple(mask.shape) != (height, width):
-        raise CascadeError(f"mask: {mask.shape[1]}x{mask.shape[0]}; expected the picture's size, {width}x{height}")
+        raise CascadeError(f"mask: {mask.shape[1]}x{mask.shape[0]}; expected {width}x{height}, the picture's size")
     places = mask.nonzero()
     if not len(places):
         raise CascadeError("mask: is black everywhere, so nothing would be drawn; paint the part to change white")

@@ -15,11 +15,11 @@ def check_png(path: Path, program: str) -> None:
     """Raises CascadeError for an existing file, unless it is a PNG that `program` wrote."""
     if not path.exists():
         return
-    said = None
+    writer = None
     try:
         with open_picture(path, limited=False) as image:
-            said = image.info.get(SOFTWARE)
+            writer = image.info.get(SOFTWARE)
     except (OSError, ValueError, SyntaxError):
         pass
-    if said != program:
+    if writer != program:
         raise CascadeError(f"{path}: exists, and `{program}` did not write it; name another file")

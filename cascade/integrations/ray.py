@@ -68,11 +68,11 @@ class Drawer:
             return str(error)
 
     def _picture(self, target: Target, result: Result) -> dict[str, Any]:
-        said = {"number": target.number, "seed": target.job.record.seed}
+        labels = {"number": target.number, "seed": target.job.record.seed}
         if isinstance(result, Undrawn):
-            return _failed(result.reason) | said
+            return _failed(result.reason) | labels
         image = to_pil(result.pixels[-1][None])[0]
-        return {**said, "image": encode(image, self._describe(target, result), "png")[0], "error": None}
+        return {**labels, "image": encode(image, self._describe(target, result), "png")[0], "error": None}
 
 
 def generate(

@@ -28,12 +28,12 @@ def read_reading(folder: str | Path) -> TextReading | None:
     if deepfloyd.is_diffusers(folder):
         return deepfloyd.READING
     run, model = folder.parent / "config.yaml", folder.parent / "cascade.json"
-    said = read_stage_reading(folder)
-    if said is None and folder.name == "stage" and run.is_file():
+    found = read_stage_reading(folder)
+    if found is None and folder.name == "stage" and run.is_file():
         return parse(TextConfig, read_yaml(run).get("text") or {}, f"{run}: text").reading
-    if said is None and model.is_file():
+    if found is None and model.is_file():
         return reading_of_index(read_json(model), model)
-    return said
+    return found
 
 
 def shared_reading(folders: Iterable[Path], max_length: int | None = None) -> TextReading:

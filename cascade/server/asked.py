@@ -98,6 +98,9 @@ class Asked(Settings):
     to: int | None = Field(default=None, ge=1, le=1 << 16)
     """Enlarge `image` until its longer side has so many pixels, in place of drawing."""
 
+    trace: bool = False
+    """Keep what each stage computes at every step, in place of the picture."""
+
     def settled(self) -> Asked:
         """The same with a seed."""
         return self if self.seed is not None else self.model_copy(update={"seed": fresh_seed()})
@@ -121,6 +124,8 @@ class Asked(Settings):
         options = self.options()
         if self.number is not None and self.number >= self.num_images_per_prompt:
             raise CascadeError(f"number: {self.number}; expected less than num_images_per_prompt")
+        if self.trace and (self.image is not None or len(self.numbers) > 1):
+            raise CascadeError("trace: is of one picture that is drawn from a prompt alone")
         record = PromptRecord(index, self.prompt, options.run_seed, origin="studio")
         if self.to is not None:
             return self._enlarging(pipeline, record, sources)

@@ -25,6 +25,7 @@ from cascade.files.parsed import parse_json, read_json_file
 from cascade.files.picture import open_picture, read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 from cascade.server.sources import Sources
+from cascade.server.traces import Traces
 
 PART = "studio"
 """Of the folder: where its pictures lie, and in the names of its manifest and its lock."""
@@ -53,6 +54,7 @@ class Gallery:
             self._manifest = self._opened(self.folder / f"manifest-{PART}.jsonl")
         except OSError as error:
             raise self._unwritable(error) from None
+        self.traces = Traces(self.state / "traces")
         self._store = _Store(self.folder, self._temporary)
         self._tars = TarStore(self.folder, self.state / "spool", self._temporary, 1)
         self._pictures = Pictures(self.folder, Layout(), self._store, self._manifest)

@@ -47,7 +47,8 @@ class Progress:
 class Job:
     """What was asked for and what became of it. client: who asked, so that all get their turn.
 
-    pictures: of the gallery, by number. result: set once nothing more comes of the job.
+    pictures: of the gallery, by number. trace: its name, where one was requested and is done. result: set once nothing
+    more comes of the job.
     """
 
     asked: Asked
@@ -59,6 +60,7 @@ class Job:
     pictures: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     progress: dict[int, Progress] = field(default_factory=dict)
     error: str = ""
+    trace: str = ""
     missing: set[int] = field(default_factory=set)
     stopping: bool = False
     result: Future[Job] = field(default_factory=Future)
@@ -114,4 +116,5 @@ class Job:
             "progress": {str(number): progress.to_json() for number, progress in sorted(self.progress.items())},
             "stopping": self.stopping,
             "error": self.error,
+            "trace": self.trace,
         }

@@ -13,11 +13,14 @@ from cascade.drawing.batch_size import BatchSizes
 from cascade.drawing.engine import shelf_key
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Step, Task
+from cascade.drawing.trace import Recorder, traced
 from cascade.server.events import Event, Hub
 from cascade.server.jobs import Progress
 from cascade.server.pace import Pace, steps_of
 from cascade.server.previews import Scene, data_url
 from cascade.server.waiting import Piece
+from cascade.text.t5 import TextEncoder
+from cascade.text.words import words_of
 
 
 class WatchedShelf(Shelf):
@@ -41,8 +44,16 @@ class WatchedShelf(Shelf):
 class Round:
     """The pieces that the engine has in hand, and the news of them."""
 
-    def __init__(self, pieces: Sequence[Piece], hub: Hub, pace: Pace) -> None:
-        self.tasks = {piece.target.task(): piece for piece in pieces}
+    def __init__(self, pieces: Sequence[Piece], hub: Hub, pace: Pace, encoder: TextEncoder) -> None:
+        """encoder: for the words of a traced prompt."""
+        self.tasks, self.recorders = dict[Task, Piece](), dict[Task, Recorder]()
+        for piece in pieces:
+            task = piece.target.task()
+            if piece.job.asked.trace:
+                recorder = Recorder(words_of(encoder, task.recipe.prompt))
+                task = traced(task, recorder)
+                self.recorders[task] = recorder
+            self.tasks[task] = piece
         self._hub, self._pace = hub, pace
         self._places = {
             shelf_key(task, position): (task, position)
@@ -64,6 +75,8 @@ class Round:
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         for row, task in enumerate(step.tasks):
+            if task in self.recorders:
+                self.recorders[task].step(step)
             if step.step == 0:
                 self._positions[task] = self._positions.get(task, -1) + 1
             position = self._positions[task]
@@ -82,7 +95,9 @@ class Round:
 
     def left_over(self, task: Task, sizes: BatchSizes) -> tuple[Target, Drawn] | None:
         """What there is of a picture that was stopped: the last stage's that it passed, which is a picture too."""
-        partial = task.start is not None or (task.edit is not None and task.edit.mask is not None)
+        partial = (
+            task.start is not None or task in self.recorders or (task.edit is not None and task.edit.mask is not None)
+        )
         if task not in self._smaller or partial:  # of a masked picture, only the part that is drawn again
             return None
         position, pixels = self._smaller[task]

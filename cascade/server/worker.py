@@ -16,6 +16,7 @@ from cascade.batch.pictures import Finished
 from cascade.batch.plan import Target
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.task import Drawn, Result, Step, Undrawn
+from cascade.drawing.trace import Recorder
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.server.enlarged import EnlargedTarget
@@ -66,19 +67,33 @@ class Worker:
         """Whether anything would still be drawn."""
         return self._thread.is_alive()
 
+    def switch(self, load: Callable[[], CascadePipeline]) -> None:
+        """Draw with another model from now on; the caller sees to it that nothing waits or is drawn."""
+        self._load, self.pipeline = load, Future()
+        self._line.interrupt()
+
     def _work(self) -> None:
-        try:
-            pipeline = self._load()
-        except Exception as error:  # told to everyone who asks
-            logger.error("%s", error)
-            self.pipeline.set_exception(error)
-            return
-        self.pipeline.set_result(pipeline)
+        while not self._closing:
+            loading = self.pipeline
+            try:
+                loading.set_result(self._load())
+            except Exception as error:  # told to everyone who asks
+                logger.error("%s", error)
+                loading.set_exception(error)
+                if not self._line.wait_for_interrupt():
+                    return
+                continue
+            self._serve(loading.result())
+
+    def _serve(self, pipeline: CascadePipeline) -> None:
+        """Draw with one model until there is to be another, or an end."""
+        self.pace = Pace()
         engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
         while pieces := self._line.take(pipeline.default_batch_size):
             start = time.perf_counter()
-            self._draw(engine, Round(pieces, self._hub, self.pace))
+            self._draw(engine, Round(pieces, self._hub, self.pace, pipeline.text_encoder))
             self.counts.seconds += time.perf_counter() - start
+            self._round = None
 
     def _draw(self, engine: Engine, round: Round) -> None:
         self._round = round
@@ -87,7 +102,8 @@ class Worker:
         open = dict(round.tasks)
         try:
             for result in engine.draw(list(round.tasks)):
-                self._take(open.pop(result.task), result)
+                recorder = round.recorders.get(result.task)
+                self._take(open.pop(result.task), result, recorder)
         except StoppedError:
             for task, piece in open.items():
                 self._stopped(piece, round.left_over(task, engine.batch_sizes))
@@ -99,14 +115,17 @@ class Worker:
         finally:
             self._shelf.clear()
 
-    def _take(self, piece: Piece, result: Result) -> None:
+    def _take(self, piece: Piece, result: Result, recorder: Recorder | None) -> None:
         if isinstance(result, Undrawn):
             self._fail([piece], result.reason)
+            return
+        if recorder is not None:
+            piece.job.trace = self._gallery.traces.write(piece.target, recorder, self.pipeline.result())
         else:
             whole = piece.target.fitted(result) if isinstance(piece.target, EnlargedTarget) else result
             self._keep(piece, piece.target, whole)
-            self.counts.drawn += 1
-            self._settle(piece)
+        self.counts.drawn += 1
+        self._settle(piece)
 
     def _keep(self, piece: Piece, target: Target, drawn: Drawn) -> None:
         """Into the gallery. Raises CascadeError when it cannot be written."""

@@ -1,1 +1,1 @@
-"""Prompts to embeddings: a frozen T5, and a cache of what it gave."""
+"""Prompts to embeddings: a frozen T5, and a cache of its output."""

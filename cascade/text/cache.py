@@ -1,10 +1,10 @@
 """Text embeddings on disk, so that T5 runs once per caption and need not stay in memory.
 
-A cache is a folder: `index.json` says whose embeddings it holds and lists the shards; each shard is one
-safetensors file with the embeddings of some thousand captions, back to back, and the captions' hashes. Since
-a shard says itself what it holds, one more caption rewrites nothing, and whatever kills a fill loses at most the
-shard at hand. Several processes may write, each its own shards; the index changes under a lock. A process whose share
-of the captions is all there leaves the file `complete-0-of-1`: its number, and of how many.
+A cache is a folder: `index.json` names the encoder and lists the shards; each shard is one safetensors file with the
+embeddings of some thousand captions, back to back, and the captions' hashes. A shard lists its own captions, so adding
+one rewrites nothing, and an interrupted fill loses at most the current shard. Several processes may write, each its own
+shards; the index is changed under a lock. A process whose share of the captions is complete leaves the file
+`complete-0-of-1`: its number and the number of processes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from cascade.text.lookup import HASH_BYTES, Lookup, Place, hash_of
 _START_AGAIN = "delete the folder and fill it again with `cascade encode`"
 ANOTHER_ENCODER = (
     "these embeddings were made by another text encoder, or with another max_length or dtype;"
-    " give this one a folder of its own, or delete this folder and fill it again with `cascade encode`"
+    " use another folder, or delete this one and fill it again with `cascade encode`"
 )
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What index.json says: whose embeddings these are, how wide, and in which files."""
+    """The content of index.json: the encoder of the embeddings, their width, and the shard files."""
 
     encoder: str
     dim: int
@@ -60,17 +60,17 @@ class _Index:
 class EmbeddingCache:
     """Unpadded bf16 embeddings of distinct prompts, found by the prompt's SHA-256 and read by memory map.
 
-    Any number of processes may read a cache, each seeing the shards there were when it opened it, and its own.
+    Any number of processes may read a cache; each reads the shards that existed when it opened the cache, and its own.
     """
 
     def __init__(self, folder: str | Path, encoder_fingerprint: str, dim: int) -> None:
-        """Open the cache in `folder`, or begin one there with the first `add`.
+        """Open the cache in `folder`; the first `add` creates it if there is none.
 
-        Raises CascadeError when another encoder made it, or a shard is missing or damaged.
+        Raises CascadeError when the cache belongs to another encoder, or a shard is missing or damaged.
         """
         self.folder = path_of(folder)
         self._index = _Index(encoder_fingerprint, dim)
-        self._shards: list[Tensor] = []  # mapped into memory, not read; as the lookup numbers them
+        self._shards: list[Tensor] = []  # memory-mapped, in the numbering of the lookup
         self._paths: list[Path] = []
         self._lookup = Lookup()
         if self._index_path.exists():
@@ -82,13 +82,13 @@ class EmbeddingCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """An existing cache, whichever encoder made it: for reading it without loading that encoder."""
+        """An existing cache of any encoder: for reading it without loading that encoder."""
         index = _Index.read(path_of(folder) / "index.json")
         return cls(folder, index.encoder, index.dim)
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the encoder whose embeddings these are."""
+        """The fingerprint of the encoder that made these embeddings."""
         return self._index.encoder
 
     @property
@@ -98,27 +98,27 @@ class EmbeddingCache:
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """The settings by which the encoder was loaded, if they were noted: whoever has the same need not load it."""
+        """The settings of the encoder, if recorded: a caller with equal settings need not load it."""
         return self._index.settings
 
     def note_settings(self, settings: dict[str, Any]) -> None:
-        """Write down the settings by which the encoder was loaded."""
+        """Record the settings with which the encoder was loaded."""
         self._change_index(settings=settings)
 
     def note_incomplete(self, process: int, processes: int) -> None:
-        """Process number `process` of `processes` begins to fill: what was said of its share before holds no longer."""
+        """Mark the share of process number `process` of `processes` as incomplete while it fills."""
         others = {f"complete-{number}-of-{processes}" for number in range(processes) if number != process}
         for path in self.folder.glob("complete-*"):
             if path.name not in others:
                 path.unlink(missing_ok=True)
 
     def note_complete(self, process: int, processes: int) -> None:
-        """The share of process number `process` of `processes` is all there."""
+        """Mark the share of process number `process` of `processes` as complete."""
         write_text(self.folder / f"complete-{process}-of-{processes}", "")
 
     @property
     def bytes_per_caption(self) -> float:
-        """Mean bytes on disk that a caption takes, its share of hashes and headers included; 0 when empty."""
+        """Mean bytes on disk per caption, hashes and headers included; 0 when empty."""
         return sum(path.stat().st_size for path in self._paths) / max(1, len(self))
 
     def __contains__(self, prompt: str) -> bool:
@@ -128,13 +128,13 @@ class EmbeddingCache:
         return len(self._lookup)
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
-        """Those of `prompts` that are not here, each once, in order."""
+        """The prompts without an embedding, each once, in order."""
         return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self]
 
     def add(self, prompts: Sequence[str], rows: Sequence[Tensor], process: int = 0) -> None:
-        """Write one shard with those of `prompts` that are not here; rows: their embeddings, (n, D).
+        """Write one shard with the missing ones of `prompts`; rows: the embeddings of `prompts`, each (n, D).
 
-        process: which of the processes we are that write at once; it names the shard.
+        process: number of the writing process, part of the shard's name.
         """
         fresh = {hash_of(prompt): row for prompt, row in zip(prompts, rows, strict=True) if prompt not in self}
         if not fresh:
@@ -146,19 +146,21 @@ class EmbeddingCache:
         }
         own = f"shard-{process}-"
         name = f"{own}{sum(shard.startswith(own) for shard in self._index_now().shards):05d}.safetensors"
-        # The shard first: what a crash leaves outside the index is replaced by the next shard of that name.
+        # The shard first: one that a crash leaves out of the index is replaced by the next shard of that name.
         save_tensors(self.folder / name, tensors)
         self._change_index(add=name)
         self._attach([name])
 
     @contextmanager
     def alone(self, process: int) -> Iterator[None]:
-        """While we write as process number `process`. Raises CascadeError when another writes under that number."""
+        """Lock for writing as process number `process`. Raises CascadeError when another process holds that number."""
         try:
             with lock_file(self.folder / f".writer-{process}", wait=False):
                 yield
         except BlockingIOError:
-            raise CascadeError(f"{self.folder}: is being filled already; wait for it, or use another folder") from None
+            raise CascadeError(
+                f"{self.folder}: another process is filling it; wait for its end, or use another folder"
+            ) from None
 
     def get(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The embeddings of `prompts`: (B, N, D) bf16. Raises CascadeError if one is missing."""
@@ -171,7 +173,7 @@ class EmbeddingCache:
         return TextEmbeddings.from_rows([self._tokens(place) for place in known]) if len(known) == len(places) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens it anew: files do not travel."""
+        """Pickle as the arguments to open it: another process maps the files itself."""
         return type(self), (self.folder, self.fingerprint, self.dim)
 
     @property
@@ -179,11 +181,11 @@ class EmbeddingCache:
         return self.folder / "index.json"
 
     def _index_now(self) -> _Index:
-        """The index on disk, which other processes may have changed since we read it."""
+        """The current index on disk, which other processes may have changed."""
         return _Index.read(self._index_path) if self._index_path.exists() else self._index
 
     def _change_index(self, add: str | None = None, settings: dict[str, Any] | None = None) -> None:
-        """Add a shard or note settings in the index as it is now, which other processes change, too."""
+        """Add a shard or settings to the current index on disk, under a lock."""
         with writing(self.folder), lock_file(self.folder / ".lock"):
             now = self._index_now()
             shards = now.shards if add is None else (*now.shards, add)
@@ -191,7 +193,7 @@ class EmbeddingCache:
             self._index.write(self._index_path)
 
     def _attach(self, names: Sequence[str]) -> None:
-        """Open shards and learn which captions they hold."""
+        """Open shards and add their captions to the lookup."""
         found = []
         for name in names:
             path = self.folder / name
@@ -200,11 +202,11 @@ class EmbeddingCache:
                 keys, lengths = shard.get_tensor("keys"), shard.get_tensor("lengths")
                 shape = shard.get_slice("tokens").get_shape()
             except FileNotFoundError:
-                raise CascadeError(f"{path}: no such file, but the index lists it; {_START_AGAIN}") from None
+                raise CascadeError(f"{path}: no such file, although the index lists it; {_START_AGAIN}") from None
             except (SafetensorError, OSError) as error:
                 raise CascadeError(f"{path}: damaged ({error}); {_START_AGAIN}") from None
             if len(keys) != len(lengths) or shape != [int(lengths.sum()), self.dim]:
-                raise CascadeError(f"{path}: its parts do not fit together; {_START_AGAIN}")
+                raise CascadeError(f"{path}: its tensors do not fit together; {_START_AGAIN}")
             found.append((keys, lengths))
             self._shards.append(shard.get_tensor("tokens"))
             self._paths.append(path)

@@ -1,4 +1,4 @@
-"""A text encoder behind a cache of its embeddings, and how the cache is filled."""
+"""A text encoder with a cache of its embeddings, and the filling of that cache."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SLICE = 16  # batches encoded and rounded at a time while a cache is filled
 
 
 class CachedTextEncoder:
-    """A text encoder that looks into a cache first, and loads the real one only when a prompt is not there.
+    """A text encoder that reads a cache first and loads the real encoder only for a missing prompt.
 
-    Every embedding is rounded to bf16, as the cache stores it: whether a caption was cached changes nothing.
-    Captions encoded on the fly do not grow the cache; `fill` does, and takes this encoder like the real one.
+    Every embedding is rounded to bf16, as in the cache, so that cached and uncached captions give equal results.
+    Captions encoded on the fly are not added to the cache; `fill` adds captions, and accepts this encoder too.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CachedTextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """load: gives the encoder that made the cache, or will. device, dtype: of the embeddings returned."""
+        """load: returns the encoder of the cache. device, dtype: of the returned embeddings."""
         self._cache = cache
         self._load = load
         self._encoder: TextEncoderProtocol | None = None
@@ -43,7 +43,7 @@ class CachedTextEncoder:
 
     @property
     def cache(self) -> EmbeddingCache:
-        """What is looked into first."""
+        """The cache that is read first."""
         return self._cache
 
     @property
@@ -69,7 +69,7 @@ class CachedTextEncoder:
         return TextEmbeddings.from_rows([fresh[prompt] for prompt in prompts]).to(self._device, self._dtype)
 
     def to(self, device: torch.device | str | None = None) -> Self:
-        """Move the embeddings returned to `device`, and the real encoder, now or when it is loaded."""
+        """Return embeddings on `device` from now on, and move the real encoder there, now or when it is loaded."""
         self._device = self._device if device is None else device
         if self._encoder is not None:
             self._encoder.to(self._device)
@@ -91,10 +91,10 @@ class CachedTextEncoder:
 
 @dataclass(frozen=True)
 class Pace:
-    """How `fill` goes about it.
+    """Batch and shard sizes of `fill`, and its early end.
 
-    batch_size: captions encoded at once. shard_size: captions in a shard, which is what a kill can lose. stopped:
-    whether to end early, after the batches at hand; what is encoded by then is written.
+    batch_size: captions encoded at once. shard_size: captions per shard, the most that a kill can lose. stopped:
+    whether to end early, after the current batches; the embeddings made until then are written.
     """
 
     batch_size: int = 1
@@ -109,10 +109,10 @@ def fill(
     pace: Pace = Pace(),
     share: tuple[int, int] = (0, 1),
 ) -> int:
-    """Encode the captions that the cache lacks, and the null text; returns how many there were.
+    """Encode the captions that the cache lacks, and the null text; returns their number.
 
-    captions: may be a stream; no more than one shard's embeddings are in memory. share: (which process this is, of how
-    many); each reads all captions and encodes its share of them.
+    captions: may be a stream; at most one shard's embeddings are in memory. share: (number of this process, number of
+    processes); each process reads all captions and encodes its share.
     """
     _check_same(cache, encoder)
     process, processes = share
@@ -135,7 +135,7 @@ def _rows(
 ) -> Iterator[Tensor]:
     """Embeddings of the captions, in bf16, until `stopped`.
 
-    In slices: `encode` pads to the longest, and a whole shard padded is many times its bf16 rows.
+    Encoded in slices: `encode` pads to the longest caption, and a padded shard is many times the size of its rows.
     """
     for start in range(0, len(captions), _SLICE * batch_size):
         if stopped():
@@ -145,12 +145,12 @@ def _rows(
 
 
 def _owner(caption: str, processes: int) -> int:
-    """Whose a caption is: by hash, so that whoever meets it, in whichever order, knows."""
+    """The process that encodes a caption, decided by its hash and so independent of order."""
     return int.from_bytes(hash_of(caption)[:8]) % processes
 
 
 def _shards_of_missing(cache: EmbeddingCache, captions: Iterable[str], shard_size: int) -> Iterator[list[str]]:
-    """The captions that are missing, each once, in lists of `shard_size`; the cache grows in between."""
+    """The missing captions, each once, in lists of `shard_size`; the caller fills the cache in between."""
     waiting: dict[str, None] = {}
     for caption in captions:
         if caption not in cache:

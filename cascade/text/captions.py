@@ -1,8 +1,8 @@
-"""How captions are cleaned before the text encoder: DeepFloyd IF never saw a raw one.
+"""Cleaning of captions before the text encoder. DeepFloyd IF was trained on cleaned captions only.
 
-Written from what its captions were known to lose: markup, addresses, numbers of articles, names of files, Chinese,
-Japanese and Korean letters, and all kinds of dashes and quotes but one. Its own code repairs broken Unicode with ftfy
-and parses markup with beautifulsoup4 besides; here an embedding does not depend on what is installed.
+The rules remove what IF's cleaning removes: markup, addresses, article numbers, file names, Chinese, Japanese and
+Korean letters, and all but one kind of dash and of quote. IF's own code also repairs broken Unicode with ftfy and
+parses markup with beautifulsoup4; here an embedding does not depend on the installed packages.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|www\.)\S*|\b[a-z0-9.-]+\.(?:{_ENDINGS})\b(?:/\S*)?(?!@)", ""),
-        (r"@[\w-]+\b", ""),  # who is spoken to
+        (r"@[\w-]+\b", ""),  # @mentions
         (rf"[{_CJK}]+", ""),
         (rf"[{_DASHES}\ufe58\ufe63\uff0d]", "-"),
         (r"[`´«»“”¨„]", '"'),
         (r"[‘’]", "'"),
         (r"&(?:quot|amp);?", ""),
-        (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # addresses of machines
+        (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
         (r"\d:\d\d\s+$", ""),  # times of day at the end
         (r"\\n", " "),
-        (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
+        (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # article numbers
         (rf"\S+\.(?:{_SUFFIXES})\b", ""),
         (r"[\"']{2,}", '"'),
         (r"\.{2,}", " "),
@@ -65,7 +65,7 @@ _ENDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def prepare_caption(text: str, how: Captions) -> str:
-    """The text as the encoder should read it. `deepfloyd` cleans twice, as IF's training did."""
+    """The text for the encoder. `deepfloyd` cleans twice, as IF's training did."""
     match how:
         case "as_is":
             return text
@@ -76,9 +76,9 @@ def prepare_caption(text: str, how: Captions) -> str:
 
 
 def clean_caption(text: str) -> str:
-    """One pass of DeepFloyd IF's cleaning: lower case, without markup, addresses, codes, and file names."""
+    """One pass of DeepFloyd IF's cleaning: lower case, no markup, addresses, codes, or file names."""
     text = unquote_plus(text).strip().lower().replace("<person>", "person")
-    text = _apply(_RULES[:1], text)  # addresses first: markup does not survive with their slashes
+    text = _apply(_RULES[:1], text)  # addresses first: removing markup would break their slashes
     text = _apply(_RULES[1:], _without_markup(text))
     if len(_MANY_JOINED.findall(text)) > 3:
         text = _MANY_JOINED.sub(" ", text)
@@ -88,7 +88,7 @@ def clean_caption(text: str) -> str:
 
 
 def well_formed(text: str) -> str:
-    """`text` as valid Unicode: halves of a surrogate pair join, a lone one (no character) becomes U+FFFD."""
+    """`text` as valid Unicode: surrogate pairs are joined, a lone surrogate becomes U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

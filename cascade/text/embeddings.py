@@ -1,4 +1,4 @@
-"""What is known of prompts: token embeddings and their mask; and what an encoder of prompts can do."""
+"""Token embeddings of prompts with their mask, and the interface of text encoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cascade.conditioning import pad_text
 from cascade.transfer import on_device
 
 NullText = Literal["encoded", "zeros"]
-"""What stands for no text: what the encoder gives for the empty prompt, or zeros in its place, as Imagen has it."""
+"""The embedding of no text: the encoder's output for the empty prompt, or zeros, as in Imagen."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TextEmbeddings:
         return [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
 
     def select(self, indices: Sequence[int]) -> TextEmbeddings:
-        """The prompts at `indices`, in that order and as often as named; the padded length stays."""
+        """The prompts at `indices`, in that order, repeated if an index repeats; the padded length stays."""
         chosen = on_device(torch.as_tensor(indices, dtype=torch.long), self.tokens.device)
         return TextEmbeddings(self.tokens[chosen], self.mask[chosen])
 
@@ -59,14 +59,14 @@ class TextEmbeddings:
 
 
 def join(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """One batch of several; the shorter ones are padded with masked zeros."""
+    """Several batches joined into one; shorter ones are padded with masked zeros."""
     longest = max(part.tokens.shape[1] for part in parts)
     padded = [part.padded(longest) for part in parts]
     return TextEmbeddings(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
 
 
 class TextEncoderProtocol(Protocol):
-    """Whatever turns prompts into embeddings: a `TextEncoder`, or one with a cache before it."""
+    """An encoder of prompts: a `TextEncoder`, or a `CachedTextEncoder`."""
 
     @property
     def dim(self) -> int:
@@ -80,7 +80,7 @@ class TextEncoderProtocol(Protocol):
         """The embeddings of `prompts`, in their order."""
 
     def to(self, device: torch.device | str | None = None) -> Self:
-        """Move to `device`, where the prompts are read from then on, and return this encoder."""
+        """Move to `device`, where prompts are encoded from then on, and return this encoder."""
 
     def release(self) -> None:
         """Free the memory of the weights."""

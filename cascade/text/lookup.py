@@ -1,4 +1,4 @@
-"""Where each of many millions of prompts lies: found by hash, in 36 bytes a prompt and not in a dictionary's 400."""
+"""Locations of many millions of prompts, found by hash: 36 bytes per prompt instead of a dictionary's 400."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hash_of(prompt: str) -> bytes:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an embedding lies: tokens `start` to `start + length` of a shard."""
+    """Location of an embedding: tokens `start` to `start + length` of a shard."""
 
     shard: int
     start: int
@@ -30,9 +30,9 @@ class Place:
 
 
 class Lookup:
-    """From a prompt's hash to its place.
+    """A map from a prompt's hash to its place.
 
-    Sorted by the first 8 bytes of the hashes; the rest stays in the shards' memory maps and is compared there.
+    Sorted by the first 8 bytes of the hashes; the other bytes are compared in the shards' memory maps.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Lookup:
         return len(self._prefixes)
 
     def add_shards(self, shards: list[tuple[Tensor, Tensor]]) -> None:
-        """Learn what further shards hold. Each: hashes, uint8 (n, 32), and lengths, int32 (n,), in their order."""
+        """Add the prompts of further shards, each given as hashes, uint8 (n, 32), and lengths, int32 (n,), in order."""
         first = len(self._hashes)
         hashes = [shard.numpy() for shard, _ in shards]
         lengths = [length.numpy() for _, length in shards]
@@ -65,7 +65,7 @@ class Lookup:
             setattr(self, name, values[order])
 
     def find(self, key: bytes) -> Place | None:
-        """The place of the prompt with this hash, None when it is not here."""
+        """The place of the prompt with this hash, None when it is missing."""
         prefix = _prefixes(np.frombuffer(key, np.uint8)[None])
         first, last = (int(np.searchsorted(self._prefixes, prefix, side)[0]) for side in ("left", "right"))
         for index in range(first, last):

@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Reading(TypedDict, total=False):
-    """How texts are read; see `TextEncoder`."""
+    """Optional arguments of `TextEncoder` on tokenization and padding."""
 
     max_length: int
     padded: bool
@@ -47,7 +47,7 @@ class Reading(TypedDict, total=False):
 
 
 class TextEncoder:
-    """A T5 encoder in evaluation mode whose weights never train.
+    """A frozen T5 encoder in evaluation mode.
 
     Source: Raffel et al. (2020), the encoder alone, as Imagen uses it (Saharia et al. 2022, section 2.1).
     """
@@ -61,14 +61,14 @@ class TextEncoder:
         captions: Captions = "as_is",
         null_text: NullText = "encoded",
     ) -> None:
-        """model: a T5Encoder, or transformers' T5EncoderModel. tokenizer: its own, which ends every text with </s>.
+        """model: a T5Encoder, or transformers' T5EncoderModel. tokenizer: the model's, which ends every text with </s>.
 
-        padded: texts are padded to `max_length` before the encoder, and what it gives for the padding belongs to the
-        embedding: for networks that were trained so, without a mask. captions: how texts are cleaned before.
-        null_text: what the embedding of an empty text is.
+        padded: texts are padded to `max_length` before encoding, and the output for the padding is part of the
+        embedding: for networks that were trained without a mask. captions: how texts are cleaned first. null_text: the
+        embedding of an empty text.
         """
         if max_length < 1:
-            raise CascadeError(f"max_length is {max_length}; at least 1 token, the end of the text, is needed")
+            raise CascadeError(f"max_length is {max_length}; use at least 1, for the end-of-text token")
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._dim: int = model.config.d_model
@@ -92,12 +92,12 @@ class TextEncoder:
     ) -> Self:
         """Load a T5 from a folder in transformers' layout, or from a hub id such as google/flan-t5-base.
 
-        The tokenizer may lie beside the weights or in a folder `tokenizer` beside theirs, as diffusers puts it.
-        Whatever exists or looks like a path never goes to the network. Weights are safetensors, nothing is
+        The tokenizer is in the folder of the weights, or in a folder `tokenizer` next to it, as in diffusers' layout.
+        A source that exists or looks like a path never causes a download. Weights are safetensors; nothing is
         unpickled. Raises CascadeError when there is no such folder or model, its files are damaged or
-        incomplete, or it is no T5. streamed: a folder's weights stay on disk and are read layer by layer.
+        incomplete, or it is not a T5. streamed: a folder's weights stay on disk and are read layer by layer.
         eight_bit: linear weights are int8 (bitsandbytes), a quarter of float32's memory; not with `streamed`.
-        reading: max_length, padded, captions and null_text, as the constructor has them.
+        reading: max_length, padded, captions and null_text of the constructor.
         """
         _check_dtype(dtype)
         local = is_local(source)
@@ -124,7 +124,7 @@ class TextEncoder:
 
     @property
     def reading(self) -> TextReading:
-        """How prompts become tokens."""
+        """The settings by which prompts become tokens."""
         return TextReading(
             max_length=self.max_length, padded=self.padded, captions=self.captions, null_text=self.null_text
         )
@@ -150,7 +150,7 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of everything an embedding depends on: weights, tokenizer, max_length and dtype.
 
-        Computed when first asked for; the same in every process and on every device.
+        Computed on first use; equal in every process and on every device.
         """
         if self._fingerprint is None:
             ways = f" padded={self.padded} {self.captions}" if self.padded or self.captions != "as_is" else ""
@@ -168,9 +168,9 @@ class TextEncoder:
     def encode(self, prompts: Sequence[Text], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, one or more: (B, N, D) with N the longest, and their mask.
 
-        The empty prompt is the null text; what it gives follows `null_text`. One prompt at a time by default: a matrix
-        product may differ in its last bits between batch sizes, and an embedding should not depend on its neighbours.
-        Equal prompts are encoded once. A prompt of more than `max_length` tokens is cut; a warning says where.
+        The empty prompt is the null text, whose embedding follows `null_text`. The default is one prompt at a time: a
+        matrix product may differ in its last bits between batch sizes, and an embedding should not depend on its batch.
+        Equal prompts are encoded once. A prompt of more than `max_length` tokens is cut, with a warning.
         Words with weights: see `_emphasized`.
         """
         assert not isinstance(prompts, str), "encode takes a list of prompts"
@@ -178,7 +178,7 @@ class TextEncoder:
         plain = [prepare_caption(prompt, self.captions) for prompt in prompts if isinstance(prompt, str)]
         distinct = list(dict.fromkeys(plain))
         ids = {prompt: self._tokenize(prompt) for prompt in distinct}
-        distinct.sort(key=lambda prompt: len(ids[prompt]))  # like lengths together: less padding in a batch
+        distinct.sort(key=lambda prompt: len(ids[prompt]))  # similar lengths together need less padding
         rows: dict[str, Tensor] = {}
         for start in range(0, len(distinct), batch_size):
             batch = distinct[start : start + batch_size]
@@ -191,8 +191,20 @@ class TextEncoder:
             [emphasized[prompt] if isinstance(prompt, Emphasized) else rows[next(each)] for prompt in prompts]
         )
 
+    def spans(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text that is read for a prompt, and the place of each of its tokens in it: (first letter, one past last).
+
+        No tokens for a tokenizer that does not keep their places.
+        """
+        text = well_formed(prepare_caption(prompt, self.captions))
+        try:
+            found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        except NotImplementedError:  # transformers' tokenizers in Python
+            return text, []
+        return text, [tuple(span) for span in found][: self.max_length]
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the weights to `device`, cast them to `dtype`, and return this encoder; one in 8 bits stays."""
+        """Move the weights to `device`, cast them to `dtype`, and return this encoder; an 8-bit one is not moved."""
         if self.eight_bit:
             return self
         if dtype is not None and dtype != self.dtype:
@@ -206,17 +218,17 @@ class TextEncoder:
         return self
 
     def release(self) -> None:
-        """Free the weights; `dim` and a fingerprint that was asked for before remain, `encode` does not."""
+        """Free the weights. Afterwards `dim` and an already computed fingerprint work, `encode` does not."""
         self._model = None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer so that `from_pretrained(folder)` gives the same embeddings.
 
-        Weights that bf16 holds exactly, such as those that came from a bf16 file, are written as bf16. A text
-        encoder that stood in `folder` is replaced; raises CascadeError if anything else stands there.
+        Weights that bf16 represents exactly, such as those read from a bf16 file, are written as bf16. A text encoder
+        in `folder` is replaced; raises CascadeError if the folder holds anything else.
         """
         if self.eight_bit:
-            raise CascadeError(f"{folder}: a text encoder in 8 bits is not written; load it without eight_bit first")
+            raise CascadeError(f"{folder}: an 8-bit text encoder cannot be saved; load it without eight_bit first")
         folder = plain_path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise CascadeError(f"{folder}: holds other files; name a new or empty folder for the text encoder")
@@ -226,7 +238,7 @@ class TextEncoder:
             self._tokenizer.save_pretrained(temporary)
             name_tokenizer_portably(temporary)
             for file in temporary.iterdir():
-                file.chmod(0o644)  # safetensors writes what only its owner may read
+                file.chmod(0o644)  # safetensors writes files that only their owner may read
 
     def _loaded(self) -> Any:
         if self._model is None:
@@ -256,7 +268,7 @@ class TextEncoder:
         return result
 
     def _embed(self, ids: Sequence[Sequence[int]], unseen: Sequence[bool] = ()) -> list[Tensor]:
-        """Token ids -> embeddings, each (n, D): unpadded, or all of max_length where `padded`.
+        """Token ids -> embeddings, each (n, D): unpadded, or of length max_length where `padded`.
 
         unseen: tokens that the others do not attend to.
         """
@@ -266,7 +278,7 @@ class TextEncoder:
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         mask[:, : len(unseen)] &= ~torch.tensor(list(unseen), dtype=torch.bool)
         inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
-        # A run's autocast is for its network. Training reads text outside of it, and T5-XXL overflows float16.
+        # Autocast is meant for the run's network. Training encodes text outside of it, and T5-XXL overflows float16.
         with torch.autocast(self.device.type, enabled=False):
             hidden = self._loaded()(**inputs).last_hidden_state
         if self.padded:
@@ -274,7 +286,7 @@ class TextEncoder:
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
 
     def _tokenize(self, prompt: str) -> list[int]:
-        """At most `max_length` token ids; a text that is cut still ends with </s>, as every text T5 saw."""
+        """At most `max_length` token ids; a cut text still ends with </s>, as all of T5's training texts did."""
         ids: list[int] = self._tokenizer(well_formed(prompt), verbose=False)["input_ids"]
         if len(ids) <= self.max_length:
             return ids
@@ -289,14 +301,14 @@ class TextEncoder:
         kept, lost = text[:end], text[end:]
         return (
             f"the prompt {quoted(_shorten(prompt))} has {count} tokens, more than max_length {self.max_length}:"
-            f" it was cut after {quoted(' '.join(kept.split()[-4:]))}, before {quoted(' '.join(lost.split()[:4]))}"
+            f" cut after {quoted(' '.join(kept.split()[-4:]))}, before {quoted(' '.join(lost.split()[:4]))}"
         )
 
 
 def _load(
     where: str, local: bool, device: torch.device | str | None, dtype: torch.dtype, streamed: bool, eight_bit: bool
 ) -> tuple[Any, Any]:
-    """Model and tokenizer, by transformers only where its import is needed."""
+    """Model and tokenizer, loaded by transformers only where necessary."""
     if local and not streamed and not eight_bit:
         own = load_own_t5(Path(where), dtype)
         if own is not None:
@@ -310,20 +322,20 @@ def _load(
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise CascadeError(
-            f"text encoder: dtype {str(dtype).removeprefix('torch.')} is not offered; use float32 or bfloat16"
+            f"text encoder: dtype {str(dtype).removeprefix('torch.')} is not supported; use float32 or bfloat16"
             " (T5's activations overflow float16)"
         )
 
 
 def _halved(model: Any) -> Any:
-    """A bf16 copy of the model if no weight changes by it, else the model itself."""
+    """A bf16 copy of the model if bf16 represents every weight exactly, else the model itself."""
     if all(torch.equal(weight, weight.bfloat16().to(weight.dtype)) for weight in model.parameters()):
         return copy.deepcopy(model).to(torch.bfloat16)
     return model
 
 
 def _describe(tokenizer: Any) -> str:
-    """All that decides a text's ids, as canonical JSON; without truncation and padding, unused here."""
+    """Everything that decides a text's ids, as canonical JSON; truncation and padding are not used and left out."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend = {name: part for name, part in backend.items() if name not in ("truncation", "padding")}
     backend["split_special_tokens"] = tokenizer.split_special_tokens

@@ -1,4 +1,4 @@
-"""A T5's folder or hub id -> transformers' model and tokenizer; whatever is wrong with them becomes one line."""
+"""Loading a T5's model and tokenizer from a folder or hub id; every failure becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from cascade.text.t5_network import T5Encoder, T5Settings
 from cascade.text.tokenizer import Tokenizer, is_plain
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-"""The embedding's two names in files."""
+"""The second name of the embedding in files, and the first."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether `source` means a folder: a Path, or text that exists or cannot be a hub id ([owner/]name)."""
+    """Whether `source` is a folder: a Path, or text that exists as a path or cannot be a hub id ([owner/]name)."""
     return isinstance(source, Path) or _HUB_ID.fullmatch(source) is None or Path(source).exists()
 
 
 def check_folder(folder: Path) -> None:
-    """Missing files by name. transformers would make up an empty tokenizer in place of a missing one."""
+    """Raise CascadeError that names a missing file; transformers would invent an empty tokenizer."""
     if not folder.is_dir():
         raise CascadeError(
             f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
             " tokenizer.json, or a hub id such as google/flan-t5-base"
         )
     if not _has_tokenizer(tokenizer_folder(folder)):
-        raise CascadeError(f"{folder}: there is no tokenizer.json; copy the tokenizer's files beside the weights")
+        raise CascadeError(f"{folder}: no tokenizer.json; copy the tokenizer's files into this folder")
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -50,13 +50,13 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a text encoder's folder is: in it, or beside it as in diffusers' layout."""
+    """The folder of a text encoder's tokenizer: the same folder, or the one next to it in diffusers' layout."""
     beside = folder.parent / "tokenizer"
     return folder if _has_tokenizer(folder) or not beside.is_dir() else beside
 
 
 def name_tokenizer_portably(folder: Path) -> None:
-    """Name a saved tokenizer's class as every release of transformers reads it; 5.x writes an internal name."""
+    """Replace a saved tokenizer's class name by one that every release of transformers reads; 5.x's is internal."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -65,7 +65,7 @@ def name_tokenizer_portably(folder: Path) -> None:
 
 
 def text_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a text encoder: full precision where there is any."""
+    """The safetensors files of a text encoder, in full precision if available."""
     files = sorted(folder.glob("*.safetensors"))
     return one_variant(files)
 
@@ -77,7 +77,7 @@ def _variant(folder: Path) -> str | None:
 
 
 def load_own_t5(folder: Path, dtype: torch.dtype) -> tuple[T5Encoder, Tokenizer] | None:
-    """Model and tokenizer of a checked folder without transformers; None where it needs more than `T5Encoder` can.
+    """Model and tokenizer of a checked folder, without transformers; None for a model that `T5Encoder` lacks.
 
     Raises CascadeError as `load_t5` does.
     """
@@ -88,7 +88,7 @@ def load_own_t5(folder: Path, dtype: torch.dtype) -> tuple[T5Encoder, Tokenizer]
         settings = T5Settings.model_validate(read_json_file(config))
     except ValueError:
         return None
-    with _told_in_one_line(str(folder), local=True):
+    with _errors_in_one_line(str(folder), local=True):
         tokenizer = Tokenizer(words)
         _check_tokenizer(str(folder), tokenizer, settings.vocab_size)
         with torch.device("meta"):
@@ -102,7 +102,7 @@ def load_own_t5(folder: Path, dtype: torch.dtype) -> tuple[T5Encoder, Tokenizer]
 
 
 def _read_weights(files: Sequence[Path], names: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Those tensors of the files that an encoder has; a decoder's are left where they are."""
+    """The encoder's tensors in the files, without a decoder's."""
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as stored:
@@ -114,10 +114,10 @@ def _read_weights(files: Sequence[Path], names: Collection[str], dtype: torch.dt
 
 
 def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer of a checked folder or a hub id. Raises CascadeError, whatever the libraries raise."""
+    """Model and tokenizer of a checked folder or a hub id. Raises CascadeError for any error of the libraries."""
     from transformers import T5EncoderModel
 
-    with _told_in_one_line(where, local):
+    with _errors_in_one_line(where, local):
         config, tokenizer = _config_and_tokenizer(where, local)
         model, loaded = T5EncoderModel.from_pretrained(
             where,
@@ -136,14 +136,14 @@ def load_t5(where: str, local: bool, dtype: torch.dtype, quantized: Mapping[str,
 
 
 def streamed_t5(folder: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The same of a checked folder, but the weights stay on disk: hooks fetch those of the layer that runs."""
+    """Model and tokenizer of a checked folder, with the weights on disk: hooks fetch those of the layer that runs."""
     from transformers import T5EncoderModel
 
-    with _told_in_one_line(str(folder), local=True):
+    with _errors_in_one_line(str(folder), local=True):
         config, tokenizer = _config_and_tokenizer(str(folder), local=True)
         with torch.device("meta"):
             model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
-        stream(model, text_weights(folder), device, ALIASES, whole=False)  # some files hold a decoder, too
+        stream(model, text_weights(folder), device, ALIASES, whole=False)  # some files also hold a decoder
     return model, tokenizer
 
 
@@ -153,7 +153,7 @@ def _config_and_tokenizer(where: str, local: bool) -> tuple[Any, Any]:
     options = {"local_files_only": local, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(where, **options)
     if config.model_type != "t5":
-        raise CascadeError(f"{where}: is a {config.model_type}, not a T5; give the folder or hub id of a T5")
+        raise CascadeError(f"{where}: holds a {config.model_type}, not a T5; name the folder or hub id of a T5")
     words = str(tokenizer_folder(Path(where))) if local else where
     tokenizer = AutoTokenizer.from_pretrained(words, **options)
     _check_tokenizer(where, tokenizer, config.vocab_size)
@@ -161,17 +161,17 @@ def _config_and_tokenizer(where: str, local: bool) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _told_in_one_line(where: str, local: bool) -> Iterator[None]:
-    """Damaged files raise OSError, ValueError, TypeError, SafetensorError and more; here all become CascadeError."""
+def _errors_in_one_line(where: str, local: bool) -> Iterator[None]:
+    """Turn any error into a one-line CascadeError: damaged files raise OSError, ValueError, TypeError and more."""
     try:
         yield
     except CascadeError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        way_out = "copy the folder again" if local else "check the name and the network, or give a local folder"
+        way_out = "copy the folder again" if local else "check the name and the network, or name a local folder"
         raise CascadeError(
-            f"{where}: not loadable as a T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
+            f"{where}: not a loadable T5 text encoder with safetensors weights: {reason[0].rstrip('.')}; {way_out}"
         ) from error
 
 
@@ -183,7 +183,7 @@ def eight_bit_options(device: torch.device | str | None) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it tells of every cast
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it reports every cast
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
 
 
@@ -194,12 +194,12 @@ def _check_tokenizer(where: str, tokenizer: Any, vocab_size: int) -> None:
             " different models"
         )
     if tokenizer(NULL_TEXT)["input_ids"] != [tokenizer.eos_token_id]:
-        raise CascadeError(f"{where}: the tokenizer does not end a text with </s>; use the one T5 was trained with")
+        raise CascadeError(f"{where}: the tokenizer does not end a text with </s>; use the tokenizer of the T5")
 
 
 @contextmanager
 def quiet(*, progress: bool) -> Iterator[None]:
-    """transformers' reports off, since our errors say what is wrong; its bars too, unless for a download."""
+    """Silence transformers' reports, since CascadeError replaces them; and its progress bars, except for a download."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""The encoder of T5 alone, with transformers' names of weights and its numbers to the bit.
+"""The encoder of T5, with the parameter names of transformers and results equal to its own in bits.
 
-transformers needs seconds to import what its T5 stands on, which is as long as a picture takes. So a folder of our own
-kind is read by this module; transformers reads all others, and those in 8 bits or streamed from the disk.
+Importing transformers' T5 takes seconds, as long as drawing a picture. This module therefore reads the folders that it
+supports; transformers reads all others, as well as 8-bit and streamed weights.
 
 Source: Raffel et al. (2020); the gated feed-forward layer of T5 v1.1: Shazeer (2020), GLU variants.
 """
@@ -19,13 +19,13 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 
 from cascade.checkpoint import save_tensors, write_json
 
-EXACT_BUCKETS = 8  # of each direction's sixteen: distances 0 to 7 have one of their own
+EXACT_BUCKETS = 8  # of sixteen per direction: each distance from 0 to 7 has its own
 
 
 class T5Settings(BaseModel):
     """The config.json of an encoder. A folder for which this raises ValidationError is left to transformers."""
 
-    model_config = ConfigDict(extra="allow")  # what transformers writes beside these is kept, and written again
+    model_config = ConfigDict(extra="allow")  # transformers' other keys are kept and written back
 
     model_type: Literal["t5"]
     vocab_size: int = Field(gt=0)
@@ -41,7 +41,7 @@ class T5Settings(BaseModel):
 
 
 class Hidden(NamedTuple):
-    """What the encoder gives, under the name that transformers has for it."""
+    """The encoder's output, under transformers' name for it."""
 
     last_hidden_state: Tensor
     """(B, N, D)."""
@@ -85,7 +85,7 @@ class _Stack(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         attention: _Attention = self.get_submodule("block.0.layer.0.SelfAttention")  # type: ignore[assignment]
-        bias = attention.position_bias(x.shape[1])  # of every layer, though the first one holds it
+        bias = attention.position_bias(x.shape[1])  # used by every layer, stored in the first
         bias = torch.where(mask[:, None, None, :], bias, torch.finfo(bias.dtype).min)
         for block in self.block:
             x = block(x, bias)
@@ -125,7 +125,7 @@ class _FeedForwardLayer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention with a learned bias for the distance between two tokens, and without a scale."""
+    """Self-attention with a learned bias for the distance between two tokens, without scaling the logits."""
 
     def __init__(self, config: T5Settings, has_bias: bool) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Attention(nn.Module):
 
 
 def _bucket(distance: Tensor, max_distance: int) -> Tensor:
-    """Signed distances in tokens -> rows of the bias: near ones have a row each, far ones share rows by logarithm."""
+    """Signed distances in tokens -> rows of the bias: one row per short distance, long ones share rows by logarithm."""
     far = distance.abs()
     steps = torch.log(far.float() / EXACT_BUCKETS) / math.log(max_distance / EXACT_BUCKETS) * EXACT_BUCKETS
     shared = (EXACT_BUCKETS + steps.to(torch.long)).clamp(max=2 * EXACT_BUCKETS - 1)
@@ -178,17 +178,17 @@ class _GatedFeedForward(nn.Module):
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU's approximation by tanh; torch's own differs in the last bit."""
+    """GELU approximated by tanh; torch's differs from transformers' in the last bit."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Without first weights: to draw them on the meta device, torch imports its compiler."""
+    """An embedding without initialization, for which torch would import its compiler on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width))
 
 
 class _RMSNorm(nn.Module):
-    """x over its root mean square, which is taken in float32, times a weight."""
+    """x divided by its root mean square, computed in float32, times a weight."""
 
     def __init__(self, config: T5Settings) -> None:
         super().__init__()

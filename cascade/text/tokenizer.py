@@ -1,4 +1,4 @@
-"""A tokenizer.json read by the library `tokenizers` alone: the ids that transformers gives, without its import."""
+"""A tokenizer.json read by the library `tokenizers`: the same ids as transformers', without importing it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cascade.checkpoint import write_text
 from cascade.files.parsed import read_json_file
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Each tokenizer_class that takes a tokenizer.json as it is; others, such as T5Tokenizer, change it as they load it."""
+"""Tokenizer classes that use a tokenizer.json unchanged; others, such as T5Tokenizer, modify it on loading."""
 
 
 class Tokenizer:
-    """Texts -> token ids; as much of transformers' PreTrainedTokenizerFast as an encoder needs, by its names."""
+    """Texts -> token ids: the part of transformers' PreTrainedTokenizerFast that an encoder needs, with its names."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: holds tokenizer.json and tokenizer_config.json. Raises whatever `tokenizers` raises."""
+        """folder: holds tokenizer.json and tokenizer_config.json. Lets errors of `tokenizers` through."""
         from tokenizers import Tokenizer as Backend
 
         self._config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ class Tokenizer:
         verbose: bool = True,  # noqa: ARG002 (transformers warns of long texts by it)
         return_offsets_mapping: bool = False,
     ) -> dict[str, Any]:
-        """`input_ids` of a text, or of each text; `offset_mapping`, where asked for, holds each token's place in it."""
+        """`input_ids` of a text, or of each text; on request `offset_mapping`, each token's place in the text."""
         one = isinstance(text, str)
         encoded = self.backend_tokenizer.encode_batch([text] if isinstance(text, str) else list(text))
         found: dict[str, Any] = {"input_ids": [each.ids for each in encoded]}
@@ -56,11 +56,11 @@ class Tokenizer:
 
 
 def is_plain(folder: Path) -> bool:
-    """Whether a folder's tokenizer is a tokenizer.json that needs nothing of transformers."""
+    """Whether a folder's tokenizer is a tokenizer.json that does not need transformers."""
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         return False
     try:
         settings = read_json_file(folder / "tokenizer_config.json")
     except ValueError:
-        return False  # transformers' error names what is wrong with it
+        return False  # transformers then raises an error that describes the problem
     return isinstance(settings, dict) and settings.get("tokenizer_class") in PLAIN_CLASSES

@@ -1,4 +1,4 @@
-"""How long captions are in tokens, without the weights of the encoder."""
+"""Lengths of captions in tokens, without the weights of the encoder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cascade.text.tokenizer import Tokenizer, is_plain
 
 
 class TokenCounter:
-    """Counts the tokens that an encoder would see, before any are cut."""
+    """Counts the tokens of a text as the encoder would read them, before truncation."""
 
     def __init__(self, source: str | Path, captions: Captions = "as_is") -> None:
-        """source: folder or hub id of the encoder. captions: how texts are cleaned before.
+        """source: folder or hub id of the encoder. captions: how texts are cleaned first.
 
         Raises CascadeError when there is no such folder or tokenizer.
         """
@@ -42,7 +42,7 @@ class TokenCounter:
 
 
 def _load(source: str | Path, local: bool) -> Any:
-    """The tokenizer, by transformers only where its import is needed."""
+    """The tokenizer, loaded by transformers only where necessary."""
     if local and is_plain(path_of(source)):
         return Tokenizer(path_of(source))
     from transformers import AutoTokenizer

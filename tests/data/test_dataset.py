@@ -75,9 +75,9 @@ def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_pat
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "x"}',
-            "no column 'caption'; there are file_name, text",
+            "no column 'caption'; the columns are file_name, text",
         ),
-        ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; there are caption, file"),
+        ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; the columns are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
         (
             "metadata.csv",
@@ -85,7 +85,7 @@ def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_pat
             "line 2: not valid CSV: field larger",
         ),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: expected an object"),
-        ("metadata.csv", "file_name,caption\na.png,a fox, red\n", "line 2: 3 cells, the header has 2"),
+        ("metadata.csv", "file_name,caption\na.png,a fox, red\n", "line 2: 3 cells, but the header has 2"),
         ("metadata.csv", 'file_name,caption\na.png,"a fox with a 12" hat"\n', "line 2: not valid CSV: ',' expected"),
         ("metadata.csv", 'file_name,caption\na.png,"a fox\nb.png,two\nc.png,three\n', "metadata.csv:2: the quote"),
         ("metadata.csv", "file_name,caption\na.png,a\0fox\n", "metadata.csv: holds zero bytes"),
@@ -179,22 +179,22 @@ def test_a_data_set_in_a_folder_that_the_library_takes_for_a_pattern_is_refused(
     """It would read nothing, or what lies in `bb`."""
     write_parquet(tmp_path / name / "train.parquet", 7, 1)
     write_parquet(tmp_path / "bb" / "train.parquet", 0, 1)
-    with pytest.raises(CascadeError, match=r"for a pattern; rename the folder, or read it with kind: parquet"):
+    with pytest.raises(CascadeError, match=r"as a pattern; rename the folder, or read it with kind: parquet"):
         open_source(HubSource(name=f"{tmp_path}/{name}", streaming=streaming), 8, (0,))
 
 
 def test_brackets_that_match_nothing_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(CascadeError, match=r"no file matches; brackets mean any of the letters inside: write \[\[\]"):
+    with pytest.raises(CascadeError, match=r"no file matches; brackets match any letter inside them: write \[\[\]"):
         open_records(ParquetSource(files=(f"{tmp_path}/a[1]/*.parquet",)))
 
 
 def test_a_missing_column_is_answered_with_the_columns_there_are(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "one.parquet", 0, 1)
-    with pytest.raises(CascadeError, match=r"one.parquet: no column 'text'; there are image, caption, captions"):
+    with pytest.raises(CascadeError, match=r"one.parquet: no column 'text'; the columns are image, caption, captions"):
         open_records(ParquetSource(files=(str(path),), caption_column="text"))
     for streaming in (False, True):
         source = HubSource(name=str(tmp_path), image_column="picture", streaming=streaming)
-        with pytest.raises(CascadeError, match="no column 'picture'; there are image, caption, captions"):
+        with pytest.raises(CascadeError, match="no column 'picture'; the columns are image, caption, captions"):
             open_source(source, 8, (0,)).record(0)
 
 
@@ -202,7 +202,7 @@ def test_files_that_are_not_there_or_not_parquet_are_named(tmp_path: Path) -> No
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
     for pattern, message in {
         "*.none": "no file matches",
-        "": "it is a folder: give folder/",
+        "": "it is a folder: use folder/",
         "bad.parquet": "bad.parquet: not a readable Parquet file",
     }.items():
         with pytest.raises(CascadeError, match=message):
@@ -238,7 +238,7 @@ def test_a_cache_that_may_not_be_written_is_told_with_the_way_to_another(
 
 def test_a_file_without_rows_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "empty.parquet", 0, 0)
-    with pytest.raises(CascadeError, match="there are no rows"):
+    with pytest.raises(CascadeError, match="no rows"):
         open_records(ParquetSource(files=(str(path),)))
 
 
@@ -355,7 +355,7 @@ def test_a_stream_that_got_shorter_is_named() -> None:
     source = StreamSource(stream, 5, "numbers", (0,))
     used(source, range(11))
     stream.records = Numbers(7)
-    with pytest.raises(CascadeError, match="ended after fewer records than the first time"):
+    with pytest.raises(CascadeError, match="ended earlier than in its first epoch"):
         used(source, range(10, 30))
 
 
@@ -448,7 +448,7 @@ def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     open_records(FolderSource(path=str(tmp_path)))
-    assert f"data source {tmp_path}: 2 left out, the first: {tmp_path}/gone: cannot be read" in caplog.text
+    assert f"data source {tmp_path}: 2 files left out, the first: {tmp_path}/gone: cannot be read" in caplog.text
 
 
 def test_a_pipe_beside_a_picture_or_in_the_place_of_a_list_is_not_waited_for(tmp_path: Path) -> None:

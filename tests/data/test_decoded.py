@@ -123,7 +123,7 @@ def test_a_file_of_another_size_and_a_full_disk_are_told_with_the_way_out(
     Views(data, STAGE, 0)
     (stored,) = (tmp_path / "decoded").glob("*.pixels")
     stored.write_bytes(b"half")
-    with pytest.raises(CascadeError, match=r"not of the size .*; delete"):
+    with pytest.raises(CascadeError, match=r"its size differs from .*; delete"):
         Views(data, STAGE, 0)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 100}))
     with pytest.raises(CascadeError, match=r"data.decoded: 12 pictures of 8 px take .* name another folder"):

@@ -204,7 +204,7 @@ def test_captions_are_those_of_all_sources_that_end_without_their_pictures(
     streamed = [f"picture {number}" for number in range(100, 109)]
     assert captions == [*(f"picture {number}" for number in range(7)), *variants, *streamed]
     assert [record.message for record in caplog.records] == [
-        f"data source {tmp_path}/hub: the whole stream is read once, for its captions"
+        f"data source {tmp_path}/hub: reading the whole stream once, for its captions"
     ]
 
 

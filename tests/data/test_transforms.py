@@ -120,7 +120,9 @@ def test_a_records_own_smaller_picture_is_cut_and_mirrored_as_the_large_one(sett
 
 def test_a_smaller_picture_of_another_size_is_a_bad_record() -> None:
     record = replace(as_record(random_picture(64, 64)), low=Image.new("RGB", (8, 16)))
-    with pytest.raises(BadRecordError, match="its smaller picture has 8x16, the picture 64x64; expected 4 times"):
+    with pytest.raises(
+        BadRecordError, match="its smaller picture has 8x16 and the picture 64x64; expected a ratio of 4"
+    ):
         training_pair(record, data(), SUPER_RESOLUTION, random.Random(0))
 
 

@@ -54,7 +54,7 @@ class OfOnce(Dataset[Once]):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_reader_that_is_killed_is_told_and_not_waited_for(workers: int) -> None:
     start, seen = time.monotonic(), []
-    with pytest.raises(ReaderDiedError, match=r"was killed, as a rule for want of memory; lower data\.workers"):
+    with pytest.raises(ReaderDiedError, match=r"was killed, usually for lack of memory; lower data\.workers"):
         seen += [int(item[0]) for item in read_by_workers(Numbers(fatal=5), range(100), workers)]
     assert time.monotonic() - start < PATIENCE_SECONDS
     assert multiprocessing.active_children() == []
@@ -91,7 +91,7 @@ def test_small_shared_memory_is_done_without_and_told_once(
     )  # of one item, and less than two processes may need
     assert numbers(2) == list(range(20))
     (record,) = caplog.records
-    assert "0.0 MB free, too little for data.workers: what they read comes through pipes" in record.message
+    assert "0.0 MB free, too little for data.workers: items are sent through pipes" in record.message
 
 
 def test_without_any_shared_memory_the_process_reads_itself(
@@ -102,4 +102,4 @@ def test_without_any_shared_memory_the_process_reads_itself(
 
     monkeypatch.setattr(multiprocessing, "Lock", refuse)
     assert numbers(2) == list(range(20))
-    assert "/dev/shm cannot be written, which processes need that read; this one reads" in caplog.text
+    assert "/dev/shm cannot be written, so no reading processes can start; the main process reads" in caplog.text

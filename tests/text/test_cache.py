@@ -204,7 +204,7 @@ def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
             EmbeddingCache.open(folder)
         assert "\n" not in str(caught.value)
     save_tensors(shard, {"tokens": torch.zeros(3, 4), "lengths": torch.ones(2).int(), "keys": torch.zeros(2, 32)})
-    with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: its parts do not fit together"):
+    with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: its tensors do not fit together"):
         EmbeddingCache.open(folder)
     shard.unlink()
     with pytest.raises(CascadeError, match=r"shard-0-00001\.safetensors: no such file"):
@@ -306,7 +306,7 @@ def test_processes_share_the_captions_without_overlap_or_loss(tmp_path: Path) ->
 def test_two_that_fill_under_one_number_are_kept_apart(tmp_path: Path) -> None:
     first, second = (EmbeddingCache(tmp_path, "counting", 4) for _ in range(2))
     with first.alone(0):
-        with pytest.raises(CascadeError, match="is being filled already"):
+        with pytest.raises(CascadeError, match="another process is filling it"):
             fill(second, CountingEncoder(), CAPTIONS)
         fill(second, CountingEncoder(), CAPTIONS, share=(1, 2))
     fill(second, CountingEncoder(), CAPTIONS)

@@ -277,7 +277,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_settings_that_make_no_sense_say_what_to_use(folder: Path) -> None:
-    with pytest.raises(CascadeError, match=r"float16 is not offered; use float32 or bfloat16"):
+    with pytest.raises(CascadeError, match=r"float16 is not supported; use float32 or bfloat16"):
         TextEncoder.from_pretrained(folder, dtype=torch.float16)
     with pytest.raises(CascadeError, match="max_length is 0"):
         TextEncoder.from_pretrained(folder, max_length=0)
