@@ -46,7 +46,6 @@ from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, check_memory, shortage_names
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
-from cascade.text.language import Text
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
 
@@ -189,7 +188,7 @@ class CascadePipeline:
         parts = regions_of(regions)
         if prompt_embeds is not None and (prompt_language or parts.entries):
             raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
-        said |= {"language": prompt_language, "regions": parts.entries}
+        entries |= {"language": prompt_language, "regions": parts.entries}
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size)
@@ -307,7 +306,7 @@ class CascadePipeline:
         self.enlargers = self.slots if shared else [moved[id(slot)] for slot in self.enlargers]
         return self
 
-    def encode(self, texts: Sequence[Text]) -> TextEmbeddings:
+    def encode(self, texts: Sequence[str]) -> TextEmbeddings:
         """Embeddings of texts, each encoded alone and padded to the full length; `low_memory` then releases T5."""
         with self._text.reading() as encoder:
             embeddings = encoder.encode(texts)

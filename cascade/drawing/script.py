@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.text.language import Phase, Portion, Text, read_prompt
+from cascade.text.language import Phase, Portion, read_prompt
 
 if TYPE_CHECKING:
     from cascade.drawing.recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Line:
     """One prompt of a phase. weight: see `Portion`. region: index in the recipe; None: the whole picture."""
 
-    text: Text
+    text: str
     weight: float = 1.0
     region: int | None = None
 

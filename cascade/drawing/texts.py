@@ -12,12 +12,11 @@ from cascade.drawing.edit import region_mask
 from cascade.drawing.script import Line, Script, layered, script_of
 from cascade.drawing.task import Task
 from cascade.text.embeddings import TextEmbeddings, join
-from cascade.text.language import Text
 
 KEPT = 256
 """Number of embeddings kept between two calls."""
 
-Encode = Callable[[Sequence[Text]], TextEmbeddings]
+Encode = Callable[[Sequence[str]], TextEmbeddings]
 """Texts -> their embeddings, all padded to one length: sums over more tokens may differ in the last bits, and a picture
 must not depend on the length of other pictures' texts."""
 Rows = Callable[[Sequence[Task], tuple[int, int]], Texts]
@@ -29,13 +28,13 @@ class RecentTexts:
 
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
-        self._known: dict[Text, TextEmbeddings] = {}
+        self._known: dict[str, TextEmbeddings] = {}
 
     def of(self, tasks: Sequence[Task]) -> Rows:
         """Encode the new texts of `tasks`; returns a function from a batch of them to its rows."""
         texts = dict.fromkeys(text for task in tasks for text in _read(task))
         self._learn(texts)
-        known: dict[Text | Task, TextEmbeddings] = {text: self._known[text] for text in texts}
+        known: dict[str | Task, TextEmbeddings] = {text: self._known[text] for text in texts}
         known |= {task: task.text for task in tasks if task.text is not None}
         table, row = join(list(known.values())), {key: place for place, key in enumerate(known)}
         for text in list(self._known)[: max(0, len(self._known) - KEPT)]:
@@ -65,7 +64,7 @@ class RecentTexts:
 
         return rows
 
-    def _learn(self, texts: Iterable[Text]) -> None:
+    def _learn(self, texts: Iterable[str]) -> None:
         """Encode unknown texts, and mark all of `texts` as the most recently used."""
         missing = [text for text in texts if text not in self._known]
         if missing:
@@ -81,7 +80,7 @@ def form_of(script: Script) -> object | None:
     return tuple((scene.start, tuple(line.region for line in scene.own), len(scene.null)) for scene in script)
 
 
-def _read(task: Task) -> Iterator[Text]:
+def _read(task: Task) -> Iterator[str]:
     """The texts of a task that an encoder reads."""
     for scene in script_of(task.recipe):
         for line in (*scene.own, *scene.null):

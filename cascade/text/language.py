@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
-from cascade.quoting import quoted, shown
-from cascade.text.captions import prepare_caption
-
-if TYPE_CHECKING:
-    from cascade.config.data import Captions
+from cascade.quoting import shown
 
 STRONGER = 1.1
 """Factor of a pair of round brackets; a pair of square ones divides by it."""
@@ -44,26 +39,10 @@ class PromptSyntaxError(CascadeError):
 
 
 @dataclass(frozen=True)
-class Emphasized:
-    """A text whose words have weights. pieces: (text, weight) in order; their texts joined are the whole."""
-
-    pieces: tuple[tuple[str, float], ...]
-
-    @property
-    def text(self) -> str:
-        """The text without its weights."""
-        return "".join(text for text, _ in self.pieces)
-
-
-Text = str | Emphasized
-"""A text to encode; plain unless a weight differs from 1."""
-
-
-@dataclass(frozen=True)
 class Portion:
-    """One of the prompts that are composed, and its weight."""
+    """One of the prompts that are composed, and its weight; see `cascade.diffusion.guidance.compose`."""
 
-    text: Text
+    text: str
     weight: float = 1.0
 
 
@@ -98,32 +77,14 @@ def read_prompt(text: str) -> tuple[Phase, ...]:
         raise PromptSyntaxError("expected at least one part with a weight above 0", text, 0)
     shares = sorted({0.0, *(share for nodes, _ in parts for share in _shares(nodes) if share < 1)})
     return tuple(
-        Phase(share, tuple(Portion(_text_at(nodes, share), weight) for nodes, weight in parts)) for share in shares
+        Phase(share, tuple(one for nodes, weight in parts for one in _portions(nodes, share, weight)))
+        for share in shares
     )
 
 
 def escaped(text: str) -> str:
     """A plain text as a prompt in the prompt language."""
     return re.sub(r"([()\[\]:\\])", r"\\\1", text)
-
-
-def cleaned_places(text: Emphasized, captions: Captions) -> tuple[str, list[tuple[int, int, float]]]:
-    """The text as the encoder reads it, and (start, end, weight) of the words whose weight is not 1.
-
-    Raises CascadeError if cleaning changes weighted words so that they are not found again.
-    """
-    whole, places, place = prepare_caption(text.text, captions), list[tuple[int, int, float]](), 0
-    for piece, weight in text.pieces:
-        words = prepare_caption(piece, captions).strip()
-        start = whole.find(words, place)
-        if start >= 0:
-            place = start + len(words)
-        if weight == 1 or not words:
-            continue
-        if start < 0:
-            raise CascadeError(f"prompt: {quoted(piece)} has a weight, but cleaning changes it; leave the weight out")
-        places.append((start, place, weight))
-    return whole, places
 
 
 def _composed(text: str) -> Iterator[tuple[int, int, float]]:
@@ -237,17 +198,21 @@ def _shares(nodes: Sequence[_Node]) -> Iterator[float]:
             yield from _shares(node.nodes)
 
 
-def _text_at(nodes: Sequence[_Node], share: float) -> Text:
-    """The text that is read from a share of the steps, with equal neighbours joined."""
-    pieces: list[tuple[str, float]] = []
-    for text, weight in _pieces(nodes, share, 1.0):
-        if pieces and pieces[-1][1] == weight:
-            pieces[-1] = (pieces[-1][0] + text, weight)
-        else:
-            pieces.append((text, weight))
-    if all(weight == 1 for _, weight in pieces):
-        return "".join(text for text, _ in pieces).strip()
-    return Emphasized(tuple(pieces))
+def _portions(nodes: Sequence[_Node], share: float, weight: float) -> Iterator[Portion]:
+    """What is read from a share of the steps: the text, and for each weight in it the text without those words.
+
+    Words of weight w move the estimate x of the whole text to x + (w - 1) (x - x without them), as composed prompts.
+    """
+    pieces = list(_pieces(nodes, share, 1.0))
+    weights = [own for own in dict.fromkeys(own for text, own in pieces if text.strip()) if own != 1]
+    portions = [(_joined(pieces), weight * (1 + sum(own - 1 for own in weights)))]
+    portions += [(_joined((text, own) for text, own in pieces if own != left), weight * (1 - left)) for left in weights]
+    return (Portion(text, round(own, 6)) for text, own in portions if round(own, 6) != 0 or len(portions) == 1)
+
+
+def _joined(pieces: Iterable[tuple[str, float]]) -> str:
+    """A text without the white space that words left out leave behind."""
+    return re.sub(r" {2,}", " ", "".join(text for text, _ in pieces)).strip()
 
 
 def _pieces(nodes: Sequence[_Node], share: float, weight: float) -> Iterator[tuple[str, float]]:

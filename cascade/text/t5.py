@@ -21,7 +21,6 @@ from cascade.quoting import quoted
 from cascade.streaming import move_streamed
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.embeddings import NullText, TextEmbeddings
-from cascade.text.language import Emphasized, Text, cleaned_places
 from cascade.text.t5_files import (
     check_folder,
     eight_bit_options,
@@ -165,18 +164,16 @@ class TextEncoder:
         return self._fingerprint
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[Text], batch_size: int = 1) -> TextEmbeddings:
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:
         """The embeddings of `prompts`, one or more: (B, N, D) with N the longest, and their mask.
 
         The empty prompt is the null text, whose embedding follows `null_text`. The default is one prompt at a time: a
         matrix product may differ in its last bits between batch sizes, and an embedding should not depend on its batch.
         Equal prompts are encoded once. A prompt of more than `max_length` tokens is cut, with a warning.
-        Words with weights: see `_emphasized`.
         """
         assert not isinstance(prompts, str), "encode takes a list of prompts"
-        emphasized = {prompt: self._emphasized(prompt) for prompt in prompts if isinstance(prompt, Emphasized)}
-        plain = [prepare_caption(prompt, self.captions) for prompt in prompts if isinstance(prompt, str)]
-        distinct = list(dict.fromkeys(plain))
+        prompts = [prepare_caption(prompt, self.captions) for prompt in prompts]
+        distinct = list(dict.fromkeys(prompts))
         ids = {prompt: self._tokenize(prompt) for prompt in distinct}
         distinct.sort(key=lambda prompt: len(ids[prompt]))  # similar lengths together need less padding
         rows: dict[str, Tensor] = {}
@@ -186,10 +183,7 @@ class TextEncoder:
         if self.null_text == "zeros":
             nothing = self._tokenize("")
             rows = {prompt: row * 0 if ids[prompt] == nothing else row for prompt, row in rows.items()}
-        each = iter(plain)
-        return TextEmbeddings.from_rows(
-            [emphasized[prompt] if isinstance(prompt, Emphasized) else rows[next(each)] for prompt in prompts]
-        )
+        return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
     def spans(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
         """The text that is read for a prompt, and the place of each of its tokens in it: (first letter, one past last).
@@ -247,36 +241,12 @@ class TextEncoder:
             )
         return self._model
 
-    def _emphasized(self, text: Emphasized) -> Tensor:
-        """The embedding of a text whose words have weights: (n, D).
-
-        For each weight w, full + (w - 1) (full - without), where the tokens with that weight are hidden from the
-        encoder in `without`; several weights add up. Raises CascadeError if the cleaning of captions changes words.
-        """
-        whole, places = cleaned_places(text, self.captions)
-        ids = self._tokenize(whole)
-        spans = self._tokenizer(well_formed(whole), verbose=False, return_offsets_mapping=True)["offset_mapping"]
-        full = self._embed([ids])[0]
-        result = full
-        for weight in dict.fromkeys(weight for _, _, weight in places):
-            hidden = [
-                any(weight == own and start < last and first < end for first, last, own in places)
-                for start, end in spans[: len(ids)]
-            ]
-            hidden[-1] = False  # the end of the text
-            result = result + (weight - 1) * (full - self._embed([ids], hidden)[0])
-        return result
-
-    def _embed(self, ids: Sequence[Sequence[int]], unseen: Sequence[bool] = ()) -> list[Tensor]:
-        """Token ids -> embeddings, each (n, D): unpadded, or of length max_length where `padded`.
-
-        unseen: tokens that the others do not attend to.
-        """
+    def _embed(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Token ids -> embeddings, each (n, D): unpadded, or of length max_length where `padded`."""
         lengths = [len(row) for row in ids]
         longest = self.max_length if self.padded else max(lengths)
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        mask[:, : len(unseen)] &= ~torch.tensor(list(unseen), dtype=torch.bool)
         inputs = {"input_ids": on_device(padded, self.device), "attention_mask": on_device(mask, self.device)}
         # Autocast is meant for the run's network. Training encodes text outside of it, and T5-XXL overflows float16.
         with torch.autocast(self.device.type, enabled=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import cast
 
 from PIL import Image
 from torch import Tensor
@@ -16,7 +15,6 @@ from cascade.diffusion.samplers import OnStep
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Pass, Result, Task, Undrawn, enlarging
-from cascade.drawing.texts import Encode
 from cascade.images import contact_sheet, downsample, to_float, to_pil, to_uint8
 from cascade.slots import StageSlot
 from cascade.stage import Stage
@@ -107,9 +105,7 @@ def _drawn(stage: Stage, text: TextEncoderProtocol, tasks: Sequence[Task], on_st
     was_training = stage.network.training
     stage.network.eval()
     try:
-        results = {
-            result.task: result for result in Engine(cast(Encode, text.encode), stage.device, conduct).draw(tasks)
-        }
+        results = {result.task: result for result in Engine(text.encode, stage.device, conduct).draw(tasks)}
     finally:
         stage.network.train(was_training)
     return [_image(results[task]) for task in tasks]

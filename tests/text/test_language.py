@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from helpers_text import make_tiny_t5
 
-from cascade import CascadeError, TextEncoder
-from cascade.text.language import DEEPEST, Emphasized, PromptSyntaxError, Text, escaped, read_prompt
+from cascade.text.language import DEEPEST, PromptSyntaxError, escaped, read_prompt
 
 
-def only(prompt: str) -> Text:
-    ((phase,), *_) = (read_prompt(prompt),)
+def only(prompt: str) -> str:
+    (phase,) = read_prompt(prompt)
     (portion,) = phase.portions
+    assert portion.weight == 1
     return portion.text
 
 
 @pytest.mark.parametrize(
-    ("prompt", "weights"),
+    ("prompt", "portions"),
     [
-        ("(red:1.3) fox", {"red": 1.3, " fox": 1.0}),
-        ("(red) fox", {"red": 1.1, " fox": 1.0}),
-        ("((red)) fox", {"red": 1.21, " fox": 1.0}),
-        ("(a (red:2) fox:0.5)", {"a ": 0.5, "red": 1.0, " fox": 0.5}),
-        ("(at 10:30:1.2) z", {"at 10:30": 1.2, " z": 1.0}),
-        ("[red] fox", {"red": round(1 / 1.1, 6), " fox": 1.0}),
+        ("a (red:1.3) fox", {"a red fox": 1.3, "a fox": -0.3}),
+        ("a (red:0.5) fox", {"a red fox": 0.5, "a fox": 0.5}),
+        ("a (red:0) fox", {"a fox": 1.0}),
+        ("a (red) fox", {"a red fox": 1.1, "a fox": -0.1}),
+        ("a ((red)) fox", {"a red fox": 1.21, "a fox": -0.21}),
+        ("a [red] fox", {"a red fox": 0.909091, "a fox": 0.090909}),
+        ("(a (red:2) fox:0.5)", {"a red fox": 0.5, "red": 0.5}),
+        ("(big:1.5) (red:0.8) fox", {"big red fox": 1.3, "red fox": -0.5, "big fox": 0.2}),
+        ("(at 10:30:1.2) z", {"at 10:30 z": 1.2, "z": -0.2}),
+        ("a (red:1.5) fox:2 AND snow", {"a red fox": 3.0, "a fox": -1.0, "snow": 1.0}),
     ],
 )
-def test_brackets_weigh_words(prompt: str, weights: dict[str, float]) -> None:
-    text = only(prompt)
-    assert isinstance(text, Emphasized)
-    assert dict(text.pieces) == weights
+def test_a_weight_extrapolates_from_the_prompt_without_the_words(prompt: str, portions: dict[str, float]) -> None:
+    (phase,) = read_prompt(prompt)
+    assert {one.text: one.weight for one in phase.portions} == portions
 
 
 @pytest.mark.parametrize("prompt", ["", "a fox", "at 10:30, red: blue", r"\(a\) \[b\] c\\d", "(red:1) fox"])
@@ -79,40 +80,3 @@ def test_brackets_nested_without_end_are_refused() -> None:
     read_prompt("(" * DEEPEST + "x" + ")" * DEEPEST)
     with pytest.raises(PromptSyntaxError, match="inside each other"):
         read_prompt("(" * 10_000)
-
-
-@pytest.fixture(scope="module", params=[False, True])
-def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
-    folder = make_tiny_t5(tmp_path_factory.mktemp("t5") / "t5", 32)
-    return TextEncoder.from_pretrained(folder, max_length=24, padded=request.param)
-
-
-def encoded(encoder: TextEncoder, *pieces: tuple[str, float]) -> torch.Tensor:
-    return encoder.encode([Emphasized(pieces)]).tokens[0]
-
-
-def test_a_weighted_text_lies_on_a_line_through_the_plain_one(encoder: TextEncoder) -> None:
-    """Weight 1 gives the plain embedding, weight 0 the one without the words, others extrapolate linearly."""
-    plain = encoder.encode(["a red fox"]).tokens[0]
-    at = {weight: encoded(encoder, ("a ", 1.0), ("red", weight), (" fox", 1.0)) for weight in (0.0, 0.5, 1.0, 2.0)}
-    torch.testing.assert_close(at[1.0], plain, rtol=0, atol=0)
-    torch.testing.assert_close(at[0.5], (plain + at[0.0]) / 2)
-    torch.testing.assert_close(at[2.0], 2 * plain - at[0.0])
-    assert not torch.allclose(at[0.0], plain)
-
-
-def test_plain_and_weighted_texts_keep_their_order(encoder: TextEncoder) -> None:
-    weighted = Emphasized((("a ", 1.0), ("red", 1.5), (" fox", 1.0)))
-    both = encoder.encode(["a red fox", weighted, "a red fox"]).tokens
-    assert torch.equal(both[0], both[2])
-    assert not torch.equal(both[0], both[1])
-
-
-def test_a_weight_survives_the_cleaning_of_captions_or_says_that_it_cannot(encoder: TextEncoder) -> None:
-    lower = TextEncoder(encoder._model, encoder._tokenizer, max_length=24, captions="lower")
-    given = lower.encode([Emphasized((("A ", 1.0), ("RED", 1.5), (" Fox", 1.0)))]).tokens
-    expected = lower.encode([Emphasized((("a ", 1.0), ("red", 1.5), (" fox", 1.0)))]).tokens
-    assert torch.equal(given, expected)
-    cleaned = TextEncoder(encoder._model, encoder._tokenizer, max_length=24, captions="deepfloyd")
-    with pytest.raises(CascadeError, match="has a weight"):
-        cleaned.encode([Emphasized((("a-b-c-", 1.0), ("d-e", 1.5)))])
