@@ -145,6 +145,8 @@ class CascadePipeline:
         sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
+        guidance_rescale: PerStage[float] = None,
+        projection: PerStage[Mapping[str, Any]] = None,
         preset: str | None = None,
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
@@ -163,10 +165,11 @@ class CascadePipeline:
 
         seed: one for all prompts, one for each, or None for random ones, which the result reports. until: resolution of
         the last stage to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None:
-        the stage's default). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is
-        redrawn, elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes`.
-        prompt_language: prompts may have weights and phases, see `cascade.text.language`. regions: parts with their own
-        prompts, [(box or mask, prompt)], a box being (left, top, right, bottom) as shares of width and height.
+        the stage's default). guidance_rescale, projection: see `SamplingConfig`. preset: "fast", "default" or "best".
+        image: a picture to change; mask: white where it is redrawn, elsewhere every bit stays; strength, extend,
+        resampling, variation: see `cascade.drawing.changes`. prompt_language: prompts may have weights and phases, see
+        `cascade.text.language`. regions: parts with their own prompts, [(box or mask, prompt)], a box being (left, top,
+        right, bottom) as shares of width and height.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
@@ -175,11 +178,9 @@ class CascadePipeline:
         prompts = prompts_of(prompt, prompt_embeds)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
-        settings = resolve_sampling(
-            [slot.config for slot in self.slots],
-            preset,
-            {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
-        )
+        sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
+        sampling |= {"threshold": threshold, "guidance_rescale": guidance_rescale, "projection": projection}
+        settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation)
         asked = height is not None or width is not None

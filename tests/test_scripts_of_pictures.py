@@ -217,3 +217,21 @@ def test_settings_of_guidance_that_are_off_are_not_written() -> None:
 def test_wrong_settings_of_guidance_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="guidance"):
         SamplingConfig(**wrong)
+
+
+def test_rules_of_guidance_are_settings_of_a_call_and_of_a_command(
+    model: Path, pipeline: CascadePipeline, tmp_path: Path
+) -> None:
+    plain = drawn(pipeline, until=8, guidance=4.0)
+    projected = drawn(pipeline, until=8, guidance=4.0, projection={"parallel": 0.0})
+    assert not np.array_equal(projected, plain)
+    assert np.array_equal(drawn(pipeline, until=8, guidance=4.0, projection={"base": {"parallel": 0.0}}), projected)
+    assert np.abs(drawn(pipeline, until=8, guidance=4.0, projection={"parallel": 1.0}).astype(int) - plain).max() <= 1
+    rescaled = drawn(pipeline, until=8, guidance=4.0, guidance_rescale=1.0)
+    assert not np.array_equal(rescaled, plain)
+    command = ["--until", "8", "--guidance", "4", "--projection", "0", "--seed", "3"]
+    assert run(model, tmp_path / "a", "a fox", *command) == 0
+    (picture,) = (tmp_path / "a").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(picture)), projected)
+    redraw = ["generate", "--model", str(model), "--out", str(tmp_path / "b"), "--device", "cpu"]
+    assert main([*redraw, "--from-image", str(picture)]) == 0

@@ -3,7 +3,7 @@
     (word)  (word:1.3)  [word]        more weight, 1.3 times the weight, less weight (1.1 times, or divided by it)
     [from:to:0.4]  [to:0.4]           `from` (or nothing) until 40 % of the steps, then `to`
     a fox:1.2 AND snow:0.8            two prompts, composed with these weights
-    \\( \\) \\[ \\] \\: \\\\                the letter itself
+    \\( \\) \\[ \\] \\: \\\\ \\AND           the letter, or the word, itself
 
 A prompt is read like this only where the caller says so.
 """
@@ -22,8 +22,8 @@ STRONGER = 1.1
 """Factor of a pair of round brackets; a pair of square ones divides by it."""
 HEAVIEST = 10.0
 """Upper bound of weights."""
-_AND = re.compile(r"\bAND\b")
-_SPECIAL = "()[]:\\"
+_AND = re.compile(r"(?<!\\)\bAND\b")
+_SPECIAL = "()[]:\\A"
 DEEPEST = 30
 """Upper bound of brackets inside brackets."""
 _SHOWN = 60  # letters of a long prompt around the place of a mistake
@@ -84,7 +84,8 @@ def read_prompt(text: str) -> tuple[Phase, ...]:
 
 def escaped(text: str) -> str:
     """A plain text as a prompt in the prompt language."""
-    return re.sub(r"([()\[\]:\\])", r"\\\1", text)
+    text = re.sub(r"([()\[\]:\\])", r"\\\1", text)
+    return _AND.sub(r"\\AND", text)
 
 
 def _composed(text: str) -> Iterator[tuple[int, int, float]]:
@@ -207,7 +208,7 @@ def _portions(nodes: Sequence[_Node], share: float, weight: float) -> Iterator[P
     weights = [own for own in dict.fromkeys(own for text, own in pieces if text.strip()) if own != 1]
     portions = [(_joined(pieces), weight * (1 + sum(own - 1 for own in weights)))]
     portions += [(_joined((text, own) for text, own in pieces if own != left), weight * (1 - left)) for left in weights]
-    return (Portion(text, round(own, 6)) for text, own in portions if round(own, 6) != 0 or len(portions) == 1)
+    return (Portion(text, round(own, 6)) for text, own in portions if round(own, 6) != 0)
 
 
 def _joined(pieces: Iterable[tuple[str, float]]) -> str:
