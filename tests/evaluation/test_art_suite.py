@@ -88,7 +88,7 @@ def test_a_size_without_true_pictures_is_not_drawn_and_a_size_that_no_stage_has_
     assert measured_sizes(shower, Request(data=data)) == [64]  # type: ignore[arg-type]
     assert "No true pictures of 256 px" in unmeasured(shower, Request(data=data))[0]  # type: ignore[arg-type]
     assert unmeasured(shower, Request(data=data, until=64)) == []  # type: ignore[arg-type]
-    with pytest.raises(CascadeError, match="--until 128: no stage draws that; choose from 64, 256"):
+    with pytest.raises(CascadeError, match="--until 128: no stage draws that size; choose from 64, 256"):
         measured_sizes(shower, Request(data=data, until=128))  # type: ignore[arg-type]
 
 

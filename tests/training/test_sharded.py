@@ -121,7 +121,7 @@ def test_bf16_reaches_the_blocks_and_the_weights_stay_float32(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("training.optimizer.kind=muon", "muon needs whole weights"), ("training.lora_rank=2", "leave it 0 under FSDP")],
+    [("training.optimizer.kind=muon", "muon needs whole weights"), ("training.lora_rank=2", "must be 0 under FSDP")],
 )
 def test_what_needs_whole_weights_is_refused(tmp_path: Path, change: str, message: str) -> None:
     output = tmp_path / "run"
