@@ -32,6 +32,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 def test_every_check_has_its_line_whatever_becomes_of_it(tmp_path: Path) -> None:
     start = time.monotonic()
     running = Running(lambda name: [sys.executable, "-c", CHECKS[name]], tmp_path, start + 10)

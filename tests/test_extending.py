@@ -64,6 +64,7 @@ def test_the_sampler_of_the_page_draws_and_without_new_noise_it_is_ddim(extended
     assert max(abs(a - b) for a, b in zip(named, ddim, strict=True)) > 8
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it_and_refuses_wrong_values_of_its_settings_by_name(extended: Path) -> None:
     call = ("-m", "cascade", "generate", "a fox", "--model", "tiny", "--until", "8", "--sampler", "renoise")
     done = python(extended, *call, "--out", "out")

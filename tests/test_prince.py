@@ -84,7 +84,9 @@ def test_every_step_from_1_to_t_is_drawn_alike() -> None:
     np.testing.assert_allclose(alphas, chapter18.alphas(BETAS), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "first", "last"), [(T, 1e-4, 0.02), (20, 0.02, 0.4)])
+@pytest.mark.parametrize(
+    ("steps", "first", "last"), [pytest.param(T, 1e-4, 0.02, marks=pytest.mark.slow), (20, 0.02, 0.4)]
+)
 def test_a_picture_is_that_of_algorithm_18_2(steps: int, first: float, last: float) -> None:
     """All T steps of ancestral sampling with variance beta, by the file's sampling settings and its own network."""
     schedule = (

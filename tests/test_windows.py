@@ -133,6 +133,7 @@ def test_a_killed_and_a_stopped_run_leave_no_lock_and_are_continued(desk: Desk) 
     assert {line["prompt"] for line in desk.manifest("out")} == set(PROMPTS)
 
 
+@pytest.mark.slow
 def test_tars_pictures_of_pictures_reports_and_what_is_said_of_a_model(desk: Desk) -> None:
     said = desk.run(
         [*GENERATE, "tars", "--format", "webdataset", "--tar-size", 2],
@@ -149,6 +150,7 @@ def test_tars_pictures_of_pictures_reports_and_what_is_said_of_a_model(desk: Des
     assert (desk.folder / "report" / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_training_reads_in_other_processes_and_is_resumed(desk: Desk) -> None:
     folder = write_pictures(desk.folder / "photos", {"ein Würfel": picture(0), "два круга": picture(90)})
     settings = micro_settings(Path("runs/one")) | {
@@ -199,6 +201,7 @@ print(begun("two"), begun("one"), sep=", ")
 """
 
 
+@pytest.mark.slow
 def test_processes_of_one_launch_share_a_folder_and_another_launch_waits_for_the_last_of_them(desk: Desk) -> None:
     said = desk.python(LAUNCHES).splitlines()
     assert said == ["True, False, one, one", "one", "True, two"]

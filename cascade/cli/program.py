@@ -20,6 +20,7 @@ from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
 from cascade.cli.serve import serve, studio
 from cascade.cli.threads import wait_asleep_on_a_busy_machine
+from cascade.cli.trace import trace
 from cascade.cli.train import encode, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
@@ -41,7 +42,21 @@ def program(context: click.Context) -> None:
         context.exit(2)
 
 
-for command in (generate, studio, serve, upscale, train, encode, evaluate, check_data, plot, info, assemble, convert):
+for command in (
+    generate,
+    studio,
+    serve,
+    upscale,
+    train,
+    encode,
+    evaluate,
+    check_data,
+    plot,
+    trace,
+    info,
+    assemble,
+    convert,
+):
     program.add_command(command)
 
 

@@ -6,6 +6,7 @@ faster there than in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,15 +54,32 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
         """h: (B, C, H, W); visible: (B, 1, 1, N) bool, None when every text token is real -> (B, C, H, W)."""
         batch, channels, height, width = h.shape
-        tokens = self.norm(h).permute(0, 2, 3, 1).reshape(batch, height * width, channels)  # (B, HW, C)
-        asked = self.qkv(tokens).unflatten(-1, (-1, channels // self.heads)).transpose(1, 2)  # (B, 1 or 3 heads, HW, d)
-        query, *own = asked.split(self.heads, dim=1)
+        query, *own = self._asked(h)
         answer = attend(query, *self._answers(own, text, visible))  # (B, heads, HW, d)
         update = self.out(answer.transpose(1, 2).flatten(2))  # (B, HW, C)
         return h + update.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
+    def text_shares(self, h: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor | None:
+        """The share of each pixel's attention that each text token receives: (B, heads, HW, N); None without text.
+
+        Arguments as for `forward`. Attention to the rows of the identity matrix in place of the values.
+        """
+        if text is None:
+            return None
+        query, *own = self._asked(h)
+        key, _, mask = self._answers(own, text, visible)
+        tokens = text[0].shape[2]
+        rows = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)[:, -tokens:]
+        return F.scaled_dot_product_attention(query, key, rows.expand(*key.shape[:2], -1, -1), attn_mask=mask)
+
+    def _asked(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Queries, and keys and values of the pixels where these answer, too: each (B, heads, HW, d)."""
+        tokens = self.norm(h).permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C)
+        asked = self.qkv(tokens).unflatten(-1, (-1, h.shape[1] // self.heads)).transpose(1, 2)
+        return asked.split(self.heads, dim=1)
+
     def _answers(
-        self, own: list[Tensor], text: KeysValues | None, visible: Tensor | None
+        self, own: Sequence[Tensor], text: KeysValues | None, visible: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (B, heads, N, d), and the mask of visible ones. own: keys and values of the pixels, or []."""
         if not own:

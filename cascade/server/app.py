@@ -1,4 +1,4 @@
-"""The whole application: page, API, and those of others, behind the guard."""
+"""The whole application: page, cascade's API, and compatible APIs, behind the guard."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", "
 
 
 def make_app(queue: Queue, rules: Rules, *, page: bool, card: Path | None = None) -> App:
-    """page: serve it, too. card: the folder of the model's card."""
-    # FastAPI's own pages of documentation load their scripts from a CDN.
+    """The application. page: also serve the web page. card: the folder of the model card."""
+    # FastAPI's documentation pages would load scripts from a CDN.
     app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(jobs_router(queue, card))
     for router in (gallery_router, files_router, openai_router, a1111_router, health_router):
@@ -40,7 +40,7 @@ def make_app(queue: Queue, rules: Rules, *, page: bool, card: Path | None = None
 
 
 def _page_router() -> APIRouter:
-    """The files of the page, which are read once: no path of a request reaches the disk."""
+    """Routes of the page's files, which are read once, so that no path of a request reaches the disk."""
     router = APIRouter()
     for file in resources.files("cascade.server").joinpath("page").iterdir():
         content, suffix = file.read_bytes(), Path(file.name).suffix
@@ -83,7 +83,7 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
 
 
 def _answer(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """In the shape that the callers of each API read."""
+    """An error response in the format of the requested API."""
     path = request.url.path
     body: dict[str, Any] = {"error": message}
     if path.startswith("/v1/"):

@@ -1,4 +1,4 @@
-"""The one thread that draws: it owns the pipeline and the engine, and takes from the line what comes next."""
+"""The drawing thread: it owns the pipeline and the engine, and takes pictures from the line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cascade.batch.pictures import Finished
 from cascade.batch.plan import Target
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.task import Drawn, Result, Step, Undrawn
+from cascade.drawing.trace import Recorder
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.server.enlarged import EnlargedTarget
@@ -31,7 +32,7 @@ logger = logging.getLogger("cascade.server")
 
 @dataclass
 class Counts:
-    """Since the start, for those who measure."""
+    """Counts since the start, for metrics."""
 
     drawn: int = 0
     failed: int = 0
@@ -40,7 +41,7 @@ class Counts:
 
 
 class Worker:
-    """Draws until it is closed. pipeline: set once the model is loaded."""
+    """Draws until it is closed. pipeline: set when the model is loaded."""
 
     def __init__(self, load: Callable[[], CascadePipeline], line: WaitingLine, gallery: Gallery, hub: Hub) -> None:
         self.pipeline: Future[CascadePipeline] = Future()
@@ -52,24 +53,24 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="draws", daemon=True)
 
     def start(self) -> None:
-        """Load the model, then draw; both in the thread."""
+        """Load the model, then draw, both in the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step at hand; what is not finished keeps its place."""
+        """Stop after the current step; unfinished pictures keep their place."""
         self._closing = True
         self._line.close()
         self._thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether anything would still be drawn."""
+        """Whether the thread can still draw."""
         return self._thread.is_alive()
 
     def _work(self) -> None:
         try:
             pipeline = self._load()
-        except Exception as error:  # told to everyone who asks
+        except Exception as error:  # raised in every request
             logger.error("%s", error)
             self.pipeline.set_exception(error)
             return
@@ -77,7 +78,7 @@ class Worker:
         engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
         while pieces := self._line.take(pipeline.default_batch_size):
             start = time.perf_counter()
-            self._draw(engine, Round(pieces, self._hub, self.pace))
+            self._draw(engine, Round(pieces, self._hub, self.pace, pipeline.text_encoder))
             self.counts.seconds += time.perf_counter() - start
 
     def _draw(self, engine: Engine, round: Round) -> None:
@@ -87,7 +88,8 @@ class Worker:
         open = dict(round.tasks)
         try:
             for result in engine.draw(list(round.tasks)):
-                self._take(open.pop(result.task), result)
+                recorder = round.recorders.get(result.task)
+                self._take(open.pop(result.task), result, recorder)
         except StoppedError:
             for task, piece in open.items():
                 self._stopped(piece, round.left_over(task, engine.batch_sizes))
@@ -95,21 +97,24 @@ class Worker:
             self._fail(list(open.values()), str(error))
         except Exception:
             logger.exception("a picture could not be drawn")
-            self._fail(list(open.values()), "an internal error; the server's log has more")
+            self._fail(list(open.values()), "an internal error; see the server's log")
         finally:
             self._shelf.clear()
 
-    def _take(self, piece: Piece, result: Result) -> None:
+    def _take(self, piece: Piece, result: Result, recorder: Recorder | None) -> None:
         if isinstance(result, Undrawn):
             self._fail([piece], result.reason)
+            return
+        if recorder is not None:
+            piece.job.trace = self._gallery.traces.write(piece.target, recorder, self.pipeline.result())
         else:
             whole = piece.target.fitted(result) if isinstance(piece.target, EnlargedTarget) else result
             self._keep(piece, piece.target, whole)
-            self.counts.drawn += 1
-            self._settle(piece)
+        self.counts.drawn += 1
+        self._settle(piece)
 
     def _keep(self, piece: Piece, target: Target, drawn: Drawn) -> None:
-        """Into the gallery. Raises CascadeError when it cannot be written."""
+        """Store a picture in the gallery. Raises CascadeError when it cannot be written."""
         job = piece.job
         describe = Describer(self.pipeline.result(), job.asked.options())
         picture = self._gallery.write(Finished(target, drawn, describe(target, drawn)))
@@ -117,7 +122,7 @@ class Worker:
         self._hub.publish(Event("picture", {"job": job.id, "number": target.number, "picture": picture}))
 
     def _stopped(self, piece: Piece, left_over: tuple[Target, Drawn] | None) -> None:
-        """Stopped by whoever asked: keep what is there. By the end of the server: it is drawn another time."""
+        """Settle a stopped picture: keep its result if the client stopped it; redraw it later if the server ends."""
         if not piece.job.stopping:
             return
         self.counts.stopped += 1

@@ -185,6 +185,18 @@ class TextEncoder:
             rows = {prompt: row * 0 if ids[prompt] == nothing else row for prompt, row in rows.items()}
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
 
+    def spans(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text that is read for a prompt, and the place of each of its tokens in it: (first letter, one past last).
+
+        No tokens for a tokenizer that does not keep their places.
+        """
+        text = well_formed(prepare_caption(prompt, self.captions))
+        try:
+            found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        except NotImplementedError:  # transformers' tokenizers in Python
+            return text, []
+        return text, [tuple(span) for span in found][: self.max_length]
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the weights to `device`, cast them to `dtype`, and return this encoder; an 8-bit one is not moved."""
         if self.eight_bit:

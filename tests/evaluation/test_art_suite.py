@@ -109,6 +109,7 @@ def test_the_same_pictures_give_the_same_report_to_the_byte(data: Path, tmp_path
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_names_its_judge_by_its_weights(data: Path, monkeypatch: pytest.MonkeyPatch):
     (bundled,) = measured(data, copying=False).settings["judges_sha256"].values()
     other = load_tower()

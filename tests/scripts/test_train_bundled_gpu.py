@@ -58,6 +58,7 @@ def test_two_stages_are_trained_and_become_folders_that_load(call: Call, tmp_pat
         assert own.size == (1024, 256)
 
 
+@pytest.mark.slow
 def test_the_second_stage_goes_on_from_what_is_there(call: Call, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("train", "--out", str(first), "--minutes", "0.02", "--sr-minutes", "0.02")[0] == 0

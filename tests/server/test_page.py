@@ -321,6 +321,12 @@ def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(
     page.get_by_role("button", name="Paint what is to change").click()
     found += Axe().run(page).response["violations"]
     assert page.evaluate("() => document.getElementById('masking').scrollWidth") <= width
+    page.keyboard.press("Escape")
+    page.locator(".tile button").first.click()
+    page.get_by_role("button", name="Watch it think").click()
+    expect(page.locator("#thinking")).to_be_visible()
+    found += Axe().run(page).response["violations"]
+    assert page.evaluate("() => document.getElementById('thinking').scrollWidth") <= width
     assert [(fault["id"], [node["html"][:200] for node in fault["nodes"]]) for fault in found] == []
     context.close()
 
@@ -476,3 +482,24 @@ def test_a_dropped_picture_without_settings_becomes_the_start(page: Page, tmp_pa
     expect(page.locator("#start-said")).to_have_text("40 × 24")
     page.get_by_role("button", name="No picture to start from").click()
     expect(page.locator("#start-choose")).to_be_focused()
+
+
+def test_a_picture_is_watched_step_by_step(page: Page) -> None:
+    page.get_by_label("16 px", exact=True).check()
+    draw(page, "a red fox, seen")
+    page.locator(".tile button").first.click()
+    page.get_by_role("button", name="Watch it think").click()
+    expect(page.locator("#thinking")).to_be_visible()
+    expect(page.locator("#thinking-word option:checked")).to_have_text("fox")
+    expect(page.locator("#thinking figure")).to_have_count(5)
+    expect(page.locator("#thinking-said")).to_contain_text("Step 1 of 2")
+    first = page.locator("#thinking figure img").nth(1).get_attribute("src")
+    page.locator("#thinking-step").press("ArrowRight")
+    expect(page.locator("#thinking-said")).to_contain_text("Step 2 of 2")
+    assert page.locator("#thinking figure img").nth(1).get_attribute("src") != first
+    page.get_by_label("sr16 16 px").check()
+    expect(page.locator("#thinking figure img").nth(2)).to_have_js_property("naturalWidth", 16)
+    page.get_by_role("button", name="Play").click()
+    expect(page.locator("#thinking-said")).to_contain_text("Step 2 of 2")
+    page.keyboard.press("Escape")
+    expect(page.locator("#thinking")).to_be_hidden()

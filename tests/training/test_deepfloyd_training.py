@@ -149,7 +149,7 @@ def bits_of(stage: Stage, teller: Stage) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:the prompt .* was cut")
-@pytest.mark.parametrize("enlarges", [False, True])
+@pytest.mark.parametrize("enlarges", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fine_tuning_lowers_the_loss_and_diffusers_draws_the_same_with_the_learned_variance(
     folders: dict[bool, Path], tmp_path: Path, enlarges: bool
 ) -> None:
@@ -176,7 +176,7 @@ def test_fine_tuning_lowers_the_loss_and_diffusers_draws_the_same_with_the_learn
 
 
 @pytest.mark.filterwarnings("ignore:the prompt .* was cut")
-@pytest.mark.parametrize("enlarges", [False, True])
+@pytest.mark.parametrize("enlarges", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_low_rank_adaptation_changes_attention_alone_by_its_rank_resumes_and_reloads_in_diffusers(
     folders: dict[bool, Path], tmp_path: Path, enlarges: bool
 ) -> None:

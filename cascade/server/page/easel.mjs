@@ -99,6 +99,7 @@ export class Easel {
 
   #said(job) {
     if (job.state === "waiting") return "Waits for its turn";
+    if (job.trace) return `Every step is kept · seed ${job.asked.seed}`;
     if (job.state === "stopped") return `Stopped · seed ${job.asked.seed}`;
     if (job.state !== "drawing") return `Seed ${job.asked.seed}`;
     const [number, progress] = Object.entries(job.progress)[0] ?? [];

@@ -6,10 +6,13 @@ import { Composer } from "./composer.mjs";
 import { $, toast, trying } from "./dom.mjs";
 import { Easel } from "./easel.mjs";
 import { Gallery } from "./gallery.mjs";
+import { Thinking } from "./thinking.mjs";
 import { Viewer } from "./viewer.mjs";
 
 const VARIATIONS = 4, VARIED = 0.35; // as many, so far on the way to other noise
 
+const traced = new Set(); // jobs of this tab whose trace is shown as soon as it is there
+const thinking = new Thinking();
 const comparison = new Comparison();
 const gallery = new Gallery({
   onOpen: picture => viewer.open(picture),
@@ -29,6 +32,11 @@ const viewer = new Viewer(gallery, {
   }),
   change: picture => start(picture, "whole"),
   enlarge: picture => start(picture, "larger"),
+  think: trying(async picture => {
+    const job = await draw({ ...await askedOf(picture), trace: true });
+    traced.add(job.id);
+    toast("It is drawn once more, and every step kept.");
+  }),
   compare: picture => gallery.choose(picture, true),
   star: picture => gallery.star(picture),
   remove: picture => gallery.remove(picture),
@@ -80,7 +88,10 @@ follow({
     $("model").classList.toggle("bad", Boolean(error));
     if (!error) begin();
   },
-  job: job => easel.update(job),
+  job(job) {
+    easel.update(job);
+    if (job.trace && traced.delete(job.id)) trying(() => thinking.open(job.trace))();
+  },
   step: step => easel.step(step),
   picture: news => { easel.picture(news); gallery.add(news.picture); },
   lost() {

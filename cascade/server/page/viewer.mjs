@@ -6,7 +6,7 @@ import { $, el, icon, press } from "./dom.mjs";
 const SMALL = 256;
 
 export class Viewer {
-  // actions: {settings, again, vary, change, enlarge, compare, star, remove}, each called with the picture.
+  // actions: {settings, again, vary, change, enlarge, think, compare, star, remove}, each called with the picture.
   constructor(gallery, actions) {
     this.gallery = gallery;
     this.actions = actions;
@@ -45,7 +45,7 @@ export class Viewer {
   }
 
   #buttons(picture) {
-    const { settings, again, vary, change, enlarge, compare, remove } = this.actions;
+    const { settings, again, vary, change, enlarge, think, compare, remove } = this.actions;
     const leaving = act => () => { this.dialog.close(); act(picture); };
     const download = el("a", { className: "action", href: fileOf(picture, true), download: picture.name }, icon("down"), "Download");
     const starring = action("star", picture.starred ? "Starred" : "Star", () => this.#star());
@@ -57,6 +57,7 @@ export class Viewer {
       action("brush", "Change", leaving(change)),
       action("vary", "Variations", leaving(vary)),
       action("larger", "Enlarge", leaving(enlarge)),
+      action("steps", "Watch it think", leaving(think)),
       download,
       starring,
       action("compare", "Compare", leaving(compare)),
