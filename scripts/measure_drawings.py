@@ -6,7 +6,7 @@
 
 The prompts are those of `cascade evaluate --suite art`, with its seeds; the `id` of each is that of the true picture
 that it describes. `measure` reads the folder's manifest.jsonl (`id`, `file` and, if saved, `stages`) and prints the
-figures of docs/evaluation.md, "What one sees", at every size with both drawings and true pictures. Pictures by other
+figures of docs/evaluation.md, "Appearance", at every size with both drawings and true pictures. Pictures by other
 programs can be measured too, with a manifest that has `id` and `file`.
 """
 

@@ -189,7 +189,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
         for name in SETTINGS:
             own, usual = getattr(settings, name), getattr(default.get(stage), name, None)
             if own != usual and stage in default:
-                sampling[name][stage] = "none" if own is None else _told(own, usual)
+                sampling[name][stage] = "none" if own is None else _short_form(own, usual)
     resolution = {stage.name: stage.resolution for stage in stages}.get(list(recipe.stages)[-1])
     asked = {
         "prompt": recipe.prompt,
@@ -223,7 +223,7 @@ def _change_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _told(own: Any, usual: Any) -> Any:
+def _short_form(own: Any, usual: Any) -> Any:
     """A setting in short form: a sampler as its name, unless the name alone would select the stage's own settings."""
     if not isinstance(own, SamplerConfig):
         return own

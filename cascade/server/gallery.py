@@ -95,13 +95,13 @@ class Gallery:
         words = search.split()
         there = (row for row in self._catalogue.rows(words, starred, before) if self._is_there(row.file))
         return {
-            "pictures": [self._told(row) for row in islice(there, most)],
+            "pictures": [self._entry(row) for row in islice(there, most)],
             "total": self._catalogue.count(words, starred),
         }
 
     def get(self, id: str) -> dict[str, Any]:
         """The entry of a picture. Raises KeyError."""
-        return self._told(self._row(id))
+        return self._entry(self._row(id))
 
     def said(self, id: str) -> dict[str, Any]:
         """The picture's line of the manifest. Raises KeyError."""
@@ -194,7 +194,7 @@ class Gallery:
             return None
         return self._store.read(file) if file == stored_in(file) else self._tars.read(file)
 
-    def _told(self, row: Row) -> dict[str, Any]:
+    def _entry(self, row: Row) -> dict[str, Any]:
         """A row as JSON for the page; the seed is text, because JavaScript would round it."""
         height, width = self._size(row)
         same = ("prompt", "negative_prompt", "number", "num_images", "model", "license", "seconds")
