@@ -1,5 +1,5 @@
-"""Every setting does something: the table below names, for each field of a training run, a value that changes what
-can be observed, and how to observe it. A new field without a row fails."""
+"""Every setting has an effect: for each field of a training run, the table below lists a value with an observable
+effect, and how to observe it. A new field without a row fails."""
 
 from __future__ import annotations
 
@@ -386,6 +386,7 @@ ROWS: dict[str, Row] = {
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
     "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
     "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
+    "data.sources[folder].split": Row("held_out", views, (FOLDER,)),
     "data.sources[folder].weight": Row("9.0", views, mixed(FOLDER)),
     "data.sources[parquet].kind": Row("", views, (SCENES,), PARQUET),
     "data.sources[parquet].files": Row('["WORLD/hub/two.parquet"]', views, (PARQUET,)),

@@ -1,4 +1,4 @@
-"""What we did not make, and what is finished, is never destroyed: it is refused in one line, and stays as it was."""
+"""Files of others and finished results are never overwritten: the command refuses with one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade trace`: what each stage sees and computes at every step of one picture."""
+"""`cascade trace`: records the inputs and outputs of each stage at every step of one picture."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_num
 
 @click.command()
 @click.argument("prompt")
-@path_option("--out", default="trace", show_default=True, metavar="FOLDER", help="Where the trace goes.")
+@path_option("--out", default="trace", show_default=True, metavar="FOLDER", help="Folder of the trace.")
 @path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
-@click.option("--word", metavar="WORD", help="Whose attention the sheet shows; default: the last before a comma.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same picture; default: drawn and reported.")
-@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
+@click.option("--word", metavar="WORD", help="Word whose attention the sheet shows; default: the last before a comma.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same picture; default: random, and printed.")
+@click.option("--negative-prompt", metavar="TEXT", help="Description of what to avoid.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
@@ -31,11 +31,11 @@ from cascade.values import PRESETS, SETTINGS, number, threshold_value, whole_num
 @click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
 @click.option("--until", type=click.IntRange(min=1), help="Stop after the stage of this size, in pixels.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-@click.option("--dtype", help="float32, bfloat16, float16, or auto; default: bfloat16 if the GPU has it.")
+@click.option("--dtype", help="float32, bfloat16, float16, or auto; default: bfloat16 if the GPU supports it.")
 def trace(prompt: str, out: str, model: str | None, word: str | None, **values: Any) -> int:
-    """Draw a picture and keep every step: z_t, x_hat, guidance, attention to words, and the forward process.
+    """Draw a picture and record every step: z_t, x_hat, guidance, attention to words, and the forward process.
 
-    FOLDER gets sheet.png, the animation trace.webp, a picture for each quantity at each step, and trace.json.
+    FOLDER gets sheet.png, the animation trace.webp, a picture of each quantity at each step, and trace.json.
 
     \b
     cascade trace "a fox, noto style" --seed 7 --until 64
@@ -65,8 +65,8 @@ def trace(prompt: str, out: str, model: str | None, word: str | None, **values: 
     (target,) = plan(pipeline, PromptRecord(0, prompt, seed, origin="trace"), options).targets()
     recorder = Recorder(words)
     pipeline.engine(Conduct(1, on_step=recorder.step)).draw_all([traced(target.task(), recorder)])
-    said = {"prompt": prompt, "seed": str(seed), "model": pipeline.name, "license": pipeline.license}
-    write_trace(Path(out), recorder, said, word)
+    entries = {"prompt": prompt, "seed": str(seed), "model": pipeline.name, "license": pipeline.license}
+    write_trace(Path(out), recorder, entries, word)
     steps = sum(len(stage.moments) for stage in recorder.stages)
     say(f"{out}: {steps} steps of seed {seed}; see sheet.png and trace.webp")
     return 0

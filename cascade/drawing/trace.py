@@ -1,6 +1,6 @@
-"""A trace: everything that a stage sees and computes at each sampling step of one picture.
+"""A trace: a stage's inputs and outputs at each sampling step of one picture.
 
-A traced stage draws the same bits as the stage itself: a recorder only listens to its denoiser.
+A traced stage draws the same bits as the stage itself: a recorder only observes its denoiser.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cascade.slots import StageSlot
 from cascade.stage import Stage
 
 LARGEST_ATTENTION = 64
-"""Longest side of a map of attention, in pixels: networks attend at this size or below."""
+"""Largest side of an attention map, in pixels: networks have attention at this size or below."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the denoiser. z, x_cond, x_null: (C, H, W) of what is diffused; x_null is None where nothing guides.
+    """A call of the denoiser. z, x_cond, x_null: (C, H, W) of the diffused variable; x_null is None without guidance.
 
     attention: see `Moment`.
     """
@@ -44,10 +44,10 @@ class Call:
 class Moment:
     """One sampling step. Pictures are (C, H, W) float32 on the CPU, in about [-1, 1].
 
-    log_snr: noise level of `z`. z: the noisy picture; of a stage on the residual path, the smaller picture enlarged
-    plus the noisy residual. x_hat: the clean picture as the sampler sees it, guided and thresholded. guidance:
+    log_snr: noise level of `z`. z: the noisy picture; for a stage on the residual path, the enlarged smaller picture
+    plus the noisy residual. x_hat: the sampler's estimate of the clean picture, guided and thresholded. guidance:
     x_cond - x_null, None where guidance does not act. attention: (words, h, w), the share of attention that each word
-    receives at each place, the mean over layers and heads; None for a network without attention to text.
+    receives at each position, the mean over layers and heads; None for a network without attention to text.
     """
 
     log_snr: float
@@ -59,7 +59,7 @@ class Moment:
 
 @dataclass
 class StageTrace:
-    """The steps of one stage, from noise to the picture. base, scale: what is diffused is (picture - base) / scale."""
+    """The steps of one stage, from noise to the picture. It diffuses (picture - base) / scale."""
 
     stage: Stage
     base: Tensor
@@ -68,14 +68,14 @@ class StageTrace:
     moments: list[Moment] = field(default_factory=list)
 
     def add(self, call: Call, x_hat: Tensor) -> None:
-        """A step: its first call, and the picture x_hat after it."""
+        """Add a step: its first call, and the picture x_hat after it."""
         self.noise = call.z if self.noise is None else self.noise
         guidance = None if call.x_null is None else self.scale * (call.x_cond - call.x_null)
         z = self.base + self.scale * call.z
         self.moments.append(Moment(call.log_snr, z, x_hat, guidance, call.attention))
 
     def noised(self, moment: Moment) -> Tensor:
-        """The forward process beside a step: the finished picture at the step's noise level, (C, H, W).
+        """The forward process for comparison: the finished picture at the step's noise level, (C, H, W).
 
         Source: Prince (2023) eq. 18.8, with the noise from which drawing started.
         """
@@ -86,7 +86,7 @@ class StageTrace:
 
 
 class Recorder:
-    """What is heard while one picture is drawn; of a batch, its first."""
+    """Records the drawing of one picture; of a batch, the first."""
 
     def __init__(self, words: Mapping[str, Sequence[int]]) -> None:
         """words: rows of the token embeddings, by word; see `cascade.text.words.words_of`."""
@@ -95,18 +95,18 @@ class Recorder:
         self._call: Call | None = None
 
     def begin(self, stage: Stage, base: Tensor, scale: float) -> None:
-        """A stage begins. base: (B, C, H, W)."""
+        """Start the record of a stage. base: (B, C, H, W)."""
         self.stages.append(StageTrace(stage, _first(base), scale))
         self._batch, self._call = len(base), None
 
     def called(self, z: Tensor, log_snr: Tensor, x: Tensor, attention: Tensor | None) -> None:
-        """The denoiser was called with z and returned x: (B or 2 B, C, H, W), where guidance acts both halves."""
-        if self._call is None:  # else it is a later call of the same step
+        """Record a call of the denoiser with z and result x: (B or 2 B, C, H, W), both halves where guidance acts."""
+        if self._call is None:  # later calls of the same step are not recorded
             x_null = _first(x[self._batch :]) if len(x) > self._batch else None
             self._call = Call(number_of(log_snr), _first(z), _first(x), x_null, attention)
 
     def step(self, step: Step) -> None:
-        """A step is done."""
+        """Record the end of a step."""
         assert self._call is not None, "a step calls the denoiser"
         self.stages[-1].add(self._call, _first(step.x_hat))
         self._call = None
@@ -114,12 +114,12 @@ class Recorder:
 
 @dataclass
 class TracedStage(Stage):
-    """A stage that a recorder listens to."""
+    """A stage with a recorder."""
 
     recorder: Recorder = field(kw_only=True)
 
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
-        """See `Stage.origin`; sampling calls it once, at its beginning."""
+        """See `Stage.origin`; sampling calls it once, at its start."""
         base = super().origin(cond, size)
         self.recorder.begin(self, base, self._residual_scale)
         return base
@@ -138,7 +138,7 @@ class TracedStage(Stage):
 
 
 def traced(task: Task, recorder: Recorder) -> Task:
-    """The same task, whose picture a recorder follows."""
+    """The same task with a recorder."""
 
     def slot_of(slot: StageSlot) -> StageSlot:
         def load() -> Stage:
@@ -152,7 +152,7 @@ def traced(task: Task, recorder: Recorder) -> Task:
 
 @contextmanager
 def _attention(network: nn.Module, words: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
-    """The maps of each layer's attention to words, (words, places) each, of the first picture; filled by a call."""
+    """A context with a list of attention maps, (words, places) per layer, of the first picture; each call fills it."""
     maps: list[Tensor] = []
 
     def listen(layer: nn.Module, given: tuple[Any, ...]) -> None:
@@ -172,7 +172,7 @@ def _attention(network: nn.Module, words: Sequence[Sequence[int]]) -> Iterator[l
 
 
 def _mean(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor | None:
-    """The mean of maps of several levels, each (words, places) over a picture of `size`: (words, h, w)."""
+    """The mean of maps of several levels, each (words, places) of a picture of `size`: (words, h, w)."""
     if not maps:
         return None
     shrink = max(1.0, max(size) / LARGEST_ATTENTION)

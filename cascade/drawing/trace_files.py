@@ -1,4 +1,4 @@
-"""A trace as a folder: trace.json, a picture for every quantity at every step, a sheet and an animation."""
+"""A trace as a folder: trace.json, a picture of each quantity at each step, a sheet and an animation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cascade.files.parsed import read_json_file
 FORMAT = 1
 INDEX, SHEET, ANIMATION = "trace.json", "sheet.png", "trace.webp"
 _QUALITY = 90
-_EXACT = 64  # pixels of the longer side, up to which no number is lost; noise is large
+_EXACT = 64  # pixels of the longer side up to which pictures are lossless; beyond, noise takes too much space
 
 
 def check_free(folder: Path) -> None:
@@ -29,29 +29,29 @@ def check_free(folder: Path) -> None:
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise CascadeError(f"{folder}: is there already, and holds no trace; name another folder with --out")
+    raise CascadeError(f"{folder}: exists, and holds no trace; name another folder with --out")
 
 
 def read_trace(folder: Path) -> Any:
-    """What trace.json holds. Raises OSError, ValueError."""
+    """The content of trace.json. Raises OSError, ValueError."""
     return read_json_file(folder / INDEX)
 
 
 def main_word(prompt: str, words: Sequence[str]) -> str | None:
-    """The last word before the first comma, which in a caption is mostly its subject; None where there are no words."""
+    """The last word before the first comma, in a caption usually its subject; None if there are no words."""
     subject = [word for word in re.findall(r"[\w'-]+", prompt.partition(",")[0]) if word in words]
     return [*words, *subject][-1] if words else None
 
 
-def write_trace(folder: Path, recorder: Recorder, said: Mapping[str, Any], word: str | None = None) -> None:
-    """Write a folder, in place of an earlier trace. said: of the picture. word: of the sheet; see `main_word`."""
+def write_trace(folder: Path, recorder: Recorder, entries: Mapping[str, Any], word: str | None = None) -> None:
+    """Write a folder, replacing an earlier trace. entries: about the picture, for trace.json. word: see `main_word`."""
     words = list(recorder.words)
-    word = main_word(str(said["prompt"]), words) if word is None else word
+    word = main_word(str(entries["prompt"]), words) if word is None else word
     number = words.index(word) if word in words else 0
     stages = [(trace, shown_steps(trace)) for trace in recorder.stages]
     with atomic_folder(folder) as temporary:
         told = [_write_stage(temporary, place, *stage) for place, stage in enumerate(stages)]
-        index = {"format": FORMAT, **said, "words": words, "stages": told}
+        index = {"format": FORMAT, **entries, "words": words, "stages": told}
         (temporary / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         sheet(stages, number, words).save(temporary / SHEET)
         frames, times = animation(stages, number, words)
@@ -61,7 +61,7 @@ def write_trace(folder: Path, recorder: Recorder, said: Mapping[str, Any], word:
 
 
 def _write_stage(folder: Path, place: int, trace: StageTrace, shown: Sequence[Shown]) -> dict[str, Any]:
-    """The pictures of a stage; what trace.json holds of it."""
+    """Write the pictures of a stage; returns its entry of trace.json."""
     steps = []
     for number, (moment, pictures) in enumerate(zip(trace.moments, shown, strict=True)):
         files = {name: f"{place}-{number:03d}-{name.replace('_', '-')}.webp" for name in pictures}

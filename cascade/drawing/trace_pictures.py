@@ -1,4 +1,4 @@
-"""A trace to look at: a picture of every quantity at every step, the formulas, a sheet and an animation."""
+"""The visible form of a trace: a picture of each quantity at each step, the formulas, a sheet and an animation."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ QUANTITIES = {
     "guidance": "x_cond - x_null",
     "attention": "attention",
 }
-"""Names in a trace, and how they are labelled, in the order in which they are shown."""
+"""Names in a trace and their labels, in order of display."""
 _X_HAT = {
     "eps": "x_hat = (z_t - sqrt(1 - alpha_t) eps_hat) / sqrt(alpha_t)",
     "v": "x_hat = sqrt(alpha_t) z_t - sqrt(1 - alpha_t) v_hat",
     "x": "x_hat is what the network predicts",
     "velocity": "x_hat from velocity_hat = eps - x and z_t",
 }
-_QUANTILE = 0.995  # of the guidance difference: what a stage's largest differences are measured by
+_QUANTILE = 0.995  # of the guidance difference; it sets the scale of a stage's pictures
 _CELL, _SMALL, _GAP, _LINE = 256, 128, 6, 18
 _COLUMNS = 8
 _STEP_MILLISECONDS, _LAST_MILLISECONDS = 220, 1200
 _ACCENT, _INK, _FAINT = (70, 81, 196), (34, 33, 29), (150, 145, 135)
 
 Shown = dict[str, Image.Image]
-"""The pictures of a step: those of `QUANTITIES` that it has; `attention-N` for each word, from 0."""
+"""The pictures of a step: the `QUANTITIES` that it has; `attention-N` for each word, from 0."""
 
 
 def shown_steps(trace: StageTrace) -> list[Shown]:
     """The pictures of each step of a stage.
 
-    z is clipped to the range of pictures. The guidance difference is gray where it is 0, and on one scale for all steps
-    of the stage. Attention is x_hat, bright where much of it goes to the word, each step on its own scale.
+    z is clipped to the range of pictures. The guidance difference is gray at 0, with one scale for all steps of the
+    stage. Attention is x_hat, bright where the word receives much of it, with a scale per step.
     """
     differences = [moment.guidance for moment in trace.moments if moment.guidance is not None]
     gain = _reciprocal(max((float(_top(each)) for each in differences), default=0.0))
@@ -61,7 +61,7 @@ def shown_steps(trace: StageTrace) -> list[Shown]:
 
 
 def formulas(trace: StageTrace) -> list[dict[str, str]]:
-    """What each quantity is, the function that computes it, and the source; as in docs/mathematics.md."""
+    """The formula of each quantity, the function that computes it, and the source; as in docs/mathematics.md."""
     settings = trace.stage.config.sampling
     sampler = SAMPLERS[settings.sampler.kind]
     residual = " of r = (x - up(low)) / residual_scale" if trace.stage.config.path == "residual" else ""
@@ -100,13 +100,13 @@ def formulas(trace: StageTrace) -> list[dict[str, str]]:
 
 
 def source_of(documentation: str) -> str:
-    """What stands behind `Source:` in a docstring."""
+    """The text after `Source:` in a docstring."""
     match = re.search(r"Source:\s*(.*)", documentation, re.DOTALL)
     return " ".join(match[1].split()).rstrip(".") if match else ""
 
 
 def sheet(stages: Sequence[tuple[StageTrace, Sequence[Shown]]], word: int, words: Sequence[str]) -> Image.Image:
-    """All stages below each other: a column for some of the steps, a row for each quantity. word: whose attention."""
+    """All stages, one below the other: some of the steps as columns, quantities as rows. word: index for attention."""
     blocks = [_block(trace, shown, word, words) for trace, shown in stages]
     whole = Image.new("RGB", (max(one.width for one in blocks), sum(one.height + 2 * _GAP for one in blocks)), "white")
     top = 0
@@ -119,7 +119,7 @@ def sheet(stages: Sequence[tuple[StageTrace, Sequence[Shown]]], word: int, words
 def animation(
     stages: Sequence[tuple[StageTrace, Sequence[Shown]]], word: int, words: Sequence[str]
 ) -> tuple[list[Image.Image], list[int]]:
-    """(frames, milliseconds): every step of every stage, its quantities side by side over an axis of log SNR."""
+    """(frames, milliseconds): each step of each stage, its quantities side by side above an axis of log SNR."""
     names = [name for name in QUANTITIES if any(_key(name, word) in each for _, shown in stages for each in shown)]
     frames, times = [], []
     for trace, shown in stages:
@@ -147,7 +147,7 @@ def _frame(
 
 
 def _axis(pen: Any, ends: tuple[int, int], top: int, trace: StageTrace, step: int) -> None:
-    """Log SNR from noise to picture, the stage's levels as dots, and the step's as a larger one."""
+    """Draw the axis of log SNR from noise to picture: the stage's levels as dots, the current one larger."""
     levels = [moment.log_snr for moment in trace.moments]
     low, high = math.floor(min(levels) / 2) * 2 - 2, math.ceil(max(levels) / 2) * 2 + 2
     left, right = ends
@@ -200,14 +200,14 @@ def _write(pen: Any, place: tuple[float, float], text: str, colour: tuple[int, i
 
 
 def _fitted(picture: Image.Image, cell: int) -> Image.Image:
-    """In a square: pixels repeated where it is small, so that they are seen; area means where it is large."""
+    """The picture in a square: pixels repeated if it is small, so that they are visible; area means if it is large."""
     scale = cell / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
 
 
 def _lit(picture: Tensor, share: Tensor) -> Tensor:
-    """A picture (C, H, W), dark where a share (h, w) in [0, 1] is 0."""
+    """A picture (C, H, W), darkened where a share (h, w) in [0, 1] is 0."""
     light = resized(share[None, None], (picture.shape[-2], picture.shape[-1]))[0].clamp(0, 1)
     return (picture.clamp(-1, 1) + 1) * (0.15 + 0.85 * light) - 1
 

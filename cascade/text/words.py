@@ -1,4 +1,4 @@
-"""Words of a prompt, and which token embeddings belong to each."""
+"""The words of a prompt, and the token embeddings of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cascade.text.t5 import TextEncoder
 
 
 def words_of(encoder: TextEncoder, prompt: str) -> dict[str, list[int]]:
-    """Each word in the order of the prompt -> the rows of its tokens in the embedding.
+    """Each word, in order of the prompt -> the rows of its tokens in the embedding.
 
-    A word that occurs again has the rows of all its occurrences. Words beyond the encoder's length are left out.
+    A repeated word has the rows of all its occurrences. Words beyond the encoder's length are left out.
     """
     text, spans = encoder.spans(prompt)
     rows: dict[str, list[int]] = {}

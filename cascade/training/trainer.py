@@ -51,6 +51,7 @@ from cascade.training.optim import (
 from cascade.training.precision import settled
 from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
+from cascade.training.spoken import Spoken
 from cascade.training.state import (
     RunState,
     newest,
@@ -93,6 +94,7 @@ class Trainer:
         self.meter, self.watch = Meter(), Watch()
         self._unread: list[Unread] = []
         self.log: RunLog | None = None
+        self.spoken = Spoken(config.stage.name, 0, settings.steps)
         self._owes = False  # whether actions due at the restored step are missing
 
     def run(self, resume: bool = False) -> bool:
@@ -289,9 +291,17 @@ class Trainer:
             progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values.get('images_per_second', 0):.1f}")
         self.accelerator.log(values, step=step)
         if self.log:
+            self._speak(step, values, progress)
             self.log.write(step, values)
             for warning in self.watch.new_warnings(self.log.entries):
                 logger.warning("step %d: %s", step, warning)
+
+    def _speak(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
+        """Log a line of progress, in the main process, if there is no progress bar."""
+        if self.accelerator.is_main_process and progress.disable and "loss" in values:
+            line = self.spoken.line(step, values)
+            if line:
+                logger.info("%s", line)
 
     def _save(self, step: int, owes: bool) -> None:
         """Write a checkpoint, and the averaged weights as a stage folder. All processes gather, the main one writes.
@@ -380,6 +390,7 @@ class Trainer:
         remove_unfinished(self.output)
         self._write_settings()
         mark_begun(self.output)
+        self.spoken = Spoken(self.config.stage.name, first, self.config.training.steps)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)

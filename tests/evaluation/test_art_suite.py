@@ -1,4 +1,4 @@
-"""The art suite: whoever shows the true pictures reaches the ceiling, and whoever shows training pictures is caught."""
+"""The art suite: showing the true pictures reaches the ceiling, and showing training pictures is detected."""
 
 from __future__ import annotations
 

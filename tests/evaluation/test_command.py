@@ -1,4 +1,4 @@
-"""`cascade evaluate`: a report of any cascade, the same twice, and one line for every wrong call."""
+"""`cascade evaluate`: a report of any cascade, equal when repeated, and a one-line error for every wrong call."""
 
 from __future__ import annotations
 

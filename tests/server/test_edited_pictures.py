@@ -1,4 +1,4 @@
-"""Editing through a real HTTP client: pictures go up, are bounded, changed as the pipeline changes them, and kept."""
+"""Editing through a real HTTP client: pictures are uploaded, limited, edited as by the pipeline, and stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting is known to matter or not when a run goes on with another value of it."""
+"""Every setting has a defined effect when it changes on resume."""
 
 import logging
 import typing

@@ -1,4 +1,4 @@
-"""Low-rank adapters: zero at first, the only thing that learns, the same merged, apart, and in peft's own hands."""
+"""Low-rank adapters: zero at first, the only trained weights, with equal results merged, separate, and in peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes neither wait for each other forever nor need to be as many after a resume as before."""
+"""Several processes never wait for each other forever, and their number may change on resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves: everything that was logged gets a panel, whatever state the log is in."""
+"""Curves: every logged quantity gets a panel, for any state of the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that did not, bit for bit."""
+"""A run that stops and resumes equals an uninterrupted one, bit for bit."""
 
 import os
 import signal

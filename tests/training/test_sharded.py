@@ -1,7 +1,7 @@
-"""FSDP2: a run whose processes share out the weights is the run of one process, and its checkpoints are whole.
+"""FSDP2: a run with sharded weights equals the run of one process, and its checkpoints hold whole weights.
 
-accelerate leaves its FSDP plugin out on a CPU without saying so; `helpers_sharded` makes it go on, through accelerate's
-own preparation and torch's `fully_shard` on a mesh of two gloo processes, and each test looks from inside.
+accelerate silently disables its FSDP plugin on a CPU; `helpers_sharded` enables it, with accelerate's own preparation
+and torch's `fully_shard` on a mesh of two gloo processes, and each test makes its assertions inside the processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One process writes into a run's folder, and a run knows how many processes it is made of."""
+"""Only one run writes into a folder, and a run determines its number of processes."""
 
 from __future__ import annotations
 
