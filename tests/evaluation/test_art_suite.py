@@ -146,7 +146,7 @@ def test_words_of_a_concept_hold_no_style(data: Path):
 def test_without_data_the_error_says_how_to_get_it(tmp_path: Path):
     with pytest.raises(CascadeError, match=r"--suite art: needs true pictures.*prepare_data\.py"):
         run(Shower({}), Request())  # type: ignore[arg-type]
-    with pytest.raises(CascadeError, match=r"no train-64\*\.parquet there"):
+    with pytest.raises(CascadeError, match=r"no train-64\*\.parquet;"):
         run(Shower({}), Request(data=tmp_path))  # type: ignore[arg-type]
 
 

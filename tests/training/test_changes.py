@@ -28,7 +28,7 @@ def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
 
 def test_what_matters_and_what_does_not_are_said_apart(tmp_path: Path) -> None:
     other, same = check(tmp_path, "training.batch_size=8", "data.flip=0.5", "training.log_every=7", "data.workers=2")
-    assert "will end elsewhere" in other
+    assert "the result will differ" in other
     assert "training.batch_size: 4 -> 8 (the data continues at view step x batch_size" in other
     assert "data.flip: 0.0 -> 0.5" in other
     assert "log_every" not in other
@@ -86,4 +86,4 @@ def test_a_resume_says_what_changed_and_goes_on(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "cascade.training"):
         assert trainer(micro_config(tmp_path / "run", "training.steps=3", "data.flip=0.5")).run(resume=True)
     assert "step-00000002: settings changed since the checkpoint, so the result will differ" in caplog.text
-    assert "training.steps: 2 -> 3 (with a decay, the learning rate of every step left follows from it)" in caplog.text
+    assert "training.steps: 2 -> 3 (with a decay, it changes the learning rate of every remaining step)" in caplog.text
