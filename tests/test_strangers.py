@@ -206,7 +206,7 @@ def test_a_saved_cascade_is_replaced_and_with_it_nothing_else(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "stage/notes.txt", "adapter/notes.txt", "samples/1.png"])
-def test_a_run_does_not_begin_over_what_is_there(tmp_path: Path, name: str) -> None:
+def test_a_new_run_does_not_overwrite_existing_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(MINE)
     for resume in (False, True):
@@ -246,7 +246,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(tmp_path:
     assert snapshot(run / "stage") == before
 
 
-def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_begins_anew(
+def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_
     assert not (run / "checkpoints" / ".begun").exists()
 
 
-def test_a_run_goes_on_beside_settings_that_somebody_changed_and_leaves_them(
+def test_a_run_resumes_and_keeps_settings_that_somebody_changed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"

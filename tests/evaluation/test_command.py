@@ -84,7 +84,7 @@ def test_a_wrong_call_is_one_line_and_status_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(
+def test_a_folder_that_cannot_be_written_is_reported_before_drawing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cascade.evaluation.drawing.draw", None)

@@ -35,7 +35,7 @@ def write_pictures(path: Path, sides: list[int]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def test_every_stage_has_all_figures_beside_those_of_plain_enlargement(model: Path, tmp_path: Path) -> None:
+def test_every_stage_has_all_figures_with_those_of_plain_enlargement(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_pictures(data / "test.parquet", [32, 40, 32])

@@ -43,7 +43,7 @@ NASTY = [
 
 @pytest.mark.parametrize("caption", NASTY)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
-def test_it_is_what_diffusers_gives(caption: str) -> None:
+def test_cleaning_equals_that_of_diffusers(caption: str) -> None:
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
     from diffusers import IFPipeline

@@ -142,7 +142,7 @@ def test_a_run_with_differences_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert log_entries(tmp_path / "whole") == log_entries(tmp_path / "halves")
 
 
-def test_a_checkpoint_averages_what_learns_and_one_that_averaged_everything_resumes(tmp_path: Path) -> None:
+def test_a_checkpoint_averages_trained_weights_and_one_that_averaged_everything_resumes(tmp_path: Path) -> None:
     changes = ("training.lora_rank=2", "training.lora_layers=all", "training.save_every=2")
     config = micro_config(tmp_path / "run", *changes)
     assert trainer(config).run()

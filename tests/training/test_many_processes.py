@@ -147,7 +147,7 @@ def broken(rank: int, output: str) -> None:
         (broken, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_what_goes_wrong_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
+def test_an_error_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
     output = tmp_path / "run"
     assert finish(start(target, str(output), processes=2), timeout_seconds=120) == [0, 0]  # type: ignore[arg-type]
     assert all(message in Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))

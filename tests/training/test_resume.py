@@ -117,7 +117,7 @@ def test_worker_processes_resume_bit_for_bit_and_change_nothing(tmp_path: Path) 
     assert_same_run(whole, alone)
 
 
-def test_a_run_whose_reader_is_killed_saves_what_it_reached_and_ends_as_one_that_was_not(
+def test_a_run_whose_reader_is_killed_saves_and_resumes_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = write_pictures(tmp_path / "data", {"a fox": Image.new("RGB", (8, 8))})

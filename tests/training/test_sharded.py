@@ -123,7 +123,7 @@ def test_bf16_reaches_the_blocks_and_the_weights_stay_float32(tmp_path: Path) ->
     ("change", "message"),
     [("training.optimizer.kind=muon", "muon needs whole weights"), ("training.lora_rank=2", "must be 0 under FSDP")],
 )
-def test_what_needs_whole_weights_is_refused(tmp_path: Path, change: str, message: str) -> None:
+def test_settings_that_need_whole_weights_are_refused(tmp_path: Path, change: str, message: str) -> None:
     output = tmp_path / "run"
     arguments = (launcher_environment("fsdp2"), (*CHANGES, change), str(output))
     assert finish(start(refused_sharded, *arguments, processes=2)) == [0, 0]

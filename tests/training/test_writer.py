@@ -36,7 +36,7 @@ def hold(output: str, ready: Any, forks: bool) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path, resume: bool) -> None:
+def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path, resume: bool) -> None:
     config = micro_config(tmp_path / "run", "training.steps=8")
 
     def second(call: int) -> None:
@@ -133,7 +133,7 @@ class Seen:
         ({"WORLD_SIZE": "2"}, True),  # as torchrun starts them
     ],
 )
-def test_accelerate_is_told_of_the_cpu_where_it_would_see_each_process_alone(
+def test_accelerate_uses_the_cpu_where_it_would_otherwise_see_each_process_alone(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], cpu: bool
 ) -> None:
     """It keeps the first answer for the process, so the first question must be asked well."""
@@ -168,6 +168,6 @@ def two_of_us(rank: int, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_without_a_gpu_see_each_other_untold(tmp_path: Path) -> None:
+def test_processes_without_a_gpu_see_each_other_by_default(tmp_path: Path) -> None:
     assert finish(start(two_of_us, str(tmp_path / "run"), processes=2), timeout_seconds=120) == [0, 0]
     assert [entry["step"] for entry in log_entries(tmp_path / "run")] == [1, 2, 3, 4]
