@@ -1,6 +1,6 @@
-"""The commands on Windows, as far as that can be seen without one: see emulated_windows/sitecustomize.py.
+"""The commands on an emulated Windows: see emulated_windows/sitecustomize.py.
 
-On Windows itself the same commands run as they are.
+On Windows itself the same commands run unchanged.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_a_killed_and_a_stopped_run_leave_no_lock_and_are_continued(desk: Desk) 
 
 
 @pytest.mark.slow
-def test_tars_pictures_of_pictures_reports_and_what_is_said_of_a_model(desk: Desk) -> None:
+def test_tars_upscaling_reports_and_info(desk: Desk) -> None:
     said = desk.run(
         [*GENERATE, "tars", "--format", "webdataset", "--tar-size", 2],
         [*GENERATE, "tars", "--format", "webdataset", "--tar-size", 2],
