@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cascade.arguments import (
@@ -23,6 +24,7 @@ from cascade.arguments import (
     stage_sizes,
 )
 from cascade.bounds import PICTURES
+from cascade.card import Card
 from cascade.config.data import Captions
 from cascade.config.sampling import SamplingConfig
 from cascade.device import choose_device
@@ -34,6 +36,7 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
+from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
@@ -43,6 +46,8 @@ from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
+
+_SHEET_CELL = 256  # pixels of a picture on a card's sheet
 
 
 class CascadePipeline:
@@ -251,19 +256,28 @@ class CascadePipeline:
         stages = {max(picture.shape[-2:]): picture for picture in pictures}
         return CascadeOutput.of(stages, output_type, [own_seed], [text])
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write one folder: cascade.json, text_encoder/ and one folder per stage, safetensors; atomically.
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
+        """Write one folder: cascade.json, text_encoder/, one folder per stage in safetensors, and a card; atomically.
 
-        dtype: number format of the stage weights, default their own. An existing cascade in `folder` is replaced;
-        raises CascadeError if the folder holds anything else.
+        dtype: number format of the stage weights, default their own. card: what its README.md adds to stages, licence
+        and how to draw; a sheet of its prompts is drawn. An existing cascade in `folder` is replaced, except for a
+        README.md that was written by hand; raises CascadeError if the folder holds anything else.
         """
+        card = card or Card()
         enlargers = None if self.enlargers is self.slots else self.enlargers
-        write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
+        sheet = self._sheet(card.prompts) if card.prompts else None
+        parts = Parts(self._text.load(), self.slots, enlargers, self.name, self.license, card, sheet)
+        write_model(folder, parts, dtype)
 
-    def push_to_hub(self, repo: str, *, private: bool = False) -> None:
+    def _sheet(self, prompts: Sequence[str]) -> Image.Image:
+        """Pictures of prompts with seeds 0, 1, 2, ... and the prompts under them."""
+        drawn = self(list(prompts), seed=list(range(len(prompts))))
+        return contact_sheet(drawn.images, min(4, len(prompts)), list(prompts), cell=_SHEET_CELL)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, card: Card | None = None) -> None:
         """Upload the folder that `save_pretrained` writes to a model repository of the Hugging Face hub."""
         with model_for_hub(repo, private) as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, card=card)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> CascadePipeline:
         """Move the stages to a device and number format. The text encoder moves too, but keeps its own format.

@@ -386,6 +386,7 @@ ROWS: dict[str, Row] = {
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
     "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
     "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
+    "data.sources[folder].split": Row("held_out", views, (FOLDER,)),
     "data.sources[folder].weight": Row("9.0", views, mixed(FOLDER)),
     "data.sources[parquet].kind": Row("", views, (SCENES,), PARQUET),
     "data.sources[parquet].files": Row('["WORLD/hub/two.parquet"]', views, (PARQUET,)),

@@ -21,7 +21,7 @@ LAYERS = (
     "streaming hub images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
     "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
-    " load probe",
+    " load probe card making",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports

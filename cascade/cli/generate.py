@@ -116,7 +116,7 @@ def generate(**values: Any) -> int:
     """Draw pictures.
 
     \b
-    cascade generate "a red apple" "two blue stars" --seed 7
+    cascade generate "a red apple" "a fox" --seed 7
     cascade generate --prompts prompts.jsonl --out pictures
     """
     from cascade.batch.request import BatchRequest

@@ -15,6 +15,7 @@ from cascade._version import __version__
 from cascade.cli.data import check_data
 from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
+from cascade.cli.make import make
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
@@ -47,6 +48,7 @@ for command in (
     studio,
     serve,
     upscale,
+    make,
     train,
     encode,
     evaluate,

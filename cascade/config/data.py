@@ -44,6 +44,10 @@ class TextConfig(TextReading):
         return TextReading(**{name: getattr(self, name) for name in TextReading.model_fields})
 
 
+Split = Literal["all", "train", "held_out"]
+"""All pictures, all but one in sixteen, or that one: by the picture's name, so that new pictures move no other."""
+
+
 class FolderSource(Settings):
     """A folder of pictures; captions in .txt or .caption files, or in metadata.jsonl / metadata.csv with file_name."""
 
@@ -51,7 +55,10 @@ class FolderSource(Settings):
     path: PathText
     """The folder; searched recursively, including linked folders, without hidden ones."""
     caption_column: str = "caption"
-    """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
+    """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants. A file without `caption`
+    may call it `text`, as diffusers' examples do."""
+    split: Split = "all"
+    """`train`: all pictures but one in sixteen, chosen by their names; `held_out`: those, for validation."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
 
@@ -146,7 +153,8 @@ class DataConfig(Settings):
     aspect: Literal["crop", "pad"] = "pad"
     """Pictures that are not square are centre-cropped, or padded with white."""
     flip: Fraction = 0.0
-    """Probability of mirroring (never for drawn scenes); leave 0 where captions mention left and right."""
+    """Probability of mirroring; never for drawn scenes, nor for a picture with a caption that mentions left, right, a
+    flag or letters."""
     jitter: Fraction = 0.0
     """Largest random shift and zoom, as a share of the size, filled with white; for pictures on white. Drawn scenes are
     not changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cascade.config.data import Split
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
@@ -21,7 +23,10 @@ from cascade.quoting import quoted
 logger = logging.getLogger("cascade.data")
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+USUAL_COLUMN, OTHER_COLUMN = "caption", "text"
+"""Column of captions in metadata files unless a setting names another, and the column read if that does not exist."""
 SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
+_HELD_OUT = 16
 _NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name may become too long with another ending
 
 
@@ -33,7 +38,7 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, folder: Path, caption_column: str) -> None:
+    def __init__(self, folder: Path, caption_column: str, split: Split = "all") -> None:
         found = files_of(folder)
         self.problems = found.problems
         if found.problems:
@@ -45,11 +50,16 @@ class FolderRecords:
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
-        self._paths = sorted(pictures | self._listed.keys())
+        everything = sorted(pictures | self._listed.keys())
+        self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
-        if not self._paths:
+        if not everything:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
+        if not self._paths:
+            raise CascadeError(
+                f"data source {folder}: split: {split} leaves none of {len(everything)} pictures; use all"
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -69,6 +79,15 @@ class FolderRecords:
         beside = (path.with_suffix(ending) for ending in SIDECARS)
         texts = (_sidecar(file) for file in beside if file in self._sidecars)
         return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+
+
+def is_held_out(picture: Path, folder: Path) -> bool:
+    """Whether `split` holds a picture of `folder` out: one in sixteen, whatever else the folder contains."""
+    try:
+        name = picture.relative_to(folder).as_posix()
+    except ValueError:  # listed in a metadata file, and outside the folder
+        name = picture.name
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] % _HELD_OUT == 0
 
 
 def files_of(folder: Path) -> Walk:
@@ -97,9 +116,12 @@ def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tupl
     """(picture, captions) of each line. Raises CascadeError for malformed lines and missing columns."""
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
+    if caption_column == USUAL_COLUMN and USUAL_COLUMN not in columns and OTHER_COLUMN in columns:
+        caption_column = OTHER_COLUMN
     for column in ("file_name", caption_column):
         if rows and column not in columns:
-            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}")
+            way = "" if column == "file_name" else "; name the captions' column: caption_column of the data source"
+            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}{way}")
     for row in rows:
         if row.get("file_name"):
             # One name for each picture, for any spelling in a line: `./a.png`, `sub/../a.png`.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -44,7 +46,7 @@ def prepared_pair(
         picture = square(picture, data.aspect)
         # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
         picture = picture if moves else resize(picture, stage.resolution)
-    flipped = rng.random() < data.flip and not record.drawn
+    flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = picture.flip(-1) if flipped else picture
     if moves:
         picture = jitter(picture, data.jitter, rng)
@@ -77,6 +79,14 @@ def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tens
         sizes = f"{width}x{height} and the picture {large_width}x{large_height}"
         raise BadRecordError(record.origin, f"its smaller picture has {sizes}; expected a ratio of {scale}")
     return low.flip(-1) if flipped else low
+
+
+_SIDES = re.compile(r"\b(left|right|clockwise|counter-?clockwise|flags?|letters?|text|word)\b", re.IGNORECASE)
+
+
+def names_a_side(captions: Iterable[str]) -> bool:
+    """Whether a caption speaks of left or right, or of a flag or letters, whose mirror image is another or none."""
+    return any(_SIDES.search(caption) for caption in captions)
 
 
 def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:

@@ -44,8 +44,13 @@ class SampleGrid:
 
 
 def first_views(config: TrainConfig) -> Batch:
-    """The first views of the run, as many as `training.sample_count`; no caption is dropped."""
-    data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
+    """The first views of the held-out pictures, or else of the run; as many as `training.sample_count`.
+
+    No caption is dropped.
+    """
+    held_out = config.training.validation
+    sources = held_out.sources if held_out else config.data.sources
+    data = config.data.model_copy(update={"sources": sources, "workers": 0, "caption_dropout": 0.0})
     return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 

@@ -51,6 +51,7 @@ from cascade.training.optim import (
 from cascade.training.precision import settled
 from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
+from cascade.training.spoken import Spoken
 from cascade.training.state import (
     RunState,
     newest,
@@ -93,6 +94,7 @@ class Trainer:
         self.meter, self.watch = Meter(), Watch()
         self._unread: list[Unread] = []
         self.log: RunLog | None = None
+        self.spoken = Spoken(config.stage.name, 0, settings.steps)
         self._owes = False  # what was due after the step that the run goes on from
 
     def run(self, resume: bool = False) -> bool:
@@ -289,9 +291,17 @@ class Trainer:
             progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values.get('images_per_second', 0):.1f}")
         self.accelerator.log(values, step=step)
         if self.log:
+            self._speak(step, values, progress)
             self.log.write(step, values)
             for warning in self.watch.new_warnings(self.log.entries):
                 logger.warning("step %d: %s", step, warning)
+
+    def _speak(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
+        """A line on the progress, in the main process, where there is no bar to show it."""
+        if self.accelerator.is_main_process and progress.disable and "loss" in values:
+            line = self.spoken.line(step, values)
+            if line:
+                logger.info("%s", line)
 
     def _save(self, step: int, owes: bool) -> None:
         """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes.
@@ -381,6 +391,7 @@ class Trainer:
             remove_unfinished(self.output)
             self._write_settings()
             mark_begun(self.output)
+        self.spoken = Spoken(self.config.stage.name, first, self.config.training.steps)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)
