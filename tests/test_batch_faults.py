@@ -1,4 +1,4 @@
-"""What goes wrong in a long run: it is named in one line, nothing finished is lost, and the same command continues."""
+"""Faults in a long run give a one-line error, no finished picture is lost, and the same command continues."""
 
 from __future__ import annotations
 

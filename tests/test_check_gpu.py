@@ -1,4 +1,4 @@
-"""scripts/check_gpu.sh, as far as a CPU can tell: whatever a check does, the table has its line, and the others run."""
+"""scripts/check_gpu.sh on a CPU: for any behaviour of a check the table has its row, and the other checks run."""
 
 from __future__ import annotations
 

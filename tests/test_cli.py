@@ -1,4 +1,4 @@
-"""The commands do what their help says; wrong calls are in test_wrong_input.py."""
+"""The commands work as in their help; test_wrong_input.py has wrong calls."""
 
 from __future__ import annotations
 

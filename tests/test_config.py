@@ -1,4 +1,4 @@
-"""Settings: what is wrong is named in one line; what is right survives the way through YAML."""
+"""Settings: mistakes give a one-line error; correct settings survive a round trip through YAML."""
 
 from __future__ import annotations
 

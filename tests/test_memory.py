@@ -1,4 +1,4 @@
-"""The memory that drawing takes is known before anything is loaded."""
+"""The memory for drawing is computed before anything is loaded."""
 
 from __future__ import annotations
 

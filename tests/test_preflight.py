@@ -1,4 +1,4 @@
-"""Wrong settings of a training run are found before its first step: one line that names the setting and the way out."""
+"""Wrong settings of a training run are found before its first step, with a one-line error that names the way out."""
 
 from __future__ import annotations
 

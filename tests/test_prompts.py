@@ -1,4 +1,4 @@
-"""Prompt files of every kind become records, as a stream; what is wrong with a line is named, the others go on."""
+"""Prompt files of every kind are read as a stream of records; a wrong line is reported, the others are drawn."""
 
 from __future__ import annotations
 

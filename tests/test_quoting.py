@@ -1,4 +1,4 @@
-"""What strangers wrote steers no terminal, and is not long, wherever it is printed."""
+"""Untrusted text is printed without terminal control codes, and shortened."""
 
 from __future__ import annotations
 

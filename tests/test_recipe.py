@@ -1,4 +1,4 @@
-"""What decides a picture is written once: a new ingredient reaches every place by itself."""
+"""The recipe of a picture is defined once: a new ingredient appears in every place."""
 
 from __future__ import annotations
 

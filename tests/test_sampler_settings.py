@@ -1,4 +1,4 @@
-"""Settings of samplers: sections made of their functions, names as shorthand, and files from before there were any."""
+"""Settings of samplers: sections made from their functions, names as shorthand, and files of earlier versions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The commands on Windows, as far as that can be seen without one: see emulated_windows/sitecustomize.py.
+"""The commands on an emulated Windows: see emulated_windows/sitecustomize.py.
 
-On Windows itself the same commands run as they are.
+On Windows itself the same commands run unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the page offers: the model's stages and settings, and the examples and style words of its card."""
+"""The model as shown on the page: stages and settings, and the examples and style words of its model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.values import PRESETS, SETTINGS
 
 
 def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]:
-    """Everything that a form needs to know of a model. folder: where its README.md lies."""
+    """Everything that a form needs for a model. folder: of its README.md."""
     configs = [slot.config for slot in pipeline.slots]
     presets = ["default", *(name for name in PRESETS if any(name in config.presets for config in configs))]
     said = {} if folder is None else front_matter(folder / "README.md")
@@ -47,9 +47,9 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
 
 
 def front_matter(path: Path) -> Mapping[str, Any]:
-    """The YAML between two lines of dashes at the top of a model card, as the Hugging Face hub reads it; else nothing.
+    """The YAML between two lines of dashes at the top of a model card, in the format of the Hugging Face hub; else {}.
 
-    `widget` there holds example prompts ({"text": ...}), `styles` words of style.
+    `widget` holds example prompts ({"text": ...}), `styles` style words.
     """
     try:
         text = read_text(path)

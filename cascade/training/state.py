@@ -1,4 +1,4 @@
-"""A run on disk: numbered checkpoints, whole or not there, from which it continues bit for bit."""
+"""A run on disk: numbered, atomically written checkpoints, from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from cascade.training.log import Sums
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
 _META = "state"
-"""Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
+"""Key, among the checksums of the files, of state.json's own checksum; earlier checkpoints lack it."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
-"""Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
+"""Temporary names under which `atomic_file` and `atomic_folder` write a run's files."""
 
 
 class _Meta(Noted):
@@ -54,9 +54,9 @@ class _Meta(Noted):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run is after `step` steps; data order and noise follow from the step and the seed.
+    """The complete state of a run after `step` steps; data order and noise follow from the step and the seed.
 
-    ema: of the weights that learn; frozen ones stand in `network` alone.
+    ema: averages of the trained weights; frozen ones are only in `network`.
     """
 
     step: int
@@ -64,19 +64,19 @@ class RunState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     meter: Sums = field(default_factory=dict)
-    """What the log's next entry already holds, where a checkpoint falls between two entries."""
+    """The sums of the log's next entry so far, for a checkpoint between two entries."""
     processes: int = 1
-    """That made the last step."""
+    """Number of processes of the last step."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """fp16's scale of the loss, and since when it holds."""
+    """fp16's loss scale, and the number of steps since it changed."""
     owes: bool = False
-    """Whether the log's entry, validation and grid that were due after the step are still to be made."""
+    """Whether the log entry, validation and grid that were due after the step are still missing."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
     """Write a checkpoint, then delete all but the newest `keep`.
 
-    Later ones go too: they are the damaged ones that a resume skipped, and would count as the newest.
+    Checkpoints of later steps are deleted too: they are damaged ones that a resume skipped, and would be the newest.
     """
     with atomic_folder(_folder(output, state.step)) as folder:
         for name in _FILES:
@@ -117,9 +117,9 @@ def _thin_out(output: Path, step: int, keep: int) -> None:
 def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
-    None for a run that was begun and ended before its first checkpoint. Raises CascadeError when there is no run or
-    only damaged checkpoints, and when a changed setting makes the checkpoint another run's. processes: that shall go
-    on; another number than before is worth a warning, as is another torch version.
+    None for a run that ended before its first checkpoint. Raises CascadeError when there is no run, when all
+    checkpoints are damaged, and when a changed setting makes the checkpoint unusable. processes: number of processes of
+    the resumed run; a changed number causes a warning, as does another torch version.
     """
     for folder in reversed(checkpoints(output)):
         try:
@@ -133,8 +133,8 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
         return folder
     if checkpoints(output):
         raise CascadeError(
-            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} and what was made"
-            " of them (stage, adapter), or set another output"
+            f"{output}: every checkpoint is damaged; to start again, delete {output / 'checkpoints'} and the results"
+            " (stage, adapter), or set another output"
         )
     if not (output / "config.yaml").exists():
         raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
@@ -142,16 +142,16 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
 
 
 def read_state(folder: Path) -> RunState:
-    """A checkpoint that `newest` found sound."""
+    """Read a checkpoint that `newest` has checked."""
     meta = read_json(folder / "state.json")
     parts: dict[str, Any] = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
-    # What format 1 did not have from its beginning keeps its default.
+    # Values that the first checkpoints of format 1 lack keep their defaults.
     parts |= {name: meta[name] for name in ("meter", "processes", "scaler", "owes") if name in meta}
     return RunState(meta["step"], **parts)
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:
-    """What `newest` finds, read. Raises CascadeError as it does, and for a run without any checkpoint."""
+    """The state in the `newest` checkpoint. Raises CascadeError like `newest`, and for a run without a checkpoint."""
     folder = newest(output, config)
     if folder is None:
         raise CascadeError(f"{output}: the run ended before its first checkpoint")
@@ -160,10 +160,10 @@ def load_newest(output: Path, config: TrainConfig) -> RunState:
 
 @contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """Alone with a run's folder, until the end of this process at the latest. Raises CascadeError when another has it.
+    """Lock a run's folder, at most until this process ends. Raises CascadeError when another process holds the lock.
 
-    Two runs in one folder would each remove what the other has begun to write. Where a file system has no locks, such
-    as some of clusters, there is a warning instead. A run that ends before it wrote anything leaves no folder behind.
+    Two runs in one folder would delete each other's unfinished files. On a file system without locks, such as on some
+    clusters, a warning is logged instead. A run that ends before it wrote anything leaves no folder behind.
     """
     path = output / ".lock"
     with ExitStack() as lock:
@@ -186,7 +186,7 @@ def only_writer(output: Path) -> Iterator[None]:
 
 
 def _remove_unused(output: Path, lock: Path) -> None:
-    """Delete a run's folder in which nothing lies but its lock."""
+    """Delete a run's folder if it contains only the lock."""
     with suppress(OSError):
         if list(output.iterdir()) == [lock]:
             lock.unlink()
@@ -194,9 +194,9 @@ def _remove_unused(output: Path, lock: Path) -> None:
 
 
 def remove_unfinished(output: Path) -> None:
-    """Delete what a killed run had begun to write: files and folders under their temporary names, nothing else.
+    """Delete the unfinished files and folders of a killed run, recognized by their temporary names.
 
-    A finished folder that a kill left aside gets its name back. What cannot be removed now is left to the next start.
+    A finished folder that a kill left under such a name is renamed back. The next start tries again to remove the rest.
     """
     for name in ("stage", "adapter"):
         restore(output / name)
@@ -217,10 +217,10 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def begun_mark(output: Path) -> Path:
-    """A file that stands where checkpoints will, until there is the first one.
+    """A marker file in the checkpoints folder until the first checkpoint exists.
 
-    It tells a run that was killed between its first stage folder and its first checkpoint, and begins anew, from one
-    that is finished and has lost its checkpoints.
+    It distinguishes a run that was killed between its first stage folder and its first checkpoint, which may start
+    again, from a finished run whose checkpoints were deleted.
     """
     return output / "checkpoints" / ".begun"
 
@@ -230,14 +230,11 @@ def _folder(output: Path, step: int) -> Path:
 
 
 def _name(step: int) -> str:
-    return f"step-{str(step).zfill(8)}"  # `:08d` would raise for what a damaged file calls a step
+    return f"step-{str(step).zfill(8)}"  # `:08d` would raise for a step that is not a number, in a damaged file
 
 
 def _check(folder: Path) -> dict[str, Any]:
-    """What stands in a checkpoint's state.json. Raises CascadeError unless its files are as they were written.
-
-    A disk that fails to read them is no other case: the checkpoint before may be sound.
-    """
+    """The content of a checkpoint's state.json. Raises CascadeError if a file is damaged or cannot be read."""
     try:
         return _sound(folder)
     except OSError as error:
@@ -261,12 +258,12 @@ def _sound(folder: Path) -> dict[str, Any]:
 
 
 def _surroundings(processes: int) -> dict[str, Any]:
-    """What the bits of a run depend on beside its settings, as far as it can be told."""
+    """The known conditions, apart from its settings, on which the bits of a run depend."""
     return {"torch": torch.__version__, "processes": processes}
 
 
 def _meta_checksum(meta: Mapping[str, Any]) -> str:
-    """Of all that state.json says but checksums, however its lines are broken."""
+    """The checksum of state.json's content without the checksums, independent of its formatting."""
     said = {name: value for name, value in meta.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

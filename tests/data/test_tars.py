@@ -1,4 +1,4 @@
-"""WebDataset shards: every record is found where it lies, used once an epoch, and in the same order after a stop."""
+"""WebDataset shards: every record is read in place, used once per epoch, and in the same order after a stop."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""CLIP score and Frechet distance with weights that the user brings: real formats, random numbers."""
+"""CLIP score and Frechet distance with weights provided by the user: real formats, random numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sr suite measures every super-resolution stage against held-out pictures, beside bicubic and Lanczos."""
+"""The sr suite measures every super-resolution stage on held-out pictures, compared with bicubic and Lanczos."""
 
 from __future__ import annotations
 

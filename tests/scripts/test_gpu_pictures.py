@@ -1,4 +1,4 @@
-"""Pictures that are packed, travel, and are cut into batches on a device."""
+"""Pictures that are packed, read, and cut into batches on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/pack_pictures.py: what it keeps of a picture, and what it says of files that hold none."""
+"""scripts/pack_pictures.py: the stored data of a picture, and errors for other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade studio` and `cascade serve` as processes: they start, ask nobody else, and end without losing anything."""
+"""`cascade studio` and `cascade serve` as processes: they start, contact no other host, and end without loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The APIs of others, as their own public clients speak them."""
+"""The compatible APIs, tested with their own public clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gallery is a batch folder: the command line and the page draw into it side by side."""
+"""The gallery is a batch folder, into which the command line and the page draw at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody in who does not belong: other sites, other names, too much, too slow, no key; and nothing reflected."""
+"""Refused requests: other sites, other names, too large, too slow, without a key; and no input is reflected."""
 
 from __future__ import annotations
 

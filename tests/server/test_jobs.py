@@ -1,4 +1,4 @@
-"""Jobs through a real HTTP client: asked for, watched, stopped, shared, taken up again."""
+"""Jobs through a real HTTP client: submitted, watched, stopped, shared, resumed."""
 
 from __future__ import annotations
 

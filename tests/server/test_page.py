@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, shows the picture growing, stops, and keeps everything; nothing leaves here."""
+"""The page in a real browser: it draws, shows progress, stops, and keeps all pictures; no outside requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions are cleaned as DeepFloyd IF's were: word for word what diffusers makes of them, where both can."""
+"""Captions are cleaned like DeepFloyd IF's: word for word as in diffusers, where both apply."""
 
 from __future__ import annotations
 

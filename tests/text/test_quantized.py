@@ -1,4 +1,4 @@
-"""A text encoder in 8 bits says nearly the same, in less memory."""
+"""An 8-bit text encoder has nearly the same output, in less memory."""
 
 from __future__ import annotations
 

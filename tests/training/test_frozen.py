@@ -1,4 +1,4 @@
-"""Frozen parts stay bit for bit, everything else learns, and a misspelt part is found."""
+"""Frozen parts stay equal in bits, everything else is trained, and a misspelt name is reported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: zero at first, the only thing that learns, the same merged, apart, and in peft's own hands."""
+"""Low-rank adapters: zero at first, the only trained weights, with equal results merged, separate, and in peft."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_wrong_adapters_are_named(tmp_path: Path, model: Path) -> None:
     folder = adapter_for(model, tmp_path / "adapter")
     with pytest.raises(CascadeError, match="adapters: 'big' is not a stage of this model; it has base, "):
         CascadePipeline.from_pretrained(model, adapters={"big": folder})
-    with pytest.raises(CascadeError, match=r"no adapter here; give a folder with adapter_config\.json"):
+    with pytest.raises(CascadeError, match=r"no adapter here; name a folder with adapter_config\.json"):
         CascadePipeline.from_pretrained(model, adapters={"base": tmp_path})
     with pytest.raises(CascadeError, match=r"adapter: (was made for another network|does not fit this network)"):
         merge_adapter(network_of("unet"), folder)

@@ -1,4 +1,4 @@
-"""Curves: everything that was logged gets a panel, whatever state the log is in."""
+"""Curves: every logged quantity gets a panel, for any state of the log."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_log_and_an_empty_log_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CascadeError, match=r"log\.jsonl: no such file; give the folder of a training run"):
+    with pytest.raises(CascadeError, match=r"log\.jsonl: no such file; name the folder of a training run"):
         read_curves(tmp_path)
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(CascadeError, match=r"log\.jsonl: holds no entries"):

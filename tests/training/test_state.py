@@ -1,4 +1,4 @@
-"""Checkpoints: the newest are kept, damaged ones are passed over, and nothing is overwritten by accident."""
+"""Checkpoints: the newest are kept, damaged ones are skipped, and nothing is overwritten by accident."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""What a run does besides learning: precision, refusals, samples, logs, and the stage folder it leaves."""
+"""A run apart from its steps: precision, refusals, samples, logs, and the stage folder."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Early warnings, on series made for them."""
+"""Early warnings, on artificial series."""
 
 import random
 from collections.abc import Sequence

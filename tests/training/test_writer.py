@@ -1,4 +1,4 @@
-"""One process writes into a run's folder, and a run knows how many processes it is made of."""
+"""Only one run writes into a folder, and a run determines its number of processes."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv(name, "4")
     alone = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
     monkeypatch.setattr(accelerator, "PartialState", lambda **_options: alone)
-    with pytest.raises(CascadeError, match="4 processes were launched, but accelerate sees 1 of them; start them with"):
+    with pytest.raises(
+        CascadeError, match="4 processes were launched, but accelerate found 1 of them; start them with"
+    ):
         accelerator.expected_processes()
 
 
