@@ -214,8 +214,8 @@ from cascade.batch.output import Output
 from cascade.training.state import only_writer
 
 def line(index):
-    return {"index": index, "number": 0, "prompt": "", "negative_prompt": "", "seed": 0, "height": 8, "width": 8,
-            "settings": {"stages": {}}, "num_images": 1}
+    return {"index": index, "number": 0, "id": "a", "prompt": "", "negative_prompt": "", "seed": 0, "num_images": 1,
+            "file": "a.png", "sha256": "", "settings": {"height": 8, "width": 8, "stages": {}}}
 
 manifest = Manifest(Path("unsorted.jsonl"))
 for index in (2, 0, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cascade.arguments import PerStage
 from cascade.batch.identity import model_identity, versions
 from cascade.batch.layout import WEBDATASET, Layout
 from cascade.batch.output import Output
-from cascade.batch.plan import DrawOptions
+from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
@@ -108,10 +109,11 @@ class BatchRequest:
         progress = progress or Progress()
         with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
-            settled = output.begin(self._settings())
+            pipeline_in = cache(self._pipeline)
+            settled = output.begin(self._settings(), lambda settled: self._check_drawable(settled, pipeline_in))
             run_seed = settled["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-            pipeline = self._pipeline(settled["dtype"])
+            pipeline = pipeline_in(settled["dtype"])
             progress.begin(self._total(output))
             summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
             progress.end()
@@ -128,6 +130,12 @@ class BatchRequest:
             raise CascadeError("give either prompts or --prompts FILE")
         if self.html and self.format == WEBDATASET:
             raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
+
+    def _check_drawable(self, settled: Mapping[str, Any], pipeline_in: Callable[[str], CascadePipeline]) -> None:
+        """Raises CascadeError for what would end the run before its first picture, when an older one goes for it."""
+        if self.file:
+            count_prompts(self.file)
+        Planner(pipeline_in(settled["dtype"]), self._options(settled["seed"]))
 
     def _extras(self) -> list[tuple[str, str]]:
         """Additional files to write, as (stem, ending)."""

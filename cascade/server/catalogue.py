@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.batch.manifest import made_by
-from cascade.files.parsed import parse_json
+from cascade.batch.manifest import read_line
 from cascade.scratch import ScratchTable
 
 _ORDER = "ORDER BY drawn DESC, id DESC"
@@ -145,11 +144,10 @@ class Catalogue:
 
     def _take(self, path: Path, line: bytes, start: int, stars: Collection[str]) -> None:
         try:
-            entry = parse_json(line)
-            id, file = picture_id(entry), str(entry["file"])
-            made_by(entry)
-        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
+            entry = read_line(line)
+        except ValueError:
             return  # not a manifest line; the command line reports it when it resumes
+        id, file = picture_id(entry), entry["file"]
         self._learn(Row(id, file, self._drawn(file, path), entry), path, start, len(line))
         if id in stars:
             self.star(id, True)

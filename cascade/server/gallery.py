@@ -22,6 +22,7 @@ from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import parse_json, read_json_file
+from cascade.files.paths import is_within
 from cascade.files.picture import open_picture, read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 from cascade.server.sources import Sources
@@ -184,7 +185,7 @@ class Gallery:
 
     def _is_ours(self, file: str) -> bool:
         """Whether the file is in this folder; a manifest of unknown origin could name any path."""
-        return (self.folder / file).resolve().is_relative_to(self.folder.resolve())
+        return is_within(self.folder / file, self.folder)
 
     def _is_there(self, file: str) -> bool:
         return self._is_ours(file) and (self.folder / stored_in(file)).is_file()

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import write_text, writing
+from cascade.errors import StorageError
 from cascade.files.parsed import parse_json
+from cascade.files.text import open_regular
 
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 """Log SNR at the edges of the noise bands of the loss: from almost noise to almost clean."""
@@ -98,7 +100,7 @@ class RunLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        self.entries = [entry for entry in _entries(path) if entry["step"] <= resume_step]
+        self.entries = [entry for entry in read_entries(path) if entry["step"] <= resume_step]
         """Every entry so far."""
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
@@ -113,9 +115,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log, without unreadable lines, such as the last line of a killed run."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+_LARGEST = 1e300
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log, without unreadable lines, such as the last line of a killed run. Raises StorageError."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
     return [entry for entry in map(_entry, lines) if entry is not None]
 
 
@@ -124,8 +135,14 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         entry = parse_json(line)
     except ValueError:
         return None
-    step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if isinstance(step, int) and not isinstance(step, bool) else None
+    if not isinstance(entry, dict) or not all(value is None or _is_number(value) for value in entry.values()):
+        return None
+    return entry if isinstance(entry.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    """One that can be compared and drawn; a whole number of JSON may have any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def flatten(values: Tensor) -> list[float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config.training import OptimizerConfig
+from cascade.errors import CascadeError
 from cascade.models.network import Network
 from cascade.training.adafactor import Adafactor
 from cascade.training.sharding import is_sharded, spread_like
@@ -151,10 +152,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Restore `optimizer_state`; the learning rate follows from the step and is not saved."""
+    """Restore `optimizer_state`; the learning rate follows from the step and is not saved.
+
+    Raises CascadeError for tensors that this optimizer does not have.
+    """
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, quantity = key.partition("::")
+        kept.setdefault(name, {})[quantity] = value
     for name, parameter in network.named_parameters():
-        own = {key.split("::")[1]: value for key, value in state.items() if key.split("::")[0] == name}
+        own = kept.get(name)
         if own:
+            _check_state(optimizer, name, parameter, own)
             fused = isinstance(
                 optimizer, torch.optim.AdamW | Muon
             )  # its kernel needs the step count on the weights' device
@@ -162,6 +171,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
                 quantity: value if quantity == "step" and not fused else _placed_like(parameter, value)
                 for quantity, value in own.items()
             }
+
+
+def _check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, own: dict[str, Tensor]) -> None:
+    expected = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set(own)
+    if own.keys() != expected:
+        raise CascadeError(f"the optimizer's state of {name} has {sorted(own)}; expected {sorted(expected)}")
+    for quantity, value in own.items():
+        shape = () if quantity == "step" else parameter.shape
+        if isinstance(optimizer, torch.optim.AdamW) and value.shape != shape:
+            raise CascadeError(
+                f"the optimizer's state of {name}: {quantity} has shape {list(value.shape)}, expected {list(shape)}"
+            )
 
 
 def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:

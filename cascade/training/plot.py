@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.training.log import band_names
+from cascade.training.log import band_names, read_entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,20 +30,13 @@ def read_curves(run: Path) -> dict[str, Curve]:
     A truncated line of a killed run is skipped. Raises CascadeError when the log is missing or empty.
     """
     path = run / "log.jsonl" if run.is_dir() else run
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise CascadeError(f"{path}: {reason}; name the folder of a training run") from None
+    if not path.exists():
+        raise CascadeError(f"{path}: no such file; name the folder of a training run")
     curves: dict[str, Curve] = {}
-    for line in lines:
-        try:
-            entry = parse_json(line)
-            step = int(entry.pop("step"))
-        except (ValueError, OverflowError, KeyError, AttributeError, TypeError):
-            continue
+    for entry in read_entries(path):
+        step = entry.pop("step")
         for name, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if value is not None:
                 curves.setdefault(name, []).append((step, float(value)))
     if not curves:
         raise CascadeError(f"{path}: holds no entries; is it the log.jsonl of a training run?")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cascade import system
-from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from cascade.checkpoint import atomic_folder, load_tensors, read_json, restore, save_tensors, write_json
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError, StorageError
-from cascade.locks import lock_file
+from cascade.locks import holder_of, lock_file
+from cascade.settings import Noted, parse
 from cascade.training.changes import check_changes, check_surroundings
 from cascade.training.log import Sums
 
@@ -33,6 +36,20 @@ _META = "state"
 """Key, among the checksums of the files, of state.json's own checksum; earlier checkpoints lack it."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
 """Temporary names under which `atomic_file` and `atomic_folder` write a run's files."""
+
+
+class _Meta(Noted):
+    """What is read of a checkpoint's state.json."""
+
+    format: int
+    step: int = Field(ge=0, lt=1 << 53)
+    sha256: dict[str, str]
+    config: dict[str, Any]
+    meter: dict[str, tuple[float, int]] = Field(default={})
+    processes: int = Field(default=1, ge=1)
+    scaler: dict[str, float] = Field(default={})
+    owes: bool = False
+    torch: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,12 +92,26 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
         write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
-    begun_mark(output).unlink(missing_ok=True)
+    try:
+        begun_mark(output).unlink(missing_ok=True)
+        _thin_out(output, state.step, keep)
+    except OSError as error:  # what the run was for is saved
+        logger.warning(
+            "%s: an old checkpoint cannot be removed (%s); the next save tries again", output, error.strerror or error
+        )
+
+
+def _thin_out(output: Path, step: int, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` up to `step`. Raises OSError, and then each is whole or hidden."""
     folders = checkpoints(output)
-    kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
+    kept = [folder for folder in folders if folder <= _folder(output, step)][-keep:]
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder)
+            # Half of one must not be taken for whole: the name goes first.
+            system.replace(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
+    for path in (output / "checkpoints").glob(".step-*"):
+        if _TEMPORARY.match(path.name):
+            shutil.rmtree(path)
 
 
 def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
@@ -140,7 +171,7 @@ def only_writer(output: Path) -> Iterator[None]:
             me = f"process {os.getpid()} on {socket.gethostname()}"
             lock.enter_context(lock_file(path, wait=False, holder=me))
         except BlockingIOError:
-            who = path.read_text(encoding="utf-8") or "it has just begun"
+            who = holder_of(path) or "it has just begun"
             raise CascadeError(
                 f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
             ) from None
@@ -163,15 +194,21 @@ def _remove_unused(output: Path, lock: Path) -> None:
 
 
 def remove_unfinished(output: Path) -> None:
-    """Delete the unfinished files and folders of a killed run, recognized by their temporary names."""
+    """Delete the unfinished files and folders of a killed run, recognized by their temporary names.
+
+    A finished folder that a kill left under such a name is renamed back. The next start tries again to remove the rest.
+    """
+    for name in ("stage", "adapter"):
+        restore(output / name)
     for folder in (output, output / "checkpoints", output / "samples"):
         for path in folder.glob(".*"):
             if not _TEMPORARY.match(path.name):
                 continue
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -197,11 +234,16 @@ def _name(step: int) -> str:
 
 
 def _check(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json. Raises CascadeError if a file does not match its checksum."""
+    """The content of a checkpoint's state.json. Raises CascadeError if a file is damaged or cannot be read."""
+    try:
+        return _sound(folder)
+    except OSError as error:
+        raise CascadeError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
+def _sound(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "state.json")
-    missing = {"format", "step", "sha256", "config"} - meta.keys()
-    if missing:
-        raise CascadeError(f"{folder / 'state.json'} lacks {min(missing)}")
+    parse(_Meta, meta, str(folder / "state.json"))
     if meta.get("format") != FORMAT_VERSION:
         raise CascadeError(f"{folder}: format {meta.get('format')}, this version reads {FORMAT_VERSION}")
     for name in _FILES:

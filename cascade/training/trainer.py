@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cascade.checkpoint import load_weights, save_stage, write_text
+from cascade.checkpoint import load_weights, save_stage, write_text, writing
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
@@ -387,9 +387,10 @@ class Trainer:
         return None if folder is None else str(folder)
 
     def _open_folder(self, first: int) -> None:
-        remove_unfinished(self.output)
-        self._write_settings()
-        mark_begun(self.output)
+        with writing(self.output):
+            remove_unfinished(self.output)
+            self._write_settings()
+            mark_begun(self.output)
         self.spoken = Spoken(self.config.stage.name, first, self.config.training.steps)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)

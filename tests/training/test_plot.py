@@ -71,12 +71,12 @@ def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "curves.png").write_bytes(b"\x89PNG\r\n\xff\xfe")
-    with pytest.raises(CascadeError, match=r"curves\.png: no text; name the folder of a training run"):
+    with pytest.raises(CascadeError, match=r"curves\.png: holds no entries; is it the log\.jsonl of a training run"):
         read_curves(tmp_path / "curves.png")
 
 
 def test_a_folder_without_log_and_an_empty_log_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CascadeError, match=r"log\.jsonl: No such file or directory; name the folder of a training run"):
+    with pytest.raises(CascadeError, match=r"log\.jsonl: no such file; name the folder of a training run"):
         read_curves(tmp_path)
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(CascadeError, match=r"log\.jsonl: holds no entries"):
