@@ -16,6 +16,7 @@ from cascade import CascadePipeline
 from cascade.server.app import make_app
 from cascade.server.gallery import Gallery
 from cascade.server.guard import Rules
+from cascade.server.models import Models
 from cascade.server.queue import Queue
 from cascade.server.run import Server, listening
 
@@ -60,14 +61,21 @@ class Live:
 
 @contextmanager
 def live(
-    load: Load, folder: Path, *, rules: Rules | None = None, card: Path | None = None, **queue_options: Any
+    load: Load,
+    folder: Path,
+    *,
+    rules: Rules | None = None,
+    models: Models | None = None,
+    runs: Path | None = None,
+    **queue_options: Any,
 ) -> Iterator[Live]:
     """A server whose gallery is `folder`."""
     gallery = Gallery(folder)
     queue = Queue(load, gallery, **queue_options)
     started = threading.Event()
+    app = make_app(queue, rules or Rules(), models or Models(lambda _: load()), page=True, runs=runs)
     with listening("127.0.0.1", 0) as own:
-        server = Server(make_app(queue, rules or Rules(), page=True, card=card), queue, started.set)
+        server = Server(app, queue, started.set)
         thread = threading.Thread(target=server.run, args=([own],))
         queue.start()
         thread.start()

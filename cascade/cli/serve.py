@@ -28,6 +28,8 @@ _OTHER_PORTS = 20  # that `studio` tries; a program expects the API at the port 
 _OPTIONS = (
     path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
     path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the gallery."),
+    path_option("--models", metavar="FOLDER", help="Further models to choose from on the page: its subfolders."),
+    path_option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Training runs to follow."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require a key."),
     click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free port."),
     click.option("--allowed-host", multiple=True, metavar="NAME", help="Another host name that requests may use."),
@@ -75,7 +77,9 @@ class Request:
     """The command line's options, one field each."""
 
     model: str | None
+    models: str | None
     out: str
+    runs: str
     host: str
     port: int
     allowed_host: tuple[str, ...]
@@ -92,14 +96,17 @@ class Request:
         rules = self._rules()
         from cascade.server.app import make_app
         from cascade.server.gallery import Gallery
+        from cascade.server.models import Models
         from cascade.server.queue import Queue
         from cascade.server.run import Server, listening
 
         with listening(self.host, self.port, _OTHER_PORTS if self.page and self.port else 0) as own:
             gallery = Gallery(self.out)
-            queue = Queue(self._load, gallery, most_waiting=self.most_waiting)
+            models = Models(self._load, self.model, None if self.models is None else Path(self.models))
+            models.card()  # a model that is not there ends the command at once
+            queue = Queue(models.choose(models.current), gallery, most_waiting=self.most_waiting)
             address = self._address(own.getsockname()[1], rules)
-            app = make_app(queue, rules, page=self.page, card=self._card())
+            app = make_app(queue, rules, models, page=self.page, runs=Path(self.runs))
             queue.start()
             try:
                 Server(app, queue, lambda: self._say(address)).run([own])
@@ -124,17 +131,10 @@ class Request:
             )
         return Rules(hosts=(*self.allowed_host, self.host), key=None if self.no_auth else key)
 
-    def _load(self) -> CascadePipeline:
+    def _load(self, model: str | None) -> CascadePipeline:
         from cascade.pipeline import CascadePipeline
 
-        return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=self.dtype, low_memory=self.low_memory
-        )
-
-    def _card(self) -> Path | None:
-        from cascade.load.index import find_model
-
-        return find_model(self.model)
+        return CascadePipeline.from_pretrained(model, device=self.device, dtype=self.dtype, low_memory=self.low_memory)
 
     def _address(self, port: int, rules: Rules) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

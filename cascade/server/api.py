@@ -6,19 +6,22 @@ import io
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response, UploadFile
+from fastapi import Path as FromPath
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from cascade.batch.metadata import read_metadata
 from cascade.config.stage import StageConfig
 from cascade.server.asked import Asked, asked_of
 from cascade.server.card import model_card
+from cascade.server.models import Models
 from cascade.server.pictures import checked_size
-from cascade.server.queue import Queue
+from cascade.server.queue import BusyError, Queue
+from cascade.server.runs import Runs
 from cascade.settings import Settings
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -37,14 +40,44 @@ def client_of(request: Request) -> str:
     return request.headers.get("x-cascade-client", request.client.host if request.client else "")[:64]
 
 
-def jobs_router(queue: Queue, card: Path | None) -> APIRouter:
-    """Ask, watch, stop. card: the folder of the model's card."""
-    router = APIRouter(prefix="/api", tags=["jobs"])
+class Chosen(Settings):
+    """A model by its name."""
+
+    name: Annotated[str, Field(max_length=255)]
+
+
+def model_router(queue: Queue, models: Models) -> APIRouter:
+    """The model in use, and others."""
+    router = APIRouter(prefix="/api", tags=["model"])
 
     @router.get("/model")
     def model() -> dict[str, Any]:
         """The model at hand and what a call of it may say; waits while it is loaded."""
-        return model_card(queue.pipeline, card)
+        return model_card(queue.pipeline, models.card())
+
+    @router.get("/models")
+    def every() -> dict[str, Any]:
+        """Names of the models that can be chosen, the one in use first."""
+        return {"models": models.names()}
+
+    @router.put("/model", status_code=202)
+    def choose(chosen: Chosen) -> dict[str, Any]:
+        """Draw with another model: 409 while anything waits or is drawn."""
+        before = models.current
+        load = models.choose(chosen.name)
+        try:
+            queue.switch(load)
+        except BusyError:
+            models.choose(before)
+            raise
+        return {"models": models.names()}
+
+    return router
+
+
+def jobs_router(queue: Queue) -> APIRouter:
+    """Ask, watch, stop."""
+    router = APIRouter(prefix="/api", tags=["jobs"])
 
     @router.post("/jobs", status_code=202)
     def ask(asked: Asked, request: Request) -> dict[str, Any]:
@@ -147,6 +180,30 @@ def gallery_router(queue: Queue) -> APIRouter:
         """Bring back what was deleted."""
         with found("picture"):
             return gallery.restore(id)
+
+    return router
+
+
+def runs_router(runs: Runs) -> APIRouter:
+    """Training runs in a folder."""
+    router = APIRouter(prefix="/api", tags=["training"])
+
+    @router.get("/runs")
+    def every() -> dict[str, Any]:
+        """How far each run is, the one with the newest entry first."""
+        return {"folder": runs.folder.name, "runs": runs.every()}
+
+    @router.get("/runs/{id}")
+    def run(id: str) -> dict[str, Any]:
+        """One of them with its curves, warnings and the steps of its grids of sample pictures."""
+        with found("run"):
+            return runs.get(id)
+
+    @router.get("/runs/{id}/grids/{step}")
+    def grid(id: str, step: Annotated[int, FromPath(ge=0, lt=1 << 53)]) -> Response:
+        """A grid of sample pictures."""
+        with found("grid"):
+            return Response(runs.grid(id, step), media_type="image/png", headers={"cache-control": "no-cache"})
 
     return router
 

@@ -16,23 +16,26 @@ from starlette.exceptions import HTTPException
 from cascade._version import __version__
 from cascade.errors import CascadeError
 from cascade.server.a1111 import a1111_router
-from cascade.server.api import files_router, gallery_router, jobs_router
+from cascade.server.api import files_router, gallery_router, jobs_router, model_router, runs_router
 from cascade.server.guard import App, Guard, Rules
 from cascade.server.health import health_router
+from cascade.server.models import Models
 from cascade.server.openai import error_of, openai_router
-from cascade.server.queue import Queue
+from cascade.server.queue import BusyError, Queue
+from cascade.server.runs import Runs
 from cascade.server.waiting import FullError
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", ".svg": "image/svg+xml"}
 
 
-def make_app(queue: Queue, rules: Rules, *, page: bool, card: Path | None = None) -> App:
-    """page: serve it, too. card: the folder of the model's card."""
+def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Path | None = None) -> App:
+    """page: serve it, too. runs: a folder with training runs."""
     # FastAPI's own pages of documentation load their scripts from a CDN.
     app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(jobs_router(queue, card))
-    for router in (gallery_router, files_router, openai_router, a1111_router, health_router):
+    app.include_router(model_router(queue, models))
+    for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
         app.include_router(router(queue))
+    app.include_router(runs_router(Runs(runs or Path("runs"))))
     if page:
         app.include_router(_page_router())
     _answer_errors(app, queue)
@@ -67,6 +70,10 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
     def full(request: Request, error: FullError) -> Response:
         wait = {"retry-after": str(max(1, math.ceil(queue.seconds_left())))}
         return _answer(request, 429, str(error), wait)
+
+    @app.exception_handler(BusyError)
+    def busy(request: Request, error: BusyError) -> Response:
+        return _answer(request, 409, str(error))
 
     @app.exception_handler(CascadeError)
     def wrong(request: Request, error: CascadeError) -> Response:

@@ -27,6 +27,10 @@ MOST_WAITING = 500
 _REMEMBERED = 100  # jobs that are over and still told of
 
 
+class BusyError(CascadeError):
+    """Something that must wait until nothing is drawn."""
+
+
 class Queue:
     """Jobs of all clients. `load` gives the pipeline, in the thread that draws: a page is there before it."""
 
@@ -70,6 +74,15 @@ class Queue:
             job.settle(piece.target.number)
         self.hub.publish(Event("job", job.to_json(), f"job {job.id}"))
 
+    def switch(self, load: Callable[[], CascadePipeline]) -> None:
+        """Draw with another model. Raises BusyError while anything waits or is drawn."""
+        with self._lock:
+            if not self.worker.pipeline.done() or any(not job.over for job in self._jobs.values()):
+                raise BusyError("pictures wait or are drawn; choose another model when they are done")
+            self.worker.switch(load)
+            self.worker.pipeline.add_done_callback(self._told)
+        self.hub.publish(Event("state", {"ready": False, "error": "", "jobs": [job.to_json() for job in self.jobs()]}))
+
     def job(self, id: str) -> Job:
         """By its name. Raises KeyError."""
         with self._lock:
@@ -87,12 +100,15 @@ class Queue:
         return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
 
     def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
+        loaded = self.worker.pipeline
         # Outside the lock: a picture to change takes a while to decode.
-        job = Job(asked, asked.plan(self.pipeline, self.gallery.next_index(), self.sources), client)
+        job = Job(asked, asked.plan(loaded.result(), self.gallery.next_index(), self.sources), client)
         job.missing = job.missing if missing is None else missing
         if job.plan.edit is not None:
             self.sources.keep(job.plan.edit)
         with self._lock:
+            if loaded is not self.worker.pipeline:
+                raise BusyError("another model was chosen meanwhile; ask again")
             self.line.put(job)
             self._jobs[job.id] = job
             over = [id for id, other in self._jobs.items() if other.over]
@@ -102,10 +118,13 @@ class Queue:
         return job
 
     def _loaded(self, loaded: Future[CascadePipeline]) -> None:
+        self._told(loaded)
+        if loaded.exception() is None and self._kept.exists():
+            self._resume()
+
+    def _told(self, loaded: Future[CascadePipeline]) -> None:
         error = loaded.exception()
         self.hub.publish(Event("model", {"error": "" if error is None else str(error)}))
-        if error is None and self._kept.exists():
-            self._resume()
 
     def _resume(self) -> None:
         for left in _read(self._kept):

@@ -44,7 +44,7 @@ class WaitingLine:
         self._most, self._linger = most, linger_seconds
         self._clients: dict[str, deque[Piece]] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._interrupted = False
 
     def __len__(self) -> int:
         with self._changed:
@@ -71,9 +71,12 @@ class WaitingLine:
             return dropped
 
     def take(self, most: int) -> list[Piece]:
-        """Up to `most` pieces that agree, as soon as there are any; none once the line is closed."""
+        """Up to `most` pieces that agree, as soon as there are any; none once the line is closed or interrupted."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(self._clients.values()))
+            self._changed.wait_for(lambda: self._closed or self._interrupted or any(self._clients.values()))
+            if self._interrupted:
+                self._interrupted = False
+                return []
         if most > 1 and len(self) < most:
             time.sleep(self._linger)  # requests that came at the same moment join
         with self._changed:
@@ -86,6 +89,19 @@ class WaitingLine:
             for piece in batch:
                 self._serve(piece)
             return batch
+
+    def interrupt(self) -> None:
+        """Have `take` return once without pieces."""
+        with self._changed:
+            self._interrupted = True
+            self._changed.notify_all()
+
+    def wait_for_interrupt(self) -> bool:
+        """Waits for it; False once the line is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._interrupted)
+            self._interrupted = False
+            return not self._closed
 
     def close(self) -> None:
         """Give out nothing more."""

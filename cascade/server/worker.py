@@ -67,19 +67,33 @@ class Worker:
         """Whether anything would still be drawn."""
         return self._thread.is_alive()
 
+    def switch(self, load: Callable[[], CascadePipeline]) -> None:
+        """Draw with another model from now on; the caller sees to it that nothing waits or is drawn."""
+        self._load, self.pipeline = load, Future()
+        self._line.interrupt()
+
     def _work(self) -> None:
-        try:
-            pipeline = self._load()
-        except Exception as error:  # told to everyone who asks
-            logger.error("%s", error)
-            self.pipeline.set_exception(error)
-            return
-        self.pipeline.set_result(pipeline)
+        while not self._closing:
+            loading = self.pipeline
+            try:
+                loading.set_result(self._load())
+            except Exception as error:  # told to everyone who asks
+                logger.error("%s", error)
+                loading.set_exception(error)
+                if not self._line.wait_for_interrupt():
+                    return
+                continue
+            self._serve(loading.result())
+
+    def _serve(self, pipeline: CascadePipeline) -> None:
+        """Draw with one model until there is to be another, or an end."""
+        self.pace = Pace()
         engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
         while pieces := self._line.take(pipeline.default_batch_size):
             start = time.perf_counter()
             self._draw(engine, Round(pieces, self._hub, self.pace, pipeline.text_encoder))
             self.counts.seconds += time.perf_counter() - start
+            self._round = None
 
     def _draw(self, engine: Engine, round: Round) -> None:
         self._round = round

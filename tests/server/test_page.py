@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import re
 import shutil
 import time
@@ -19,6 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cascade import CascadePipeline
 from cascade.server.events import Event
+from cascade.server.models import Models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -46,7 +49,8 @@ def browser() -> Iterator[Browser]:
 def studio(pipeline: CascadePipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("studio")
     (folder / "README.md").write_text(CARD)
-    with live(lambda: pipeline, folder / "out", card=folder) as server:
+    models = Models(lambda _: pipeline, str(folder))
+    with live(lambda: pipeline, folder / "out", models=models) as server:
         yield server
 
 
@@ -503,3 +507,75 @@ def test_a_picture_is_watched_step_by_step(page: Page) -> None:
     expect(page.locator("#thinking-said")).to_contain_text("Step 2 of 2")
     page.keyboard.press("Escape")
     expect(page.locator("#thinking")).to_be_hidden()
+
+
+def test_a_training_run_is_followed_and_its_grids_turned(
+    browser: Browser, pipeline: CascadePipeline, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "fox"
+    (run / "samples").mkdir(parents=True)
+    (run / "config.yaml").write_text("{stage: {name: base}, training: {steps: 100, batch_size: 16, log_every: 10}}")
+    log = run / "log.jsonl"
+    log.write_text('{"step": 10, "loss": 0.5, "images_per_second": 4.0}\n')
+    for step in (10, 20):
+        Image.new("RGB", (8, 8), "red").save(run / "samples" / f"step-{step:08d}.png")
+    with live(lambda: pipeline, tmp_path / "out", runs=tmp_path / "runs") as server:
+        page = browser.new_page()
+        opened(page, server)
+        page.get_by_role("link", name="Training").click()
+        expect(page.locator("#run-said")).to_have_text("Training, step 10 of 100 · 6 min left · loss 0.500")
+        with log.open("a") as file:
+            file.write('{"step": 20, "loss": 0.25, "images_per_second": 4.0}\n')
+        expect(page.locator("#run-said")).to_contain_text("step 20 of 100")  # without a click
+        expect(page.locator("#run-curves figure")).to_have_count(2)
+        expect(page.get_by_role("img", name="loss: 0.5 at step 10, 0.25 at step 20")).to_be_visible()
+        expect(page.locator("#run-grid")).to_have_attribute("alt", "Sample pictures after step 20")
+        page.locator("#run-grid-at").press("ArrowLeft")
+        expect(page.locator("#run-grid")).to_have_attribute("alt", "Sample pictures after step 10")
+        page.get_by_role("link", name="Draw", exact=True).click()
+        expect(page.locator("#prompt")).to_be_visible()
+        page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1600, "light")])
+def test_axe_finds_no_fault_in_the_training_tab(
+    browser: Browser, pipeline: CascadePipeline, tmp_path: Path, width: int, scheme: Any
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    run = tmp_path / "runs" / "fox"
+    run.mkdir(parents=True)
+    entries = [{"step": step, "loss": 50.0 if step == 20 else 1.0} for step in range(1, 21)]
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with live(lambda: pipeline, tmp_path / "out", runs=tmp_path / "runs") as server:
+        page = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme).new_page()
+        page.goto(f"{server.address}#training")
+        expect(page.locator("#run-warnings")).to_contain_text("Step 20: the loss is 50")
+        found = Axe().run(page).response["violations"]
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        assert [(fault["id"], [node["html"][:200] for node in fault["nodes"]]) for fault in found] == []
+        page.context.close()
+
+
+@pytest.mark.slow
+def test_another_model_is_chosen_on_the_page(browser: Browser, pipeline: CascadePipeline, tmp_path: Path) -> None:
+    other = copy.copy(pipeline)
+    other.name = "other"
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "cascade.json").write_text("{}")
+    (tmp_path / "first").mkdir()
+    models = Models(
+        lambda place: other if place and place.endswith("other") else pipeline,
+        str(tmp_path / "first"),
+        tmp_path / "models",
+    )
+    with live(models.choose(models.current), tmp_path / "out", models=models) as server:
+        page = browser.new_page()
+        opened(page, server)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.get_by_label("Model", exact=True).select_option("other")
+        expect(page.locator("#model")).to_contain_text("other")
+        draw(page, "a fox of the other one")
+        assert newest(server)["model"] == "other"
+        page.close()

@@ -3,10 +3,11 @@
 import { ask, askedOf, call, follow, read } from "./api.mjs";
 import { Comparison } from "./compare.mjs";
 import { Composer } from "./composer.mjs";
-import { $, toast, trying } from "./dom.mjs";
+import { $, el, toast, trying } from "./dom.mjs";
 import { Easel } from "./easel.mjs";
 import { Gallery } from "./gallery.mjs";
 import { Thinking } from "./thinking.mjs";
+import { Training } from "./training.mjs";
 import { Viewer } from "./viewer.mjs";
 
 const VARIATIONS = 4, VARIED = 0.35; // as many, so far on the way to other noise
@@ -64,8 +65,25 @@ function settle(asked) {
   toast("The settings of that picture are in the form, its seed kept.");
 }
 
+// Other models than the one in use, where there are any.
+async function offerModels() {
+  const { models } = await call("GET", "/api/models");
+  $("models").hidden = models.length < 2;
+  $("models").replaceChildren(...models.map(name => el("option", { value: name, textContent: name })));
+  $("models").onchange = trying(async () => {
+    try {
+      await call("PUT", "/api/model", { name: $("models").value });
+    } catch (error) {
+      $("models").value = models[0];
+      throw error;
+    }
+  });
+}
+
 const begin = trying(async () => {
   const card = await call("GET", "/api/model");
+  if (composer && card.name !== composer.card.name) { location.reload(); return; } // another one was chosen
+  offerModels();
   $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
   Object.assign(easel, { stages: card.stages, enlargers: card.enlargers });
@@ -80,6 +98,7 @@ follow({
   state({ jobs, ready, error }) {
     $("model").textContent = error || (ready ? $("model").textContent : "Loading the model…");
     $("model").classList.toggle("bad", Boolean(error));
+    if (error) offerModels();
     if (ready) begin().then(() => easel.set(jobs));
     gallery.reload();
   },
@@ -87,6 +106,7 @@ follow({
     $("model").textContent = error;
     $("model").classList.toggle("bad", Boolean(error));
     if (!error) begin();
+    else offerModels();
   },
   job(job) {
     easel.update(job);
@@ -128,6 +148,8 @@ addEventListener("drop", event => {
   take(event.dataTransfer.files[0]);
 });
 addEventListener("paste", event => { if (event.clipboardData.files.length) take(event.clipboardData.files[0]); });
+
+new Training();
 
 // --- colours
 
