@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cascade.config.data import Split
+from cascade.config.data import FolderSource
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
+from cascade.data.wording import caption_of_name
 from cascade.errors import CascadeError
 from cascade.files.table import BadRowError, csv_rows
 from cascade.files.text import NotTextError, read_text
@@ -38,7 +39,9 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, folder: Path, caption_column: str, split: Split = "all") -> None:
+    def __init__(self, config: FolderSource) -> None:
+        folder, caption_column, split = Path(config.path), config.caption_column, config.split
+        self._names = config.names
         found = files_of(folder)
         self.problems = found.problems
         if found.problems:
@@ -78,7 +81,8 @@ class FolderRecords:
             return self._listed[path]
         beside = (path.with_suffix(ending) for ending in SIDECARS)
         texts = (_sidecar(file) for file in beside if file in self._sidecars)
-        return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+        variants = tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+        return variants or (() if self._names == "none" else caption_variants(caption_of_name(path, self._names)))
 
 
 def is_held_out(picture: Path, folder: Path) -> bool:

@@ -25,12 +25,15 @@ from cascade.config.data import (
     ScenesSource,
     SourceConfig,
     WebDatasetSource,
+    WordingConfig,
 )
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError
+from cascade.data.order import ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, training_pair
+from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
@@ -151,11 +154,12 @@ class Views(Dataset[View]):
         self._data = data
         self._stage = stage
         self._seed = seed
-        self._mixture = Mixture([source.weight for source in data.sources], seed)
         self._sources = [
             open_source(source, stage.resolution, (seed, "source", index), data)
             for index, source in enumerate(data.sources)
         ]
+        self._mixture = Mixture([_weight(*pair) for pair in zip(data.sources, self._sources, strict=True)], seed)
+        self._wordings = [getattr(source, "wording", WordingConfig()) for source in data.sources]
 
     def __getitem__(self, sample: int) -> View:
         source, use = self._mixture.locate(sample)
@@ -167,13 +171,22 @@ class Views(Dataset[View]):
             )
             try:
                 record = self._sources[source].record(use, attempt)
-                caption = choose_caption(record, self._data.caption_dropout, caption_rng)
+                caption = choose_caption(record, self._data.caption_dropout, caption_rng, self._wordings[source])
                 picture, low = training_pair(record, self._data, self._stage, picture_rng)
             except BadRecordError as error:
                 bad.append(str(error))
             else:
                 return View(picture, caption, sample, tuple(bad), low)
         raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
+
+
+def _weight(config: SourceConfig, source: Source) -> float:
+    """A source's share of the views, relative to the others': its weight, or its repeats for each of its records."""
+    if isinstance(config, ScenesSource) or config.repeats is None:
+        return config.weight
+    if isinstance(source, ShuffledSource | ShardedSource):
+        return config.repeats * source.count
+    raise CascadeError("data.sources: repeats of a stream, whose number of records is not known; set weight instead")
 
 
 class BadRecords:
@@ -291,11 +304,16 @@ class _Shares(Dataset["_Share | CascadeError"]):
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
     """Every caption variant of finite sources, in order of appearance, with repetitions; no picture is decoded.
 
-    Drawn scenes are endless: their captions are encoded during training.
+    Drawn scenes and shuffled tags are endless: their captions are encoded during training.
     """
     for source in sources:
-        if not isinstance(source, ScenesSource):
-            yield from itertools.chain.from_iterable(_variants_of(source))
+        if isinstance(source, ScenesSource):
+            continue
+        if has_endless_wordings(source.wording):
+            logger.warning("captions of shuffled or dropped tags are not encoded beforehand, but during training")
+            continue
+        for variant in itertools.chain.from_iterable(_variants_of(source)):
+            yield from wordings(variant, source.wording)
 
 
 def _variants_of(source: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Iterator[tuple[str, ...]]:

@@ -44,7 +44,7 @@ def open_source(config: SourceConfig, resolution: int, key: Key, data: DataConfi
 def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | None, resolution: int) -> Records:
     if data is None or data.decoded is None:
         return records
-    source = config.model_dump(mode="json", exclude={"weight", "shuffle_block"})
+    source = config.model_dump(mode="json", exclude={"weight", "repeats", "wording", "shuffle_block"})
     of = {"source": source, "stamp": _stamp(config, records)}
     return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of))
 
@@ -61,7 +61,7 @@ def _stamp(config: FiniteSource, records: Records) -> str:
 def open_records(config: FiniteSource) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
-        return FolderRecords(Path(config.path), config.caption_column, config.split)
+        return FolderRecords(config)
     if isinstance(config, ParquetSource):
         return open_parquet(config, matching_files(config.files))
     if isinstance(config, WebDatasetSource):

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
-from cascade.config.data import DataConfig
+from cascade.config.data import DataConfig, WordingConfig
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
+from cascade.data.wording import PLAIN, worded
 from cascade.files.picture import MOST_PIXELS, open_picture
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
 
@@ -89,12 +90,15 @@ def names_a_side(captions: Iterable[str]) -> bool:
     return any(_SIDES.search(caption) for caption in captions)
 
 
-def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
-    """One of the record's caption variants, or "" with probability `dropout`. Raises BadRecordError."""
+def choose_caption(record: Record, dropout: float, rng: random.Random, wording: WordingConfig = PLAIN) -> str:
+    """One of the record's caption variants as `wording` changes it, or "" with probability `dropout`.
+
+    Raises BadRecordError.
+    """
     if not record.captions:
         raise BadRecordError(record.origin, "no caption")
     caption = rng.choice(record.captions)
-    return NULL_TEXT if rng.random() < dropout else caption
+    return NULL_TEXT if rng.random() < dropout else worded(caption, wording, rng)
 
 
 def decode(record: Record) -> Tensor:

@@ -21,12 +21,16 @@ _SQUARE = 1.1  # ratio of the sides up to which a picture counts as square
 
 @dataclass(frozen=True)
 class Look:
-    """The findings on a folder. usable: pictures that training can read. short_side: the median, in pixels."""
+    """The findings on a folder. usable: pictures that training can read. short_side: the median, in pixels.
+
+    names: the names that are captions, of files or folders, if there are no others.
+    """
 
     folder: Path
     found: Survey
     usable: int
     short_side: int
+    names: str = "none"
 
     @property
     def holds_out(self) -> bool:
@@ -35,8 +39,8 @@ class Look:
 
     def source(self, split: str = "train") -> FolderSource:
         """The data source for training or for held-out pictures: all of them if none are held out."""
-        path = str(self.folder)
-        return FolderSource.model_validate({"path": path, "split": split if self.holds_out else "all"})
+        settings = {"path": str(self.folder), "names": self.names, "split": split if self.holds_out else "all"}
+        return FolderSource.model_validate(settings)
 
     def lines(self) -> list[str]:
         """One screen for a person to read."""
@@ -55,15 +59,20 @@ class Look:
         lines.append(f"  captions: {len(found.captions):,} distinct, the most frequent {repeated:,} times")
         examples = [caption for caption, _ in Counter(found.captions).most_common(_NAMED)]
         lines += [f"    {caption}" for caption in examples]
+        if self.names != "none":
+            lines.append(f"  there are no captions: the names of the {self.names}s are taken instead")
         kept = "one picture in sixteen is held out for measuring" if self.holds_out else "too few to hold any out"
         return [*lines, f"  {kept}"]
 
 
 def look_at(folder: Path) -> Look:
     """Read every picture and caption of a folder. Raises CascadeError if there is too little to learn from."""
-    source = FolderSource(path=str(folder))
-    found = survey(source, DataConfig(sources=(source,)), StageConfig(name="look", resolution=64), None)
-    usable = found.looked_at - sum("no such" not in problem for problem in found.problems)
+    found, names = _surveyed(folder, "none"), "none"
+    if found.sizes and not found.captions:
+        parents = {Path(problem.partition(": no caption")[0]).parent for problem in found.problems}
+        names = "folder" if len(parents) > 1 else "file"
+        found = _surveyed(folder, names)
+    usable = found.looked_at - len(found.problems)
     if usable < LEAST_PICTURES:
         first = f"; the first problem: {found.problems[0]}" if found.problems else ""
         raise CascadeError(
@@ -71,7 +80,12 @@ def look_at(folder: Path) -> Look:
             f" least to learn from{first}"
         )
     shorts = sorted(min(size) for size in found.sizes)
-    return Look(folder, found, usable, shorts[len(shorts) // 2])
+    return Look(folder, found, usable, shorts[len(shorts) // 2], names)
+
+
+def _surveyed(folder: Path, names: str) -> Survey:
+    source = FolderSource.model_validate({"path": str(folder), "names": names})
+    return survey(source, DataConfig(sources=(source,)), StageConfig(name="look", resolution=64), None)
 
 
 def _shape(size: tuple[int, int]) -> str:

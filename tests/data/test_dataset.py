@@ -74,8 +74,8 @@ def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_pat
     [
         (
             "metadata.jsonl",
-            '{"file_name": "a.png", "text": "x"}',
-            "no column 'caption'; the columns are file_name, text",
+            '{"file_name": "a.png", "prompt": "x"}',
+            "no column 'caption'; the columns are file_name, prompt",
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; the columns are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),

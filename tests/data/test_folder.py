@@ -20,7 +20,7 @@ def picture(folder: Path, name: str) -> None:
 
 def records(folder: Path, column: str = "caption", split: str = "all") -> FolderRecords:
     source = FolderSource.model_validate({"path": str(folder), "caption_column": column, "split": split})
-    return FolderRecords(folder, source.caption_column, source.split)
+    return FolderRecords(source)
 
 
 def test_a_column_named_text_is_read_as_captions_as_the_guides_of_diffusers_have_it(tmp_path: Path) -> None:
@@ -76,3 +76,16 @@ def test_places_that_do_not_exist_are_found_without_reading_anything(tmp_path: P
         with pytest.raises(CascadeError, match=r"no such folder|no file matches"):
             check_places([source])
     check_places([FolderSource(path=str(tmp_path))])
+
+
+def test_names_of_files_or_folders_are_captions_only_where_there_are_no_others(tmp_path: Path) -> None:
+    for name in ("red-apple_03.png", "IMG.png"):
+        picture(tmp_path / "tall trees", name)
+    (tmp_path / "tall trees" / "IMG.txt").write_text("a true caption")
+    found = {
+        names: sorted(FolderRecords(FolderSource.model_validate({"path": str(tmp_path), "names": names})).captions())
+        for names in ("none", "file", "folder")
+    }
+    assert found["none"] == [(), ("a true caption",)]
+    assert found["file"] == [("a true caption",), ("red apple",)]
+    assert found["folder"] == [("a true caption",), ("tall trees",)]

@@ -61,10 +61,21 @@ def test_the_look_counts_sizes_copies_and_what_cannot_be_used(tmp_path: Path) ->
         assert line in text
 
 
-def test_pictures_without_captions_do_not_suffice(tmp_path: Path) -> None:
+def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", 3)
     with pytest.raises(CascadeError, match="3 pictures with captions, of 3; 4 are the least"):
         look_at(folder)
+
+
+def test_names_are_captions_where_a_folder_has_no_others_and_the_look_reports_it(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "pictures", 4, captions=False)
+    for number in range(4):
+        (folder / f"{number}.png").rename(folder / f"blue-bird_{number}.png")
+    look = look_at(folder)
+    assert (look.names, dict(look.found.captions)) == ("file", {"blue bird": 4})
+    assert any("names of the files are taken" in line for line in look.lines())
+    fill(folder / "red fox", 2, captions=False)
+    assert look_at(folder).names == "folder"
 
 
 def test_no_stage_is_larger_than_the_pictures() -> None:
