@@ -1,5 +1,5 @@
-"""Every setting does something: the table below names, for each field of a training run, a value that changes what
-can be observed, and how to observe it. A new field without a row fails."""
+"""Every setting has an effect: for each field of a training run, the table below lists a value with an observable
+effect, and how to observe it. A new field without a row fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models on the hub: the real client against a server on this machine, and a cache laid out as the client does it."""
+"""Models on the hub: the real client with a server on this machine, and a cache in the client's layout."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--version"], ["--help"], ["generate", "--help"], ["train", "--help"], ["nothing"]]
 )
-def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
+def test_help_and_version_need_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
         "from cascade.cli.program import main\n"

@@ -71,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except CascadeError as error:
             return _fail(str(error).split("\n"))
         except OSError as error:
-            if error.filename is None:
-                raise
             # A path without permission, or too long: reported here, because every command opens files.
-            return _fail([f"{error.filename}: {error.strerror or error}"])
+            return _fail([f"{error.filename or 'a file cannot be read or written'}: {error.strerror or error}"])
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "cascade"
             return _fail([f"{' '.join(error.format_message().split())} See `{path} --help`."])

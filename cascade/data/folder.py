@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from cascade.config.data import FolderSource
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
 from cascade.data.wording import caption_of_name
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.files.table import BadRowError, csv_rows
 from cascade.files.text import NotTextError, read_text
 from cascade.files.walk import Walk, walk
@@ -167,8 +167,8 @@ def _objects(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise CascadeError(f"{path}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise CascadeError(f'{path}, line {number}: expected an object such as {{"file_name": "a.png"}}')

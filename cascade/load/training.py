@@ -91,7 +91,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     Raises CascadeError for a run that cannot reach its end on this machine.
     """
     from cascade.training.accelerator import expected_processes  # imports accelerate, which drawing does not need
-    from cascade.training.guards import shortage_told
+    from cascade.training.guards import shortage_as_error
     from cascade.training.precision import settled
 
     held_out = config.training.validation
@@ -100,7 +100,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     )  # before a hub is asked for an encoder
     config = settled(config)
     check_run(config, *expected_processes())
-    with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
+    with shortage_as_error("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)
 
 

@@ -1,4 +1,4 @@
-"""The whole application: page, API, and those of others, behind the guard."""
+"""The whole application: page, cascade's API, and compatible APIs, behind the guard."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", "
 
 
 def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Path | None = None) -> App:
-    """page: serve it, too. runs: a folder with training runs."""
-    # FastAPI's own pages of documentation load their scripts from a CDN.
+    """The application. page: also serve the web page. runs: a folder of training runs."""
+    # FastAPI's documentation pages would load scripts from a CDN.
     app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(model_router(queue, models))
     for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
@@ -44,7 +44,7 @@ def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Pa
 
 
 def _page_router() -> APIRouter:
-    """The files of the page, which are read once: no path of a request reaches the disk."""
+    """Routes of the page's files, which are read once, so that no path of a request reaches the disk."""
     router = APIRouter()
     for file in resources.files("cascade.server").joinpath("page").iterdir():
         content, suffix = file.read_bytes(), Path(file.name).suffix
@@ -93,7 +93,7 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
 def _answer(
     request: Request, status: int, message: str, headers: dict[str, str] | None = None, code: str = ""
 ) -> Response:
-    """An error in the shape that the callers of each API read. code: what the page acts on; messages are for people."""
+    """An error response in the format of the requested API. code: what the page acts on; messages are for people."""
     path = request.url.path
     body: dict[str, Any] = {"error": message} | ({"code": code} if code else {})
     if path.startswith("/v1/"):

@@ -441,7 +441,7 @@ def test_a_folder_is_read_as_people_and_their_programs_leave_it(tmp_path: Path) 
     assert [decode(records[index]).shape for index in (1, 2, 3)] == [(3, 32, 32)] * 3
 
 
-def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
+def test_unreadable_files_in_a_folder_are_counted_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""What a survey of the data says, and that its sheet shows what the network sees."""
+"""The counts of a data survey, and its sheet of the network's inputs."""
 
 from pathlib import Path
 
