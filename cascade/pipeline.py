@@ -41,7 +41,7 @@ from cascade.output import Callback, CascadeOutput, Watcher, check_output_argume
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
 from cascade.save import Parts, model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, check_memory, shortage_names
+from cascade.slots import StageSlot, TextSlot, adapters_in, check_memory, shortage_names
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
@@ -93,7 +93,7 @@ class CascadePipeline:
         low_memory: bool = False,
         captions: Captions | None = None,
         text_8bit: bool = False,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, str | Path | Sequence[str | Path]] | None = None,
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
@@ -104,7 +104,8 @@ class CascadePipeline:
             that still does not fit into memory is read from disk layer by layer.
         text_8bit: the text encoder's linear weights are int8; needs the extra `quantized`.
         captions: how prompts are cleaned, "as_is", "lower" or "deepfloyd"; default the model's own setting.
-        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
+        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder} or
+            {"base": ["a:0.8", "b:0.5"]}, with the scale of each.
         """
         from cascade.load.pipeline import LoadOptions, load_pipeline  # a higher layer; see docs/architecture.md
 
@@ -193,6 +194,7 @@ class CascadePipeline:
                     height=size[0],
                     width=size[1],
                     stages=stages,
+                    adapters=adapters_in(slots),
                     **entries,
                 ),
                 embeds[index],
@@ -344,6 +346,7 @@ class CascadePipeline:
             width=width,
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
             source=digest_of(picture),
+            adapters=adapters_in({drawing.slot.config.name: drawing.slot for drawing in ways}.values()),
         )
         return Task(recipe, ways, start=picture)
 

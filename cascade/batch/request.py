@@ -23,6 +23,7 @@ from cascade.device import choose_device
 from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
+from cascade.load.adapters import adapters_for, read_adapter
 from cascade.load.index import read_index
 from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
@@ -56,7 +57,8 @@ class Outcome:
 class BatchRequest:
     """The arguments of `cascade generate`, with the names and meanings of its options.
 
-    prompts: texts to draw; file: a prompt file instead. manifest: "parquet" for a table in addition to the JSON lines.
+    prompts: texts to draw; file: a prompt file instead. lora: adapters, `[STAGE=]FOLDER[:SCALE]`. manifest:
+    "parquet" for a table in addition to the JSON lines.
     """
 
     out: str
@@ -64,6 +66,7 @@ class BatchRequest:
     file: str | None = None
     strict: bool = False
     model: str | None = None
+    lora: Sequence[str] = ()
     overwrite: bool = False
     format: str = "png"
     tar_size: int = 1000
@@ -157,6 +160,7 @@ class BatchRequest:
         return {
             "versions": versions(),
             "model": model_identity(read_index(self.model)),
+            **self._adapter_digests(),
             **{name: getattr(self, name) for name in (*own, *stored)},
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,
@@ -171,8 +175,25 @@ class BatchRequest:
 
     def _pipeline(self, dtype: str) -> CascadePipeline:
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
+            self.model,
+            device=self.device,
+            dtype=dtype,
+            low_memory=self.low_memory,
+            text_8bit=self.text_8bit,
+            adapters=self.adapters(),
         )
+
+    def adapters(self) -> dict[str, list[str]]:
+        """The adapters by stage, as for `CascadePipeline.from_pretrained`."""
+        if not self.lora:
+            return {}
+        return adapters_for(self.lora, [read_config(folder).name for folder in read_index(self.model).stages])
+
+    def _adapter_digests(self) -> dict[str, Any]:
+        """The run's setting on adapters; none without any, as in earlier versions."""
+        found = {name: map(read_adapter, several) for name, several in self.adapters().items()}
+        digests = {name: {one.digest: one.scale for one in several} for name, several in found.items()}
+        return {"adapters": digests} if digests else {}
 
     def _options(self, run_seed: int) -> DrawOptions:
         return DrawOptions(

@@ -229,7 +229,7 @@ def files_router(queue: Queue) -> APIRouter:
 
     @router.get("/traces/{name}")
     def trace(name: str) -> dict[str, Any]:
-        """What each stage computed at every step of a job with `trace`, as `cascade trace` writes it."""
+        """The values of every stage and step of a job with `trace`: the trace.json of `cascade trace`."""
         with found("trace"):
             return gallery.traces.get(name)
 

@@ -80,7 +80,7 @@ class Queue:
             if not self.worker.pipeline.done() or any(not job.over for job in self._jobs.values()):
                 raise BusyError("pictures wait or are drawn; choose another model when they are done")
             self.worker.switch(load)
-            self.worker.pipeline.add_done_callback(self._told)
+            self.worker.pipeline.add_done_callback(self._publish_loaded)
         self.hub.publish(Event("state", {"ready": False, "error": "", "jobs": [job.to_json() for job in self.jobs()]}))
 
     def job(self, id: str) -> Job:
@@ -118,11 +118,11 @@ class Queue:
         return job
 
     def _loaded(self, loaded: Future[CascadePipeline]) -> None:
-        self._told(loaded)
+        self._publish_loaded(loaded)
         if loaded.exception() is None and self._kept.exists():
             self._resume()
 
-    def _told(self, loaded: Future[CascadePipeline]) -> None:
+    def _publish_loaded(self, loaded: Future[CascadePipeline]) -> None:
         error = loaded.exception()
         self.hub.publish(Event("model", {"error": "" if error is None else str(error)}))
 

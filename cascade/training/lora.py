@@ -59,8 +59,8 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_tensors(temporary / "adapter_model.safetensors", own)
 
 
-def merge_adapter(network: nn.Module, folder: Path) -> None:
-    """Add the differences of an adapter's folder to a network's weights.
+def merge_adapter(network: nn.Module, folder: Path, scale: float = 1.0) -> None:
+    """Add the differences of an adapter's folder, times `scale`, to a network's weights.
 
     Raises CascadeError when the adapter is missing, damaged, made for another network, or lacks a tensor, which peft
     would leave at random values.
@@ -81,8 +81,10 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
         # Layer by layer: peft's own `merge_and_unload` requires the config of a language model.
         for name, layer in list(network.named_modules()):
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                layer.scale_layer(scale)
                 layer.merge()
                 network.set_submodule(name, layer.get_base_layer())
+        del network.peft_config  # else peft takes the next adapter for a second one beside the merged
     except CascadeError:
         raise
     except Exception as error:  # peft raises exceptions of many types for settings and shapes that do not fit

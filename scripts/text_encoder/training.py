@@ -33,7 +33,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train: whichever of `steps` and `minutes` is reached first ends the run."""
+    """Length and rates of training: the run ends at `steps` or after `minutes`, whichever is first."""
 
     steps: int | None
     minutes: float | None
