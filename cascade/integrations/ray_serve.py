@@ -1,0 +1,82 @@
+"""Ray Serve: replicas of the HTTP server behind one address, more of them while more pictures are requested.
+
+    serve run cascade.integrations.ray_serve:app model=my-cascade gpus=1 max_replicas=8
+
+Needs the extra `cascade-diffusion[ray,serve]`. Every replica holds the model and a gallery of its own, so only what one
+request answers is served: OpenAI's images API with the pictures in the answer, and /health. Set CASCADE_API_KEY where
+others reach the address.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cascade.pipeline import CascadePipeline
+from cascade.server.app import make_stateless_app
+from cascade.server.gallery import Gallery
+from cascade.server.guard import App, Rules
+from cascade.server.queue import Queue
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+KEY = "CASCADE_API_KEY"
+_ONGOING = 64  # requests in a replica's queue; Ray holds the others back
+
+
+class Arguments(BaseModel):
+    """What `serve run` takes behind the name of the application, and Ray's configuration files under `args`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    """A folder or hub id; None: the bundled cascade."""
+    out: str = "out"
+    """Folder of the galleries: a subfolder for each replica."""
+    hosts: str = ""
+    """Names under which others reach the address, with commas between; loopback's need no mention."""
+    min_replicas: int = 1
+    """Replicas that are always there."""
+    max_replicas: int = 1
+    """Replicas while more is requested than the others draw."""
+    cpus: float = 1
+    """Processors of a replica."""
+    gpus: float = 0
+    """GPUs of a replica."""
+    most_waiting: int = 500
+    """Pictures that may wait in a replica; more are refused with 429."""
+
+
+def app(arguments: Arguments | Mapping[str, Any]) -> Application:
+    """The application, for `serve run`, which gives text, and `ray.serve.run`. Raises pydantic's ValidationError."""
+    from ray import serve
+
+    arguments = Arguments.model_validate(arguments)
+    replica = serve.ingress(partial(_replica, arguments, os.environ.get(KEY)))()
+    scaling: dict[str, Any] = {"min_replicas": arguments.min_replicas, "max_replicas": arguments.max_replicas}
+    deployment = serve.deployment(
+        replica,
+        name="cascade",
+        autoscaling_config={**scaling, "target_ongoing_requests": 2},
+        max_ongoing_requests=_ONGOING,
+        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+    )
+    return deployment.bind()
+
+
+def _replica(arguments: Arguments, key: str | None) -> App:
+    """The ASGI application of a replica, whose thread draws until the process ends."""
+    queue = Queue(
+        lambda: CascadePipeline.from_pretrained(arguments.model),
+        Gallery(Path(arguments.out) / uuid.uuid4().hex[:12]),
+        most_waiting=arguments.most_waiting,
+    )
+    queue.start()
+    return make_stateless_app(queue, Rules(hosts=tuple(filter(None, arguments.hosts.split(","))), key=key))
