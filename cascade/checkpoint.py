@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import glob
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from cascade.config.data import TextReading
 from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import read_json_file
-from cascade.files.text import json_text
+from cascade.files.text import json_text, open_regular
 from cascade.quoting import quoted
 from cascade.settings import parse
 
+_ASIDE = ".old."
 _READING = "text"
 """Key of stage.json that is not a setting of the stage: how its training read text, as in a run's section `text`."""
 
@@ -38,45 +39,88 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = fresh_file(path.parent, f".{path.name}.")
+        permissions = temporary.stat().st_mode & 0o777
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(permissions)  # safetensors creates its own file, which only the owner may read
             system.sync(temporary)
             system.replace(temporary, path)
             system.sync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # after the rename nothing is left to remove
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder to fill; on success every file is synced and the folder takes the name `path`.
 
-    An existing folder is replaced. For a moment neither folder has the name; at no time does half a folder have it.
+    An existing folder is exchanged for it in one operation. Where the system has none, the existing folder is renamed
+    first, and renamed back after a failure; after a kill between the two, `restore` finds it.
     """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        restore(path)
+        temporary = _fresh(path.parent, f".{path.name}.", lambda free: free.mkdir())
         try:
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
             for file in sorted(temporary.rglob("*")):
                 system.sync(file)
             system.sync(temporary)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                system.replace(path, old / path.name)
+            if not path.exists():
                 system.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                system.replace(temporary, path)
+            elif not system.exchange(temporary, path):
+                _put_in_place(temporary, path)
             system.sync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Two renames: the folder at `path` is moved into a hidden one, and `new` takes its name."""
+    aside = _fresh(path.parent, f".{path.name}{_ASIDE}", lambda free: free.mkdir())
+    try:
+        system.replace(path, aside / path.name)
+        try:
+            system.replace(new, path)
+        except OSError:
+            system.replace(aside / path.name, path)
+            raise
+    finally:
+        if path.exists():
+            discard(aside)
+
+
+def restore(path: Path) -> None:
+    """Rename a folder back that a kill left in a hidden one, unless its successor has the name."""
+    for aside in sorted(path.parent.glob(f".{glob.escape(path.name)}{_ASIDE}*")):
+        if not path.exists() and (aside / path.name).is_dir():
+            system.replace(aside / path.name, path)
+        if path.exists():
+            discard(aside)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, link or folder as far as it can be."""
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def fresh_file(folder: Path, prefix: str = "") -> Path:
+    """An empty file with an unused name and the permissions that the umask allows. Raises OSError."""
+    return _fresh(folder, prefix, lambda free: free.touch(exist_ok=False))
+
+
+def _fresh(folder: Path, prefix: str, make: Callable[[Path], None]) -> Path:
+    while True:
+        free = folder / f"{prefix}{secrets.token_hex(4)}"
+        with suppress(FileExistsError):
+            make(free)
+            return free
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -118,10 +162,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.d
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CascadeError when it is missing, truncated or of another format."""
     try:
+        open_regular(path).close()  # of a pipe the library would wait for more
         return load_file(path)
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch's own, of a file that cannot be mapped
         raise CascadeError(f"{path}: damaged, or not safetensors ({error}); copy or download it again") from None
 
 
@@ -193,12 +238,6 @@ def check_format(path: str | Path, version: object) -> None:
 
 def _on_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import one_minus_alpha
 from cascade.errors import CascadeError
+from cascade.files.text import open_regular
 from cascade.files.variants import HALVES
 from cascade.models.if_unet import IF_NOISE, IFUNetConfig
 from cascade.quoting import quoted
@@ -332,8 +333,9 @@ def _stored_names(folder: Path) -> list[str]:
     names: list[str] = []
     for path in weight_files(folder):
         try:
+            open_regular(path).close()
             with safe_open(path, framework="pt") as file:
                 names += file.keys()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise CascadeError(f"{path}: damaged, or not safetensors ({error}); download it again") from None
     return names

@@ -24,3 +24,8 @@ class ShortageError(CascadeError):
 
 class DownloadError(CascadeError):
     """A hub could not be reached, or lacks the requested model."""
+
+
+def output_error(error: OSError) -> StorageError:
+    """The error of a standard output that cannot be written."""
+    return StorageError(f"standard output: cannot be written: {error.strerror or error}; what was drawn or saved stays")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,14 +69,25 @@ def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]
             raise BlockingIOError(errno.EAGAIN, "another process has it", str(path))
         _files.add(file)
         if holder:
-            file.truncate(0)
-            file.write(holder)
-            file.flush()
+            note_holder(file.fileno(), holder)
         try:
             yield
         finally:
             if not file.closed:
                 release(file.fileno())
+
+
+def note_holder(handle: int, holder: str) -> None:
+    """Write into a locked file whose it is. Nothing waits in a buffer, which a full disk would refuse a second time."""
+    os.ftruncate(handle, 0)
+    system.write_at(handle, holder.encode(), 0)
+
+
+def holder_of(path: Path) -> str:
+    """What the holder of a locked file noted in it; nothing where that cannot be read."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def are_missing(error: OSError) -> bool:

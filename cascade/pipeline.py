@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cascade.arguments import (
@@ -23,6 +24,7 @@ from cascade.arguments import (
     stage_sizes,
 )
 from cascade.bounds import PICTURES
+from cascade.card import Card
 from cascade.config.data import Captions
 from cascade.config.sampling import SamplingConfig
 from cascade.device import choose_device
@@ -34,15 +36,18 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
+from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
 from cascade.save import Parts, model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, check_memory, shortage_names
+from cascade.slots import StageSlot, TextSlot, adapters_in, check_memory, shortage_names
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
+
+_SHEET_CELL = 256  # pixels of a picture on a card's sheet
 
 
 class CascadePipeline:
@@ -88,7 +93,7 @@ class CascadePipeline:
         low_memory: bool = False,
         captions: Captions | None = None,
         text_8bit: bool = False,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, str | Path | Sequence[str | Path]] | None = None,
     ) -> CascadePipeline:
         """The bundled cascade (None), a folder, or a hub id; DeepFloyd IF's too, in diffusers' layout.
 
@@ -99,7 +104,8 @@ class CascadePipeline:
             that still does not fit into memory is read from disk layer by layer.
         text_8bit: the text encoder's linear weights are int8; needs the extra `quantized`.
         captions: how prompts are cleaned, "as_is", "lower" or "deepfloyd"; default the model's own setting.
-        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder}.
+        adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder} or
+            {"base": ["a:0.8", "b:0.5"]}, with the scale of each.
         """
         from cascade.load.pipeline import LoadOptions, load_pipeline  # a higher layer; see docs/architecture.md
 
@@ -188,6 +194,7 @@ class CascadePipeline:
                     height=size[0],
                     width=size[1],
                     stages=stages,
+                    adapters=adapters_in(slots),
                     **entries,
                 ),
                 embeds[index],
@@ -251,19 +258,28 @@ class CascadePipeline:
         stages = {max(picture.shape[-2:]): picture for picture in pictures}
         return CascadeOutput.of(stages, output_type, [own_seed], [text])
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write one folder: cascade.json, text_encoder/ and one folder per stage, safetensors; atomically.
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
+        """Write one folder: cascade.json, text_encoder/, one folder per stage in safetensors, and a card; atomically.
 
-        dtype: number format of the stage weights, default their own. An existing cascade in `folder` is replaced;
-        raises CascadeError if the folder holds anything else.
+        dtype: number format of the stage weights, default their own. card: what its README.md adds to stages, licence
+        and how to draw; a sheet of its prompts is drawn. An existing cascade in `folder` is replaced, except for a
+        README.md that was written by hand; raises CascadeError if the folder holds anything else.
         """
+        card = card or Card()
         enlargers = None if self.enlargers is self.slots else self.enlargers
-        write_model(folder, Parts(self._text.load(), self.slots, enlargers, self.name, self.license), dtype)
+        sheet = self._sheet(card.prompts) if card.prompts else None
+        parts = Parts(self._text.load(), self.slots, enlargers, self.name, self.license, card, sheet)
+        write_model(folder, parts, dtype)
 
-    def push_to_hub(self, repo: str, *, private: bool = False) -> None:
+    def _sheet(self, prompts: Sequence[str]) -> Image.Image:
+        """Pictures of prompts with seeds 0, 1, 2, ... and the prompts under them."""
+        drawn = self(list(prompts), seed=list(range(len(prompts))))
+        return contact_sheet(drawn.images, min(4, len(prompts)), list(prompts), cell=_SHEET_CELL)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, card: Card | None = None) -> None:
         """Upload the folder that `save_pretrained` writes to a model repository of the Hugging Face hub."""
         with model_for_hub(repo, private) as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, card=card)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> CascadePipeline:
         """Move the stages to a device and number format. The text encoder moves too, but keeps its own format.
@@ -330,6 +346,7 @@ class CascadePipeline:
             width=width,
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
             source=digest_of(picture),
+            adapters=adapters_in({drawing.slot.config.name: drawing.slot for drawing in ways}.values()),
         )
         return Task(recipe, ways, start=picture)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,24 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json
+from cascade.card import CARD, MARK, PICTURES, Card, card_text
+from cascade.checkpoint import atomic_folder, read_json, save_stage, write_json, write_text
 from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
+from cascade.files.text import read_text
 from cascade.slots import StageSlot
 from cascade.text.t5 import TextEncoder
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model. enlargers: the stages of `upscale` if they differ from those of the cascade."""
+    """The parts of a model. enlargers: the stages of `upscale` if they differ from those of the cascade.
+
+    sheet: pictures of the card's prompts.
+    """
 
     text_encoder: TextEncoder
     slots: Sequence[StageSlot]
     enlargers: Sequence[StageSlot] | None
     name: str
     license: str
+    card: Card
+    sheet: Image.Image | None = None
 
 
 def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = None) -> None:
@@ -54,6 +63,25 @@ def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = No
                 "null_text": text_encoder.null_text,
             },
         )
+        _write_card(temporary, folder, model)
+
+
+def _write_card(temporary: Path, folder: Path, model: Parts) -> None:
+    """README.md and its pictures; a card that somebody wrote by hand stays."""
+    old = folder / CARD
+    if old.is_file() and MARK not in read_text(old):
+        shutil.copy(old, temporary / CARD)
+        if (folder / PICTURES).is_dir():
+            shutil.copytree(folder / PICTURES, temporary / PICTURES)
+        return
+    if model.sheet is not None or model.card.pictures:
+        (temporary / PICTURES).mkdir()
+    if model.sheet is not None:
+        model.sheet.save(temporary / PICTURES / "sheet.png")
+    for path in model.card.pictures.values():
+        shutil.copy(path, temporary / PICTURES / path.name)
+    configs = [slot.config for slot in model.slots]
+    write_text(temporary / CARD, card_text(model.name, model.license, configs, model.card, model.sheet is not None))
 
 
 @contextmanager
@@ -78,7 +106,7 @@ def _may_be_replaced(path: Path) -> bool:
         return not there
     index = read_json(path / "cascade.json")
     stages = [*_names(index.get("stages")), *_names(index.get("enlargers"))]
-    return there <= {"cascade.json", "text_encoder", *stages}
+    return there <= {"cascade.json", "text_encoder", CARD, PICTURES, *stages}
 
 
 def _names(value: object) -> list[str]:

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,12 @@ class Settings(BaseModel):
     )
 
 
+class Noted(Settings):
+    """Base of what is read of a file that cascade wrote and anybody may have changed; it may hold more."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number and `2024-01-01` is text, as everybody expects."""
 
@@ -35,7 +42,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 
@@ -57,25 +64,69 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[dict[Any, Any]
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
+_LARGEST_YAML = 1 << 20
+"""Letters; the longest settings have some ten thousand."""
+_MOST_VALUES = 100_000
+"""Values of a file, what stands at an alias counted each time: a hundred letters of aliases can stand for billions."""
+_DEEPEST = 100
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What PyYAML raises for tags on values that are none of theirs: `!!bool maybe`, `!!timestamp never`."""
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError with the reason, also for what would take all memory."""
+    if len(text) > _LARGEST_YAML:
+        raise ValueError(f"has more than {_LARGEST_YAML >> 20} MB")
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a control character
+        raise ValueError(" ".join(str(error).split())) from None
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, 0, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
+    except _NOT_YAML as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, depth: int, counted: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for, itself among them. Raises ValueError for too many, too deep, or a circle."""
+    if isinstance(node, yaml.ScalarNode):
+        if "\0" in node.value:
+            raise ValueError(f"line {node.start_mark.line + 1}: holds a zero byte")
+        return 1
+    if node in counted and not counted[node]:
+        raise ValueError(f"line {node.start_mark.line + 1}: holds itself")
+    if depth > _DEEPEST:
+        raise ValueError("too many brackets within brackets")
+    if node not in counted:
+        counted[node] = 0  # under way
+        inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counted[node] = 1 + sum(_count_values(part, depth + 1, counted) for part in inner)
+    if counted[node] > _MOST_VALUES:
+        raise ValueError(f"has more than {_MOST_VALUES:,} values")
+    return counted[node]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises CascadeError for a missing file, invalid YAML, or anything but a mapping."""
     path = Path(path)
     try:
-        data = yaml.load(read_text(path), Loader=_Loader)
+        data = parse_yaml(read_text(path))
     except FileNotFoundError:
         raise CascadeError(f"{path}: no such file") from None
     except OSError as error:
         raise CascadeError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from None
     except NotTextError as error:
         raise CascadeError(f"{path}: {error}") from None
-    except _RepeatedKeyError as error:
-        raise CascadeError(f"{path}: {error}") from None
-    except RecursionError:
-        raise CascadeError(f"{path}: not valid YAML: brackets are nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
-        raise CascadeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise CascadeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise CascadeError(f"{path}: expected settings as `name: value`, found {found}")
@@ -90,8 +141,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         if not separator or not name:
             raise CascadeError(f"{quoted(assignment)}: expected key=value, such as training.steps=100")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            value = parse_yaml(text)
+        except ValueError:
             raise CascadeError(f"{quoted(assignment)}: {quoted(text)} is not a YAML value") from None
         _assign(data, name.split("."), value, assignment)
     return data
@@ -115,8 +166,10 @@ def _assign(data: Any, keys: list[str], value: Any, assignment: str) -> None:
             data = data[position] if isinstance(data, list) else data.setdefault(key, {})
 
 
-def parse(kind: type[ConfigT], data: dict[str, Any], origin: str) -> ConfigT:
+def parse(kind: type[ConfigT], data: Any, origin: str) -> ConfigT:
     """Settings of `kind` from plain data. Raises CascadeError with one line per mistake, named by `origin`."""
+    if not isinstance(data, dict):
+        raise CascadeError(f"{origin}: expected settings as `name: value`, found {type(data).__name__}")
     try:
         # Strict JSON rules: lists become tuples, but "3" is not a number and 1 is not a boolean.
         return kind.model_validate_json(json.dumps(data), strict=True)

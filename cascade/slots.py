@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,11 +18,15 @@ from cascade.text.t5 import TextEncoder
 
 @dataclass(frozen=True)
 class StageSlot:
-    """A stage of a pipeline: in memory, or (`--low-memory`) loaded for its turn and released after it."""
+    """A stage of a pipeline: in memory, or (`--low-memory`) loaded for its turn and released after it.
+
+    adapters: scales of the low-rank adapters that were added to its weights, by the digest of each.
+    """
 
     config: StageConfig
     load: Callable[[], Stage]
     held: bool = False
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def holding(cls, stage: Stage) -> StageSlot:
@@ -35,6 +39,11 @@ class StageSlot:
             self.load().to(device, dtype)
             return self
         return replace(self, load=lambda: self.load().to(device, dtype))
+
+
+def adapters_in(slots: Iterable[StageSlot]) -> dict[str, dict[str, float]]:
+    """The recipe's entry on adapters: by stage, those that have any."""
+    return {slot.config.name: dict(slot.adapters) for slot in slots if slot.adapters}
 
 
 class TextSlot:

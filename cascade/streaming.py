@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cascade.errors import CascadeError
+from cascade.files.text import open_regular
 
 
 def stream(
@@ -79,7 +80,8 @@ def stored_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
 def stored_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes in a safetensors file by name, without reading its data. Raises CascadeError for a damaged file."""
     try:
+        open_regular(path).close()  # of a pipe the library would wait for more
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CascadeError(f"{path}: damaged, or not safetensors ({error}); copy or download it again") from None

@@ -3,14 +3,13 @@
     python scripts/bench_batch.py [--only overhead|start-up|memory|processes] [--model MODEL]
     python scripts/bench_batch.py --only memory --prompts 1000,100000 --drawn 1000,20000    # about half an hour
 
-overhead: the same pictures drawn and thrown away, which gives the time inside the network alone, and drawn by a whole
-run, turn by turn; wall time of the one over the network time of the other. Reading, encoding of prompts, PNG, writing
-and what the writer takes from the network are the overhead.
-start-up: a run of one picture from the start of the interpreter, and the same again, which draws nothing.
-memory: the largest resident size of runs over so many prompts: once with all but one refused, so that reading,
-planning and writing failures is what grows, if anything does; once with all drawn, by a tiny network on the bundled
-text encoder.
-processes: pictures a second of one process and of two through accelerate, each with one thread, turn by turn.
+overhead: the same pictures drawn and discarded, which gives the time inside the network, and drawn by a whole run,
+alternating; wall time of the latter over network time of the former. Reading, encoding of prompts, PNG, writing and
+the writer's competition with the network are the overhead.
+start-up: a run of one picture from the start of the interpreter, and the same run again, which draws nothing.
+memory: the largest resident size by number of prompts: once with all but one refused, to show growth in reading,
+planning and recording failures; once with all drawn, by a tiny network with the bundled text encoder.
+processes: pictures per second of one process and of two through accelerate, each with one thread, alternating.
 
 Figures are medians over `--repeats`. The load is printed: a second busy process costs several times, so measure on a
 quiet machine.
@@ -72,7 +71,7 @@ def call(model: str | Path | None, prompts: Path, out: Path, *more: str) -> list
 
 
 def overhead(model: str | None, folder: Path, repeats: int, pictures: int, options: DrawOptions) -> None:
-    """Wall time of runs, once warmed up, over the time inside the network when nothing else is done."""
+    """Wall time of warm runs, over the time inside the network when nothing else is done."""
     pipeline = CascadePipeline.from_pretrained(model)
     path = write_prompts(folder / "overhead.jsonl", pictures)
     network_alone(pipeline, write_prompts(folder / "warm.jsonl", 2), options)
@@ -86,7 +85,7 @@ def overhead(model: str | None, folder: Path, repeats: int, pictures: int, optio
 
 
 def network_alone(pipeline: CascadePipeline, path: Path, options: DrawOptions) -> float:
-    """Seconds inside the network; the pictures are thrown away."""
+    """Seconds inside the network; the pictures are discarded."""
     engine, planner = pipeline.engine(options.conduct()), Planner(pipeline, options)
     for record in read_prompts(str(path), 0):
         assert isinstance(record, PromptRecord)
@@ -136,7 +135,7 @@ def memory(folder: Path, refused: list[int], drawn: list[int], more: list[str]) 
 
 
 def tiny_model(folder: Path) -> Path:
-    """A cascade that draws in milliseconds: stages of 8 and 16 px, random weights, behind the bundled text encoder."""
+    """A cascade that draws in milliseconds: stages of 8 and 16 px, random weights, the bundled text encoder."""
     encoder = TextEncoder.from_pretrained(BUNDLED / "text_encoder")
     network = UNetConfig(
         channels=(8,),
@@ -170,7 +169,7 @@ def megabytes(arguments: list[str]) -> float:
 
 
 def processes(model: str | None, folder: Path, repeats: int, pictures: int, more: list[str]) -> None:
-    """Pictures a second of the drawing itself, start-up left out."""
+    """Pictures per second of drawing, without start-up."""
     path = write_prompts(folder / "split.jsonl", pictures)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for repeat in range(repeats):
@@ -186,7 +185,7 @@ def processes(model: str | None, folder: Path, repeats: int, pictures: int, more
 
 
 def launch(count: int, arguments: list[str]) -> None:
-    """Run `cascade` in so many processes of one thread."""
+    """Run `cascade` in `count` processes of one thread."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", "0", "-m"]
@@ -196,7 +195,7 @@ def launch(count: int, arguments: list[str]) -> None:
 
 
 def rate(out: Path) -> float:
-    """Pictures a second, by the times of the files: from where all processes are at work to the last one."""
+    """Pictures per second, from the file times: from when all processes are drawing to the last picture."""
     stamps = sorted(path.stat().st_mtime for path in out.glob("*.png"))
     warm = len(stamps) // 4
     return (len(stamps) - warm - 1) / (stamps[-1] - stamps[warm])

@@ -1,12 +1,12 @@
-"""The embedding cache against padded fp32 pickles: bytes, writing, reading, and what reading costs a training step.
+"""The embedding cache compared with padded fp32 pickles: bytes, writing, reading, and its cost in a training step.
 
     python scripts/bench_cache.py [--captions 100000] [--width 4096] [--folder FOLDER] [--batch-size 16]
 
-Embeddings are random numbers of T5-XXL's width; their lengths are those of captions of drawn scenes, as the bundled
-tokenizer splits them. So no encoder is needed, and what is measured is storage. The pickles, a file a caption of 256
-tokens in float32 as is common, are measured on --pickled of the captions: 100,000 of them take 420 GB. Reads are of
-random captions; --drop-cache asks the kernel to forget the files first, so that they come from the disk. Steps of
---config's network follow, with their text from memory and from the cache, alternating.
+Embeddings are random numbers of T5-XXL's width, with the lengths of captions of drawn scenes under the bundled
+tokenizer, so no encoder is needed and only storage is measured. The pickles, one file of 256 float32 tokens per
+caption, are measured on --pickled of the captions: 100,000 of them would take 420 GB. Reads are of random captions;
+--drop-cache asks the kernel to drop the files from memory first. Steps of --config's network follow, with text
+alternately from memory and from the cache.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def some_captions(count: int) -> tuple[list[str], list[int]]:
 
 
 def embeddings(lengths: Sequence[int], width: int) -> Iterator[Tensor]:
-    """Random rows (n, width), cut from one block: making numbers would take longer than writing them."""
+    """Random rows (n, width), cut from one block, since generating them would take longer than writing."""
     block = torch.randn(PADDED, width)
     return (block[:length] for length in lengths)
 
@@ -70,7 +70,7 @@ def write_cache(folder: Path, captions: Sequence[str], lengths: Sequence[int], w
 
 
 def write_pickles(folder: Path, lengths: Sequence[int], width: int) -> None:
-    """A file a caption: padded, float32."""
+    """Write one file per caption: padded, float32."""
     folder.mkdir()
     for number, row in enumerate(embeddings(lengths, width)):
         padded = torch.zeros(PADDED, width)
@@ -80,7 +80,7 @@ def write_pickles(folder: Path, lengths: Sequence[int], width: int) -> None:
 
 
 def read_pickles(folder: Path, numbers: Sequence[int], lengths: Sequence[int]) -> TextEmbeddings:
-    """A batch of what `write_pickles` wrote, which is only read here because it was written here."""
+    """A batch of the files of `write_pickles`; unpickling is safe only because this script wrote them."""
     rows = []
     for number in numbers:
         with (folder / f"{number}.pkl").open("rb") as file:
@@ -96,7 +96,7 @@ def rate(read: Callable[[list[int]], object], count: int, batch: int, repeats: i
 
 
 def forget(folder: Path) -> None:
-    """Ask the kernel to drop what it holds of the files."""
+    """Ask the kernel to drop the files from memory."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -112,7 +112,7 @@ def size_of(folder: Path) -> int:
 def storage_table(
     folder: Path, captions: list[str], lengths: list[int], width: int, pickled: int, batch: int, drop: bool
 ) -> EmbeddingCache:
-    """Bytes, and captions a second written and read, of both."""
+    """Print bytes, and captions written and read per second, for both."""
     print("| store | captions | bytes a caption | written a second | read a second |")
     print("| --- | --- | --- | --- | --- |")
     start = time.perf_counter()
@@ -175,9 +175,9 @@ def training_cost(cache: EmbeddingCache, captions: Sequence[str], config: str, b
 @click.option("--width", default=4096, show_default=True, help="T5-XXL's.")
 @click.option("--pickled", default=1000, show_default=True, help="Captions written as pickles, 4.2 MB each.")
 @click.option("--batch-size", default=16, show_default=True)
-@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where there is room.")
-@click.option("--drop-cache", is_flag=True, help="Read from the disk, not from what memory holds of it.")
-@click.option("--config", default="preset:bundled/base", show_default=True, help="Whose network takes the steps.")
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--drop-cache", is_flag=True, help="Read from the disk instead of the page cache.")
+@click.option("--config", default="preset:bundled/base", show_default=True, help="Config of the network.")
 @click.option("--steps", default=20, show_default=True)
 def main(
     count: int,

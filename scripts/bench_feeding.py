@@ -1,19 +1,19 @@
-"""How many views a second everything beside the network gives: reading, decoding, text from its cache, noise, logging.
+"""Views per second of everything except the network: reading, decoding, text from its cache, noise, logging.
 
     python scripts/bench_feeding.py [--sizes 64,256] [--workers 0,1,2] [--kinds decoded,png,webp] [--steps 40] [--peers]
 
-The real trainer, on torch's `meta` device, as if on a GPU that needs no time: in place of the network and its loss
-stands one product. Printed are
+Runs the real trainer on torch's `meta` device, which acts as a GPU that needs no time: a single product replaces the
+network and its loss. It prints
 
-- views a second by the clock; measure on a quiet machine, the load is printed;
-- the same by the processor: what the cores in use would give if nothing else ran, from the time of all processes;
-- milliseconds of the training thread a step, without waiting, and beyond those of the same steps with a batch that is
-  there already, because to queue an operation on `meta` takes torch ten times as long as on a GPU;
-- what the decoder alone does on one core.
+- views per second by the clock; measure on a quiet machine, the load is printed;
+- views per second by processor time: the rate of the cores in use if nothing else ran, from the time of all processes;
+- milliseconds per step of the training thread, without waiting, minus those of the same steps with a ready batch,
+  because queueing an operation on `meta` takes torch ten times as long as on a GPU;
+- the rate of the decoder alone on one core.
 
-At 256 px views are crops of pictures of 512. `--peers`: beside it what two other libraries read, without their text
-encoder: diffusers' script (`datasets`, `with_transform`) and imagen-pytorch's loader (a list of files), both through
-torch's DataLoader. They transform by torchvision, which on a PIL picture calls Pillow as `transformed` does.
+At 256 px views are crops of 512 px pictures. `--peers` also measures two other libraries, without their text encoder:
+diffusers' script (`datasets`, `with_transform`) and imagen-pytorch's loader (a list of files), both through torch's
+DataLoader. They transform with torchvision, which calls Pillow for a PIL picture, like `transformed`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from torch import Tensor, nn
 from cascade.models.network import Network
 
 THERE = torch.device("meta")
-"""Stands for a GPU that needs no time."""
+"""Stand-in for a GPU that needs no time."""
 WIDTH, TOKENS = 512, 20
-"""Of the text's embeddings; T5-small's width, and about what captions have."""
+"""Width and length of the text embeddings: T5-small's width, and about the length of captions."""
 PICTURES = {64: 4000, 256: 400}
-"""How many there are, by the size of the views."""
+"""Number of pictures, by the size of the views."""
 BATCH = {64: 256, 256: 32}
 FORMATS = {"png": {"compress_level": 6}, "webp": {"quality": 90}}
 
@@ -74,12 +74,12 @@ class Nothing(Network):
 
 
 def stored_size(size: int) -> int:
-    """Of the pictures on disk: the views' own, or twice it where views are crops."""
+    """Size of the pictures on disk: that of the views, or twice as large where views are crops."""
     return size if size < 256 else 2 * size
 
 
 def write_pictures(folder: Path, size: int, kind: str) -> Path:
-    """Pictures with captions beside them: drawn scenes under grain, which compress about as photographs do."""
+    """Write pictures with caption files: drawn scenes with grain, which compress about as well as photographs."""
     from cascade.data.scenes import describe, draw, random_scene
 
     target, side = folder / f"{kind}-{size}", stored_size(size)
@@ -96,7 +96,7 @@ def write_pictures(folder: Path, size: int, kind: str) -> Path:
 
 
 def settings(folder: Path, pictures: Path, size: int, workers: int, decoded: bool, steps: int) -> Any:
-    """A run on these pictures, in which only feeding takes time."""
+    """Settings of a run on these pictures in which only feeding takes time."""
     from cascade.config.training import TrainConfig
     from cascade.settings import parse
 
@@ -129,7 +129,7 @@ def fill_cache(folder: Path, pictures: Path) -> Path:
 
 
 def on_a_fast_gpu() -> None:
-    """In this process accelerate's device is `THERE`, and what is read from it is 1."""
+    """Make `THERE` accelerate's device in this process, with 1 for every value read from it."""
     from accelerate import Accelerator
 
     from cascade.training import step, trainer
@@ -142,7 +142,7 @@ def on_a_fast_gpu() -> None:
     Accelerator.device = THERE
 
     def nothing(_stage: object, network: Any, batch: Any, _loss: object, draw: Any) -> Any:
-        """The loss of a network that costs nothing: whatever is done on the GPU takes no time."""
+        """The loss of a network that costs nothing."""
         count = len(batch.samples)
         return network(draw.u.to(THERE), None, None), torch.empty(count, 1, 1, 1, device=THERE)
 
@@ -154,7 +154,7 @@ def on_a_fast_gpu() -> None:
 
 
 def feed(config: Any, cache: Path) -> Fed:
-    """Run the trainer; its second half counts. In a process of its own."""
+    """Run the trainer and measure its second half. Call in a separate process."""
     from cascade.build import build_stage
     from cascade.text.cache import EmbeddingCache
     from cascade.text.cached import CachedTextEncoder
@@ -185,7 +185,7 @@ def feed(config: Any, cache: Path) -> Fed:
 
 
 def fed_already(run: Any, step: Any, count: int) -> float:
-    """Seconds of this thread for steps whose batch is there."""
+    """Seconds of this thread for steps with a ready batch."""
     from contextlib import closing
 
     with closing(run._batches(0)) as batches:
@@ -200,7 +200,7 @@ def fed_already(run: Any, step: Any, count: int) -> float:
 
 
 def processor_seconds() -> float:
-    """Of this process and those that it started."""
+    """Processor seconds of this process and its children."""
     own = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in [own, *own.children(recursive=True)])
 
@@ -216,7 +216,7 @@ def decoder_rate(pictures: Path) -> float:
 
 
 def transformed(image: Image.Image, size: int) -> Tensor:
-    """As torchvision's RandomCrop, RandomHorizontalFlip and ToTensor do it: (3, size, size) in [-1, 1]."""
+    """The result of torchvision's RandomCrop, RandomHorizontalFlip and ToTensor: (3, size, size) in [-1, 1]."""
     image = image.convert("RGB")
     left, top = (random.randint(0, side - size) for side in image.size)
     image = image.crop((left, top, left + size, top + size))
@@ -227,7 +227,7 @@ def transformed(image: Image.Image, size: int) -> Tensor:
 
 
 class Files(torch.utils.data.Dataset[Tensor]):
-    """As imagen-pytorch's `Dataset`: a list of files."""
+    """A list of files, like imagen-pytorch's `Dataset`."""
 
     def __init__(self, paths: Sequence[Path], size: int) -> None:
         self.paths, self.size = paths, size
@@ -241,7 +241,7 @@ class Files(torch.utils.data.Dataset[Tensor]):
 
 
 def as_diffusers(paths: Sequence[Path], size: int) -> Any:
-    """As `train_text_to_image.py`: a table of pictures of `datasets`, transformed when it is read."""
+    """A table of pictures of `datasets`, transformed on reading, as in `train_text_to_image.py`."""
     from datasets import Dataset
     from datasets import Image as Pictures
 
@@ -285,7 +285,7 @@ def peer_table(sizes: Sequence[int], kinds: Sequence[str], workers: Sequence[int
 
 
 def in_new_process(function: Any, *arguments: Any) -> Any:
-    """Its result; the process ends with it."""
+    """The result of `function` in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -319,7 +319,7 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option("--workers", default="0,1,2", show_default=True)
 @click.option("--kinds", default="decoded,png,webp", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=40, show_default=True, help="Measured; as many warm up.")
-@click.option("--peers", is_flag=True, help="Also what two other libraries read.")
+@click.option("--peers", is_flag=True, help="Also measure the loaders of two other libraries.")
 def main(sizes: str, workers: str, kinds: str, steps: int, peers: bool) -> None:
     """Print the table."""
     cores = len(os.sched_getaffinity(0))

@@ -6,8 +6,8 @@
 The peak is measured in the same run, with 3x3 convolutions at the widths that U-Nets use, before and after. The load is
 printed: a second busy process costs several times, so measure on a quiet machine.
 
-A second table has `pipeline.upscale` of pictures of --enlarge px to four times that, in tiles of the number after the
-stroke; each in a process of its own, because memory is the largest that a process ever had.
+A second table measures `pipeline.upscale` of pictures of --enlarge px to four times that, in tiles of the number after
+the slash; each in a separate process, because memory is the peak of a process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cascade.device import choose_device, choose_dtype
 
 
 def stage_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) -> dict[str, float]:
-    """Seconds of each stage in one run: from the last step of the stage before to its own; then the rest."""
+    """Seconds of each stage in one run, from the last step of the previous stage to its own; then the rest."""
     marks = {"start": time.perf_counter()}
 
     def mark(stage: str, _step: int, _steps: int, _x_hat: torch.Tensor) -> None:
@@ -46,7 +46,7 @@ def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> t
     """GFLOP and steps of each stage, counted by torch while a picture is drawn."""
     totals: dict[str, float] = {}
     steps: dict[str, int] = {}
-    # Only the plain attention kernel is counted by torch on a CPU; the products are the same ones.
+    # On a CPU torch counts only the plain attention kernel; the products are the same.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
 
         def mark(stage: str, _step: int, count: int, _x_hat: torch.Tensor) -> None:
@@ -59,17 +59,17 @@ def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> t
 
 
 class Enlarging(NamedTuple):
-    """What `pipeline.upscale` cost: median seconds, and peak memory above the loaded model in GB."""
+    """Cost of `pipeline.upscale`: median seconds, and peak memory above the loaded model in GB."""
 
     seconds: float
     memory: float
 
 
 def enlarge(model: str | None, dtype: str | None, device: str | None, size: int, tile: int | None) -> Enlarging:
-    """Enlarge a picture of size x size four times; once to warm up and thrice for the time."""
+    """Enlarge a picture of size x size by a factor of four; once to warm up, three times for the time."""
     target = choose_device(device)
     pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=choose_dtype(dtype, target))
-    pipeline.upscale(Image.new("RGB", (8, 8)), to=16, seed=0)  # what is loaded at the first use belongs to the model
+    pipeline.upscale(Image.new("RGB", (8, 8)), to=16, seed=0)  # objects loaded on first use count as the model
     loaded = psutil.Process().memory_info().rss / 1e9
     picture = Image.effect_noise((size, size), 50).convert("RGB")
 
@@ -124,7 +124,7 @@ def main(
 def generation_table(
     model: str | None, prompt: str, dtype: str | None, device: str | None, preset: str | None, repeats: int
 ) -> None:
-    """Print what a picture from a prompt costs, stage by stage."""
+    """Print the cost of a picture from a prompt, stage by stage."""
     target = choose_device(device)
     number_format = choose_dtype(dtype, target)
     start = time.perf_counter()

@@ -2,9 +2,9 @@
 
     python scripts/bench_if.py [--model if-i-m] [--dtype float32] [--repeats 5] [--profile] [--compile]
 
-Arithmetic is counted as diffusers does it, so a share may exceed 100 % where ours needs fewer multiplications.
-Weights are random, of the published shapes; both outputs are compared before anything is timed. The ratio of each
-alternating pair is what counts: another busy process slows both. `--profile` says where our time goes.
+Arithmetic is counted for diffusers' network, so a share may exceed 100 % where ours needs fewer multiplications.
+Weights are random, of the published shapes; both outputs are compared before timing. Judge by the ratio of each
+alternating pair, since another busy process slows both. `--profile` shows where our time goes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def level(step: int) -> Tensor:
 def calls(
     config: StageConfig, dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """(ours, theirs): one guided step of the network each, with what is computed once a picture left out of ours."""
+    """(ours, theirs): one guided step of each network; ours excludes values computed once per picture."""
     network = build_stage(config).to(device, dtype).network.eval().requires_grad_(False)
     theirs = UNet2DConditionModel.from_config(unet_settings(config)).to(device, dtype).eval()
     theirs.load_state_dict(network.state_dict())
@@ -111,7 +111,7 @@ def timed(action: Callable[[], Tensor]) -> float:
 
 
 def convolution_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s that torch's own convolution reaches at a shape that suits it: what the shares are of."""
+    """GFLOP/s of torch's convolution at a favourable shape, the reference of the shares."""
     convolution = torch.nn.Conv2d(384, 384, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
     h = torch.randn(2, 384, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     convolution(h)
@@ -145,7 +145,7 @@ def where_time_goes(action: Callable[[], Tensor]) -> str:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile both.")
-@click.option("--profile", is_flag=True, help="Say where our time goes.")
+@click.option("--profile", is_flag=True, help="Show where our time goes.")
 @torch.inference_mode()
 def main(model: str, dtype: str, repeats: int, device: str, compiled: bool, profile: bool) -> None:
     """Compare and print."""

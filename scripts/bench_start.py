@@ -1,9 +1,9 @@
-"""From the key press to the picture: whole commands in fresh processes, beside `import torch` alone, alternating.
+"""Time of whole commands in fresh processes, alternating with `import torch` alone.
 
     python scripts/bench_start.py [--repeats 5] [--prompt "a red apple"]
 
-Prints the median by the clock and by the processor, and both in shares of `import torch`'s. The first round, which
-brings the files into memory, is not counted.
+Prints median clock and processor time, and both as multiples of `import torch`'s. The first round, which loads the
+files into memory, is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Seconds = tuple[float, float]
 
 
 def run(arguments: list[str], folder: str, status: int) -> Seconds:
-    """Time by the clock and of the processor that a process takes. Another exit status ends the benchmark."""
+    """Clock and processor time of a process. Another exit status than `status` ends the benchmark."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -35,7 +35,7 @@ def run(arguments: list[str], folder: str, status: int) -> Seconds:
 
 @click.command()
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Rounds that are counted.")
-@click.option("--prompt", default="a red apple", show_default=True, help="What is drawn.")
+@click.option("--prompt", default="a red apple", show_default=True, help="Prompt to draw.")
 def main(repeats: int, prompt: str) -> None:
     """Print a row for each command."""
     draw = ["-m", "cascade", "generate", prompt, "--seed", "0", "--out", "pictures", "--overwrite"]

@@ -1,12 +1,12 @@
-"""A training step: pictures per second, share of the convolution peak, data wait, memory; beside its peers.
+"""A training step: pictures per second, share of the convolution peak, data wait, memory; comparison with peers.
 
     python scripts/bench_train.py [CONFIG]... [--set KEY=VALUE]... [--steps 10] [--optimizers adamw,muon]
     python scripts/bench_train.py --peers [--imagen FOLDER] [CONFIG]
 
-The first form runs the real trainer, each variant in a process of its own: with and without activation
-checkpointing, and with each optimizer. Pictures are drawn scenes unless --set names other data; text embeddings are
-random, so that no encoder runs. FLOPs are those of the forward and backward pass, counted by torch; what
-checkpointing computes twice counts once.
+The first form runs the real trainer, each variant in a separate process: with and without activation checkpointing,
+and with each optimizer. Pictures are drawn scenes unless --set names other data; text embeddings are random, so that
+no encoder runs. FLOPs are those of the forward and backward pass, counted by torch, without checkpointing's
+recomputation.
 
 The second form takes our network, diffusers' UNet2DConditionModel in the shape of DeepFloyd IF and, from a FOLDER
 made by `pip install --no-deps --target FOLDER imagen-pytorch einops beartype`, imagen-pytorch's Unet: forward, square,
@@ -48,7 +48,7 @@ from cascade.text.embeddings import TextEmbeddings
 from cascade.training.precision import DTYPES, settled
 
 TOKENS = 16
-"""Of a caption: about what captions have."""
+"""Tokens per caption, about as in real captions."""
 
 
 class RandomText:
@@ -66,12 +66,12 @@ class RandomText:
         return self
 
     def release(self) -> None:
-        """There is nothing to free."""
+        """Do nothing: there are no weights."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run of the trainer: rates after its first half, gigabytes at the most."""
+    """A run of the trainer: rates in its second half, peak gigabytes."""
 
     images_per_second: float
     data_wait_share: float
@@ -79,10 +79,10 @@ class Measured:
 
 
 def run_trainer(config: TrainConfig) -> Measured:
-    """Twice `log_every` steps; the first half warms up. In a process of its own."""
+    """Run twice `log_every` steps; the first half warms up. Call in a separate process."""
     from cascade.training.trainer import Trainer
 
-    keep_freed_memory()  # as `cascade train` does
+    keep_freed_memory()  # like `cascade train`
     torch.manual_seed(0)
     assert Trainer(config, build_stage(config.stage), RandomText(config.stage.model.text_dim)).run()
     entries = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
@@ -92,7 +92,7 @@ def run_trainer(config: TrainConfig) -> Measured:
 
 
 def pass_gflop(config: StageConfig, crop: int | None) -> float:
-    """GFLOP of one picture, forward and backward, counted without any memory."""
+    """GFLOP of one picture, forward and backward, counted on the meta device."""
     size = crop or config.resolution
     network = build_stage(config, device="meta").network
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def pass_gflop(config: StageConfig, crop: int | None) -> float:
 
 
 def settings(config: str, changes: Sequence[str], steps: int, folder: str) -> TrainConfig:
-    """The run of a config for a while, on drawn scenes and without anything beside the steps."""
+    """A short run of a config on drawn scenes, without periodic actions."""
     brief = [
         f"output={folder}/run",
         f"training.steps={2 * steps}",
@@ -144,7 +144,7 @@ def trainer_table(
 
 
 def peer_table(config: TrainConfig, imagen: Path | None, repeats: int) -> None:
-    """The same step in networks of like size, alternating, so that another busy process slows all of them."""
+    """The same step in networks of similar size, alternating, so that another busy process slows all of them."""
     device, dtype = choose_device(None), DTYPES[settled(config).training.precision]
     batch, ours = config.training.batch_size, pass_gflop(config.stage, None)
     steps: list[NetworkStep] = [our_step(config.stage, batch, TOKENS, device, dtype, ours)]

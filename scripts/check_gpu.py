@@ -1,7 +1,7 @@
-"""What only a GPU can tell, each check in a process of its own, and one table; see check_gpu.sh, which starts it.
+"""Checks that need a GPU, each in a separate process, with one table of results; started by check_gpu.sh.
 
-Checks of results run beside each other, those that take times alone after them. One that crashes, hangs or fails is a
-line of the table and keeps no other from running; its output lies in a file that the table names.
+Checks of results run in parallel, then those that measure time run alone. A check that crashes, hangs or fails is a row
+of the table and does not stop the others; the table names the file with its output.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red apple, noto style"
 RESULT = "check_gpu result: "
-"""Begins the lines of a check's output that are rows of the table."""
+"""Prefix of the lines in a check's output that are rows of the table."""
 DATASHEETS = {"H200": 989e3, "H100 PCIe": 756e3, "H100": 989e3, "A100": 312e3, "L40S": 362e3, "L4": 121e3, "A10": 125e3}
-"""Dense GFLOP/s in 16 bits that NVIDIA states, by a part of the GPU's name; the first that fits counts."""
+"""NVIDIA's dense 16-bit GFLOP/s, by a part of the GPU's name; the first match counts."""
 DEVICE_TESTS = ("tests/test_devices.py", "tests/test_memory.py", "tests/test_stage.py", "tests/test_conditioning.py")
-"""Fast tests of what computes on a device."""
+"""Fast tests of computation on a device."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def pytest_rows(device: torch.device) -> list[Row]:
 
 
 def exact_arithmetic() -> None:
-    """float32 as it is, not in TF32's 10 bits, in which a GPU's convolutions otherwise are."""
+    """Disable TF32, so that a GPU's convolutions use all bits of float32."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -141,7 +141,7 @@ def some_conditions(config: Any, size: int) -> Any:
 
 
 def noise(*shape: int) -> Tensor:
-    """The same each time."""
+    """Random numbers, the same in each call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -169,7 +169,7 @@ def picture_rows(device: torch.device) -> list[Row]:
 
 
 def generate_rows(device: torch.device) -> list[Row]:
-    """Seconds from prompt to picture, as bench_generate has them."""
+    """Seconds from prompt to picture, measured as in bench_generate."""
     from bench_generate import stage_seconds
 
     from cascade import CascadePipeline
@@ -186,7 +186,7 @@ def generate_rows(device: torch.device) -> list[Row]:
 
 
 def train_rows(device: torch.device, compiled: bool) -> list[Row]:
-    """The real trainer's pictures per second and MFU, and its peak memory beside what preflight says."""
+    """The real trainer's pictures per second and MFU, and its peak memory compared with preflight's estimate."""
     from bench_train import machine_peak, pass_gflop, run_trainer, settings
 
     from cascade.memory import training_memory
@@ -213,7 +213,7 @@ def train_rows(device: torch.device, compiled: bool) -> list[Row]:
 
 
 def if_rows(device: torch.device) -> list[Row]:
-    """IF's network beside diffusers', alternating."""
+    """IF's network compared with diffusers', alternating."""
     import bench_if
 
     gpu = device.type == "cuda"
@@ -242,7 +242,7 @@ def fp16_rows(device: torch.device) -> list[Row]:
 
 
 def ddp_rows(device: torch.device) -> list[Row]:
-    """DDP of one process over nccl; its losses are those of a run without."""
+    """DDP with one process over nccl; its losses equal those of a run without DDP."""
     if device.type == "cpu":
         return [Row("DDP over nccl", None, "nccl needs a GPU")]
     _, alone = short_run(5, "training.precision=fp32")
@@ -275,7 +275,7 @@ def short_run(steps: int, *changes: str) -> tuple[Any, list[dict[str, float]]]:
 
 
 def free_port() -> int:
-    """One that nobody listens at."""
+    """A free port."""
     import socket
 
     with socket.socket() as found:
@@ -290,19 +290,19 @@ TOGETHER: dict[str, Check] = {
     "fp16": fp16_rows,
     "ddp": ddp_rows,
 }
-"""Checks of results, beside each other."""
+"""Checks of results, run in parallel."""
 ALONE: dict[str, Check] = {
     "generate": generate_rows,
     "train": lambda device: train_rows(device, compiled=False),
     "train-compiled": lambda device: train_rows(device, compiled=True),
     "if": if_rows,
 }
-"""Checks that take times."""
+"""Checks that measure time."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """How checks are run: the command of one by its name, a folder for what they print, and until when."""
+    """The command of a check by name, the folder for outputs, and the deadline."""
 
     command: Callable[[str], Sequence[str]]
     logs: Path
@@ -313,7 +313,7 @@ class Running:
         log = self.logs / f"{name}.log"
         left = self.deadline - time.monotonic()
         if left <= 0:
-            return [Row(name, False, "not begun: the time was up")]
+            return [Row(name, False, "not started: no time left")]
         with log.open("w") as file:
             try:
                 done = subprocess.run(
@@ -337,7 +337,7 @@ def all_rows(running: Running, together: Sequence[str], alone: Sequence[str]) ->
 
 
 def table(rows: Sequence[Row]) -> str:
-    """In Markdown."""
+    """The rows as a Markdown table."""
     words = {True: "good", False: "FAILED", None: "left out"}
     lines = [f"| {row.name} | {words[row.ok]} | {row.said} |" for row in rows]
     return "\n".join(["| check | result | |", "| --- | --- | --- |", *lines])

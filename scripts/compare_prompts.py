@@ -1,11 +1,11 @@
-"""Does the prompt matter to a super-resolution stage? The same smaller pictures under four texts.
+"""Influence of the prompt on a super-resolution stage: the same smaller pictures with four texts.
 
     python scripts/compare_prompts.py STAGE --data data/test-256.parquet --text-encoder ENCODER
 
-Texts: the picture's own caption; the same with the next drawing style in its style's place; another picture's caption;
-none. Figures as in docs/super-resolution.md, means over held-out pictures; `changed` is the mean absolute difference
-from the picture under its own caption, and `where it changed most` that of the hundredth of pixels that changed most,
-both in 1/255.
+Texts: the picture's own caption; that caption with the next drawing style; another picture's caption; none. Figures
+as in docs/super-resolution.md, means over held-out pictures; `changed` is the mean absolute difference from the
+picture drawn with its own caption, and `where it changed most` that of the hundredth of pixels that changed most, both
+in 1/255.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(path: str, data: str, text_encoder: str, count: int) -> None:
     stage, encoder, tower = load_stage(path), load_encoder(text_encoder, [Path(path)]), load_tower()
     config = stage.config
     if config.low_resolution is None:
-        raise click.ClickException(f"{path}: a base stage enlarges nothing")
+        raise click.ClickException(f"{path}: a base stage; name a super-resolution stage")
     pairs = read_pairs(Path(data), config.resolution, config.low_resolution, count, seed=0)
     engine = Engine(encoder.encode, torch.device("cpu"))
     own = drawn(engine, stage, pairs, [pair.caption for pair in pairs])

@@ -1,4 +1,4 @@
-"""Super-resolution stages beside each other, and beside bicubic and Lanczos, on held-out pictures.
+"""Comparison of super-resolution stages with each other, bicubic and Lanczos on held-out pictures.
 
     python scripts/compare_super_resolution.py runs/residual/stage runs/paper/stage --data data/test-256.parquet \\
         --text-encoder text_encoder --steps 1,2,4,8,16 --aug-levels 0.05
@@ -30,7 +30,7 @@ from cascade.slots import StageSlot
 def drawn(
     engine: Engine, stage: Stage, pairs: Sequence[Pair], captions: Sequence[str], **changes: float
 ) -> list[Tensor]:
-    """What a stage makes of the smaller pictures, rounded to 8 bits: float (1, 3, H, W) each.
+    """A stage's enlargements of the smaller pictures, rounded to 8 bits: float (1, 3, H, W) each.
 
     changes: of the stage's sampling settings.
     """

@@ -1,4 +1,4 @@
-"""The picture of docs/fine-tune.md: what a model was taught with, what it drew before and what it draws after.
+"""The picture of docs/fine-tune.md: training pictures, and drawings before and after fine-tuning.
 
 python scripts/draw_fine_tune.py --adapter runs/fine-tune/adapter --pictures subject --out docs/fine-tune.png
 """
@@ -23,7 +23,7 @@ PROMPTS = (
     "a red apple, noto style",
     "two blue stars, drawn shapes",
 )
-"""The last two show what became of what the model knew before."""
+"""The last two show how much of the model's earlier knowledge remains."""
 CELL = 128
 
 

@@ -1,13 +1,13 @@
-"""Smaller pictures as the stage before draws them, beside the true large ones: to train a stage on, or to judge it by.
+"""Smaller pictures drawn by the previous stage, paired with true large ones, for training or evaluating a stage.
 
     python scripts/draw_low_pictures.py "prepared/train-256-*.parquet" --stage runs/bundled/base/stage \\
         --text-encoder prepared/text_encoder --out prepared/drawn-256.parquet
 
-A picture that a base stage draws from words alone has no true large one. So the base stage redraws true pictures: the
-area mean is noised to a log SNR of --levels, and the stage goes on from there under the picture's caption, as it would
-in the middle of a drawing. What the noise left standing is the truth's, edges and small shapes are the stage's own.
-A super-resolution stage in that place enlarges the area mean of the size that it starts from; with --strength below 1
-it starts from the true picture with the noise of that time, so that edges lie where the true ones lie.
+A picture drawn from text alone has no true large version. Therefore the base stage redraws true pictures: the area mean
+is noised to a log SNR in --levels, and the stage continues from there with the picture's caption, as in the middle of a
+drawing. The composition is that of the true picture, edges and small shapes are the stage's own. A super-resolution
+stage enlarges the area mean of its input size instead; with --strength below 1 it starts from the true picture with the
+noise of that time, so that edges are in the true places.
 
 Each row keeps its columns and gets `low` (`data.sources.low_column`). Rows of tiles, whose id ends in `@left,top`, get
 the same part of the smaller picture; --whole names the files with their whole pictures.
@@ -60,14 +60,14 @@ def redrawn(stage: Stage, low: Tensor, texts: Texts, log_snr: float, steps: int,
 
 @torch.inference_mode()
 def redrawn_by_base(stage: Stage, truth: Tensor, texts: Texts, log_snr: float, steps: int, first: int) -> Tensor:
-    """What a base stage makes of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
+    """True pictures (B, 3, H, W) redrawn by a base stage: uint8 (B, 3, h, w) of the stage's size."""
     rng = [generator(0, number, "redraw") for number in range(first, first + len(truth))]
     return to_uint8(redrawn(stage, downsample(truth, stage.config.resolution), texts, log_snr, steps, rng))
 
 
 @torch.inference_mode()
 def redrawn_by_enlarging(stage: Stage, truth: Tensor, texts: Texts, strength: float, first: int) -> Tensor:
-    """What a super-resolution stage makes of true pictures (B, 3, H, W): uint8 (B, 3, h, w) of the stage's size."""
+    """True pictures (B, 3, H, W) redrawn by a super-resolution stage: uint8 (B, 3, h, w) of the stage's size."""
     config, size = stage.config, stage.config.resolution
     assert config.low_resolution is not None, "a base stage sees no smaller picture"
     low = to_uint8(downsample(truth, config.low_resolution))
@@ -83,7 +83,7 @@ def picture_of(row: Row) -> Tensor:
 
 
 def whole_of(row: Row, sources: dict[str, Row]) -> Row:
-    """The row of the whole picture that a tile was cut from; a row that is no tile itself."""
+    """The row of the whole picture that a tile was cut from; for a whole picture the row itself."""
     name, _, tile = row["id"].partition("@")
     if tile and name not in sources:
         raise click.ClickException(f"{row['id']}: a tile; name the files with the whole pictures by --whole")
@@ -91,7 +91,7 @@ def whole_of(row: Row, sources: dict[str, Row]) -> Row:
 
 
 def part_of(low: Tensor, row: Row) -> Tensor:
-    """The part of a smaller picture (1, 3, s, s) that the row shows: all of it, but for tiles."""
+    """The part of a smaller picture (1, 3, s, s) that the row shows; for whole pictures all of it."""
     tile = row["id"].partition("@")[2]
     if not tile:
         return low
@@ -106,7 +106,7 @@ def part_of(low: Tensor, row: Row) -> Tensor:
 @click.option("--text-encoder", required=True, help="Folder of the encoder that it was trained with.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
 @click.option("--whole", default=(), multiple=True, help="For tiles: files (or a pattern) with the whole pictures.")
-@click.option("--count", default=600, show_default=True, help="Pictures, drawn by lot from all files.")
+@click.option("--count", default=600, show_default=True, help="Number of pictures, chosen at random from all files.")
 @click.option("--levels", nargs=2, default=(1.0, 3.0), show_default=True, help="Base stages: log SNR of the noise.")
 @click.option("--steps", default=4, show_default=True, help="Base stages: steps from there.")
 @click.option(
@@ -130,7 +130,7 @@ def main(
 ) -> None:
     """Write the rows."""
     stage, encoder = load_stage(path), load_encoder(text_encoder, [Path(path)])
-    # Without the note that `datasets` leaves in a file, which would not name the new column.
+    # Without the metadata of `datasets`, which would lack the new column.
     table = pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in matching_files(files)])
     rng = np.random.default_rng(0)
     chosen = table.take(rng.permutation(len(table))[:count])

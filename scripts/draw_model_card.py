@@ -1,4 +1,4 @@
-"""Draws the contact sheet of the model card: fixed prompts, seed 0, half of them unseen in training, nothing chosen.
+"""Draws the contact sheet of the model card: fixed prompts, seed 0, half of them unseen in training, no selection.
 
     python scripts/draw_model_card.py [--model MODEL] [--out docs/bundled.png]
 
@@ -44,7 +44,7 @@ UNSEEN = (
 @click.option("--out", default="docs/bundled.png", show_default=True, type=click.Path(path_type=Path))
 @click.option("--cell", default=256, show_default=True, help="Pixels of a picture on the sheet.")
 def main(model: str | None, out: Path, cell: int) -> None:
-    """Draw the sheet; the first half of it was seen in training, the second was not."""
+    """Draw the sheet; the subjects of the first half were seen in training, those of the second were not."""
     prompts = [*SEEN, *UNSEEN]
     result = CascadePipeline.from_pretrained(model)(prompts, seed=0, progress=True)
     labels = [f"{'seen' if prompt in SEEN else 'unseen'}: {prompt}" for prompt in prompts]

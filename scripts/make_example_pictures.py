@@ -1,4 +1,4 @@
-"""A folder of pictures with captions to try training on: drawn scenes as PNG, each beside a .txt with its caption.
+"""A folder of example pictures for training: drawn scenes as PNG, each with a .txt of its caption.
 
 python scripts/make_example_pictures.py --out pictures --count 300
 """
@@ -19,7 +19,7 @@ from cascade.data.scenes import describe, draw, random_scene
 @click.option("--size", default=64, show_default=True, help="Height and width in pixels.")
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, count: int, size: int, seed: int) -> None:
-    """Draw the pictures and write what each shows beside it."""
+    """Draw the pictures and write their captions."""
     out.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         rng = random.Random(f"{seed} {index}")

@@ -1,9 +1,9 @@
-"""Ten pictures of a made-up creature with captions, to teach a model something that it cannot know.
+"""Ten captioned pictures of an invented creature, for fine-tuning a model on something unknown to it.
 
 python scripts/make_mascot_pictures.py --out subject
 
-A mimble is an egg of teal fur with one large eye, two orange horns and orange feet. We made it up, so nobody else has
-rights in it.
+A mimble is an egg of teal fur with one large eye, two orange horns and orange feet. It was invented here, so no third
+party has rights in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEAL, DARK, ORANGE, WHITE, BLACK, RED, YELLOW = (
 
 @dataclass(frozen=True)
 class Mimble:
-    """How one stands there. x, y: its middle; size: half its width, all in the unit square. gaze: -1 left, 1 right."""
+    """Pose of a mimble. x, y: its middle; size: half its width, all in the unit square. gaze: -1 left, 1 right."""
 
     caption: str
     x: float = 0.5
@@ -91,7 +91,7 @@ def draw(mimble: Mimble) -> Image.Image:
 @click.command()
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
 def main(out: Path) -> None:
-    """Draw the pictures and write beside each how one may say what it shows."""
+    """Draw the pictures and write their captions."""
     out.mkdir(parents=True, exist_ok=True)
     for index, mimble in enumerate(MIMBLES):
         draw(mimble).save(out / f"{index}.png")

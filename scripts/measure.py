@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, the machine's convolution peak, arithmetic, memory."""
+"""Shared measurements of the benchmarks: time, the machine's convolution peak, arithmetic, memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WIDTHS = ((64, 64), (128, 32), (192, 32), (256, 16))
 
 
 def seconds(action: Callable[[], object], repeats: int) -> float:
-    """Median time of `action`, once warmed up."""
+    """Median time of `action`, after a warm-up call."""
     action()
     return statistics.median(once(action) for _ in range(repeats))
 
 
 def once(action: Callable[[], object]) -> float:
-    """Seconds of one call, what it left on a GPU included."""
+    """Seconds of one call, including its queued GPU work."""
     start = time.perf_counter()
     action()
     if torch.cuda.is_available():
@@ -47,7 +47,7 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def count_gflop(action: Callable[[], object]) -> float:
     """GFLOP of matrix products and convolutions in a call, backward passes in it included."""
-    # Only the plain attention kernel is counted by torch on a CPU; the products are the same ones.
+    # On a CPU torch counts only the plain attention kernel; the products are the same.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         action()
     return counter.get_total_flops() / 1e9
@@ -60,5 +60,5 @@ def peak_memory() -> float:
 
 
 def load_average() -> float:
-    """How many processes want a core; measurements want it to be about 0 at the start."""
+    """Number of processes that want a core; it should be about 0 before a measurement."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")

@@ -1,13 +1,13 @@
-"""What one sees of pictures that are already drawn: one set of drawings, measured as often as you like.
+"""Measures of appearance for pictures that are already drawn.
 
     python scripts/measure_drawings.py prompts --data prepared --limit 96 --out prompts.jsonl
     cascade generate --model MODEL --prompts prompts.jsonl --out drawn --save-stages
     python scripts/measure_drawings.py measure drawn --data prepared
 
-The prompts are those of `cascade evaluate --suite art`, with its seeds, and as `id` each has the id of the true picture
-that it asks for. `measure` reads the folder's manifest.jsonl (`id`, `file` and, where they are kept, `stages`) and
-prints the figures of docs/evaluation.md, "What one sees", at every size of which there are drawings and true pictures.
-Files by other programs are measured too, if a manifest beside them has `id` and `file`.
+The prompts are those of `cascade evaluate --suite art`, with its seeds; the `id` of each is that of the true picture
+that it describes. `measure` reads the folder's manifest.jsonl (`id`, `file` and, if saved, `stages`) and prints the
+figures of docs/evaluation.md, "Appearance", at every size with both drawings and true pictures. Pictures by other
+programs can be measured too, with a manifest that has `id` and `file`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DATA = click.option("--data", type=click.Path(exists=True, file_okay=False, path
 
 
 def asked_for(data: Path, seed: int, limit: int | None, further: int) -> list[art_look.Asked]:
-    """What the art suite asks for: unseen and training subjects in turn, then further styles."""
+    """The prompts of the art suite: unseen and training subjects alternately, then further styles."""
     unseen, seen = choose(read_art(data, "train"), read_art(data, "validation", "test"), seed, limit)
     turns = [item for pair in zip_longest(unseen, seen) for item in pair if item is not None]
     asked = [art_look.Asked(item.prompt, item.style, f"{item.style}-{item.concept.key}") for item in turns]
@@ -46,7 +46,7 @@ def asked_for(data: Path, seed: int, limit: int | None, further: int) -> list[ar
 
 
 def lines(asked: Sequence[art_look.Asked], seed: int) -> list[dict[str, Any]]:
-    """As lines of a prompt file."""
+    """The prompts as lines of a prompt file."""
     seeds = prompt_seeds([one.prompt for one in asked], seed)
     return [{"id": one.id, "prompt": one.prompt, "seed": own} for one, own in zip(asked, seeds, strict=True)]
 
@@ -86,7 +86,7 @@ def measure_folder(folder: Path, data: Path, seed: int) -> list[Figure]:
 
 @click.group(context_settings={"show_default": True})
 def main() -> None:
-    """Measure what one sees of pictures that are already drawn."""
+    """Measure the appearance of pictures that are already drawn."""
 
 
 @main.command()

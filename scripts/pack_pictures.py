@@ -1,10 +1,10 @@
-"""Packs captioned pictures of one size into one file that travels to a machine where nothing else of the data lies.
+"""Packs captioned pictures of one size into one file, for training on a machine without the data set.
 
     python scripts/pack_pictures.py pictures/emoji/train-*.parquet --out pack/emoji.npz
 
-Larger pictures become area means; what has the size already keeps its bytes. The file holds `blob` (all encoded
-pictures, one after the other), `ends` (where each ends) and `rows`: JSON of each picture's style, captions and whether
-its mirror image still agrees with them. `gpu/pictures.py` reads it.
+Larger pictures become area means; pictures of the right size keep their bytes. The file holds `blob` (all encoded
+pictures, concatenated), `ends` (the end of each) and `rows`: JSON of each picture's style, captions and whether its
+mirror image still agrees with them. `gpu/pictures.py` reads it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIDED = re.compile(
     r"|text|words?|abc|clock|o.clock|thirty|mark|symbol)\b",
     re.IGNORECASE,
 )
-"""Words of captions whose pictures say something else, or nothing, in a mirror."""
+"""Caption words that are wrong, or letters that are unreadable, in the mirrored picture."""
 
 Record = dict[str, Any]
 """COLUMNS of one picture, as `prepare_art.py` writes them."""
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 def fitted(record: Record, size: int) -> bytes:
     """The encoded picture at size x size: on white where it is not square, lossless where its source is.
 
-    Raises ClickException for what is no picture.
+    Raises ClickException for an unreadable picture.
     """
     data: bytes = record["image"]["bytes"]
     try:
@@ -63,7 +63,7 @@ def fitted(record: Record, size: int) -> bytes:
 
 
 def row(record: Record) -> dict[str, Any]:
-    """What is kept of a picture beside its pixels. Its first caption names subject and style."""
+    """The stored values of a picture apart from its pixels. Its first caption names subject and style."""
     captions = list(dict.fromkeys([record["caption_styled"], *record["captions"]]))
     return {"style": record["style"], "captions": captions, "flip": not any(map(SIDED.search, captions))}
 
@@ -76,7 +76,7 @@ def batches(file: Path, limit: int | None) -> Iterator[list[Record]]:
         raise click.ClickException(f"{file}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
     absent = [column for column in COLUMNS if column not in opened.schema_arrow.names]
     if absent:
-        raise click.ClickException(f"{file}: has no column {absent[0]}; give files that prepare_art.py wrote")
+        raise click.ClickException(f"{file}: no column {absent[0]}; name files of prepare_art.py")
     left = opened.metadata.num_rows if limit is None else limit
     for batch in opened.iter_batches(batch_size=64, columns=list(COLUMNS)):
         yield batch.to_pylist()[:left]
@@ -86,7 +86,7 @@ def batches(file: Path, limit: int | None) -> Iterator[list[Record]]:
 
 
 def write(out: Path, blobs: Sequence[bytes], rows: Sequence[dict[str, Any]]) -> None:
-    """The file, whole or not at all. Raises CascadeError where it cannot be written."""
+    """Write the file atomically. Raises CascadeError if it cannot be written."""
     words = np.frombuffer(json.dumps(rows).encode(), np.uint8)
     ends = np.cumsum([len(blob) for blob in blobs])
     with atomic_file(out) as temporary, temporary.open("wb") as file:
@@ -96,7 +96,7 @@ def write(out: Path, blobs: Sequence[bytes], rows: Sequence[dict[str, Any]]) -> 
 @click.command(help=__doc__)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--size", default=256, type=click.IntRange(1), help="The trainer's 256 unless it is changed, too.")
+@click.option("--size", default=256, type=click.IntRange(1), help="Side in pixels; the trainer expects 256.")
 @click.option("--limit", type=click.IntRange(1), help="Pictures of each file, for a trial.")
 def main(files: tuple[Path, ...], out: Path, size: int, limit: int | None) -> None:
     blobs: list[bytes] = []

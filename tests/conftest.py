@@ -1,4 +1,4 @@
-"""Standing here, this file puts tests/ on the import path: every test finds the helpers_*.py beside it."""
+"""Puts tests/ on the import path by its location, so that every test can import the helpers_*.py next to it."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = _CACHE
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker a core for the whole suite; none for single files, which are done before workers have started."""
+    """One worker per core for the whole suite; none for single files, which finish before workers have started."""
     if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return 0
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)

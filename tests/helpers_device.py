@@ -1,7 +1,7 @@
-"""A GPU that nobody has: tensors on torch's `meta` device stand for those on it, and a mode refuses what it would.
+"""An emulated GPU: tensors on torch's `meta` device replace those on a GPU, and a mode refuses unsupported operations.
 
-Arithmetic on `meta` gives shapes and number formats without numbers, so every line that a GPU would run is run, in
-milliseconds. What the GPU would refuse is refused, and where a program would wait for it is written down.
+Arithmetic on `meta` computes shapes and number formats without values, so all code for a GPU runs, in milliseconds.
+Operations that the GPU would refuse are refused, and those that would wait for it are recorded.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _OURS = str(Path(__file__).parent.parent / "cascade")
 
 
 class Refused(RuntimeError):  # noqa: N818 - what a GPU says, not what we do wrong
-    """What a GPU of this kind does not do."""
+    """An operation that a GPU of this kind does not support."""
 
 
 class OnDevice(TorchDispatchMode):
-    """Refuses two devices in one operation, as CUDA does, and float64, as MPS does; notes in `waits` who waits for it.
+    """Refuses two devices in one operation, like CUDA, and float64, like MPS; records waiting operations in `waits`.
 
-    Waited for: numbers read back, copies to the GPU that do not say `non_blocking`, and shapes that depend on numbers.
-    What is read back is 1 or True. `operations` counts those that ran there. (`torch.tensor(numbers, device=...)` waits
-    too, and is not seen.)
+    Waiting operations: values read back, copies to the GPU without `non_blocking`, and shapes that depend on values.
+    Values read back are 1 or True. `operations` counts the operations that ran there. (`torch.tensor(numbers,
+    device=...)` also waits, but is not detected.)
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the mathematics share."""
+"""Shared helpers of the tests of the mathematics."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from cascade.diffusion.parameterization import Kind, target
 
 
 def from_x(kind: Kind, x: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-    """The inverse of `to_x`: the output that stands for this x."""
+    """The inverse of `to_x`: the output for this x."""
     return target(kind, x, predicted_eps(x, z, log_snr), log_snr)

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which can be killed. Imports are paid once: a server forks the processes."""
+"""Training runs in separate processes that can be killed. A fork server avoids importing in each of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SAVE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil
 
 @dataclass(frozen=True)
 class Kill:
-    """When a training process ends itself by SIGKILL.
+    """The moment at which a training process kills itself by SIGKILL.
 
-    After `encodings` batches of captions and then `delay_seconds`, wherever it is by then; or just before the
-    `event`-th time that it opens, renames or removes something in its run's folder.
+    After `encodings` batches of captions and another `delay_seconds`, at any point; or just before the `event`-th
+    time that it opens, renames or removes a file in its run's folder.
     """
 
     encodings: int = 0
@@ -39,7 +39,7 @@ class Kill:
 
 
 def start(target: Callable[..., None], *arguments: Any, processes: int = 1) -> list[Any]:
-    """Processes that run `target(rank, *arguments)`; several know of each other, as a launcher would tell them."""
+    """Processes that run `target(rank, *arguments)`, with a launcher's environment if there are several."""
     CONTEXT.set_forkserver_preload(PRELOADED)
     port = free_port()
     started = [
@@ -53,7 +53,7 @@ def start(target: Callable[..., None], *arguments: Any, processes: int = 1) -> l
 
 
 def finish(processes: Sequence[Any], timeout_seconds: float = TIMEOUT_SECONDS) -> list[int]:
-    """Exit codes. When one process ends badly the others are killed, as a launcher does."""
+    """Exit codes. When one process fails, the others are killed, as by a launcher."""
     waiting = list(processes)
     try:
         while waiting:
@@ -70,7 +70,7 @@ def finish(processes: Sequence[Any], timeout_seconds: float = TIMEOUT_SECONDS) -
 
 
 def train(rank: int, assignments: Sequence[str], output: str, kill: Kill | None = None, killed: int = 0) -> None:
-    """Train, or go on where a kill stopped the run; the process of rank `killed` kills itself."""
+    """Train, or resume a killed run; the process of rank `killed` kills itself."""
     config = micro_config(Path(output), *assignments)
     resume = (Path(output) / "config.yaml").exists()
     armed = kill if rank == killed else None
@@ -139,7 +139,7 @@ def free_port() -> int:
 
 
 def random_kill(rng: random.Random, save_every: int, events_per_save: int) -> Kill:
-    """A random moment after the first checkpoint of a life: in time, or among what a save does to the disk."""
+    """A random moment after a process' first checkpoint: in time, or among the disk operations of a save."""
     if rng.random() < 0.5:
         return Kill(encodings=save_every + 1 + rng.randrange(save_every), delay_seconds=rng.uniform(0, 0.03))
     return Kill(event=STARTING_EVENTS + events_per_save + rng.randrange(events_per_save))

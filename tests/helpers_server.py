@@ -1,4 +1,4 @@
-"""A server in this process, on a free port, over the tiny cascade; and what tests ask of it."""
+"""A server in this process, on a free port, with the tiny cascade; and helpers for requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Load = Callable[[], CascadePipeline]
 
 @dataclass
 class Live:
-    """A server that runs. client: speaks to it."""
+    """A running server with its client."""
 
     address: str
     queue: Queue
@@ -44,7 +44,7 @@ class Live:
         return self.client.get(f"/api/jobs/{id}").json()
 
     def events(self, until: Callable[[str, dict[str, Any]], bool]) -> list[tuple[str, dict[str, Any]]]:
-        """The news up to the first for which `until` holds."""
+        """The events up to the first for which `until` holds."""
         events: list[tuple[str, dict[str, Any]]] = []
         with self.client.stream("GET", "/api/events", timeout=60) as answer:
             kind = ""

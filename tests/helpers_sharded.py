@@ -1,4 +1,4 @@
-"""accelerate's FSDP2 on two processes of a CPU, where accelerate itself would leave it out without a word."""
+"""accelerate's FSDP2 in two processes on a CPU, where accelerate itself would silently disable it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 
 def launcher_environment(name: str) -> dict[str, str]:
-    """What `accelerate launch --config_file configs/accelerate/NAME.yaml` would tell each process."""
+    """The environment set by `accelerate launch --config_file configs/accelerate/NAME.yaml` for each process."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -26,7 +26,7 @@ def launcher_environment(name: str) -> dict[str, str]:
 
 
 def force_sharding(environment: dict[str, str]) -> None:
-    """Make accelerate shard on a CPU as it does on GPUs: the same plugin, the same `fully_shard`, gloo for nccl."""
+    """Make accelerate shard on a CPU as on GPUs: the same plugin, the same `fully_shard`, gloo instead of nccl."""
     from accelerate import DistributedType, PartialState
     from accelerate.state import AcceleratorState
 
@@ -45,7 +45,7 @@ def force_sharding(environment: dict[str, str]) -> None:
 def train_sharded(
     rank: int, environment: dict[str, str], assignments: Sequence[str], output: str, resume: bool = False
 ) -> None:
-    """Train under FSDP2, and write down from inside what was sharded."""
+    """Train under FSDP2, and record from inside which tensors were sharded."""
     force_sharding(environment)
     run = trainer(micro_config(Path(output), *assignments))
     assert run.run(resume=resume)
@@ -66,7 +66,7 @@ def train_sharded(
 
 
 def refused_sharded(rank: int, environment: dict[str, str], assignments: Sequence[str], output: str) -> None:
-    """Write down why a run under FSDP2 is refused."""
+    """Record the error with which a run under FSDP2 is refused."""
     from cascade.errors import CascadeError
 
     force_sharding(environment)

@@ -1,4 +1,4 @@
-"""A tiny T5 in transformers' folder layout, with random weights and a tokenizer that can spell anything."""
+"""A tiny T5 in transformers' folder layout, with random weights and a tokenizer for any text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_tiny_t5(folder: str | Path, dim: int = 32, seed: int = 0) -> Path:
 
 
 def _tokenizer():
-    """Unigram with byte fallback, as scripts/train_text_encoder.py builds it, over a handful of words."""
+    """A unigram tokenizer with byte fallback, as built by scripts/train_text_encoder.py, for a few words."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

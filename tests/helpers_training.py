@@ -1,4 +1,4 @@
-"""What the training tests share: a micro stage that trains in milliseconds a step, and a text encoder without T5."""
+"""Shared helpers of the training tests: a micro stage with steps of milliseconds, and a text encoder without T5."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ TRANSFORMER = (
 
 
 def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
-    """A Trainer made as `cascade train` makes it, but for a text encoder of words and weights none of which is zero.
+    """A Trainer as in `cascade train`, but with a text encoder of words and without zero weights.
 
-    At a zero last layer most of a network has no effect.
+    Behind a zero last layer most of a network would have no effect.
     """
     from cascade.load.training import load_trainer
 
@@ -161,7 +161,7 @@ def log_entries(output: Path, without: Sequence[str] = MEASURED) -> list[dict[st
 
 
 def write_pictures(folder: Path, pictures: dict[str, Image.Image]) -> Path:
-    """A folder of pictures whose captions stand beside them."""
+    """Write a folder of pictures with caption files."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, (caption, picture) in enumerate(pictures.items()):
         picture.save(folder / f"{index}.png")

@@ -1,4 +1,4 @@
-"""Arguments are checked before anything changes: what is wrong is one line, and the pipeline draws as before."""
+"""Arguments are checked before anything changes: an error is one line, and the pipeline draws as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a long run: it is named in one line, nothing finished is lost, and the same command continues."""
+"""Faults in a long run give a one-line error, no finished picture is lost, and the same command continues."""
 
 from __future__ import annotations
 
@@ -145,14 +145,31 @@ def test_a_model_that_cannot_be_read_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_manifest_of_something_else_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        b"nonsense",
+        b"\0" * 100,
+        b"[" * 100_000,
+        b"{}",
+        b'{"index": 1e999}',
+        b'{"index": 0, "number": 0, "file": 5}',
+        b'{"index": ' + b"9" * 30 + b', "number": 0}',
+    ],
+    ids=["words", "zeros", "brackets", "empty", "infinite", "types", "large"],
+)
+def test_a_spoilt_line_of_the_manifest_costs_that_line_and_no_other(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoilt: bytes
+) -> None:
     out = tmp_path / "out"
     assert generate(capsys, model, out)[0] == 0
-    with (out / "manifest.jsonl").open("a") as file:
-        file.write("nonsense\n")
-    status, _, stderr = generate(capsys, model, out)
-    assert status == 2
-    assert "manifest.jsonl: a line is damaged: b'nonsense'; remove it, or --overwrite" in stderr
+    lines = (out / "manifest.jsonl").read_bytes().splitlines()
+    (out / "manifest.jsonl").write_bytes(b"\n".join([lines[0], spoilt, *lines[2:], b""]))
+    status, stdout, stderr = generate(capsys, model, out)
+    assert (status, stdout) == (0, f"6 pictures in {out}, 5 of them from an earlier run\n")
+    assert f"{out / 'manifest.jsonl'}: 1 damaged lines are left out, the last of them b" in stderr
+    assert (stderr.count("\n"), len(stderr) < 600) == (1, True)
+    assert_continues(capsys, model, out)
 
 
 # --- prompts -----------------------------------------------------------------------------------------------

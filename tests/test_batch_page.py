@@ -1,4 +1,4 @@
-"""The page of a run: pictures beside prompts, searchable, usable for ten thousand; seen in a real browser."""
+"""The page of a run, in a real browser: pictures with prompts, searchable, usable for ten thousand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any moment, started again, split: the runs together give the output of one uninterrupted run."""
+"""Runs that are killed at any moment, restarted or split together give the output of one uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that nobody means are refused with a reason, before anything is built of them."""
+"""Unreasonable numbers are refused with a reason, before anything is built from them."""
 
 from __future__ import annotations
 

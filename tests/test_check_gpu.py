@@ -1,4 +1,4 @@
-"""scripts/check_gpu.sh, as far as a CPU can tell: whatever a check does, the table has its line, and the others run."""
+"""scripts/check_gpu.sh on a CPU: for any behaviour of a check the table has its row, and the other checks run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_check_has_its_line_whatever_becomes_of_it(tmp_path: Path) -> None
     assert "ended with -9" in rows[3].said
     assert "no output" in rows[4].said
     assert "not done in time" in rows[6].said
-    assert rows[7].said == "not begun: the time was up"
+    assert rows[7].said == "not started: no time left"
 
 
 def test_the_table_says_what_failed_and_what_was_left_out() -> None:

@@ -1,4 +1,4 @@
-"""A file or folder is there whole, or not at all; damaged weights are named."""
+"""A file or folder is written atomically; damaged weights are reported by name."""
 
 from __future__ import annotations
 

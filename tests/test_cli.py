@@ -1,4 +1,4 @@
-"""The commands do what their help says; wrong calls are in test_wrong_input.py."""
+"""The commands work as in their help; test_wrong_input.py has wrong calls."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_prompts_come_from_standard_input(
     assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a fox", "ключ"]
 
 
-def test_overwrite_begins_the_manifest_anew(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_starts_a_new_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ("generate", "--model", model, "--out", tmp_path / "out", "--seed", 1, "--until", 8)
     assert run(capsys, *call, "a", "b")[0] == 0
     assert run(capsys, *call, "c")[0] == 2
@@ -334,7 +334,7 @@ def test_train_leaves_a_stage_that_assembles_and_draws(
     assert run(capsys, "generate", "a fox", "--model", model, "--out", tmp_path / "out")[0] == 0
 
 
-def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
+def test_a_run_that_is_asked_to_stop_saves_and_prints_how_to_resume(
     tmp_path: Path, t5: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cascade.training.trainer import Trainer
@@ -387,7 +387,7 @@ def test_encode_knows_all_that_a_run_asks_its_encoder_for(
     assert len(found) == 4
 
 
-def test_an_encode_that_is_told_to_stop_keeps_what_it_has_and_goes_on(
+def test_an_encode_that_is_asked_to_stop_keeps_its_embeddings_and_resumes(
     tmp_path: Path, t5: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cascade.text.t5 import TextEncoder

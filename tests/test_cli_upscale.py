@@ -1,4 +1,4 @@
-"""`cascade upscale`: what is written, what is kept, what is refused."""
+"""`cascade upscale`: written files, kept files, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: what is wrong is named in one line; what is right survives the way through YAML."""
+"""Settings: mistakes give a one-line error; correct settings survive a round trip through YAML."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text("training:\n  steps: 1\n  seed: 2\n  steps: 3\n")
     with pytest.raises(CascadeError) as raised:
         read_yaml(path)
-    assert str(raised.value) == f"{path}: line 4: steps is set a second time; keep one"
+    assert str(raised.value) == f"{path}: not valid YAML: line 4: steps is set a second time; keep one"
     with pytest.raises(CascadeError, match="is not a YAML value"):
         override(SMALLEST, ["training={steps: 1, steps: 2}"])
 
@@ -275,7 +275,7 @@ def test_a_crop_must_suit_both_the_scale_and_the_depth() -> None:
 def test_a_section_that_contains_itself_is_named(tmp_path: Path) -> None:
     path = tmp_path / "test.yaml"
     path.write_text("output: &a [*a]\n")
-    with pytest.raises(CascadeError, match=r"test\.yaml: Circular reference"):
+    with pytest.raises(CascadeError, match=r"test\.yaml: not valid YAML: line 1: holds itself"):
         load_train_config(path)
 
 

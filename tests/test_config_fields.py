@@ -1,5 +1,5 @@
-"""Every setting does something: the table below names, for each field of a training run, a value that changes what
-can be observed, and how to observe it. A new field without a row fails."""
+"""Every setting has an effect: for each field of a training run, the table below lists a value with an observable
+effect, and how to observe it. A new field without a row fails."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def sample_sheet(config: TrainConfig) -> object:
 def embeddings(config: TrainConfig) -> object:
     """What the text encoder gives for no text and two captions."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the prompt .* was cut")
+        warnings.filterwarnings("ignore", message="the prompt .* has")
         return digest(
             {"tokens": load_text_encoder(config.text).encode(["", "a red apple", "Two stars: www.stars.com"]).tokens}
         )
@@ -292,6 +292,25 @@ def mixed(source: str) -> tuple[str, ...]:
     return (source.removesuffix("]") + SCENES_BESIDE,)
 
 
+def repeated(source: str) -> tuple[str, ...]:
+    """Two finite sources with repeats."""
+    first = source.removesuffix("}]") + ", repeats: 1.0}"
+    return (f"{first}, {{kind: folder, path: WORLD/other_pictures, repeats: 1.0}}]",)
+
+
+def wording_rows(kind: str, source: str) -> dict[str, Row]:
+    """The changes of captions that a source of any kind can make; those of tags on captions with commas."""
+    own = f"data.sources[{kind}].wording"
+    return {
+        f"data.sources[{kind}].repeats": Row("9.0", views, repeated(source)),
+        f"{own}.templates": Row('["a photo of {}"]', views, (source,)),
+        f"{own}.trigger": Row("zblorp", views, (source,)),
+        f"{own}.shuffle_tags": Row("true", views, (source,)),
+        f"{own}.keep_tags": Row("0", views, (source.removesuffix("}]") + ", wording: {shuffle_tags: true}}]",)),
+        f"{own}.tag_dropout": Row("0.9", views, (source,)),
+    }
+
+
 ROWS: dict[str, Row] = {
     "output": Row("WORLD/elsewhere/run", files),
     # the stage
@@ -386,6 +405,8 @@ ROWS: dict[str, Row] = {
     "data.sources[folder].kind": Row("", views, (SCENES,), FOLDER),
     "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
     "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
+    "data.sources[folder].names": Row("folder", views, ("data.sources=[{kind: folder, path: WORLD/nameless}]",)),
+    "data.sources[folder].split": Row("held_out", views, (FOLDER,)),
     "data.sources[folder].weight": Row("9.0", views, mixed(FOLDER)),
     "data.sources[parquet].kind": Row("", views, (SCENES,), PARQUET),
     "data.sources[parquet].files": Row('["WORLD/hub/two.parquet"]', views, (PARQUET,)),
@@ -408,6 +429,10 @@ ROWS: dict[str, Row] = {
     "data.sources[datasets].image_column": Row("photo", views, (HUB,)),
     "data.sources[datasets].caption_column": Row("other", views, (HUB,)),
     "data.sources[datasets].weight": Row("9.0", views, mixed(HUB)),
+    **wording_rows("folder", FOLDER),
+    **wording_rows("parquet", PARQUET),
+    **wording_rows("webdataset", TARS),
+    **wording_rows("datasets", HUB),
     "data.sources[scenes].kind": Row("", views, (FOLDER,), SCENES),
     "data.sources[scenes].held_out": Row("true", views),
     "data.sources[scenes].weight": Row(
@@ -579,6 +604,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_pictures(world / "pictures", shade=0)
     write_pictures(world / "other_pictures", shade=100)
     write_pictures(world / "half_broken", shade=0, broken=2)
+    write_pictures(world / "nameless", shade=0)
+    (world / "nameless" / "metadata.jsonl").unlink()
     write_tars(world / "tars")
     write_hub(world / "hub", shade=0)
     write_hub(world / "other_hub", shade=20)
@@ -599,7 +626,9 @@ def write_pictures(folder: Path, shade: int, broken: int = 0) -> None:
         picture(shade + 10 * index, (24, 16)).save(folder / f"{index}.png")
         if index < broken:
             (folder / f"{index}.png").write_bytes(b"no picture")
-        lines.append(f'{{"file_name": "{index}.png", "caption": "picture {index}", "other": "number {index}"}}')
+        lines.append(
+            f'{{"file_name": "{index}.png", "caption": "picture {index}, a ramp, dark", "other": "number {index}"}}'
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
@@ -619,7 +648,11 @@ def write_tars(folder: Path) -> None:
                 buffer = io.BytesIO()
                 picture(index, (8, 8)).save(buffer, "PNG")
                 about = json.dumps({"caption": f"json {index}", "other": f"number {index}"})
-                members = {"png": buffer.getvalue(), "txt": f"picture {index}".encode(), "json": about.encode()}
+                members = {
+                    "png": buffer.getvalue(),
+                    "txt": f"picture {index}, a ramp, dark".encode(),
+                    "json": about.encode(),
+                }
                 for ending, content in members.items():
                     info = tarfile.TarInfo(f"{index}.{ending}")
                     info.size = len(content)
@@ -638,7 +671,7 @@ def write_hub(folder: Path, shade: int) -> None:
             "image": [picture(start + index, (8, 8)) for index in range(6)],
             "photo": [picture(start + 100 + index, (8, 8)) for index in range(6)],
             "small": [picture(start + 50 + index, (4, 4)) for index in range(6)],
-            "caption": [f"picture {start + index}" for index in range(6)],
+            "caption": [f"picture {start + index}, a ramp, dark" for index in range(6)],
             "other": [f"number {start + index}" for index in range(6)],
         }
         datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / f"{name}.parquet")

@@ -1,4 +1,4 @@
-"""DeepFloyd IF's networks and pipelines: the same numbers as diffusers, from the folders that diffusers writes."""
+"""DeepFloyd IF's networks and pipelines: the same results as diffusers, from folders written by diffusers."""
 
 from __future__ import annotations
 

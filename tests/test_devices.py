@@ -1,4 +1,4 @@
-"""Drawing and training on a GPU, as far as that can be seen without one: see helpers_device."""
+"""Drawing and training on an emulated GPU: see helpers_device."""
 
 from __future__ import annotations
 

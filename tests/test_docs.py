@@ -1,4 +1,4 @@
-"""The documents say what is true: the reference follows the types, every command runs, every file is in the tree."""
+"""The documents are current: the reference follows the types, every command runs, every file is in the tree."""
 
 from __future__ import annotations
 

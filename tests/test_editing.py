@@ -1,4 +1,4 @@
-"""Changing pictures: what is to stay stays in every bit, and the rest follows the strength."""
+"""Editing pictures: kept pixels keep all bits, and the rest follows the strength."""
 
 from __future__ import annotations
 

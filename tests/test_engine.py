@@ -1,4 +1,4 @@
-"""The engine alone: tasks of any kind in one life, steps reported, stopped between steps."""
+"""The engine alone: tasks of any kind in one instance, reported steps, stops between steps."""
 
 from __future__ import annotations
 

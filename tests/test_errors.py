@@ -1,4 +1,4 @@
-"""What a program can act on has a type of its own; a command says all of them in one line."""
+"""Errors that a program can act on have their own type; a command prints each in one line."""
 
 from __future__ import annotations
 

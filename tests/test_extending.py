@@ -1,4 +1,4 @@
-"""docs/extending.md is true: its sampler, put into a copy of the package as it says, draws."""
+"""docs/extending.md is correct: its sampler, added to a copy of the package as described, draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch from Python is the batch of the command."""
+"""A batch from Python equals the batch of the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house stays one that can be read: no circles, few long functions, a short way through a guided step."""
+"""The code stays readable: no import cycles, few long functions, few files in a guided step."""
 
 from __future__ import annotations
 

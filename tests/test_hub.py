@@ -1,7 +1,8 @@
-"""Models on the hub: the real client against a server on this machine, and a cache laid out as the client does it."""
+"""Models on the hub: the real client with a server on this machine, and a cache in the client's layout."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from helpers_if import make_if
+from helpers_model import make_tiny_cascade
 from huggingface_hub import constants
 
 from cascade import CascadePipeline
+from cascade.card import Card
 from cascade.convert import convert
 from cascade.errors import CascadeError
 from cascade.hub import download
@@ -61,6 +64,23 @@ class Hub(BaseHTTPRequestHandler):
         if body:
             self.fetched.append(name)
         return self.send((self.folder / name).read_bytes(), body)
+
+    def do_POST(self) -> None:
+        """A repository is made, and files are committed to it: lines of JSON, each file in base64."""
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/preupload/main"):
+            asked = [file["path"] for file in json.loads(sent)["files"]]
+            answer: Any = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in asked]}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    path = self.folder / line["value"]["path"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {"commitOid": COMMIT, "commitUrl": f"{constants.ENDPOINT}/{REPO}/commit/{COMMIT}"}
+        else:
+            answer = {"url": f"{constants.ENDPOINT}/{REPO}", "errors": [], "warnings": []}
+        return self.send(json.dumps(answer).encode(), True)
 
     def send(self, content: bytes, body: bool) -> None:
         self.send_response(200)
@@ -185,3 +205,18 @@ def test_a_second_stage_of_the_hub_converts_to_a_stage_folder(
     in_cache(tmp_path / "if", own_cache, "DeepFloyd/IF-II-M-v1.0")
     assert convert("DeepFloyd/IF-II-M-v1.0", tmp_path / "sr") == ["sr32"]
     assert load_stage(tmp_path / "sr").config.low_resolution == 8
+
+
+def test_a_model_pushed_to_the_hub_comes_back_with_its_card_and_draws_the_same_picture(
+    tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    pipeline = CascadePipeline.from_pretrained(make_tiny_cascade(tmp_path / "model"))
+    pipeline.push_to_hub(REPO, card=Card([("Data", "none")]))
+    card = (hub.folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+    assert "## Data" in card
+    again = CascadePipeline.from_pretrained(REPO)
+    assert "README.md" in hub.fetched
+    drawn = [one("a red apple", seed=1, output_type="pt").images for one in (pipeline, again)]
+    assert torch.equal(*drawn)

@@ -1,4 +1,4 @@
-"""Pictures at the edges, against answers known beforehand."""
+"""Conversion and resizing of pictures, against answers known beforehand."""
 
 import numpy as np
 import pytest

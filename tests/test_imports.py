@@ -21,7 +21,7 @@ LAYERS = (
     "streaming hub images",
     "conditioning config checkpoint diffusion models text data stage build deepfloyd",
     "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
-    " load probe",
+    " load probe card making",
     "batch convert integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
@@ -146,7 +146,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--version"], ["--help"], ["generate", "--help"], ["train", "--help"], ["nothing"]]
 )
-def test_what_the_program_says_of_itself_needs_no_torch(arguments: list[str]) -> None:
+def test_help_and_version_need_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
         "from cascade.cli.program import main\n"

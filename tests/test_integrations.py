@@ -1,4 +1,4 @@
-"""Ray Data draws what the pipeline draws, however the dataset is cut; the Slurm script continues where it was ended."""
+"""Ray Data draws the pipeline's pictures for any partition of the dataset; the Slurm script resumes after its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/draw_low_pictures.py: beside each true picture the smaller one that the stage before makes of it."""
+"""scripts/draw_low_pictures.py: true pictures with smaller ones drawn by the previous stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that drawing takes is known before anything is loaded."""
+"""The memory for drawing is computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_bytes_of_a_text_encoder_in_8_bits_are_those_it_has(tmp_path: Path, 
     assert text_memory(folder, halved=True).bytes(dtype, eight_bit=True) == weight_bytes(model) + scales
 
 
-def test_what_wide_convolutions_hold_beside_their_weights_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformed_kernels_of_wide_convolutions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = StageConfig(
         name="base", resolution=64, schedule=SquaredCosineSchedule(), model=IFUNetConfig(blocks=(1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""What a notebook shows of pictures that were drawn."""
+"""The display of drawn pictures in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wheel holds: weights, presets and types travel with the code."""
+"""The content of a wheel: it includes weights, presets and types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts through all stages: what a picture depends on, and what it does not."""
+"""Prompts through all stages: the inputs that a picture depends on, and those that it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong settings of a training run are found before its first step: one line that names the setting and the way out."""
+"""Wrong settings of a training run are found before its first step, with a one-line error that names the way out."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_wrong_run_ends_before_its_first_step(
     [(), ("training.frozen=[levels]",), ("training.lora_rank=2",), ("training.optimizer.kind=adafactor",)],
     ids=["plain", "frozen", "lora", "adafactor"],
 )
-def test_what_the_disk_must_hold_is_what_a_run_leaves_and_a_checkpoint_more(
+def test_required_disk_space_is_that_of_a_finished_run_and_one_checkpoint(
     tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
     """With all kept checkpoints there: theirs and the stage's tensors, and those of one more being written."""
@@ -267,7 +267,7 @@ def test_the_text_encoder_is_counted_where_it_will_be_loaded(tmp_path: Path, t5:
     assert text_bytes(*cached) == 0
 
 
-def test_what_just_fits_is_let_through(tmp_path: Path) -> None:
+def test_a_run_that_just_fits_is_accepted(tmp_path: Path) -> None:
     check_memory(micro_config(tmp_path), TrainingMemory(600, 400), free=1000)
 
 

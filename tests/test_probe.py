@@ -1,4 +1,4 @@
-"""`auto`: the number format that a machine computes faster, measured once, and kept by a run."""
+"""`auto`: the machine's faster number format, measured once, and kept by a run."""
 
 from __future__ import annotations
 

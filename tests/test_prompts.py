@@ -1,4 +1,4 @@
-"""Prompt files of every kind become records, as a stream; what is wrong with a line is named, the others go on."""
+"""Prompt files of every kind are read as a stream of records; a wrong line is reported, the others are drawn."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ BAD_JSON = {
     '{"prompt": "a", "seed": true}': "seed: expected a whole number",
     '{"prompt": "a", "seed": -1}': "seed: expected a whole number",
     '{"prompt": "a", "num_images": 0}': "num_images: expected a whole number in 1..",
-    '{"prompt": "a", "guidance": NaN}': "guidance: expected a number of at least 0, found NaN",
+    '{"prompt": "a", "guidance": NaN}': "not valid JSON: NaN is no number of JSON",
     '{"prompt": "a", "steps": {"base": "x"}}': 'steps.base: expected a whole number in 1..1000000, found "x"',
     '{"prompt": "a", "id": ""}': "id: is empty",
     '{"prompt": "a", "id": [1]}': "id: expected text, found [1]",
@@ -118,7 +118,7 @@ def test_bad_csv_rows_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     ]
 
 
-def test_a_quote_inside_a_cell_in_quotes_is_told_and_never_lost(tmp_path: Path) -> None:
+def test_a_quote_inside_a_quoted_cell_is_reported_and_never_lost(tmp_path: Path) -> None:
     table = 'prompt,seed\n"a fox with a 12" hat",1\na 12" hat,2\n"a 12"" hat",3\n'
     records = read(tmp_path, "p.csv", table)
     assert [(record.prompt, record.seed) for record in good(records)] == [('a 12" hat', 2), ('a 12" hat', 3)]
@@ -432,7 +432,7 @@ def test_the_names_of_captions_are_not_held_in_memory(tmp_path: Path, monkeypatc
     assert peak < 1_000_000
 
 
-def test_a_full_disk_for_temporary_tables_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_for_temporary_tables_is_reported(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("".join(f"a fox in picture {number}\n" for number in range(80_000)))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))

@@ -1,4 +1,4 @@
-"""What strangers wrote steers no terminal, and is not long, wherever it is printed."""
+"""Untrusted text is printed without terminal control codes, and shortened."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def steers(text: str) -> bool:
         ("caf\udce9", r"caf\udce9"),
     ],
 )
-def test_what_does_something_is_shown_as_python_escapes_it(text: str, expected: str) -> None:
+def test_control_characters_are_shown_as_python_escapes(text: str, expected: str) -> None:
     assert shown(text) == expected
 
 
@@ -57,7 +57,7 @@ def test_letters_of_every_script_stay(text: str) -> None:
 
 
 @pytest.mark.parametrize("steering", STEERING)
-def test_no_form_lets_through_what_steers(steering: str) -> None:
+def test_no_format_lets_control_characters_through(steering: str) -> None:
     text = f"a{steering}b"
     assert not any(map(steers, (shown(text), shown_lines(text), message(text), quoted(text), named([text]))))
     assert not steers(shown_json(json.dumps([text], ensure_ascii=False)))
@@ -141,7 +141,7 @@ def test_errors_of_every_command_show_what_was_written(
     ],
     ids=lambda words: words[-1][:12],
 )
-def test_a_value_of_any_length_is_told_in_a_short_line(
+def test_a_value_of_any_length_is_reported_in_a_short_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A stage's folder says how its text was read in training, and whatever loads the stage reads text so, or refuses."""
+"""A stage's folder records its text settings in training, and a program that loads the stage uses them, or refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides a picture is written once: a new ingredient reaches every place by itself."""
+"""The recipe of a picture is defined once: a new ingredient appears in every place."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ CHANGES: list[dict[str, Any]] = [
     {"resampling": 2},
     {"variation": 0.5},
     {"variation_seed": 3},
+    {"adapters": {"base": {"ab": 0.8}}},
     {"stages": {"base": SamplingConfig(steps=3)}},
     {"stages": {"sr16": SamplingConfig(steps=2)}},
 ]

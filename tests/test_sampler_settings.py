@@ -1,4 +1,4 @@
-"""Settings of samplers: sections made of their functions, names as shorthand, and files from before there were any."""
+"""Settings of samplers: sections made from their functions, names as shorthand, and files of earlier versions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sample_toy(
     return strength * denoise(z, log_snrs[:1]) + len(rng) + bool(on_step)
 
 
-def test_what_a_new_sampler_takes_by_name_alone_becomes_its_section() -> None:
+def test_keyword_only_parameters_of_a_new_sampler_become_its_section() -> None:
     toy = section("toy", sample_toy)
     assert toy(kind="toy").own == {"strength": 1.0}
     assert toy.__doc__ == "Nothing at all."
@@ -89,7 +89,7 @@ def test_what_a_new_sampler_takes_by_name_alone_becomes_its_section() -> None:
         parse(toy, {"strength": 3}, "here")
 
 
-def test_every_setting_of_a_sampler_says_what_it_means() -> None:
+def test_every_setting_of_a_sampler_has_a_description() -> None:
     for kind, sampler in SAMPLERS.items():
         for name in SECTIONS[kind](kind=kind).own:
             assert isinstance(get_type_hints(sampler, include_extras=True)[name].__metadata__[0], Option), (kind, name)
@@ -124,14 +124,14 @@ def test_nothing_else_in_the_package_knows_a_sampler_by_name() -> None:
     ],
     ids=str,
 )
-def test_settings_beside_the_sampler_are_read_into_its_section(earlier: dict[str, Any], sampler: Any) -> None:
+def test_settings_next_to_the_sampler_are_read_into_its_section(earlier: dict[str, Any], sampler: Any) -> None:
     read = sampling(**earlier, timesteps=[3, 1], guidance_interval=[-1, 1])
     assert read == sampling(sampler=sampler, timesteps=[3, 1], guidance_interval=[-1, 1])
     assert with_sampler_section(earlier) == {"sampler": sampler}
     assert SamplingConfig(**earlier).sampler == read.sampler
 
 
-def test_a_section_and_a_setting_beside_it_are_one_too_many() -> None:
+def test_a_section_and_a_setting_next_to_it_are_refused() -> None:
     with pytest.raises(CascadeError, match="here: eta is not a setting"):
         sampling(sampler=STOCHASTIC, eta=0.2)
 

@@ -1,4 +1,4 @@
-"""Disks without locks, homes that cannot be written, one core: drawing goes on, and a line says what is lost."""
+"""Disks without locks, read-only home folders, one core: drawing works, with a warning about the limitation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we did not make, and what is finished, is never destroyed: it is refused in one line, and stays as it was."""
+"""Files of others and finished results are never overwritten: the command refuses with one line."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_sheet_of_curves_or_views_replaces_its_own_kind_alone(
 @pytest.mark.parametrize("name", ["report.json", "report.md", "contact.png"])
 def test_a_report_replaces_a_report_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"format": 1}')
-    with pytest.raises(CascadeError, match=rf"{name}: is there already, and not of a report"):
+    with pytest.raises(CascadeError, match=rf"{name}: exists, but is not from a report"):
         check_folder(tmp_path)
     (tmp_path / "report.json").write_text('{"format": 1, "suite": "sr", "figures": []}')
     check_folder(tmp_path)
@@ -206,7 +206,7 @@ def test_a_saved_cascade_is_replaced_and_with_it_nothing_else(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "stage/notes.txt", "adapter/notes.txt", "samples/1.png"])
-def test_a_run_does_not_begin_over_what_is_there(tmp_path: Path, name: str) -> None:
+def test_a_new_run_does_not_overwrite_existing_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(MINE)
     for resume in (False, True):
@@ -221,7 +221,7 @@ def test_settings_that_a_run_reads_keep_their_comments(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     text = "# why it is so\n" + to_yaml(micro_config("."))
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(CascadeError, match=r"config\.yaml: is there already, and not of a run; set another output"):
+    with pytest.raises(CascadeError, match=r"config\.yaml: exists, but is not from a run; set another output"):
         trainer(micro_config(".")).run()
     assert (tmp_path / "config.yaml").read_text() == text
 
@@ -241,12 +241,12 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_over(tmp_path:
     assert trainer(micro_config(run)).run()
     LEAVE[left](run)
     before = snapshot(run / "stage")
-    with pytest.raises(CascadeError, match=r"run/stage: is there already, and the checkpoints that led to it are not"):
+    with pytest.raises(CascadeError, match=r"run/stage: exists, but its checkpoints are missing"):
         trainer(micro_config(run)).run(resume)
     assert snapshot(run / "stage") == before
 
 
-def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_begins_anew(
+def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_between_its_first_stage_and_its_first_checkpoint_
     assert not (run / "checkpoints" / ".begun").exists()
 
 
-def test_a_run_goes_on_beside_settings_that_somebody_changed_and_leaves_them(
+def test_a_run_resumes_and_keeps_settings_that_somebody_changed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -272,7 +272,7 @@ def test_a_run_goes_on_beside_settings_that_somebody_changed_and_leaves_them(
     (run / "config.yaml").write_text(MINE)
     assert trainer(micro_config(run, "training.steps=4")).run(resume=True)
     assert (run / "config.yaml").read_text() == MINE
-    assert "config.yaml: is not as a run writes it, and stays" in caplog.text
+    assert "config.yaml: was not written by a run, left unchanged" in caplog.text
     assert [entry["step"] for entry in log_entries(run)][-1] == 4
 
 
@@ -282,6 +282,6 @@ def test_a_folder_called_stage_that_is_none_is_not_deleted_when_a_run_goes_on(tm
     shutil.rmtree(run / "stage")
     (run / "stage").mkdir()
     (run / "stage" / "notes.txt").write_text(MINE)
-    with pytest.raises(CascadeError, match=r"run/stage: is there already, and no stage of a run"):
+    with pytest.raises(CascadeError, match=r"run/stage: exists, but is not a run's stage"):
         trainer(micro_config(run, "training.steps=4")).run(resume=True)
     assert snapshot(run / "stage") == {"notes.txt": MINE.encode()}

@@ -1,4 +1,4 @@
-"""Weights that do not fit into memory are read layer by layer, and draw the same pictures."""
+"""Weights that do not fit into memory are read layer by layer, with the same pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/sweep_sampling.py: what "of best" says, and how many calls a line makes."""
+"""scripts/sweep_sampling.py: the column "of best", and the number of calls of a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/train_bundled.py: parts in the order in which one needs the other, each begun once and gone on with."""
+"""scripts/train_bundled.py: parts in the order of their dependencies, each started once and resumed."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""A cascade whose networks are transformers does all that one of U-Nets does, from the command line on."""
+"""A cascade of transformers has all functions of a cascade of U-Nets, starting with the command line."""
 
 from __future__ import annotations
 

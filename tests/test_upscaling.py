@@ -1,4 +1,4 @@
-"""A person's own picture: which stages, which size, what stays as it was, and what is refused."""
+"""Upscaling a user's picture: stages, sizes, preserved properties, and refusals."""
 
 from __future__ import annotations
 

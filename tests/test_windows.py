@@ -1,6 +1,6 @@
-"""The commands on Windows, as far as that can be seen without one: see emulated_windows/sitecustomize.py.
+"""The commands on an emulated Windows: see emulated_windows/sitecustomize.py.
 
-On Windows itself the same commands run as they are.
+On Windows itself the same commands run unchanged.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_a_killed_and_a_stopped_run_leave_no_lock_and_are_continued(desk: Desk) 
 
 
 @pytest.mark.slow
-def test_tars_pictures_of_pictures_reports_and_what_is_said_of_a_model(desk: Desk) -> None:
+def test_tars_upscaling_reports_and_info(desk: Desk) -> None:
     said = desk.run(
         [*GENERATE, "tars", "--format", "webdataset", "--tar-size", 2],
         [*GENERATE, "tars", "--format", "webdataset", "--tar-size", 2],
@@ -214,8 +214,8 @@ from cascade.batch.output import Output
 from cascade.training.state import only_writer
 
 def line(index):
-    return {"index": index, "number": 0, "prompt": "", "negative_prompt": "", "seed": 0, "height": 8, "width": 8,
-            "settings": {"stages": {}}, "num_images": 1}
+    return {"index": index, "number": 0, "id": "a", "prompt": "", "negative_prompt": "", "seed": 0, "num_images": 1,
+            "file": "a.png", "sha256": "", "settings": {"height": 8, "width": 8, "stages": {}}}
 
 manifest = Manifest(Path("unsorted.jsonl"))
 for index in (2, 0, 1):

@@ -1,4 +1,4 @@
-"""Every wrong call says in one readable line what is wrong, with exit status 2, and leaves nothing half-written."""
+"""Every wrong call gives a one-line error, exits with status 2, and leaves no partial files."""
 
 # ruff: noqa: E501 - two tables with a case a line
 

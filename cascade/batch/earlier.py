@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from cascade import system
 from cascade.batch.layout import Layout
 from cascade.batch.manifest import Manifest
 from cascade.batch.metadata import sidecar
 from cascade.checkpoint import read_json
 from cascade.errors import CascadeError
-from cascade.seeds import fresh_seed
+from cascade.files.paths import is_within
+from cascade.seeds import MAX_SEED, fresh_seed
+from cascade.settings import Noted, parse
 
 RUN = "run.json"
 STATE = ".cascade"
@@ -22,6 +26,15 @@ MADE_BY, PROGRAM = "made_by", "cascade generate"
 """The entry of run.json that marks it as a run of cascade."""
 _OF_A_RUN = {"versions", "model", "seed"}
 """Entries of every run.json from before that mark existed."""
+
+
+class _Run(Noted):
+    """The entries of run.json that are read one by one; all are compared when a run is continued."""
+
+    versions: str = ""
+    model: str = ""
+    dtype: str | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
 
 
 class EarlierRun:
@@ -36,6 +49,7 @@ class EarlierRun:
         if not path.exists():
             return None
         content = read_json(path)
+        parse(_Run, content, str(path))
         if content.pop(MADE_BY, None) != PROGRAM and not content.keys() >= _OF_A_RUN:
             raise CascadeError(f"{path}: not written by `cascade generate`; name another folder with --out")
         return content
@@ -77,7 +91,9 @@ class EarlierRun:
 
     def _made(self) -> set[str]:
         """Names of additional files that runs wrote."""
-        return set(self._note.read_text(encoding="utf-8").split()) if self._note.exists() else set()
+        if not self._note.exists():
+            return set()
+        return set(self._note.read_text(encoding="utf-8", errors="surrogateescape").split())
 
     @property
     def _note(self) -> Path:
@@ -89,8 +105,8 @@ class EarlierRun:
         manifest = Manifest(path)
         try:
             manifest.refresh()
-        except CascadeError:
-            raise CascadeError(f"{path}: not a manifest of `cascade generate`; name another folder") from None
+            if manifest.spoilt:
+                raise CascadeError(f"{path}: not a manifest of `cascade generate`; name another folder")
         finally:
             manifest.close()
 
@@ -114,26 +130,42 @@ class EarlierRun:
         )
 
     def remove(self) -> None:
-        """Remove the files in the manifest, additional files and the manifest; no other files."""
+        """Remove the files in the manifest, additional files and the manifest; no other files. Raises OSError.
+
+        The manifest goes first, whole, so that no line is left without its picture. It is renamed: after a failure or a
+        kill the next run reads in it which files are still to be removed.
+        """
+        self.finish_removal()
+        path = self._folder / self._layout.named("manifest", ".jsonl")
+        if path.exists():
+            system.replace(path, self._going)
+        self.finish_removal()
+
+    def finish_removal(self) -> None:
+        """Remove the files of a run whose manifest was renamed for that, if there is one. Raises OSError."""
+        if not self._going.exists():
+            return
         for name in self._made():
             self._remove_file(name)
         self._note.unlink(missing_ok=True)
-        path = self._folder / self._layout.named("manifest", ".jsonl")
-        if not path.exists():
-            return
-        with suppress(CascadeError):  # a damaged manifest, or one of another program, names no files
-            manifest = Manifest(path)
+        manifest = Manifest(self._going)
+        try:
             manifest.refresh()
             for entry in manifest.entries():
-                for name in (entry["file"], sidecar(entry["file"]), *entry.get("stages", {}).values()):
+                for name in (*entry.get("stages", {}).values(), sidecar(entry["file"]), entry["file"]):
                     self._remove_file(name)
+        finally:
             manifest.close()
-        path.unlink()
+        self._going.unlink()
+
+    @property
+    def _going(self) -> Path:
+        return self._folder / STATE / self._layout.named("going", ".jsonl")
 
     def _remove_file(self, name: str) -> None:
         """Remove a file that the manifest names; for a member of a tar, the tar."""
         path = self._folder / (name.partition("/")[0] if ".tar/" in name else name)
-        if path.resolve().is_relative_to(self._folder.resolve()):
+        if is_within(path, self._folder) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 
@@ -146,9 +178,10 @@ def with_seed(settings: Mapping[str, Any], earlier: Mapping[str, Any] | None = N
     """Settings as read back from JSON, with a seed: their own, that of the earlier run, or a new one."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     if isinstance(plain.get("dtype"), dict):
-        plain["dtype"] = plain["dtype"]["auto"] if earlier is None else earlier["dtype"]
+        plain["dtype"] = (earlier or {}).get("dtype") or plain["dtype"]["auto"]
     if plain.get("seed") is None:
-        plain["seed"] = fresh_seed() if earlier is None else earlier["seed"]
+        known = (earlier or {}).get("seed")
+        plain["seed"] = fresh_seed() if known is None else known
     return plain
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cascade import system
 from cascade.errors import CascadeError
-from cascade.locks import take
+from cascade.locks import note_holder, take
 
 _DONE = b"\1"
 _PATIENCE_SECONDS = 2.0  # for the first process of this launch to write its name into the lock
@@ -43,9 +43,7 @@ class RunLock:
             time.sleep(0.05)
         # If earlier processes of this launch have already finished, they have prepared the folder.
         self.first = self._launch is None or self._holder() != self._launch
-        self._file.truncate(0)
-        self._file.write(self._launch or f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        note_holder(self._file.fileno(), self._launch or f"process {os.getpid()} on {socket.gethostname()}")
 
     def share(self) -> None:
         """Let the other processes of the launch in, now that the folder is prepared."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from cascade import system
 from cascade.drawing.recipe import Recipe
-from cascade.errors import CascadeError, StorageError
+from cascade.errors import StorageError
 from cascade.files.parsed import parse_json
 from cascade.files.text import json_text
 from cascade.locks import held
-from cascade.quoting import quoted
+from cascade.quoting import LONGEST, quoted
 from cascade.scratch import ScratchTable
 
+logger = logging.getLogger("cascade.batch")
 _CHUNK = 1 << 20
 
 
@@ -33,6 +38,9 @@ class Manifest:
         self._mutex = threading.RLock()  # the drawing thread looks up entries while the writing thread appends
         self._read = 0
         self._tidy = True  # sorted, one line per picture
+        self.spoilt = 0
+        """Damaged lines. They are ignored, and `tidy` leaves them out."""
+        self._last_spoilt = b""
         self._last = (-1, -1)
         self._table = ScratchTable(
             "CREATE TABLE finished (line INTEGER, number INTEGER, start INTEGER, length INTEGER,"
@@ -46,8 +54,18 @@ class Manifest:
 
     def refresh(self) -> None:
         """Read the complete lines that any process has added since."""
-        with self._mutex, held(self._file.fileno(), self.path):
+        with self._mutex, self._reading(), held(self._file.fileno(), self.path):
             self._refresh()
+
+    def warn_of_spoilt(self) -> None:
+        """Log a warning if there are damaged lines."""
+        if self.spoilt:
+            logger.warning(
+                "%s: %d damaged lines are left out, the last of them %s; their pictures are drawn again",
+                self.path,
+                self.spoilt,
+                quoted(self._last_spoilt),
+            )
 
     def find(self, index: int, number: int) -> dict[str, Any] | None:
         """The newest line of a picture among those read, or None."""
@@ -55,7 +73,8 @@ class Manifest:
             row = self._table.execute(
                 "SELECT length, start FROM finished WHERE line = ? AND number = ?", (index, number)
             ).fetchone()
-            return None if row is None else json.loads(system.read_at(self._file.fileno(), *row))
+            with self._reading():
+                return None if row is None else json.loads(system.read_at(self._file.fileno(), *row))
 
     @property
     def size(self) -> int:
@@ -115,8 +134,10 @@ class Manifest:
         self.refresh()
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """All lines, by index and number."""
-        return (json.loads(line) for line in self._lines())
+        """All lines, by index and number. Raises StorageError while they are read."""
+        with self._reading():
+            for line in self._lines():
+                yield json.loads(line)
 
     def _lines(self) -> Iterator[bytes]:
         # A separate cursor: entries may be appended while these are read.
@@ -135,15 +156,22 @@ class Manifest:
 
     def _index(self, line: bytes, start: int) -> None:
         try:
-            entry = parse_json(line)
-            key = (int(entry["index"]), int(entry["number"]))
-            made_by(entry)
-            row = (*key, start, len(line) + 1)
-        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
-            raise CascadeError(f"{self.path}: a line is damaged: {quoted(line)}; remove it, or --overwrite") from None
+            entry = read_line(line)
+        except ValueError:
+            self.spoilt += 1
+            self._last_spoilt, self._tidy = line[: LONGEST + 1], False
+            return
+        key = (entry["index"], entry["number"])
         self._tidy = self._tidy and key > self._last
         self._last = key
-        self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
+        self._table.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", (*key, start, len(line) + 1))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
     def _check_exists(self) -> None:
         """Raises FileNotFoundError if the file was removed or replaced: writing to it would succeed and be lost."""
@@ -155,6 +183,45 @@ class Manifest:
             f"{self.path.parent}: cannot be written: {error.strerror or error}; fix that and start again, or name"
             " another folder with --out"
         )
+
+
+class _Size(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    height: int
+    width: int
+
+
+class _Line(BaseModel):
+    """The entries of a line that are read; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    index: Annotated[int, Field(ge=0, lt=1 << 63)]
+    number: Annotated[int, Field(ge=0, lt=1 << 63)]
+    num_images: int
+    id: str
+    prompt: str
+    seed: int
+    file: Annotated[str, Field(min_length=1)]
+    sha256: str
+    stages: dict[str, str] = {}
+    stages_sha256: dict[str, str] = {}
+    seconds: float | None = None
+    settings: _Size
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """A line of a manifest. Raises ValueError for anything else."""
+    entry: dict[str, Any] = parse_json(line)
+    _Line.model_validate(entry)
+    try:
+        made_by(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"lacks {error}") from None
+    if "\0" in "".join((entry["file"], *entry.get("stages", {}).values())):
+        raise ValueError("a file name with a zero byte")
+    return entry
 
 
 def made_by(entry: Mapping[str, Any]) -> tuple[str, int]:

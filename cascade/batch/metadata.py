@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
 
 from cascade._version import __version__
 from cascade.batch.plan import DrawOptions, Target
@@ -22,6 +23,7 @@ from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
 from cascade.files.picture import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
+from cascade.settings import Noted
 from cascade.text.captions import well_formed
 
 FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
@@ -39,6 +41,25 @@ _TEXTS = {
 _JPEG_QUALITY, _WEBP_QUALITY = 95, 95
 _DESCRIPTION = 0x010E  # EXIF's ImageDescription, which viewers show
 _LONGEST_EXIF = 60_000  # bytes; a JPEG segment ends at 65,535
+
+
+class _Machine(Noted):
+    """What is read of the settings that a picture names, besides those of its recipe."""
+
+    device: str = Field(pattern=r"^[a-z]{1,20}$")
+    dtype: str = Field(pattern=r"^[a-z0-9]{1,20}$")
+    batch_size: int | dict[str, int] = Field()
+
+
+class _Inside(Noted):
+    """What is read of where a picture says that it comes from."""
+
+    num_images: int = Field(ge=1, lt=1 << 63)
+    index: int = Field(ge=0, lt=1 << 63)
+    model: str
+    license: str
+    cascade: str
+    settings: _Machine
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,7 @@ def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
             text = {"all": str(image.getexif().get(_DESCRIPTION, ""))}
     try:
         return _parsed(Path(path), text), format
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise CascadeError(f"{path}: does not record how it was drawn; expected a `cascade generate` picture") from None
 
 
@@ -135,9 +156,11 @@ def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
     else:
         data = {name: value if name in _TEXTS else parse_json(value) for name, value in _known(text).items()}
     for name in ("num_images", "index"):
-        data[name] = int(data[name])
+        data[name] = int(str(data[name]))
     Recipe.digest_of(data)
-    return _inside(data)
+    said = _inside(data)
+    _Inside.model_validate(said)
+    return said
 
 
 def _known(text: Mapping[str, str]) -> dict[str, str]:

@@ -45,9 +45,10 @@ class Output:
         self._spool, self._temporary = self._own_state("spool"), self._own_state("temporary")
         self.team = Team(self._state, self.layout)
         self._earlier = EarlierRun(self.folder, self.layout)
-        self._earlier.check_foreign_files(extras, overwrite)
-        # With an earlier run here, a file with a picture's name is that run's, which may have died before its line.
-        may_replace = self._earlier.settings() is not None
+        with self._writing():
+            self._earlier.check_foreign_files(extras, overwrite)
+            # With an earlier run here, a file with a picture's name is that run's, which may have died before its line.
+            may_replace = self._earlier.settings() is not None
         self._store: Store = FolderStore(self.folder, self._temporary, may_replace)
         if self.layout.in_tars:
             self._store = TarStore(self.folder, self._spool, self._temporary, self.layout.tar_size, may_replace)
@@ -60,36 +61,43 @@ class Output:
 
     # --- beginning and end
 
-    def begin(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def begin(
+        self, settings: Mapping[str, Any], check: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> dict[str, Any]:
         """Take the folder, or continue in it. settings: those that must stay the same when a run is continued.
 
-        Returns them with a seed: where it is None, the seed of the earlier run, or a new one.
+        Returns them with a seed: where it is None, the seed of the earlier run, or a new one. check: called with them
+        before an earlier run's pictures are removed; it raises what would end the new run before its first picture.
 
         Raises CascadeError when another run writes here, or the earlier run had other settings.
         """
         with self._writing():
             self._state.mkdir(exist_ok=True)
             first = self.team.enter()
-            settled = self._prepared(settings) if first else self._earlier.continued(settings)
+            settled = self._prepared(settings, check) if first else self._earlier.continued(settings)
             self._manifest = Manifest(self.path("manifest", ".jsonl"))
             self._manifest.refresh()
             if first:
+                self._manifest.warn_of_spoilt()
                 self.team.let_in(before=self._manifest.size)
             self.team.start()
         self._pictures = Pictures(self.folder, self.layout, self._store, self._manifest)
         return settled
 
-    def _prepared(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _prepared(self, settings: Mapping[str, Any], check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         if self._overwrite:
+            settled = with_seed(settings)
+            if self._earlier.has_pictures():
+                check(settled)
             self._earlier.remove()
             shutil.rmtree(self._spool, ignore_errors=True)
-            settled = with_seed(settings)
         else:
+            self._earlier.finish_removal()
             settled = self._earlier.continued(settings) if self._earlier.has_pictures() else with_seed(settings)
         if self._earlier.settings() != settled:
             shutil.rmtree(self.shelf, ignore_errors=True)  # smaller pictures of other settings or another model
         shutil.rmtree(self._temporary, ignore_errors=True)  # incomplete files of a killed run
-        self._temporary.mkdir()
+        self._temporary.mkdir(exist_ok=True)
         self.path("failures", ".jsonl").unlink(missing_ok=True)
         text = json_text({MADE_BY: PROGRAM, **settled}, indent=2) + "\n"
         FolderStore(self.folder, self._temporary).write({RUN: text.encode()})
@@ -102,19 +110,27 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Release everything; remove a folder that was created but not used."""
-        nothing = self._manifest is None or self._manifest.is_empty()
+        nothing = self._manifest is None or (self._manifest.is_empty() and self._holds_nothing_else())
         if self._manifest is not None:
             self._manifest.close()
         self.team.leave()
         if nothing and self._made and self.team.rank == 0:
             if system.OPEN_FILES_STAY:
                 self.team.unlock()
-            for path in (self.folder / RUN, self.path("manifest", ".jsonl"), self.path("failures", ".jsonl")):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(self._state, ignore_errors=True)
-            with suppress(OSError):  # not empty
+            with suppress(OSError):  # not empty, or a disk that fails
+                for path in (self.folder / RUN, self.path("manifest", ".jsonl"), self.path("failures", ".jsonl")):
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(self._state, ignore_errors=True)
                 self.folder.rmdir()
         self.team.unlock()
+
+    def _holds_nothing_else(self) -> bool:
+        """Whether there is no picture; one whose line could not be written is the run's only by its run.json."""
+        own = {RUN, STATE, self.path("manifest", ".jsonl").name, self.path("failures", ".jsonl").name}
+        try:
+            return {path.name for path in self.folder.iterdir()} <= own
+        except OSError:
+            return False
 
     # --- during the run
 
@@ -190,7 +206,7 @@ class Output:
         path = self.path("failures", ".jsonl")
         if not path.exists():
             return 0
-        with path.open("rb") as file:
+        with self._writing(), path.open("rb") as file:
             return sum(1 for _ in file)
 
     def complete(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
 from cascade.images import to_pil
 
-_OF_THE_FILE = ("file", "stages", "sha256", "seconds")
+_OF_THE_FILE = ("file", "stages", "stages_sha256", "sha256", "seconds")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,21 @@ class Pictures:
                 f"{self._folder}: {known['file']} was drawn from another prompt, seed or settings than prompt {index}"
                 " of this run; name another folder with --out, or --overwrite"
             )
-        content = self._store.read(known["file"])
-        whole = content is not None and sha256(content) == known["sha256"]
-        there = all(self._store.read(name) is not None for name in known.get("stages", {}).values())
-        return whole and there and all(self._store.read(name) == text for name, text in self._companions(known).items())
+        if not all(self._is(*kept) for kept in _kept(known)):
+            return False
+        return all(self._read(name) == text for name, text in self._companions(known).items())
+
+    def _is(self, name: str, digest: str | None) -> bool:
+        """Whether a file is there and is what was written; earlier versions noted no digest of smaller pictures."""
+        content = self._read(name)
+        return content is not None and digest in (None, sha256(content))
+
+    def _read(self, name: str) -> bytes | None:
+        """A file; None where it is not there or the disk fails to read it: it is drawn again."""
+        try:
+            return self._store.read(name)
+        except OSError:
+            return None
 
     def write(self, finished: Finished) -> dict[str, Any]:
         """Write a picture in full, then its manifest line, which is returned. Raises OSError, CascadeError."""
@@ -70,7 +81,8 @@ class Pictures:
         files |= self._companions({**entry, "file": file})
         files[file] = content  # last: if it exists, the others do
         self._store.write(files)
-        stages = {"stages": kept} if kept else {}
+        digests = {size: sha256(files[name]) for size, name in kept.items()}
+        stages = {"stages": kept, "stages_sha256": digests} if kept else {}
         seconds = round(finished.drawn.seconds, 3)
         line = {**entry, "file": file, **stages, "sha256": sha256(content), "seconds": seconds}
         self._manifest.append(line)
@@ -88,3 +100,10 @@ class Pictures:
         if self._layout.in_tars:
             return self._store.name(index, stem, f"{resolution}.{ending}", count)
         return "stages/" + self._store.name(index, f"{stem}-{resolution}", ending, count)
+
+
+def _kept(line: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """(file, SHA-256) of a picture and of its smaller ones."""
+    yield line["file"], line["sha256"]
+    for size, name in line.get("stages", {}).items():
+        yield name, line.get("stages_sha256", {}).get(size)

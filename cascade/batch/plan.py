@@ -20,7 +20,7 @@ from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
 from cascade.prompts.record import PromptRecord
 from cascade.sampling import resolve_sampling
-from cascade.slots import StageSlot
+from cascade.slots import StageSlot, adapters_in
 
 FILES_PER_FOLDER = 10_000
 """Maximum number of pictures in one folder; after that, subfolders begin."""
@@ -107,6 +107,7 @@ class Target:
             height=height,
             width=width,
             stages={slot.config.name: job.settings[slot.config.name] for slot in job.slots},
+            adapters=adapters_in(job.slots),
             **job.changes,
         )
 

@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cascade.errors import output_error
 from cascade.prompts.record import Failure
 from cascade.quoting import message
 
@@ -33,7 +35,8 @@ class Progress:
 
     def failed(self, failure: Failure) -> None:
         """Report something that could not be drawn."""
-        print(message(str(failure).replace("\n", " ")), file=sys.stderr)
+        with suppress(OSError):  # failures.jsonl has it, too
+            print(message(str(failure).replace("\n", " ")), file=sys.stderr)
 
     def end(self) -> None:
         """Report the end of the run."""
@@ -104,4 +107,9 @@ class JsonLog(Progress):
 
     def write(self, event: str, **values: Any) -> None:
         """Print one line, and flush it."""
-        print(json.dumps({"event": event, **values}), file=self._file, flush=True)
+        try:
+            print(json.dumps({"event": event, **values}), file=self._file, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise output_error(error) from None

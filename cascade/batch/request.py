@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cascade.arguments import PerStage
 from cascade.batch.identity import model_identity, versions
 from cascade.batch.layout import WEBDATASET, Layout
 from cascade.batch.output import Output
-from cascade.batch.plan import DrawOptions
+from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.progress import Progress
 from cascade.batch.report import write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
@@ -22,6 +23,7 @@ from cascade.device import choose_device
 from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
 from cascade.errors import CascadeError
+from cascade.load.adapters import adapters_for, read_adapter
 from cascade.load.index import read_index
 from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
@@ -55,7 +57,8 @@ class Outcome:
 class BatchRequest:
     """The arguments of `cascade generate`, with the names and meanings of its options.
 
-    prompts: texts to draw; file: a prompt file instead. manifest: "parquet" for a table in addition to the JSON lines.
+    prompts: texts to draw; file: a prompt file instead. lora: adapters, `[STAGE=]FOLDER[:SCALE]`. manifest:
+    "parquet" for a table in addition to the JSON lines.
     """
 
     out: str
@@ -63,6 +66,7 @@ class BatchRequest:
     file: str | None = None
     strict: bool = False
     model: str | None = None
+    lora: Sequence[str] = ()
     overwrite: bool = False
     format: str = "png"
     tar_size: int = 1000
@@ -105,10 +109,11 @@ class BatchRequest:
         progress = progress or Progress()
         with Output(self.out, self._layout(), overwrite=self.overwrite, extras=self._extras()) as output:
             self._check_split(output)
-            settled = output.begin(self._settings())
+            pipeline_in = cache(self._pipeline)
+            settled = output.begin(self._settings(), lambda settled: self._check_drawable(settled, pipeline_in))
             run_seed = settled["seed"]
             records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
-            pipeline = self._pipeline(settled["dtype"])
+            pipeline = pipeline_in(settled["dtype"])
             progress.begin(self._total(output))
             summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
             progress.end()
@@ -125,6 +130,12 @@ class BatchRequest:
             raise CascadeError("give either prompts or --prompts FILE")
         if self.html and self.format == WEBDATASET:
             raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
+
+    def _check_drawable(self, settled: Mapping[str, Any], pipeline_in: Callable[[str], CascadePipeline]) -> None:
+        """Raises CascadeError for what would end the run before its first picture, when an older one goes for it."""
+        if self.file:
+            count_prompts(self.file)
+        Planner(pipeline_in(settled["dtype"]), self._options(settled["seed"]))
 
     def _extras(self) -> list[tuple[str, str]]:
         """Additional files to write, as (stem, ending)."""
@@ -149,6 +160,7 @@ class BatchRequest:
         return {
             "versions": versions(),
             "model": model_identity(read_index(self.model)),
+            **self._adapter_digests(),
             **{name: getattr(self, name) for name in (*own, *stored)},
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,
@@ -163,8 +175,25 @@ class BatchRequest:
 
     def _pipeline(self, dtype: str) -> CascadePipeline:
         return CascadePipeline.from_pretrained(
-            self.model, device=self.device, dtype=dtype, low_memory=self.low_memory, text_8bit=self.text_8bit
+            self.model,
+            device=self.device,
+            dtype=dtype,
+            low_memory=self.low_memory,
+            text_8bit=self.text_8bit,
+            adapters=self.adapters(),
         )
+
+    def adapters(self) -> dict[str, list[str]]:
+        """The adapters by stage, as for `CascadePipeline.from_pretrained`."""
+        if not self.lora:
+            return {}
+        return adapters_for(self.lora, [read_config(folder).name for folder in read_index(self.model).stages])
+
+    def _adapter_digests(self) -> dict[str, Any]:
+        """The run's setting on adapters; none without any, as in earlier versions."""
+        found = {name: map(read_adapter, several) for name, several in self.adapters().items()}
+        digests = {name: {one.digest: one.scale for one in several} for name, several in found.items()}
+        return {"adapters": digests} if digests else {}
 
     def _options(self, run_seed: int) -> DrawOptions:
         return DrawOptions(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,9 @@ from typing import Protocol
 from cascade import system
 from cascade.batch.earlier import foreign_file
 from cascade.batch.plan import subfolder
+from cascade.checkpoint import discard, fresh_file
+from cascade.files.tar import BadTarError
+from cascade.files.tar import members as tar_members
 
 
 class Store(Protocol):
@@ -111,7 +113,9 @@ class TarStore:
         packed = self._temporary / tar
         with tarfile.open(packed, mode="w", format=tarfile.USTAR_FORMAT) as file:
             for member in sorted(members, key=lambda name: name.partition(".")[::2]):
-                content = self.read(f"{tar}/{member}") or b""
+                content = self.read(f"{tar}/{member}")
+                if content is None:
+                    raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on", f"{tar}/{member}")
                 information = tarfile.TarInfo(member)
                 information.size = len(content)
                 file.addfile(information, io.BytesIO(content))
@@ -126,8 +130,9 @@ class TarStore:
         """(start, length) of a tar's members, up to the first damaged one; none if the tar is missing."""
         if self._open[0] != tar:
             members: dict[str, tuple[int, int]] = {}
-            with suppress(OSError, tarfile.TarError), tarfile.open(self._folder / tar) as file:
-                for information in file:
+            # A disk that fails to read is told, for what cannot be seen now would be left out of the tar for ever.
+            with suppress(FileNotFoundError, BadTarError):
+                for information in tar_members(self._folder / tar):
                     members[information.name] = (information.offset_data, information.size)
             self._open = (tar, members)
         return self._open[1]
@@ -145,16 +150,13 @@ def place(path: Path, content: bytes, temporary: Path) -> None:
 
     It is not synced to the disk: a file lost in a power cut fails the next run's SHA-256 check and is drawn again.
     """
-    handle, name = tempfile.mkstemp(dir=temporary)
-    written = Path(name)
+    written = fresh_file(temporary)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        written.chmod(0o644)
+        written.write_bytes(content)
         path.parent.mkdir(exist_ok=True, parents=True)
         system.replace(written, path)
     except BaseException:
-        written.unlink(missing_ok=True)
+        discard(written)
         raise
 
 

@@ -59,7 +59,11 @@ class Team:
     @property
     def before(self) -> int:
         """The manifest's length in bytes when the first process began."""
-        return int(self._path("before").read_text(encoding="ascii"))
+        path = self._path("before")
+        try:
+            return int(path.read_text(encoding="ascii"))
+        except ValueError:
+            raise CascadeError(f"{path}: was changed during the run; start again") from None
 
     def claim(self, unit: int) -> bool:
         """Claim a unit of work; returns False if another process draws it or has drawn it."""

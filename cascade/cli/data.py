@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cascade.text.tokens import TokenCounter
 
 _PROGRAM = "cascade check-data"
+_JUDGED_FROM = 10  # records from which captions that are all alike are worth a warning
 _NAMED = 5  # problems, copies and captions that are printed
 _SHOWN = 60  # characters of a caption before its cut
 
@@ -94,6 +95,27 @@ def describe(found: Survey, data: DataConfig, stage: StageConfig) -> list[str]:
     lines += _some("copies", [f"{copy} = {first}" for copy, first in found.copies])
     repeated = sum(count > 1 for count in found.captions.values())
     lines.append(f"  captions: {len(found.captions):,} distinct, {repeated:,} of them used more than once")
+    return lines + _warnings(found, data)
+
+
+def _warnings(found: Survey, data: DataConfig) -> list[str]:
+    """Lines on captions that will not teach what one expects."""
+    from cascade.data.transforms import names_a_side  # imports torch
+
+    lines = []
+    most = max(found.captions.values(), default=0)
+    if found.looked_at >= _JUDGED_FROM and most > found.looked_at / 2:
+        caption = max(found.captions, key=lambda one: found.captions[one])
+        lines.append(
+            f"  warning: {most:,} of {found.looked_at:,} captions are {caption!r}; prompts will hardly differ. Describe"
+            " what differs between the pictures"
+        )
+    without = sum(problem.endswith(": no caption") for problem in found.problems)
+    if without and without == found.looked_at:
+        lines.append("  warning: no picture has a caption; names: file or names: folder of the source uses names")
+    sided = sum(count for caption, count in found.captions.items() if names_a_side((caption,)))
+    if data.flip and sided:
+        lines.append(f"  {sided:,} captions mention left, right, a flag or letters: these pictures are never mirrored")
     return lines
 
 

@@ -72,6 +72,9 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     "--from-image", metavar="FILE", help="Draw a picture again, to the same bytes, from the metadata inside it."
 )
 @path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@path_option(
+    "--lora", multiple=True, metavar="[STAGE=]FOLDER[:SCALE]", help="A low-rank adapter to add, such as mascot:0.8."
+)
 @path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @click.option("--overwrite", is_flag=True, help="Remove the pictures of an earlier run in FOLDER and start again.")
 @click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
@@ -116,7 +119,7 @@ def generate(**values: Any) -> int:
     """Draw pictures.
 
     \b
-    cascade generate "a red apple" "two blue stars" --seed 7
+    cascade generate "a red apple" "a fox" --seed 7
     cascade generate --prompts prompts.jsonl --out pictures
     """
     from cascade.batch.request import BatchRequest

@@ -15,6 +15,7 @@ from cascade._version import __version__
 from cascade.cli.data import check_data
 from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
+from cascade.cli.make import make
 from cascade.cli.model import assemble, convert, info
 from cascade.cli.plot import plot
 from cascade.cli.say import PlainFormatter, say
@@ -47,6 +48,7 @@ for command in (
     studio,
     serve,
     upscale,
+    make,
     train,
     encode,
     evaluate,
@@ -69,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except CascadeError as error:
             return _fail(str(error).split("\n"))
         except OSError as error:
-            if error.filename is None:
-                raise
             # A path without permission, or too long: reported here, because every command opens files.
-            return _fail([f"{error.filename}: {error.strerror or error}"])
+            return _fail([f"{error.filename or 'a file cannot be read or written'}: {error.strerror or error}"])
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "cascade"
             return _fail([f"{' '.join(error.format_message().split())} See `{path} --help`."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,17 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     from cascade.drawing.task import Drawn
     from cascade.images import to_pil
     from cascade.pipeline import CascadePipeline
+    from cascade.slots import adapters_in
 
     recipe = Recipe.from_json(metadata, picture)
     if recipe.source:
         raise CascadeError(f"{picture}: was enlarged from another picture; enlarge that one with `cascade upscale`")
     settings = metadata["settings"]
     pipeline = CascadePipeline.from_pretrained(
-        request.model, device=request.device or settings["device"], dtype=settings["dtype"]
+        request.model, device=request.device or settings["device"], dtype=settings["dtype"], adapters=request.adapters()
     )
+    if adapters_in(pipeline.slots[: len(recipe.stages)]) != recipe.adapters:
+        raise CascadeError(f"{picture}: was drawn with {_named(recipe.adapters)}; give exactly these with --lora")
     if pipeline.name != metadata["model"] or pipeline.stage_names[: len(recipe.stages)] != list(recipe.stages):
         raise CascadeError(
             f"{picture}: was drawn by the model {quoted(metadata['model'])}; name its folder with --model"
@@ -77,6 +81,12 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     chosen = next((image for image in images if image.size == size), images[-1])
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     return encode(chosen, {**metadata, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+
+
+def _named(adapters: Mapping[str, Mapping[str, float]]) -> str:
+    """The adapters of a recipe as words."""
+    lines = [f"{digest}:{scale:g} on {stage}" for stage, each in adapters.items() for digest, scale in each.items()]
+    return f"the adapters {', '.join(lines)}" if lines else "no adapters"
 
 
 def _edit(recipe: Recipe, pipeline: CascadePipeline, picture: str, changes: Changes) -> Edit | None:

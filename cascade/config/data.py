@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.bounds import PROCESSES, Pictures, Side, Tokens
+from cascade.bounds import COUNT, PROCESSES, Pictures, Side, Tokens
 from cascade.config.common import AugSpread, Fraction, PathText
 from cascade.settings import Settings
 
@@ -44,6 +44,28 @@ class TextConfig(TextReading):
         return TextReading(**{name: getattr(self, name) for name in TextReading.model_fields})
 
 
+Split = Literal["all", "train", "held_out"]
+"""All pictures, all but one in sixteen, or that one: by the picture's name, so that new pictures move no other."""
+
+
+class WordingConfig(Settings):
+    """Changes to a source's captions, made for each view; without them a caption is read as it is."""
+
+    templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = ()
+    """Sentences such as `a photo of {}`, one of which is chosen; `{}` is the caption. Empty: the caption alone."""
+    trigger: str | None = None
+    """A word or phrase placed before every caption, with a comma between them. None: nothing."""
+    shuffle_tags: bool = False
+    """Captions are tags between commas, whose order changes with each view."""
+    keep_tags: Annotated[int, Field(ge=0), COUNT.validator] = 1
+    """Number of first tags that neither move nor are left out."""
+    tag_dropout: Fraction = 0.0
+    """Probability of leaving out each tag."""
+
+
+Repeats = Annotated[float, Field(gt=0)] | None
+
+
 class FolderSource(Settings):
     """A folder of pictures; captions in .txt or .caption files, or in metadata.jsonl / metadata.csv with file_name."""
 
@@ -51,9 +73,19 @@ class FolderSource(Settings):
     path: PathText
     """The folder; searched recursively, including linked folders, without hidden ones."""
     caption_column: str = "caption"
-    """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants."""
+    """Column of metadata.jsonl or metadata.csv that holds the caption, or a list of variants. A file without `caption`
+    may call it `text`, as diffusers' examples do."""
+    names: Literal["none", "file", "folder"] = "none"
+    """Caption of a picture without any: the name of its file, or of the folder that it is in; `red-apple_03.png` is
+    `red apple`."""
+    split: Split = "all"
+    """`train`: all pictures but one in sixteen, chosen by their names; `held_out`: those, for validation."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
+    repeats: Repeats = None
+    """In place of `weight`: how often each of its pictures is shown, relative to those of the other sources."""
+    wording: WordingConfig = WordingConfig()
+    """Changes to its captions."""
 
 
 class ParquetSource(Settings):
@@ -71,6 +103,10 @@ class ParquetSource(Settings):
     area mean."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
+    repeats: Repeats = None
+    """In place of `weight`: how often each of its pictures is shown, relative to those of the other sources."""
+    wording: WordingConfig = WordingConfig()
+    """Changes to its captions."""
 
 
 class HubSource(Settings):
@@ -94,6 +130,10 @@ class HubSource(Settings):
     """Column of captions or lists of variants."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
+    repeats: Repeats = None
+    """In place of `weight`: how often each of its pictures is shown, relative to those of the other sources."""
+    wording: WordingConfig = WordingConfig()
+    """Changes to its captions."""
 
 
 class WebDatasetSource(Settings):
@@ -110,6 +150,10 @@ class WebDatasetSource(Settings):
     """Each epoch permutes the shards, then records within blocks of this size; no records are held in memory."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
+    repeats: Repeats = None
+    """In place of `weight`: how often each of its pictures is shown, relative to those of the other sources."""
+    wording: WordingConfig = WordingConfig()
+    """Changes to its captions."""
 
 
 class ScenesSource(Settings):
@@ -146,7 +190,8 @@ class DataConfig(Settings):
     aspect: Literal["crop", "pad"] = "pad"
     """Pictures that are not square are centre-cropped, or padded with white."""
     flip: Fraction = 0.0
-    """Probability of mirroring (never for drawn scenes); leave 0 where captions mention left and right."""
+    """Probability of mirroring; never for drawn scenes, nor for a picture with a caption that mentions left, right, a
+    flag or letters."""
     jitter: Fraction = 0.0
     """Largest random shift and zoom, as a share of the size, filled with white; for pictures on white. Drawn scenes are
     not changed."""
@@ -165,6 +210,9 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        repeated = [getattr(source, "repeats", None) is not None for source in self.sources]
+        if any(repeated) and not all(repeated):
+            raise ValueError("repeats needs to be set for every source or for none; others have a weight")
         if self.tiles and self.crop is None:
             raise ValueError("tiles: true needs crop, the size to cut from each tile")
         if self.tiles and self.jitter:

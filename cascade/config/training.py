@@ -134,7 +134,7 @@ class TrainingConfig(Settings):
     sample_every: Annotated[int, Field(ge=0), COUNT.validator] = 0
     """Steps between grids of sample pictures; 0: none."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts of the grids; empty: the captions of the first pictures."""
+    """Prompts of the grids; empty: captions of held-out pictures (`validation`), or else of the first pictures."""
     sample_count: Pictures = 8
     """Pictures in a grid when `sample_prompts` is empty, and for super-resolution."""
     save_every: PositiveInt = 1000

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +31,9 @@ from cascade.data.dataset import BadRecordError, Record, Records
 from cascade.data.transforms import check_strip, decode, resize, square
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.locks import lock_file
+from cascade.settings import Noted, parse
 
 logger = logging.getLogger("cascade.data")
 
@@ -54,20 +58,35 @@ class Making:
         return f"{digest[:16]}-{self.resolution}-{self.aspect}"
 
 
+class _Said(Noted):
+    """What is read of the JSON beside the pixels."""
+
+    count: int = Field(ge=1, lt=1 << 40)
+    resolution: int = Field(ge=1, lt=1 << 20)
+
+
+_LINE = TypeAdapter(tuple[str, list[str], str | None])
+
+
 class DecodedRecords:
     """The records of a source, each picture uint8 (3, R, R). Only the files of the folder are read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
-        said = read_json(folder / f"{name}.json")
-        shape = (int(said["count"]), 3, int(said["resolution"]), int(said["resolution"]))
+        said = parse(_Said, read_json(folder / f"{name}.json"), str(folder / f"{name}.json"))
+        shape = (said.count, 3, said.resolution, said.resolution)
         path = folder / f"{name}.pixels"
-        if not path.exists() or path.stat().st_size != np.prod(shape):
+        if not path.is_file() or path.stat().st_size != math.prod(shape):
             raise CascadeError(f"{path}: its size differs from the one in {name}.json; delete {folder} and start again")
+        lines = folder / f"{name}.records"
+        if not lines.is_file() or not lines.stat().st_size:
+            raise CascadeError(f"{lines}: missing or empty; delete {folder} and start again")
         # A plain array: slicing numpy's memmap class takes ten times as long.
         self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
-        self._lines = np.asarray(np.memmap(folder / f"{name}.records", np.uint8, "r"))
+        self._lines = np.asarray(np.memmap(lines, np.uint8, "r"))
         self._ends = np.flatnonzero(self._lines == ord("\n"))
+        if len(self._ends) != said.count:
+            raise CascadeError(f"{lines}: {len(self._ends)} lines for {said.count} pictures; delete {folder}")
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -87,8 +106,11 @@ class DecodedRecords:
     def _described(self, index: int) -> tuple[str, list[str], str | None]:
         """(name for messages, captions, problem or None)."""
         start = int(self._ends[index - 1]) + 1 if index else 0
-        origin, captions, reason = json.loads(self._lines[start : int(self._ends[index])].tobytes().decode())
-        return origin, captions, reason
+        line = self._lines[start : int(self._ends[index])].tobytes()
+        try:
+            return _LINE.validate_python(parse_json(line), strict=False)
+        except ValueError:
+            return f"{self._folder / self._name}.records, line {index + 1}", [], "its line is damaged"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a path: another process maps the same files."""

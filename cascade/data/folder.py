@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -11,8 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cascade.config.data import FolderSource
 from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
+from cascade.data.wording import caption_of_name
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
 from cascade.files.table import BadRowError, csv_rows
 from cascade.files.text import NotTextError, read_text
 from cascade.files.walk import Walk, walk
@@ -21,7 +24,10 @@ from cascade.quoting import quoted
 logger = logging.getLogger("cascade.data")
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+USUAL_COLUMN, OTHER_COLUMN = "caption", "text"
+"""Column of captions in metadata files unless a setting names another, and the column read if that does not exist."""
 SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
+_HELD_OUT = 16
 _NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name may become too long with another ending
 
 
@@ -33,7 +39,9 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, folder: Path, caption_column: str) -> None:
+    def __init__(self, config: FolderSource) -> None:
+        folder, caption_column, split = Path(config.path), config.caption_column, config.split
+        self._names = config.names
         found = files_of(folder)
         self.problems = found.problems
         if found.problems:
@@ -45,11 +53,16 @@ class FolderRecords:
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
         pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
-        self._paths = sorted(pictures | self._listed.keys())
+        everything = sorted(pictures | self._listed.keys())
+        self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
-        if not self._paths:
+        if not everything:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
+        if not self._paths:
+            raise CascadeError(
+                f"data source {folder}: split: {split} leaves none of {len(everything)} pictures; use all"
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -68,7 +81,17 @@ class FolderRecords:
             return self._listed[path]
         beside = (path.with_suffix(ending) for ending in SIDECARS)
         texts = (_sidecar(file) for file in beside if file in self._sidecars)
-        return tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+        variants = tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
+        return variants or (() if self._names == "none" else caption_variants(caption_of_name(path, self._names)))
+
+
+def is_held_out(picture: Path, folder: Path) -> bool:
+    """Whether `split` holds a picture of `folder` out: one in sixteen, whatever else the folder contains."""
+    try:
+        name = picture.relative_to(folder).as_posix()
+    except ValueError:  # listed in a metadata file, and outside the folder
+        name = picture.name
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] % _HELD_OUT == 0
 
 
 def files_of(folder: Path) -> Walk:
@@ -97,9 +120,12 @@ def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tupl
     """(picture, captions) of each line. Raises CascadeError for malformed lines and missing columns."""
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
+    if caption_column == USUAL_COLUMN and USUAL_COLUMN not in columns and OTHER_COLUMN in columns:
+        caption_column = OTHER_COLUMN
     for column in ("file_name", caption_column):
         if rows and column not in columns:
-            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}")
+            way = "" if column == "file_name" else "; name the captions' column: caption_column of the data source"
+            raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}{way}")
     for row in rows:
         if row.get("file_name"):
             # One name for each picture, for any spelling in a line: `./a.png`, `sub/../a.png`.
@@ -141,8 +167,8 @@ def _objects(lines: list[str], path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise CascadeError(f"{path}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise CascadeError(f'{path}, line {number}: expected an object such as {{"file_name": "a.png"}}')

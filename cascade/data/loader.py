@@ -25,12 +25,15 @@ from cascade.config.data import (
     ScenesSource,
     SourceConfig,
     WebDatasetSource,
+    WordingConfig,
 )
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError
+from cascade.data.order import ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, training_pair
+from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
@@ -64,21 +67,21 @@ class View:
 class Batch:
     """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run.
 
-    lows: uint8 (3, s, s), by index in the batch: smaller pictures that are not the area mean. beside: the result of the
-    caller's function of the captions, computed in the process that read them.
+    lows: uint8 (3, s, s), by index in the batch: smaller pictures that are not the area mean.
+    of_captions: the result of the caller's function of the captions, computed in the process that read them.
     """
 
     images: Tensor
     captions: list[str]
     samples: list[int]
     lows: Mapping[int, Tensor] = field(default_factory=dict)
-    beside: object = None
+    of_captions: object = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-Beside = Callable[[list[str]], object]
+OfCaptions = Callable[[list[str]], object]
 """A function of a batch's captions, called in the process that reads them."""
 
 
@@ -93,14 +96,14 @@ class _Share:
     bad: list[tuple[str, ...]]
 
     @classmethod
-    def of(cls, views: Sequence[View], beside: Beside | None) -> _Share:
+    def of(cls, views: Sequence[View], of_captions: OfCaptions | None) -> _Share:
         captions = [view.caption for view in views]
         batch = Batch(
             images=torch.stack([view.image for view in views]),
             captions=captions,
             samples=[view.sample for view in views],
             lows={place: view.low for place, view in enumerate(views) if view.low is not None},
-            beside=None if beside is None else beside(captions),
+            of_captions=None if of_captions is None else of_captions(captions),
         )
         return cls(batch, [view.bad for view in views])
 
@@ -151,11 +154,12 @@ class Views(Dataset[View]):
         self._data = data
         self._stage = stage
         self._seed = seed
-        self._mixture = Mixture([source.weight for source in data.sources], seed)
         self._sources = [
             open_source(source, stage.resolution, (seed, "source", index), data)
             for index, source in enumerate(data.sources)
         ]
+        self._mixture = Mixture([_weight(*pair) for pair in zip(data.sources, self._sources, strict=True)], seed)
+        self._wordings = [getattr(source, "wording", WordingConfig()) for source in data.sources]
 
     def __getitem__(self, sample: int) -> View:
         source, use = self._mixture.locate(sample)
@@ -167,13 +171,22 @@ class Views(Dataset[View]):
             )
             try:
                 record = self._sources[source].record(use, attempt)
-                caption = choose_caption(record, self._data.caption_dropout, caption_rng)
+                caption = choose_caption(record, self._data.caption_dropout, caption_rng, self._wordings[source])
                 picture, low = training_pair(record, self._data, self._stage, picture_rng)
             except BadRecordError as error:
                 bad.append(str(error))
             else:
                 return View(picture, caption, sample, tuple(bad), low)
         raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
+
+
+def _weight(config: SourceConfig, source: Source) -> float:
+    """A source's share of the views, relative to the others': its weight, or its repeats for each of its records."""
+    if isinstance(config, ScenesSource) or config.repeats is None:
+        return config.weight
+    if isinstance(source, ShuffledSource | ShardedSource):
+        return config.repeats * source.count
+    raise CascadeError("data.sources: repeats of a stream, whose number of records is not known; set weight instead")
 
 
 class BadRecords:
@@ -225,21 +238,21 @@ def batches(
     *,
     batch_size: int,
     portion: Portion | None = None,
-    beside: Beside | None = None,
+    of_captions: OfCaptions | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches: batch i holds samples [i * batch_size, (i + 1) * batch_size), or this process' part.
 
     batch_size: of all processes together; each takes a contiguous share.  portion: default all from the beginning.
-    beside: called with each batch's captions in the process that reads the records (a worker, if data.workers > 0); its
-    result is `Batch.beside`.  A streaming source is read by every worker of every process from its start, each keeping
-    its own share. Close the iterator to end the workers.
+    of_captions: called with each batch's captions in the process that reads the records, a worker if data.workers > 0;
+    its result is `Batch.of_captions`.  A streaming source is read by every worker of every process from its start, each
+    keeping its own share. Close the iterator to end the workers.
     """
     portion = portion or Portion()
     count, rest = divmod(batch_size, portion.processes)
     if rest:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {portion.processes} processes")
     numbers = _sample_numbers(batch_size, count, portion.first_batch, portion.process)
-    shares = _loaded(_Shares(Views(data, stage, seed), beside), numbers, data.workers)
+    shares = _loaded(_Shares(Views(data, stage, seed), of_captions), numbers, data.workers)
     return _checked(shares, BadRecords(data.max_bad_share))
 
 
@@ -273,13 +286,13 @@ def _loaded(shares: _Shares, numbers: Iterator[list[int]], workers: int) -> Gene
 class _Shares(Dataset["_Share | CascadeError"]):
     """Several views by their numbers. A CascadeError is returned, as raising it in a worker prints a traceback."""
 
-    def __init__(self, views: Views, beside: Beside | None) -> None:
+    def __init__(self, views: Views, of_captions: OfCaptions | None) -> None:
         self._views = views
-        self._beside = beside
+        self._of_captions = of_captions
 
     def read(self, numbers: list[int]) -> _Share:
         """The views of these numbers. Raises CascadeError."""
-        return _Share.of([self._views[number] for number in numbers], self._beside)
+        return _Share.of([self._views[number] for number in numbers], self._of_captions)
 
     def __getitem__(self, numbers: list[int]) -> _Share | CascadeError:
         try:
@@ -291,11 +304,16 @@ class _Shares(Dataset["_Share | CascadeError"]):
 def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
     """Every caption variant of finite sources, in order of appearance, with repetitions; no picture is decoded.
 
-    Drawn scenes are endless: their captions are encoded during training.
+    Drawn scenes and shuffled tags are endless: their captions are encoded during training.
     """
     for source in sources:
-        if not isinstance(source, ScenesSource):
-            yield from itertools.chain.from_iterable(_variants_of(source))
+        if isinstance(source, ScenesSource):
+            continue
+        if has_endless_wordings(source.wording):
+            logger.warning("captions of shuffled or dropped tags are not encoded beforehand, but during training")
+            continue
+        for variant in itertools.chain.from_iterable(_variants_of(source)):
+            yield from wordings(variant, source.wording)
 
 
 def _variants_of(source: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Iterator[tuple[str, ...]]:

@@ -41,6 +41,11 @@ class ShuffledSource:
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def count(self) -> int:
+        """Number of records."""
+        return len(self._records)
+
     def record(self, use: int, attempt: int = 0) -> Record:
         count = len(self._records)
         if attempt:
@@ -69,6 +74,11 @@ class ShardedSource:
         self._shards = self._ends = torch.empty(0, dtype=torch.int64)
         self._place = (-1, -1)
         self._order = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def count(self) -> int:
+        """Number of records."""
+        return len(self._records)
 
     def record(self, use: int, attempt: int = 0) -> Record:
         count = len(self._records)

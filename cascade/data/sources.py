@@ -44,7 +44,7 @@ def open_source(config: SourceConfig, resolution: int, key: Key, data: DataConfi
 def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | None, resolution: int) -> Records:
     if data is None or data.decoded is None:
         return records
-    source = config.model_dump(mode="json", exclude={"weight", "shuffle_block"})
+    source = config.model_dump(mode="json", exclude={"weight", "repeats", "wording", "shuffle_block"})
     of = {"source": source, "stamp": _stamp(config, records)}
     return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of))
 
@@ -61,12 +61,21 @@ def _stamp(config: FiniteSource, records: Records) -> str:
 def open_records(config: FiniteSource) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
-        return FolderRecords(Path(config.path), config.caption_column)
+        return FolderRecords(config)
     if isinstance(config, ParquetSource):
         return open_parquet(config, matching_files(config.files))
     if isinstance(config, WebDatasetSource):
         return _open_tars(config)
     return open_hub_table(config)
+
+
+def check_places(sources: Iterable[SourceConfig]) -> None:
+    """Raises CascadeError for a folder or file that does not exist, without reading any."""
+    for source in sources:
+        if isinstance(source, FolderSource) and not Path(source.path).is_dir():
+            raise CascadeError(f"data source {source.path}: no such folder")
+        if isinstance(source, ParquetSource | WebDatasetSource):
+            matching_files(source.files)
 
 
 def _open_tars(config: WebDatasetSource) -> TarRecords:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cascade.checkpoint import load_tensors, save_tensors
 from cascade.data.dataset import PICTURE_SUFFIXES
 from cascade.errors import CascadeError
+from cascade.files.tar import BadTarError, members
 from cascade.files.walk import is_hidden
 
 logger = logging.getLogger("cascade.data")
@@ -79,7 +80,30 @@ def _kept(index: Path, stamp: Tensor) -> dict[str, Tensor] | None:
     except CascadeError:
         return None
     same = torch.equal(tensors.pop("stamp", torch.empty(0)), stamp)
-    return tensors if same and tensors.keys() == {field.name for field in fields(Shard)} - {"path"} else None
+    names = {field.name for field in fields(Shard)} - {"path"}
+    return tensors if same and tensors.keys() == names and _fit(tensors, int(stamp[1])) else None
+
+
+def _fit(tensors: dict[str, Tensor], size: int) -> bool:
+    """Whether they have the shapes of an index, and no place lies outside the shard of `size` bytes."""
+    keys, rest = tensors["keys"], {name: value for name, value in tensors.items() if name != "keys"}
+    if keys.dtype != torch.uint8 or keys.ndim != 1 or any(value.dtype != torch.int64 for value in rest.values()):
+        return False
+    count = len(tensors["pictures"]) if tensors["pictures"].ndim else -1
+    for name, joined in (("key_ends", keys), ("caption_ends", tensors["captions"])):
+        ends = tensors[name]
+        if ends.shape != (count,) or bool((ends.diff(prepend=ends.new_zeros(1)) < 0).any()):
+            return False
+        if joined.ndim == 0 or (int(ends[-1]) if count else 0) != len(joined):
+            return False
+    for name in ("pictures", "captions"):
+        places = tensors[name]
+        if places.ndim != 2 or places.shape[1] != 2:
+            return False
+        start, length = places.unbind(dim=1)
+        if bool(((start < -1) | (length < 0) | (length > size) | (start > size - length)).any()):
+            return False
+    return True
 
 
 def _walk(path: Path, caption: str) -> dict[str, Tensor]:
@@ -92,17 +116,16 @@ def _walk(path: Path, caption: str) -> dict[str, Tensor]:
     pictures: list[_Place] = []
     captions: list[list[_Place]] = []
     try:
-        with tarfile.open(path, "r:") as tar:  # uncompressed only: places in a compressed file cannot be read directly
-            members = (member for member in tar if member.isfile() and not is_hidden(member.name))
-            for key, group in groupby(members, lambda member: split_name(member.name)[0]):
-                # Collected here, because groupby discards a group's members when it moves to the next.
-                found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]
-                for picture, own_captions in _records(found, caption):
-                    keys.append(key.encode(errors="surrogateescape"))
-                    pictures.append(picture)
-                    captions.append(own_captions)
+        seen = (member for member in members(path) if not is_hidden(member.name))
+        for key, group in groupby(seen, lambda member: split_name(member.name)[0]):
+            # Collected here, because groupby discards a group's members when it moves to the next.
+            found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]
+            for picture, own_captions in _records(found, caption):
+                keys.append(key.encode(errors="surrogateescape"))
+                pictures.append(picture)
+                captions.append(own_captions)
         _require_end(path)
-    except (tarfile.TarError, OSError) as error:
+    except OSError as error:
         raise CascadeError(
             f"{path}: not a complete, uncompressed tar file ({error}); unpack .tar.gz to .tar, or download it again"
         ) from None
@@ -147,7 +170,7 @@ def _require_end(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
         if file.read() != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("its end is missing")
+            raise BadTarError("its end is missing")
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, islice
@@ -14,6 +12,8 @@ from typing import BinaryIO
 from cascade.data.dataset import BadRecordError, Record, caption_variants
 from cascade.data.tar_index import Shard, open_shard, split_name
 from cascade.errors import CascadeError
+from cascade.files.parsed import parse_json
+from cascade.files.tar import members
 from cascade.files.text import decoded
 from cascade.files.walk import is_hidden
 from cascade.quoting import quoted
@@ -83,9 +83,8 @@ def _require_captions(shards: Sequence[Shard], ending: str, column: str | None) 
 
 def _first_endings(path: Path) -> list[str]:
     """The endings of a shard's first members."""
-    with tarfile.open(path, "r:") as tar:
-        seen = (member for member in islice(tar, _LOOKED_AT) if member.isfile() and not is_hidden(member.name))
-        return sorted({split_name(member.name)[1] for member in seen})
+    seen = (member for member in islice(members(path), _LOOKED_AT) if not is_hidden(member.name))
+    return sorted({split_name(member.name)[1] for member in seen})
 
 
 def _first_objects(shard: Shard) -> list[dict[str, object]]:
@@ -94,7 +93,7 @@ def _first_objects(shard: Shard) -> list[dict[str, object]]:
     with shard.path.open("rb") as file:
         for start, size in shard.captions[:_LOOKED_AT].tolist():
             with suppress(ValueError):
-                values.append(json.loads(_bytes_at(file, start, size)))
+                values.append(parse_json(_bytes_at(file, start, size)))
     return [value for value in values if isinstance(value, dict)]
 
 
@@ -108,7 +107,7 @@ def _variants(text: bytes, column: str | None, origin: str) -> tuple[str, ...]:
     try:
         if column is None:
             return caption_variants(decoded(text).split("\n"))
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise BadRecordError(origin, f"its caption is not readable: {error}") from None
     return caption_variants(value.get(column) if isinstance(value, dict) else None)

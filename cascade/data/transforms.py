@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -13,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
-from cascade.config.data import DataConfig
+from cascade.config.data import DataConfig, WordingConfig
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
+from cascade.data.wording import PLAIN, worded
 from cascade.files.picture import MOST_PIXELS, open_picture
 from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
 
@@ -44,7 +47,7 @@ def prepared_pair(
         picture = square(picture, data.aspect)
         # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
         picture = picture if moves else resize(picture, stage.resolution)
-    flipped = rng.random() < data.flip and not record.drawn
+    flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = picture.flip(-1) if flipped else picture
     if moves:
         picture = jitter(picture, data.jitter, rng)
@@ -79,12 +82,23 @@ def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tens
     return low.flip(-1) if flipped else low
 
 
-def choose_caption(record: Record, dropout: float, rng: random.Random) -> str:
-    """One of the record's caption variants, or "" with probability `dropout`. Raises BadRecordError."""
+_SIDES = re.compile(r"\b(left|right|clockwise|counter-?clockwise|flags?|letters?|text|word)\b", re.IGNORECASE)
+
+
+def names_a_side(captions: Iterable[str]) -> bool:
+    """Whether a caption speaks of left or right, or of a flag or letters, whose mirror image is another or none."""
+    return any(_SIDES.search(caption) for caption in captions)
+
+
+def choose_caption(record: Record, dropout: float, rng: random.Random, wording: WordingConfig = PLAIN) -> str:
+    """One of the record's caption variants as `wording` changes it, or "" with probability `dropout`.
+
+    Raises BadRecordError.
+    """
     if not record.captions:
         raise BadRecordError(record.origin, "no caption")
     caption = rng.choice(record.captions)
-    return NULL_TEXT if rng.random() < dropout else caption
+    return NULL_TEXT if rng.random() < dropout else worded(caption, wording, rng)
 
 
 def decode(record: Record) -> Tensor:

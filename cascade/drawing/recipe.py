@@ -54,6 +54,9 @@ class Recipe(Settings):
     variation_seed: int = 0
     """Not used if `variation` is 0."""
 
+    adapters: dict[str, dict[str, float]] = Field(default={})
+    """By stage, the scale of each low-rank adapter, which is named by 16 digits of the SHA-256 of its weights."""
+
     def to_json(self) -> dict[str, Any]:
         """Plain values without those at their default, so that the metadata of older pictures stays the same."""
         values = self.model_dump(mode="json")

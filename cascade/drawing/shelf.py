@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,15 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import atomic_file
+from cascade.errors import StorageError
+from cascade.files.text import open_regular
 
 
 class Shelf:
-    """Pictures on their way from one stage to the next: in memory, or in files that a restart finds again."""
+    """Pictures on their way from one stage to the next: in memory, or in files that a restart finds again.
+
+    A missing or damaged file raises StorageError and is removed: the next start draws it again.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -31,14 +37,29 @@ class Shelf:
 
     def get(self, key: str) -> Tensor:
         """A stored picture, (3, H, W) uint8."""
-        return self._held[key] if self._folder is None else torch.from_numpy(np.load(self._path(key)))
+        return self._held[key] if self._folder is None else _read(self._path(key))
 
     def drop(self, key: str) -> None:
         """Remove a picture, if it is stored."""
         self._held.pop(key, None)
         if self._folder is not None:
-            self._path(key).unlink(missing_ok=True)
+            with suppress(OSError):  # it costs disk, no picture
+                self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}.npy"
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with open_regular(path) as file:
+            pixels = torch.from_numpy(np.load(file, allow_pickle=False))
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            raise ValueError("no picture")
+    except (OSError, ValueError, EOFError) as error:
+        with suppress(OSError):
+            path.unlink()
+        reason = error.strerror if isinstance(error, OSError) else "damaged"
+        raise StorageError(f"{path}: cannot be read: {reason or error}; start again, and it is drawn again") from None
+    return pixels

@@ -1,1 +1,1 @@
-"""Is the picture what the prompt said? Is it like the data? Offline, repeatable measures of a cascade."""
+"""Offline, repeatable measures of a cascade: agreement of pictures with prompts, similarity to the data."""

@@ -1,6 +1,6 @@
-"""The art suite: subjects seen and unseen in six styles, judged by a tower that knows the training pictures alone.
+"""The art suite: seen and unseen subjects in six styles, judged by a tower trained only on the training pictures.
 
-Every prompt asks for a picture that exists, so each figure stands beside the same one for the true pictures.
+Every prompt describes an existing picture, so each figure is reported with the same figure of the true pictures.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from cascade.seeds import generator
 
 TRAINING_CONCEPTS = 100
 STYLES_EACH = 2
-"""In how many of its styles every subject is asked for."""
+"""Number of styles in which every subject is drawn."""
 _PAIRS_SHOWN = 24
 _MOST = {64: None, 256: 64, 1024: 24}
-"""Drawings of each set that are measured at a size, None: all. Larger sizes than these count as the last."""
+"""Number of measured drawings of each set by size, None: all. Larger sizes use the last value."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, and the number of the true picture that it describes among the art of its set."""
+    """A prompt, and the index of the true picture that it describes in the art of its set."""
 
     prompt: str
     concept: Concept
@@ -52,10 +52,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures for one set of prompts beside the true ones, N of each.
+    """The pictures for one set of prompts and the true ones, N of each.
 
     features: (N, 256) of the tower.  pixels: (N, 3, 64, 64) in [-1, 1].  sizes: uint8 (n, 3, S, S) by side, of the
-    first n items; the base stage's are those of all items.
+    first n items; of all items for the base stage.
     """
 
     items: Sequence[Item]
@@ -67,7 +67,7 @@ class Drawn:
     sizes: Mapping[int, Tensor]
 
     def asked(self, size: int) -> list[art_look.Asked]:
-        """What was asked of the drawings of a size."""
+        """Prompts, styles and true pictures of the drawings of a size."""
         items = self.items[: len(self.sizes[size])]
         return [art_look.Asked(item.prompt, item.style, f"{item.style}-{item.concept.key}") for item in items]
 
@@ -75,7 +75,7 @@ class Drawn:
 def run(pipeline: CascadePipeline, request: Request) -> Report:
     """Draw subjects of both kinds and measure them. Raises CascadeError without `--data`."""
     if request.data is None:
-        raise CascadeError("--suite art: needs true pictures; make them with scripts/prepare_data.py and give --data")
+        raise CascadeError("--suite art: needs true pictures; make them with scripts/prepare_data.py and set --data")
     training, held_out, known = _true_pictures(request.data)
     tower, published = load_tower(), Published.load(request)
     unseen, seen = choose(training, held_out, request.seed, request.limit)
@@ -117,7 +117,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
 
 @lru_cache(maxsize=1)
 def _true_pictures(data: Path) -> tuple[Art, Art, Tensor]:
-    """The training pictures, the held-out ones, and the tower's features of the former: read once for many settings."""
+    """Training pictures, held-out pictures, and the tower's features of the former; cached for a sweep of settings."""
     training = read_art(data, "train")
     return training, read_art(data, "validation", "test"), load_tower().features(to_float(training.pixels))
 
@@ -135,7 +135,7 @@ def choose(training: Art, held_out: Art, seed: int, limit: int | None) -> tuple[
 
 
 def _candidates(name: str, training: Art, held_out: Art, seed: int) -> list[Concept]:
-    """The subjects of a set, in an order of the seed: those whose words a picture is held against."""
+    """The subjects of a set, in an order given by the seed, to whose words a picture is compared."""
     art, most = (held_out, None) if name == "unseen" else (training, TRAINING_CONCEPTS)
     subjects = [concept for concept in art.distinct() if concept.group != FLAGS]
     order = torch.randperm(len(subjects), generator=generator(seed, "art suite", name)).tolist()
@@ -143,7 +143,7 @@ def _candidates(name: str, training: Art, held_out: Art, seed: int) -> list[Conc
 
 
 def _items(art: Art, concepts: Sequence[Concept]) -> list[Item]:
-    """Every subject once in one style, then again in another; the styles take turns."""
+    """Every subject once in one style, then again in another, with alternating styles."""
     pictures = {
         (concept.key, style): index for index, (concept, style) in enumerate(zip(art.concepts, art.styles, strict=True))
     }
@@ -169,16 +169,18 @@ def _draw(pipeline: CascadePipeline, request: Request, tower: Tower, items: Sequ
 
 
 def measured_sizes(pipeline: CascadePipeline, request: Request) -> list[int]:
-    """The sizes of the stages at which there are true pictures, up to the one that was asked for."""
+    """The sizes of the stages at which true pictures exist, up to `until`."""
     sizes = [slot.config.resolution for slot in pipeline.slots]
     if request.until is not None and request.until not in sizes:
-        raise CascadeError(f"--until {request.until}: no stage draws that; choose from {', '.join(map(str, sizes))}")
+        raise CascadeError(
+            f"--until {request.until}: no stage draws that size; choose from {', '.join(map(str, sizes))}"
+        )
     assert request.data is not None
     return [size for size in sizes if size <= (request.until or size) and shelf(request.data, size).entries]
 
 
 def unmeasured(pipeline: CascadePipeline, request: Request) -> list[str]:
-    """A note for the sizes that were not measured though nobody said so."""
+    """A note for sizes that were not measured for lack of true pictures, although no `until` excluded them."""
     sizes = [slot.config.resolution for slot in pipeline.slots if slot.config.resolution <= (request.until or 1 << 20)]
     missing = sorted(set(sizes) - set(measured_sizes(pipeline, request)))
     return [f"No true pictures of {size} px in the data: drawings of that size were not measured." for size in missing]
@@ -189,7 +191,7 @@ def _most(size: int) -> int | None:
 
 
 def _others(art: Art, items: Sequence[Item]) -> Tensor:
-    """(N, 3, 64, 64): the held-out pictures that no prompt asks for, flags left out."""
+    """(N, 3, 64, 64): the held-out pictures without a prompt, flags left out."""
     asked = {item.true for item in items}
     rest = [index for index in range(len(art.concepts)) if index not in asked and art.concepts[index].group != FLAGS]
     return to_float(art.pixels[rest])
@@ -201,7 +203,7 @@ def _others(art: Art, items: Sequence[Item]) -> Tensor:
 def look(
     sets: Mapping[str, Drawn], tower: Tower, request: Request, candidates: Callable[[str], Sequence[Concept]]
 ) -> list[Figure]:
-    """What one sees of the drawings at each size: of both sets together, and the subjects found of each."""
+    """Figures of appearance at each size, of both sets together, and of subjects found, for each set."""
     assert request.data is not None
     figures: list[Figure] = []
     for size in sorted({size for drawn in sets.values() for size in drawn.sizes}):
@@ -215,7 +217,7 @@ def look(
 
 
 def _enlarged(drawn: Drawn, size: int, tower: Tower) -> Drawn:
-    """The same items with their larger drawings, as many as there are."""
+    """The items that have drawings of a larger size, with these drawings."""
     pixels = art_look.small(drawn.sizes[size])
     count = len(pixels)
     return replace(
@@ -229,7 +231,7 @@ def _enlarged(drawn: Drawn, size: int, tower: Tower) -> Drawn:
 
 
 def further(pipeline: CascadePipeline, request: Request, tower: Tower) -> list[Figure]:
-    """What one sees of drawings in styles that the judge does not know; none unless the request says how many."""
+    """Figures of appearance in styles on which the judge was not trained; none if the request does not ask for any."""
     assert request.data is not None
     asked = art_look.further(request.data, request.further, request.seed) if request.further else []
     sizes = [size for size in measured_sizes(pipeline, request) if size <= art_look.FURTHER_SIZE]
@@ -245,9 +247,9 @@ def further(pipeline: CascadePipeline, request: Request, tower: Tower) -> list[F
 
 
 def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept], where: str = "") -> list[Figure]:
-    """How often a picture's own subject is the best, or among the best ten, of the set's; and the ceiling's share.
+    """Rate at which a picture's own subject ranks first, or in the first ten, of the set; and the ceiling's rate.
 
-    where: said of the figures' pictures, such as their size.
+    where: suffix of the figures' names, such as the size of the pictures.
     """
     texts = tower.place_texts([concept.words for concept in concepts])
     own = torch.tensor([concepts.index(item.concept) for item in drawn.items])
@@ -270,9 +272,9 @@ def retrieval(name: str, drawn: Drawn, tower: Tower, concepts: Sequence[Concept]
 
 
 def likeness(drawn: Drawn, others: Tensor, tower: Tower, seed: int) -> list[Figure]:
-    """Distances between the drawn set and held-out pictures, and precision and recall; true pictures give the floor.
+    """Distances of the drawn set to held-out pictures, and precision and recall; the floor is that of true pictures.
 
-    The floor compares the pictures that the prompts describe with the same others, at the same numbers.
+    The floor compares the true pictures of the prompts with the same held-out ones, in equal numbers.
     """
     if min(len(drawn.items), len(others)) <= NEIGHBOURS + 1:
         return []  # a small limit: too few for neighbourhoods
@@ -305,7 +307,7 @@ def copies(name: str, drawn: Drawn, training: Art, known: Tensor) -> list[Figure
         ("features", drawn.features, drawn.true_features, known),
     ):
         outcomes = near_copies(ours, theirs, groups)
-        # A true training picture is its own copy; only of unseen ones does the share say anything.
+        # A true training picture is its own copy, so the reference exists only for unseen subjects.
         reference = sum(near_copies(true, theirs, groups)) / len(outcomes) if name == "unseen" else None
         title = f"near-copies in {what}, {name} subjects"
         figures.append(Figure(title, sum(outcomes) / len(outcomes), "share", "lower", len(outcomes), reference))
@@ -313,7 +315,7 @@ def copies(name: str, drawn: Drawn, training: Art, known: Tensor) -> list[Figure
 
 
 def styles(sets: Sequence[Drawn], tower: Tower) -> list[Figure]:
-    """How often the tower reads the style that was asked for: over all, and of each style."""
+    """Rate at which the tower recognizes the requested style: over all, and for each style."""
     asked = [item.style for drawn in sets for item in drawn.items]
     ours = tower.read_styles(torch.cat([drawn.pixels for drawn in sets]))
     true = tower.read_styles(torch.cat([drawn.true_pixels for drawn in sets]))
@@ -326,7 +328,7 @@ def styles(sets: Sequence[Drawn], tower: Tower) -> list[Figure]:
 
 
 def _sheet(sets: Sequence[Drawn]) -> list[tuple[Image.Image, str]]:
-    """Each drawn picture followed by the true one, the sets in equal parts."""
+    """Each drawn picture followed by its true one, with equal numbers from each set."""
     shown = []
     for drawn in sets:
         true = to_pil(drawn.true_pixels)

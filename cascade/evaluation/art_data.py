@@ -1,4 +1,4 @@
-"""The true pictures of the art suite: prepared Parquet files -> pictures, concepts, styles and words."""
+"""The true pictures of the art suite, read from prepared Parquet files: pictures, concepts, styles and words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.files.picture import open_picture, picture_errors
 from cascade.images import from_pil
 
 FLAGS = "Flags"
-"""The group whose names do not say what its members look like."""
+"""The group whose names do not describe the pictures."""
 
 STYLE_PHRASES = (
     *(style.replace("_", " ") for style in STYLES),
@@ -38,7 +38,7 @@ _COLUMNS: Kinds = {"image": PICTURE, "id": str, "caption": str, "captions": list
 class Concept:
     """One subject, drawn in up to six styles.
 
-    key: its code points.  name: such as `red apple`.  words: the name and the keywords, without words for a style.
+    key: its code points.  name: such as `red apple`.  words: the name and the keywords, without style words.
     """
 
     key: str
@@ -89,7 +89,7 @@ def read_art(folder: str | Path, *splits: str) -> Art:
             pixels.append(_pixels(row, path))
             styles.append(row["style"])
             keys.append(key)
-            # Keywords may differ from style to style by chance of the captions; the first style's stand for all.
+            # Keywords may differ between styles, as captions were sampled; the first style's are used for all.
             concepts.setdefault(key, Concept(key, row["caption"], _words(row), row["group"]))
     if not pixels:
         raise CascadeError(f"--data {folder}: no pictures in {', '.join(path.name for path in files)}; make them again")
@@ -100,7 +100,7 @@ def _files(folder: Path, split: str) -> list[Path]:
     found = sorted(folder.glob(f"{split}-64*.parquet"))
     if not found:
         raise CascadeError(
-            f"--data {folder}: no {split}-64*.parquet there; make the files with scripts/prepare_data.py and name"
+            f"--data {folder}: no {split}-64*.parquet; make the files with scripts/prepare_data.py and name"
             " their folder"
         )
     return found
@@ -120,7 +120,7 @@ def _pixels(row: dict[str, Any], path: Path) -> Tensor:
 
 
 def _words(row: dict[str, Any]) -> str:
-    """Name and keywords: the captions that say nothing of a style, each word list once."""
+    """Name and keywords from the captions without a style word, each word list once."""
     texts = [text for text in row["captions"] if isinstance(text, str)]
     plain = [text for text in texts if not any(phrase in text.lower() for phrase in STYLE_PHRASES)]
     return ", ".join(dict.fromkeys([row["caption"], *plain]))

@@ -1,6 +1,6 @@
-"""What one sees of drawings from words, at every size: beside the true pictures of the same prompts and styles.
+"""Appearance of drawings at every size, compared with the true pictures of the same prompts and styles.
 
-Each figure is taken of the drawings of one style; the whole set's figure is the mean over drawings.
+Each figure is computed for one style; the figure of the whole set is the mean over drawings.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from cascade.seeds import generator
 
 PATCHES = (32, 64)
 FURTHER_SIZE = 256
-"""Up to which size drawings in styles that the tower does not know are compared."""
+"""Largest size at which drawings in styles unknown to the tower are compared."""
 FEWEST = 2
-"""Drawings of a style below which it is left out."""
+"""A style with fewer drawings is left out."""
 _PATCHES_EACH = 8
 _NEIGHBOURHOODS_EACH = 64
 _OTHERS = {64: 96, 256: 64, 1024: 24}
-"""True pictures of a style that no prompt asks for, to which patches are compared: at most, by size."""
+"""Most true pictures per style, by size, whose patches are compared; pictures without a prompt."""
 _NEAREST = 5
 
 _NEAR = 0.15
-"""How far a style's figure may be from its true pictures' to count as near."""
+"""Relative difference of a style's figure from that of its true pictures up to which it counts as near."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A drawing's prompt, style and the id of the true picture that it asks for."""
+    """A drawing's prompt, style and the id of the true picture that the prompt describes."""
 
     prompt: str
     style: str
@@ -48,8 +48,8 @@ class Asked:
 class View:
     """Drawings of one style and size, the true pictures of their prompts, and other true pictures; all uint8.
 
-    drawn, true: (N, 3, S, S).  others: (M, 3, S, S).  twins: the same subjects in another style, where there are such
-    pictures: (K, 3, S, S), and which of `true` they are twins of.
+    drawn, true: (N, 3, S, S).  others: (M, 3, S, S).  twins: the same subjects in another style, where such pictures
+    exist: (K, 3, S, S), and the indices of their counterparts in `true`.
     """
 
     style: str
@@ -63,8 +63,8 @@ class View:
 class Seen:
     """One figure of one style.
 
-    reference: of the true pictures, NaN where there is none.  blurred: of the true pictures lightly blurred, where that
-    is a scale.
+    reference: of the true pictures, NaN if undefined.  blurred: of lightly blurred true pictures, for figures that use
+    it as a scale.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Seen:
 
 
 def further(data: Path, each: int, seed: int) -> list[Asked]:
-    """Prompts for styles that the tower does not know, `each` of every one in an order of the seed."""
+    """Prompts for styles unknown to the tower, `each` of every style in an order given by the seed."""
     at_hand = shelf(data, FURTHER_SIZE)
     asked = []
     for style in sorted({entry.style for entry in at_hand.entries.values()} - set(STYLES)):
@@ -91,7 +91,7 @@ def further(data: Path, each: int, seed: int) -> list[Asked]:
 def figures(
     asked: Sequence[Asked], drawn: Tensor, data: Path, tower: Tower, seed: int, label: str = ""
 ) -> list[Figure]:
-    """All figures of drawings (N, 3, S, S) of one size; none where the data have too few true pictures of it."""
+    """All figures of drawings (N, 3, S, S) of one size; none if the data have too few true pictures of that size."""
     size = drawn.shape[-1]
     at_hand = shelf(data, size)
     rows: dict[str, list[Seen]] = {}
@@ -107,7 +107,7 @@ def _order(style: str) -> tuple[int, str]:
 
 
 def _view(style: str, asked: Sequence[Asked], drawn: Tensor, at_hand: Shelf, seed: int) -> View | None:
-    """The drawings of a style beside its true pictures; None where there are too few."""
+    """The drawings of a style with its true pictures; None if there are too few."""
     chosen = [index for index, one in enumerate(asked) if one.style == style and one.id in at_hand.entries]
     taken = {one.id for one in asked}
     rest = [name for name in at_hand.of(style) if name not in taken]
@@ -122,7 +122,7 @@ def _view(style: str, asked: Sequence[Asked], drawn: Tensor, at_hand: Shelf, see
 
 
 def _twin(one: Asked, at_hand: Shelf) -> str | None:
-    """The id of the same subject's picture in the next of the judge's styles that has it."""
+    """The id of the same subject's picture in the next available one of the judge's styles."""
     key, place = one.id.removeprefix(f"{one.style}-"), _order(one.style)[0]
     others = [*STYLES[place + 1 :], *STYLES[:place]]
     return next((name for style in others if (name := f"{style}-{key}") in at_hand.entries), None)
@@ -137,7 +137,7 @@ def measure(view: View, tower: Tower, seed: int) -> list[Seen]:
     found = _distances(view, blurred, tower, seed)
     for name, unit, better, of in _PLAIN:
         ours, true, soft = (of(part) for part in (view.drawn, view.true, blurred))
-        if math.isfinite(ours + true + soft):  # where no picture has an edge, none has a width
+        if math.isfinite(ours + true + soft):  # pictures without edges have no width
             found.append(Seen(name, ours, true, unit, better, len(view.drawn), soft))
     if view.style in STYLES:
         ours, true = (
@@ -156,7 +156,7 @@ def _mean(values: Tensor) -> float:
 
 
 def _colours(pictures: Tensor) -> float:
-    """The geometric mean: a picture of 2 colours and one of 200 weigh the same."""
+    """The geometric mean of the numbers of colours, in which a picture of 2 colours and one of 200 weigh the same."""
     return float(look.colours(pictures).log().mean().exp())
 
 
@@ -168,7 +168,7 @@ _PLAIN: tuple[tuple[str, str, Direction, Callable[[Tensor], float]], ...] = (
 
 
 def _distances(view: View, blurred: Tensor, tower: Tower, seed: int) -> list[Seen]:
-    """Of patches, to those of other true pictures; the floor is the distance of the prompts' own true pictures."""
+    """Distances of patches to those of other true pictures; the floor is the distance of the prompts' true pictures."""
     sets = (view.drawn, view.true, blurred)
     size = view.drawn.shape[-1]
     found = []
@@ -200,9 +200,9 @@ def _neighbourhoods(pictures: Tensor, seed: int) -> list[Tensor]:
 
 
 def _found(pictures: Tensor, own: Sequence[int], view: View, tower: Tower) -> float:
-    """How often a picture's own true one is among the nearest of the style's, in the tower's shared space.
+    """Rate at which a picture's own true one is among the nearest of the style, in the tower's shared space.
 
-    own: which of the true pictures each belongs to.  NaN where there are no pictures.
+    own: index of each picture's true one.  NaN if there are no pictures.
     """
     if not own:
         return math.nan
@@ -214,7 +214,7 @@ def _found(pictures: Tensor, own: Sequence[int], view: View, tower: Tower) -> fl
 
 
 def small(pictures: Tensor) -> Tensor:
-    """uint8 of any size -> float (N, 3, 64, 64) or smaller, a picture at a time: large ones need little memory."""
+    """uint8 of any size -> float (N, 3, 64, 64) or smaller, one picture at a time to limit memory."""
     return torch.cat([at_resolution(to_float(picture)[None]) for picture in pictures])
 
 
@@ -222,7 +222,7 @@ def small(pictures: Tensor) -> Tensor:
 
 
 def summary(rows: Mapping[str, Sequence[Seen]], where: str, label: str = "") -> list[Figure]:
-    """The mean over drawings of each figure, the same of blurred true pictures, then every style's own."""
+    """The mean over drawings of each figure, the same for blurred true pictures, then every style's figures."""
     names = list(dict.fromkeys(seen.name for found in rows.values() for seen in found))
     by_name = {name: [seen for found in rows.values() for seen in found if seen.name == name] for name in names}
     result = []
@@ -237,7 +237,7 @@ def summary(rows: Mapping[str, Sequence[Seen]], where: str, label: str = "") -> 
 
 
 def _together(title: str, found: Sequence[Seen]) -> list[Figure]:
-    """A figure over all styles, each counted by its drawings; what shall be as true also as a ratio."""
+    """A figure over all styles, weighted by their drawings; an "as true" figure also as a ratio."""
     count, first = sum(seen.count for seen in found), found[0]
 
     def mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""True pictures of the art at any size, found by their id: prepared copies, or the data set's own files.
+"""True pictures of the art at any size, by id: prepared copies, or the data set's own files.
 
-Nothing is decoded before it is asked for.
+Pictures are decoded on access.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cascade.files.picture import open_picture, picture_errors
 from cascade.images import downsample, from_pil, to_float, to_uint8
 
 ORIGINALS = ("", "emoji", "more")
-"""Folders beneath the prepared one in which files of the data set itself may lie, or links to them."""
+"""Subfolders of the prepared folder that may contain files of the data set, or links to them."""
 SPLITS = ("train", "validation", "test")
 _COLUMNS: Kinds = {"id": str, "style": str}
 _OPTIONAL: Kinds = {"caption_styled": str, "width": int, "height": int}
@@ -29,7 +29,7 @@ _IMAGE: Kinds = {"image": PICTURE}
 
 @dataclass(frozen=True)
 class Entry:
-    """A true picture that is there: the caption that asks for it, the file and the row."""
+    """An available true picture: its caption, file and row."""
 
     id: str
     style: str
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shelf:
-    """All true pictures of which a copy of at least `size` px is there, by id."""
+    """All true pictures with a copy of at least `size` px, by id."""
 
     size: int
     entries: dict[str, Entry]
@@ -58,11 +58,11 @@ class Shelf:
 
 @lru_cache(maxsize=8)
 def shelf(folder: Path, size: int) -> Shelf:
-    """What a folder holds at `size` px or more: `<split>-<size>*.parquet` first, then the data set's own files."""
+    """The pictures of `size` px or more in a folder: `<split>-<size>*.parquet` first, then the data set's files."""
     entries: dict[str, Entry] = {}
     for path, prepared in _files(folder, size):
         for row, record in enumerate(_records(path)):
-            # A picture's own size stands in the data set; prepared files say it in their name.
+            # The data set lists each picture's size; prepared files have it in their name.
             large = prepared or min(record.get("width") or 0, record.get("height") or 0) >= size
             if large and record["id"] not in entries:
                 entries[record["id"]] = Entry(
@@ -72,7 +72,7 @@ def shelf(folder: Path, size: int) -> Shelf:
 
 
 def _files(folder: Path, size: int) -> Iterator[tuple[Path, bool]]:
-    """(path, whether it is a prepared copy of this very size)."""
+    """(path, whether it holds prepared copies of exactly this size)."""
     for split in SPLITS:
         for path in sorted(folder.glob(f"{split}-{size}*.parquet")):
             if path.stem.removeprefix(f"{split}-{size}")[:1] in ("", "-"):
@@ -87,7 +87,7 @@ def _files(folder: Path, size: int) -> Iterator[tuple[Path, bool]]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Rows without their pictures. Raises CascadeError for a damaged file or one without the columns."""
-    read_table(path, _IMAGE)  # told now, and not when the first picture is drawn beside it
+    read_table(path, _IMAGE)  # raises now instead of after drawing
     return list(rows(read_table(path, _COLUMNS, _OPTIONAL), path, _COLUMNS, _OPTIONAL))
 
 

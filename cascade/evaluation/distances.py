@@ -1,4 +1,4 @@
-"""Two sets of pictures, compared as sets of feature vectors: pure functions on float tensors (N, D)."""
+"""Comparison of two sets of pictures as sets of feature vectors: pure functions on float tensors (N, D)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUANTILES = 200
 def sliced_wasserstein(one: Tensor, other: Tensor, rng: torch.Generator) -> float:
     """Root mean square, over random directions, of the Wasserstein-2 distance between the projected sets.
 
-    In one dimension the distance is the one between sorted values, here at 200 quantiles, so that the sets may have
+    In one dimension it is the distance between sorted values, here at 200 quantiles, so that the sets may have
     different sizes.  Source: Rabin et al. (2011); Bonneel et al. (2015) eq. 5.
     """
     directions = torch.randn(one.shape[1], _DIRECTIONS, generator=rng, dtype=one.dtype)
@@ -25,9 +25,9 @@ def sliced_wasserstein(one: Tensor, other: Tensor, rng: torch.Generator) -> floa
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """200 quantiles of every row, between values by straight lines: (rows, N) -> (rows, 200).
+    """200 quantiles of every row, linear between values: (rows, N) -> (rows, 200).
 
-    NumPy sorts ten times as fast as torch, whose `quantile` makes the same numbers and takes no more than 16 million.
+    NumPy sorts ten times as fast as torch, whose `quantile` has equal results and accepts at most 16 million values.
     """
     ordered = torch.from_numpy(np.sort(values.cpu().numpy(), axis=1))
     places = (torch.arange(_QUANTILES, dtype=values.dtype) + 0.5) / _QUANTILES * (values.shape[1] - 1)
@@ -51,7 +51,7 @@ def _kernel(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _mean_off_diagonal(values: Tensor) -> Tensor:
-    """The mean over pairs of different members, which makes the estimate unbiased."""
+    """The mean over pairs of different members, as required for an unbiased estimate."""
     count = len(values)
     return (values.sum() - values.diagonal().sum()) / (count * (count - 1))
 
@@ -76,13 +76,13 @@ def _reach(members: Tensor, neighbours: int) -> Tensor:
 
 
 def near_copies(drawn: Tensor, training: Tensor, groups: Tensor) -> list[bool]:
-    """For each drawn member: is it a near-copy, less than a third as far from a training member as from the others?
+    """Whether each drawn member is a near-copy: less than a third as far from a training member as from the others.
 
-    groups: (N,) which subject each training member shows. The second distance is to the nearest member of another
-    subject, because the same subject drawn twice would hide a copy.
+    groups: (N,) subject of each training member. The second distance is to the nearest member of another subject,
+    because two training pictures of one subject would hide a copy.
     Source: the criterion of Gu et al. (2023), arXiv:2310.02664; the groups are our change.
     """
-    # By matrix products, ten times as fast: of a copy's distance 0 they make 0.1, where others are 40 and more apart.
+    # By matrix products, ten times as fast: a copy's distance becomes 0.1 instead of 0, others are 40 and more.
     distances = torch.cdist(drawn, training)
     nearest, which = distances.min(dim=1)
     same = groups[None, :] == groups[which][:, None]

@@ -1,4 +1,4 @@
-"""Drawing for a measurement: every prompt with a seed of its own, which follows from the run's seed and its text."""
+"""Drawing for a measurement: every prompt has its own seed, derived from the run's seed and the prompt's text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(
 ) -> list[Image.Image]:
     """A picture for each prompt, from the stage of `until` px; None: the base stage.
 
-    The noise depends on (run seed, text, how often that text came before), not on the other prompts.
+    The noise depends on (run seed, text, number of earlier equal texts), not on the other prompts.
     """
     until = until or base_resolution(pipeline)
     arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
@@ -29,9 +29,9 @@ def draw(
 def draw_stages(
     pipeline: CascadePipeline, prompts: Sequence[str], request: Request, counts: Mapping[int, int]
 ) -> dict[int, list[Image.Image]]:
-    """Pictures of several stages by size: of the first `counts[size]` prompts each, the larger the fewer.
+    """Pictures of several stages by size, each of the first `counts[size]` prompts; larger sizes have fewer.
 
-    A prompt's pictures of all sizes come from one run, with the noise that `draw` gives it.
+    A prompt's pictures of all sizes are drawn in one run, with the noise of `draw`.
     """
     seeds = prompt_seeds(prompts, request.seed)
     arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
@@ -58,12 +58,12 @@ def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
 
 
 def base_resolution(pipeline: CascadePipeline) -> int:
-    """Pixels of the first stage's pictures."""
+    """Resolution of the first stage, in pixels."""
     return pipeline.slots[0].config.resolution
 
 
 def used_sampling(pipeline: CascadePipeline, request: Request) -> dict[str, Any]:
-    """The sampling settings of every stage in full, the model's own defaults included.
+    """The complete sampling settings of every stage, including the model's defaults.
 
     Raises CascadeError for a stage or value that does not exist, before anything is drawn.
     """

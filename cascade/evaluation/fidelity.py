@@ -1,7 +1,7 @@
-"""How near an enlarged picture is to the truth and to what it was made from: pure functions of pictures.
+"""Fidelity of an enlarged picture to the truth and to the smaller picture: pure functions of pictures.
 
 All pictures are float (1, 3, H, W) in [-1, 1]; `low` is the smaller one, the truth's area mean.
-Our own thirty lines of SSIM rather than scikit-image, which would bring SciPy for this alone.
+SSIM is implemented here in thirty lines, since scikit-image would also require SciPy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cascade.images import downsample, upsample
 
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _STRONGEST, _STRONGEST_SIDE = 0.05, 256
-"""Share of the truth's pixels that count as edges in a square of this side. Outlines grow as the side and not as the
-area: with a twentieth of 1024x1024, flat ground would count, where there is no edge to be sharp."""
+"""Share of the truth's pixels that count as edges in a square of this side. Outlines grow with the side, not the area:
+a twentieth of 1024x1024 would include flat areas without edges."""
 _FLAT = 2 * 6 / 255
-"""Where the smaller picture varies by no more than this among a pixel and its neighbours, the truth is nearly flat."""
+"""A place is flat if the smaller picture varies by at most this among a pixel and its neighbours."""
 _DEVIATION = 2 * 24 / 255
-"""An output that leaves a flat place's value by more is an artefact."""
+"""An output that differs from a flat place's value by more than this is an artefact."""
 _FEWEST = 4
-"""Pixels of artefacts that make a picture count."""
+"""Number of artefact pixels from which a picture counts."""
 
 
 def psnr(picture: Tensor, truth: Tensor) -> float:
@@ -34,11 +34,11 @@ def psnr(picture: Tensor, truth: Tensor) -> float:
 
 
 def ssim(picture: Tensor, truth: Tensor) -> float:
-    """Structural similarity, the mean over places and colours.
+    """Structural similarity, averaged over pixels and channels.
 
     Source: Wang et al. (2004): Gaussian windows of 11 pixels and deviation 1.5, K = (0.01, 0.03).
     """
-    x, y = (((image + 1) / 2).double().transpose(0, 1) for image in (picture, truth))  # colours as a batch
+    x, y = (((image + 1) / 2).double().transpose(0, 1) for image in (picture, truth))  # channels as a batch
     places = torch.arange(_SSIM_WINDOW, dtype=torch.float64) - _SSIM_WINDOW // 2
     line = torch.exp(-places.square() / (2 * _SSIM_SIGMA**2))
     line = (line / line.sum()).to(x.device)
@@ -56,10 +56,10 @@ def ssim(picture: Tensor, truth: Tensor) -> float:
 
 @torch.inference_mode()
 def feature_distance(picture: Tensor, truth: Tensor, tower: Tower) -> float:
-    """Distance in the features of our own tower, 0 for equal pictures, at every scale where it halves the picture.
+    """Distance in the features of `tower`, 0 for equal pictures, summed over the scales at which it halves the picture.
 
-    As LPIPS (Zhang et al. 2018) without its learned weights: unit vectors over channels, squared difference, the mean
-    over places, summed over scales.
+    LPIPS (Zhang et al. 2018) without its learned weights: unit vectors over channels, squared difference, mean over
+    positions, sum over scales.
     """
     total, x, y = 0.0, picture, truth
     for layer in tower.image.layers:
@@ -71,9 +71,9 @@ def feature_distance(picture: Tensor, truth: Tensor, tower: Tower) -> float:
 
 
 def edge_strength(picture: Tensor, truth: Tensor) -> float:
-    """Gradient where the truth's is strongest, relative to the truth's: 1 is as sharp.
+    """Gradient relative to the truth's at the pixels where the truth's is strongest: 1 is equally sharp.
 
-    That is a twentieth of the pixels up to 256x256, and in larger pictures a share that falls as the side grows.
+    These are a twentieth of the pixels up to 256x256, and a smaller share in larger pictures.
     """
     ours, true = gradient(picture).flatten(), gradient(truth).flatten()
     share = _STRONGEST * min(1.0, _STRONGEST_SIDE / true.numel() ** 0.5)
@@ -98,10 +98,10 @@ def colour_shift(picture: Tensor, low: Tensor) -> float:
 
 
 def artefacts(picture: Tensor, low: Tensor) -> tuple[bool, bool]:
-    """Whether a picture has isolated dots, and whether it has ringing: where the smaller picture is flat.
+    """Whether a picture has isolated dots, and whether it has ringing, where the smaller picture is flat.
 
-    There the truth can hardly be anything else; what leaves the flat value by more than 24/255 is a dot if it leaves
-    its own neighbours too, otherwise part of a ring.
+    The truth is almost certainly flat there too. A pixel that differs from the flat value by more than 24/255 is a dot
+    if it also differs from its neighbours, otherwise part of a ring.
     """
     size = (picture.shape[-2], picture.shape[-1])
     spread = _largest(low) + _largest(-low)

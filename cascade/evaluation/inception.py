@@ -1,8 +1,8 @@
-"""Inception v3 as the Frechet inception distance uses it, for weights that you bring.
+"""Inception v3 for the Frechet inception distance, with weights provided by the user.
 
-No package that is free of torchvision carries this network, so its layers stand here, under the parameter names that
-torchvision, pytorch-fid and torch-fidelity share. It differs from torchvision's in two things, which published
-distances depend on: means at the edge leave the padding out, and the last block takes a maximum.
+No package without torchvision contains this network, so it is defined here, with the parameter names shared by
+torchvision, pytorch-fid and torch-fidelity. It differs from torchvision's in two details on which published distances
+depend: means at the edge exclude the padding, and the last block takes a maximum.
 Source: Szegedy et al. (2016), arXiv:1512.00567; Heusel et al. (2017), arXiv:1706.08500, for its use.
 """
 
@@ -17,7 +17,7 @@ FEATURES = 2048
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalization, ReLU; the sides of the output are kept unless `valid` or a stride."""
+    """Convolution, batch normalization, ReLU; keeps height and width unless `valid` or strided."""
 
     def __init__(self, inputs: int, outputs: int, size: int | tuple[int, int], stride: int = 1, valid: bool = False):
         super().__init__()
@@ -40,7 +40,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Branches side by side, joined along the channels; a branch is a chain of convolutions, or forks at its end.
+    """Parallel branches joined along the channels; a branch is a chain of convolutions, possibly forked at its end.
 
     branches: {branch: [(name suffix, convolution), ...]} in the order of their outputs.
     """
@@ -137,9 +137,9 @@ def _block_e(inputs: int, pool: str = "") -> Block:
 
 
 class Inception(nn.Module):
-    """Pictures -> the 2048 features before the classifier."""
+    """Network from pictures to the 2048 features before the classifier."""
 
-    num_features = FEATURES  # torchmetrics asks for it
+    num_features = FEATURES  # read by torchmetrics
 
     def __init__(self) -> None:
         super().__init__()

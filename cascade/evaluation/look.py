@@ -1,6 +1,6 @@
-"""What one sees of a drawing: flat fills, sharp edges, few colours, and patches like those of true pictures.
+"""Measures of a drawing's appearance: flat fills, sharp edges, few colours, and patches similar to true pictures'.
 
-Pure functions. Pictures are uint8 (N, 3, H, W) and of one size; what is random is drawn from a generator that is given.
+Pure functions. Pictures are uint8 (N, 3, H, W) of one size; random numbers are drawn from a given generator.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from cascade.evaluation.tower import Tower
 from cascade.images import downsample, to_float, upsample
 
 _FLAT = 2
-"""A pixel is flat when no colour differs by this much, of 255, from the pixel to its right or the one beneath."""
+"""A pixel is flat when no channel differs by this much, of 255, from the pixel to its right or below it."""
 _CONTRAST = 32
-"""Gray levels between both sides of an edge: what is fainter is not looked at."""
+"""Least difference in gray levels between both sides of an edge; fainter edges are ignored."""
 _REACH = 12
-"""How far an edge's sides are looked for, in pixels to each side."""
+"""Search range for an edge's sides, in pixels on each side."""
 _MOST_EDGES = 2000
 _COLOUR_STEP = 8
 _COVERED = 0.9
 _PLAIN = 16
-"""A patch whose colours all vary by less, of 255, shows nothing."""
+"""A patch whose channels all vary by less than this, of 255, is plain."""
 _NEIGHBOURHOOD = 7
 _LEVELS = 4
 _BATCH = 256
@@ -31,11 +31,12 @@ _GRAY = (0.299, 0.587, 0.114)
 _SCALE_ENDS = (2, 6, 10)
 """The tower's layers that end its three finest scales."""
 _SMALL = 0.02
-"""A difference between neighbouring places of a channel, whose spread is about 1, from which on it counts in full.
+"""Scale in the logarithm of differences between neighbouring positions of a channel, whose spread is about 1.
 
 Chosen on drawings of the fourth bundled cascade, so that their mottled fills are farther than a light blur."""
 _BLUR = 0.6
-"""Pixels: hardly seen, and for every distance between the true pictures and those of the fourth bundled cascade."""
+"""Standard deviation in pixels: barely visible, and by every distance between true pictures and the drawings of the
+fourth bundled cascade."""
 
 
 # --- one number a picture --------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def flatness(pictures: Tensor) -> Tensor:
 
 
 def colours(pictures: Tensor) -> Tensor:
-    """(N,): how many colours, in steps of 8 of 255, cover nine tenths of the area."""
+    """(N,): number of colours, in steps of 8 of 255, that cover nine tenths of the area."""
     numbers = []
     for picture in pictures:
         red, green, blue = (picture // _COLOUR_STEP).long()
@@ -63,8 +64,8 @@ def colours(pictures: Tensor) -> Tensor:
 def edge_width(pictures: Tensor) -> Tensor:
     """(N,): pixels from 10 % to 90 % of an edge's rise, the median over a picture's edges; NaN where it has none.
 
-    An edge is a place where gray changes most along a row (or a column) and changes less across. Its sides are where
-    gray stops rising. A hard step has 0.8, one that anti-aliasing spreads over two pixels up to 1.6.
+    An edge is where gray changes most along a row (or column) and changes less across. Its sides are where gray stops
+    rising. A hard step has width 0.8, a step anti-aliased over two pixels up to 1.6.
     """
     widths = []
     for picture in pictures:
@@ -91,7 +92,7 @@ def _widths(gray: Tensor) -> Tensor:
 
 
 def _profiles(gray: Tensor) -> Tensor:
-    """Gray along the row around each edge, rising: (edges, 2 reach + 2). At most 2,000, evenly taken."""
+    """Gray along the row around each edge, flipped to rise: (edges, 2 reach + 2). At most 2,000, evenly spaced."""
     width = gray.shape[1]
     padded = F.pad(gray[None, None], (_REACH, _REACH + 1, 0, 1), mode="replicate")[0, 0]
     along = padded[:-1].diff(dim=1)
@@ -107,7 +108,7 @@ def _profiles(gray: Tensor) -> Tensor:
 
 
 def _unbroken(rising: Tensor) -> Tensor:
-    """1 up to the first place that does not rise, then 0."""
+    """1 up to the first position that does not rise, then 0."""
     return rising.long().cumprod(dim=1)
 
 
@@ -115,9 +116,9 @@ def _unbroken(rising: Tensor) -> Tensor:
 
 
 def patches(pictures: Tensor, size: int, most: int, rng: torch.Generator) -> Tensor:
-    """uint8 (M, 3, size, size): up to `most` patches of each picture that show something, the same number apart.
+    """uint8 (M, 3, size, size): up to `most` patches of each picture that are not plain, evenly spaced.
 
-    They overlap by half. A picture without any such patch gives none.
+    Neighbouring patches overlap by half. A plain picture has no patches.
     """
     chosen = []
     for picture in pictures:
@@ -131,10 +132,10 @@ def patches(pictures: Tensor, size: int, most: int, rng: torch.Generator) -> Ten
 
 @torch.inference_mode()
 def patch_features(patches: Tensor, tower: Tower) -> Tensor:
-    """(M, 176): how much the tower's channels change from place to place in a patch, at its three finest scales.
+    """(M, 176): variation of the tower's channels between neighbouring positions of a patch, at three fine scales.
 
-    The mean of the differences' logarithm: a fill that is all but flat differs from a flat one as much as the eye sees,
-    while edges, which are few places, do not drown it. The channels' means would hardly notice a blurred edge.
+    The mean of the logarithm of differences: it separates an almost flat fill from a flat one, as the eye does, without
+    being dominated by edges, which are few positions. The channels' means would barely change for a blurred edge.
     """
     rows = []
     for start in range(0, len(patches), _BATCH):
@@ -151,8 +152,8 @@ def patch_features(patches: Tensor, tower: Tower) -> Tensor:
 def neighbourhoods(pictures: Tensor, count: int, rng: torch.Generator) -> list[Tensor]:
     """7 x 7 pixels of each level of a Laplacian pyramid, finest first: a list of (N count, 147), float32.
 
-    The last level is what remains, the picture made small. At its own size a level's neighbourhood sees 7, 14, 28 and
-    56 pixels. Source: Karras et al. (2018), arXiv:1710.10196, section 5.
+    The last level is the remaining small picture. In pixels of the full picture, the neighbourhoods of the levels are
+    7, 14, 28 and 56 wide. Source: Karras et al. (2018), arXiv:1710.10196, section 5.
     """
     levels: dict[int, list[Tensor]] = {}
     for picture in pictures:
@@ -169,7 +170,7 @@ def neighbourhoods(pictures: Tensor, count: int, rng: torch.Generator) -> list[T
 
 
 def _cut(picture: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """`count` squares of 7 x 7 pixels at random places of (3, S, S): (count, 147)."""
+    """`count` squares of 7 x 7 pixels at random positions of (3, S, S): (count, 147)."""
     tops, lefts = torch.randint(picture.shape[-1] - _NEIGHBOURHOOD + 1, (2, count), generator=rng)
     span = torch.arange(_NEIGHBOURHOOD)
     squares = picture[:, (tops[:, None] + span)[:, :, None], (lefts[:, None] + span)[:, None, :]]
@@ -179,13 +180,13 @@ def _cut(picture: Tensor, count: int, rng: torch.Generator) -> Tensor:
 def feature_distance(ours: Tensor, others: Tensor, rng: torch.Generator) -> float:
     """Sliced Wasserstein distance of two sets of features, each feature scaled by its spread among the others."""
     centre, spread = others.mean(dim=0), others.std(dim=0)
-    # A channel that hardly varies among the others must not decide.
+    # A channel that barely varies among the others must not dominate.
     spread = spread.clamp(min=0.1 * float(spread.square().mean().sqrt()) + 1e-6)
     return sliced_wasserstein((ours - centre) / spread, (others - centre) / spread, rng)
 
 
 def pixel_distance(ours: list[Tensor], others: list[Tensor], rng: torch.Generator) -> float:
-    """Sliced Wasserstein distance of neighbourhoods, the mean over levels; each colour scaled by its spread."""
+    """Sliced Wasserstein distance of neighbourhoods, averaged over levels; each channel scaled by its spread."""
     distances = []
     for own, other in zip(ours, others, strict=True):
         a, b = (part.view(len(part), 3, -1) for part in (own, other))
@@ -196,7 +197,7 @@ def pixel_distance(ours: list[Tensor], others: list[Tensor], rng: torch.Generato
 
 
 def blurred(pictures: Tensor) -> Tensor:
-    """Pictures blurred so lightly that one hardly sees it, the scale of the distances: a Gaussian of 0.6 px."""
+    """Pictures with a barely visible blur, a Gaussian of 0.6 px, as a scale for the distances."""
     places = torch.arange(-3, 4)
     line = torch.exp(-places.square() / (2 * _BLUR**2))
     line = line / line.sum()

@@ -1,7 +1,7 @@
-"""The two figures that other people publish, with weights that you bring: CLIP score and Frechet inception distance.
+"""The two commonly published figures, with weights provided by the user: CLIP score and Frechet inception distance.
 
-Both stand beside the figure of the true pictures. Frechet distances of a few hundred pictures are far larger than those
-of the 30,000 that papers use, and comparable only at the same number: see docs/evaluation.md.
+Both are reported with the figure of the true pictures. Frechet distances of a few hundred pictures are far larger than
+those of the 30,000 in papers, and comparable only for equal numbers of pictures: see docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cascade.evaluation.report import Figure, Request, judge_sha256
 
 _BATCH = 16
 _UNUSED = ("fc.", "AuxLogits.")
-"""Parts of a stored Inception that features do not pass through."""
+"""Parts of a stored Inception that do not contribute to the features."""
 
 
 @dataclass(frozen=True)
 class ClipScorer:
-    """CLIP in three parts; any, because transformers is loaded when asked for."""
+    """The three parts of CLIP; typed Any, because transformers is imported on demand."""
 
     model: Any
     tokenizer: Any
@@ -50,7 +50,7 @@ class ClipScorer:
 
     @torch.inference_mode()
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(N,): 100 max(cos, 0) of each picture and its prompt.
+        """(N,): 100 max(cos, 0) for each picture and its prompt.
 
         Source: Hessel et al. (2021), arXiv:2104.08718, with the factor 100 of torchmetrics in place of 2.5.
         """
@@ -67,35 +67,35 @@ class ClipScorer:
 
 @dataclass(frozen=True)
 class Published:
-    """What the request brought weights for."""
+    """The networks whose weights the request names."""
 
     clip: ClipScorer | None
     inception: Inception | None
 
     @classmethod
     def load(cls, request: Request) -> Published:
-        """Before anything is drawn, so that a wrong name is told at once. Raises CascadeError."""
+        """Load the networks, before drawing, so that a wrong name fails immediately. Raises CascadeError."""
         return cls(
             ClipScorer.from_pretrained(request.clip) if request.clip else None,
             load_inception(request.inception) if request.inception else None,
         )
 
     def sha256(self) -> dict[str, str]:
-        """Of the weights that were brought."""
+        """SHA-256 of the weights, by network."""
         brought = {"clip": self.clip.model if self.clip else None, "inception": self.inception}
         return {name: judge_sha256(network) for name, network in brought.items() if network is not None}
 
     def figures(
         self, name: str, pictures: Sequence[Image.Image], true: Sequence[Image.Image], prompts: Sequence[str]
     ) -> list[Figure]:
-        """The CLIP score of drawn and of true pictures for the same prompts."""
+        """The CLIP scores of drawn and of true pictures for the same prompts."""
         if self.clip is None:
             return []
         ours, theirs = (float(self.clip.scores(part, prompts).mean()) for part in (pictures, true))
         return [Figure(f"CLIP score, {name} subjects", ours, "of 100", "higher", len(prompts), theirs)]
 
     def distances(self, drawn: Tensor, true: Tensor, others: Tensor) -> list[Figure]:
-        """The Frechet distance to other true pictures, of drawn pictures and, as the floor, of as many true ones.
+        """The Frechet distance of drawn pictures to other true pictures; the floor is that of as many true ones.
 
         drawn, true, others: (N, 3, H, W) in [-1, 1].
         """
@@ -106,7 +106,7 @@ class Published:
 
 
 def frechet_distance(inception: Inception, one: Tensor, other: Tensor) -> float:
-    """Between the features of two sets of pictures (N, 3, H, W) in [-1, 1], at least two in each."""
+    """Frechet distance between two sets of pictures (N, 3, H, W) in [-1, 1], at least two in each."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     distance = FrechetInceptionDistance(feature=inception)
@@ -117,9 +117,9 @@ def frechet_distance(inception: Inception, one: Tensor, other: Tensor) -> float:
 
 
 def load_inception(source: str) -> Inception:
-    """A safetensors file, a folder with model.safetensors, or a hub id of one. Raises CascadeError."""
+    """Inception from a safetensors file, a folder with model.safetensors, or a hub id. Raises CascadeError."""
     try:
-        import torchmetrics  # noqa: F401 - only whether it is there
+        import torchmetrics  # noqa: F401 - checks that it is installed
     except ImportError:
         raise CascadeError("--inception: needs torchmetrics; pip install 'cascade-diffusion[metrics]'") from None
     path = _weights_file(source)
@@ -143,4 +143,4 @@ def _weights_file(source: str) -> Path:
         return Path(hf_hub_download(source, "model.safetensors"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CascadeError(f"--inception {source}: no such file or folder, and not on the hub: {reason}") from None
+        raise CascadeError(f"--inception {source}: neither a file, a folder, nor a hub id: {reason}") from None

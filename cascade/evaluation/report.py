@@ -1,7 +1,7 @@
-"""One report a run: named figures and a contact sheet, as JSON, a Markdown table and a picture.
+"""The report of a run: named figures and a contact sheet, as JSON, a Markdown table and a picture.
 
-A suite is a function (pipeline, request) -> Report. It draws with `cascade.evaluation.drawing.draw` and measures; what
-is the same for all suites, the model and the versions, is added where the report is written.
+A suite is a function (pipeline, request) -> Report. It draws with `cascade.evaluation.drawing.draw` and measures; the
+model and the versions, common to all suites, are added when the report is written.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from cascade.pipeline import CascadePipeline
 
 FILES = ("report.json", "report.md", "contact.png")
 FORMAT = 1
-"""Of report.json; larger when a key changes its meaning."""
+"""Format number of report.json; it increases when a key changes its meaning."""
 _COLUMNS = 6
 _CELL = 192  # pixels of a picture on the sheet: labels of about 30 letters stay readable
 
 Direction: TypeAlias = Literal["higher", "lower", "as true"]
-"""Which way a figure is better; "as true": the nearer to the true pictures', the better."""
+"""The better direction of a figure; "as true": nearer to the figure of the true pictures is better."""
 
 PerStage: TypeAlias = float | str | Mapping[str, float] | Mapping[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a suite is asked; one field an option of `cascade evaluate`.
+    """Arguments of a suite; each field is an option of `cascade evaluate`.
 
-    seed: of the choice of prompts and of all noise.  limit: pictures drawn at most, None: the suite's own number.
+    seed: of the choice of prompts and of all noise.  limit: maximum number of pictures, None: the suite's default.
     sampling: arguments of `CascadePipeline.__call__` by name, such as steps; one value or {stage: value}.
     batch_size: pictures per network call.  data: folder of prepared Parquet files, for suites that need true pictures.
-    until: side of the largest pictures that are drawn, None: as large as the data have true ones.
-    further: drawings of each style of the data that the art suite's judge does not know.
-    clip, inception: the user's own weights, for the figures that other people publish.
+    until: side of the largest drawn pictures, None: the largest size of the true ones.
+    further: number of drawings in each style on which the art suite's judge was not trained.
+    clip, inception: the user's weights, for the commonly published figures.
     progress: whether a bar is shown.
     """
 
@@ -63,8 +63,8 @@ class Request:
 class Figure:
     """One measured number.
 
-    unit: such as "share" (0 to 1) or "dB".  count: how many pictures, or objects, it is taken over.
-    reference: the same number for true pictures, where there is one: the ceiling, or of a distance the floor.
+    unit: such as "share" (0 to 1) or "dB".  count: number of pictures, or objects, measured.
+    reference: the same figure for true pictures, if defined: the ceiling, or the floor of a distance.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a suite found.
+    """The results of a suite.
 
     pictures: of the contact sheet, each with its label, in an order fixed before drawing.  columns: of the sheet.
-    settings: what the figures depend on besides the request, such as the number of prompts or a hash of the data.
+    settings: values other than the request on which the figures depend, such as a hash of the data.
     notes: sentences below the table.
     """
 
@@ -98,21 +98,21 @@ class Report:
 
     def __post_init__(self) -> None:
         names = [figure.name for figure in self.figures]
-        assert len(set(names)) == len(names), "two figures of one name"
+        assert len(set(names)) == len(names), "two figures with the same name"
 
 
 Suite = Callable[[CascadePipeline, Request], Report]
 
 
 def share(name: str, outcomes: Sequence[bool], reference: float | None = None) -> list[Figure]:
-    """The share of true outcomes as a figure; none where nothing was asked, which a small limit may bring about."""
+    """The share of true outcomes as a figure; an empty list without outcomes, as a small limit may cause."""
     if not outcomes:
         return []
     return [Figure(name, sum(outcomes) / len(outcomes), "share", "higher", len(outcomes), reference)]
 
 
 def judge_sha256(network: nn.Module) -> str:
-    """SHA-256 over the weights of a network that judges, in hexadecimal: figures of two judges do not compare."""
+    """Hexadecimal SHA-256 of a judging network's weights: figures of different judges are not comparable."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -121,10 +121,10 @@ def judge_sha256(network: nn.Module) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises CascadeError for files that a report would replace, unless they are of an earlier one."""
+    """Raise CascadeError for files that a report would replace, unless they belong to an earlier report."""
     there = [folder / name for name in FILES if (folder / name).exists()]
     if there and not _is_report(folder / FILES[0]):
-        raise CascadeError(f"{there[0]}: is there already, and not of a report; move it, or name another --out")
+        raise CascadeError(f"{there[0]}: exists, but is not from a report; move it, or name another --out")
 
 
 def _is_report(path: Path) -> bool:
@@ -135,10 +135,10 @@ def _is_report(path: Path) -> bool:
 
 
 def write_report(report: Report, run: Mapping[str, Any], folder: str | Path) -> None:
-    """Write report.json, report.md and contact.png, each atomically; those of an earlier run are replaced.
+    """Write report.json, report.md and contact.png, each atomically, replacing those of an earlier run.
 
-    run: what the command knows: model, versions, seed, settings. It holds neither time nor place, so that the same run
-    writes the same bytes.
+    run: facts from the command: model, versions, seed, settings. It contains neither time nor paths, so that equal runs
+    write equal bytes.
     """
     folder = Path(folder)
     settings = {**run.get("settings", {}), **report.settings}
@@ -155,11 +155,11 @@ def write_report(report: Report, run: Mapping[str, Any], folder: str | Path) -> 
     sheet = contact_sheet(pictures, columns=report.columns, labels=labels, cell=report.cell)
     with atomic_file(folder / "contact.png") as temporary:
         sheet.save(temporary, "PNG", optimize=True)
-    write_json(folder / "report.json", data)  # the last: whoever finds it finds the others
+    write_json(folder / "report.json", data)  # written last: if it exists, so do the others
 
 
 def markdown(report: Report, run: Mapping[str, Any]) -> str:
-    """The figures as one table, the direction of better beside each name."""
+    """The figures as one table, with the better direction of each."""
     lines = [f"# {run['model']['name']}: {report.suite}", ""]
     lines += [f"Seed {run['seed']}, weights {run['model']['sha256'][:12]}, {_versions(run)}.", ""]
     lines += [
@@ -176,7 +176,7 @@ def markdown(report: Report, run: Mapping[str, Any]) -> str:
 
 
 def shown(value: float, unit: str) -> str:
-    """A number as the table shows it: a share with three decimals, anything else with four digits."""
+    """A number formatted for the table: a share with three decimals, anything else with four digits."""
     return f"{value:.3f}" if unit == "share" else f"{value:.4g}"
 
 

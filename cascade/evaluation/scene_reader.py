@@ -1,8 +1,8 @@
-"""What a picture of drawn shapes shows: its ground and its objects, each with shape, colour, place and size.
+"""Reader of drawn scenes: the background and the objects of a picture, each with shape, colour, place and size.
 
-No network: the ground is what most of the border wears, objects are connected regions that differ from it, and an
-object's shape and colour are those whose drawing, laid over the region by its area and its centre of mass, leaves the
-smallest difference. Area and centre do not change under blur, which is why they place the drawing and not the outline.
+It uses no network. The background is the most frequent colour of the border, and objects are connected regions that
+differ from it. An object's shape and colour are those whose drawing, aligned by area and centre of mass, differs least
+from the region. Area and centre are used because, unlike the outline, they do not change under blur.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from cascade.data.scenes import (
 from cascade.images import downsample, from_pil, upsample
 
 RESOLUTION = 64
-"""Pictures of any size are read at this one."""
+"""The resolution to which pictures of any size are resized."""
 
 _PALETTE = {"white": WHITE, **COLOURS}
 _COLOURS = torch.tensor(list(_PALETTE.values()), dtype=torch.float32)
 _NAMES = tuple(_PALETTE)
-_LEAST_CONTRAST = 30.0  # distance from the ground in RGB; the two nearest colours of the palette are 87 apart
-_LEAST_AREA = 7  # pixels; the smallest shape that is ever drawn, one of four small stars, has 15
-_CANDIDATES = 3  # colours that are tried with every shape
+_LEAST_CONTRAST = 30.0  # distance from the background in RGB; the two nearest colours of the palette are 87 apart
+_LEAST_AREA = 7  # pixels; the smallest drawn shape, one of four small stars, has 15
+_CANDIDATES = 3  # colours tried with every shape
 _BLURS = (0.0, 0.6, 1.0, 1.4, 1.9)  # pixels, standard deviation
 _MASK_SIZE, _MASK_RADIUS = 96, 0.4
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object that was read: x, y of its box's centre and half its width, in the unit square."""
+    """A recognized object: centre x, y and half width of its box, in the unit square."""
 
     shape: str
     colour: str
@@ -69,14 +69,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """The ground's colour and the objects, from left to right."""
+    """The background's colour and the objects, from left to right."""
 
     background: str
     objects: tuple[Found, ...]
 
 
 def relation(first: Found, second: Found) -> Relation:
-    """Where `first` stands, seen from `second`: along the axis in which they differ more."""
+    """Position of `first` relative to `second`, along the axis in which they differ more."""
     dx, dy = first.x - second.x, first.y - second.y
     forward: Relation = "left of" if abs(dx) >= abs(dy) else "above"
     return forward if (dx if abs(dx) >= abs(dy) else dy) < 0 else OPPOSITE[forward]
@@ -99,7 +99,7 @@ def _at_resolution(pixels: Tensor) -> Tensor:
 
 
 def _labels(colours: Tensor) -> Tensor:
-    """(N, 3) -> (N,): the number of the nearest colour of the palette."""
+    """(N, 3) -> (N,): the index of the nearest colour of the palette."""
     return torch.cdist(colours, _COLOURS).argmin(dim=1)
 
 
@@ -110,22 +110,22 @@ def _border(pixels: Tensor) -> Tensor:
 
 
 def _ground(pixels: Tensor) -> int:
-    """The palette's number of what most of the border wears."""
+    """The palette index of the most frequent colour of the border."""
     return int(_labels(_border(pixels)).mode().values)
 
 
 def _differs(pixels: Tensor, ground: Tensor) -> Tensor:
-    """(H, W): pixels that belong to objects: nearer to the strongest contrast around them than to the ground."""
+    """(H, W): mask of object pixels, which are nearer to the strongest contrast around them than to the background."""
     contrast = (pixels - ground[:, None, None]).norm(dim=0)[None, None]
     around = F.max_pool2d(contrast, 7, stride=1, padding=3)
     return (contrast > (0.47 * around).clamp(min=_LEAST_CONTRAST))[0, 0]
 
 
 def _regions(mask: Tensor) -> list[Tensor]:
-    """Connected regions (4 neighbours) of an (H, W) mask, the tiny ones left out.
+    """Connected regions (4 neighbours) of an (H, W) mask, without the tiny ones.
 
-    Every pixel takes the largest number among its neighbours until nothing changes: at 64 pixels quicker than a
-    dependency on scipy is to install.
+    Every pixel takes the largest label among its neighbours until nothing changes; at 64 pixels this is fast enough to
+    avoid a dependency on SciPy.
     """
     numbers = torch.arange(1, mask.numel() + 1, dtype=torch.float32).view(mask.shape) * mask
     while True:
@@ -144,7 +144,7 @@ def _fit(pixels: Tensor, ground: Tensor, ground_label: int, part: Tensor, parts:
     others = torch.stack([torch.zeros_like(part), *(other for other in parts if other is not part)]).any(dim=0)
     own = _grown(part, 2) & ~_grown(others, 1)
     if not own.any():
-        own = part  # so thin, and so near to others on all sides, that nothing else would be left of it
+        own = part  # too thin, and too near to others, for a smaller mask
     rows, columns = _window(own)
     own, core = own[rows, columns], _core(part[rows, columns])
     difference = (pixels - ground[:, None, None])[:, rows, columns]
@@ -168,33 +168,33 @@ def _fit(pixels: Tensor, ground: Tensor, ground_label: int, part: Tensor, parts:
 
 
 def _grown(mask: Tensor, pixels: int) -> Tensor:
-    """An (H, W) mask, wider by some pixels on every side."""
+    """An (H, W) mask, dilated by some pixels on every side."""
     size = 2 * pixels + 1
     return F.max_pool2d(mask[None, None].float(), size, stride=1, padding=pixels)[0, 0] > 0
 
 
 def _core(mask: Tensor) -> Tensor:
-    """An (H, W) mask, narrower by two pixels on every side: where no edge is."""
+    """An (H, W) mask, eroded by two pixels on every side, which excludes edges."""
     return ~_grown(~mask, 2)
 
 
 def _strengths(share: Tensor) -> list[float]:
-    """How far towards the palette's colour an object may go: all the way, or as far as its core, (N,), does."""
+    """Candidate strengths of an object's colour: 1, or the median of its core, from shares (N,)."""
     if len(share) < _LEAST_AREA:
         return [1.0]
     return [1.0, float(share.median().clamp(0.75, 1.25))]
 
 
 def _window(mask: Tensor) -> tuple[slice, slice]:
-    """The rows and columns that hold an (H, W) mask."""
+    """The bounding rows and columns of an (H, W) mask."""
     rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _likely_colours(difference: Tensor, ground: Tensor, ground_label: int) -> list[int]:
-    """Numbers of the colours on whose way from the ground the pixels lie, the likeliest first.
+    """Indices of the likeliest colours, for which the pixels are on the line from the background, likeliest first.
 
-    difference: (3, N), pixels less the ground. An edge mixes both, so it lies on that way and not at its end.
+    difference: (3, N), pixels minus background. An edge mixes both colours, so it is on that line, not at its end.
     """
     directions = _COLOURS - ground  # (C, 3)
     share = (directions @ difference / directions.square().sum(dim=1, keepdim=True).clamp(min=1)).clamp(0, 1.2)
@@ -220,7 +220,7 @@ def _placed(share: Tensor, top: int, left: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _drawn(x: Tensor, y: Tensor, radius: Tensor, size: Sequence[int], fine: int = 4) -> Tensor:
-    """Every shape at its place: (shapes, h, w), how much of each pixel it covers; `fine` squared samples a pixel."""
+    """Every shape at its position: (shapes, h, w), covered share of each pixel, from `fine`^2 samples per pixel."""
     masks, _, _ = _masks()
     rows = (torch.arange(size[0] * fine) + 0.5) / fine
     columns = (torch.arange(size[1] * fine) + 0.5) / fine
@@ -233,7 +233,7 @@ def _drawn(x: Tensor, y: Tensor, radius: Tensor, size: Sequence[int], fine: int 
 
 
 def _blurred(shapes: Tensor, deviation: float) -> Tensor:
-    """(shapes, h, w) under a Gaussian of that many pixels."""
+    """(shapes, h, w) blurred by a Gaussian with this deviation in pixels."""
     if deviation == 0:
         return shapes
     reach = math.ceil(3 * deviation)
@@ -245,7 +245,7 @@ def _blurred(shapes: Tensor, deviation: float) -> Tensor:
 
 @lru_cache
 def _masks() -> tuple[Tensor, Tensor, Tensor]:
-    """Of every shape: its mask (S, 1, M, M), its area (S,) and centre of mass (S, 2) for a box of half width 1."""
+    """For every shape: mask (S, 1, M, M), area (S,) and centre of mass (S, 2) for a box of half width 1."""
     pictures = []
     for shape in SHAPES:
         item = SceneObject(shape, "black", "large", 0.5, 0.5, _MASK_RADIUS)

@@ -1,7 +1,7 @@
-"""The suite of drawn scenes: prompts whose every word can be checked, with pairs that training never drew kept apart.
+"""The suite of drawn scenes: prompts whose every word can be checked, with separate figures for held-out pairs.
 
-After GenEval (Ghosh et al. 2023, arXiv:2310.11513): one object, two objects with their colours, counts, relations;
-and places, sizes and grounds besides. What a detector does there, `scene_reader` does here.
+After GenEval (Ghosh et al. 2023, arXiv:2310.11513): one object, two objects with their colours, counts, relations,
+and also places, sizes and backgrounds. `scene_reader` replaces GenEval's detector.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ KINDS: dict[Kind, int] = {
     "size": 45,
     "background": 40,
 }
-"""How many prompts there are of each kind."""
+"""Number of prompts of each kind."""
 
 HELD_OUT_EVERY = 4
-"""Among single and two objects, every fourth prompt is of pairs that training never drew."""
+"""Among single and two objects, every fourth prompt uses pairs that training never drew."""
 
 UNSEEN_PAIRS = HELD_OUT_PAIRS - EMOJI_PAIRS
-"""The pairs of those prompts."""
+"""The pairs of these prompts."""
 
 _SHOWN = 48  # pictures on the contact sheet
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and a scene of which it is true."""
+    """A prompt and a scene that it describes."""
 
     kind: Kind
     scene: Scene
@@ -69,13 +69,13 @@ class Item:
 
 
 def items(seed: int) -> list[Item]:
-    """All prompts of a seed, the kinds mixed evenly, so that the first n are a fair smaller suite."""
+    """All prompts of a seed, with the kinds evenly mixed, so that the first n are a representative smaller suite."""
     mixed = [((index + 0.5) / count, kind, index) for kind, count in KINDS.items() for index in range(count)]
     return [_item(kind, index, seed) for _, kind, index in sorted(mixed)]
 
 
 def _item(kind: Kind, index: int, seed: int) -> Item:
-    """The first random scene that fits; its number picks the count, relation, place or size in turn."""
+    """The first random scene of this kind; `index` selects the count, relation, place or size in turn."""
     held_out = kind in ("single object", "two objects") and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     rng = random.Random(derive_seed(seed, "scene suite", kind, index))
     while True:
@@ -103,7 +103,7 @@ _FITS: dict[Kind, Callable[[Scene, int], bool]] = {
 
 
 def _two_pairs(scene: Scene) -> bool:
-    """Two related objects, unlike in shape and in colour: otherwise exchanging one of the two would go unseen."""
+    """Whether two related objects differ in shape and colour; otherwise a swap would not be noticed."""
     if scene.relation is None:
         return False
     first, second = scene.objects
@@ -131,7 +131,7 @@ def _words(kind: Kind, scene: Scene) -> str:
 
 
 def judge(item: Item, reading: Reading) -> dict[str, bool]:
-    """Which of the attributes that the prompt names are right in a picture, and under `all` whether all are."""
+    """Whether each attribute named in the prompt is right in a picture, and under `all` whether all are."""
     wanted, found = item.scene.objects, reading.objects
     right = {
         "shape": {one.shape for one in wanted} == {one.shape for one in found},
@@ -157,7 +157,7 @@ def _pairs(objects: Sequence[SceneObject] | Sequence[Found]) -> Counter[tuple[st
 
 
 def _stand_right(scene: Scene, found: Sequence[Found]) -> bool:
-    """Whether two objects, the right ones, stand to each other as the scene says."""
+    """Whether the two right objects have the scene's relation."""
     first = next(one for one in found if one.shape == scene.objects[0].shape)
     second = next(one for one in found if one is not first)
     return relation(first, second) == scene.relation
@@ -194,7 +194,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
 def figures(
     asked: Sequence[Item], outcomes: Sequence[dict[str, bool]], ceiling: Sequence[dict[str, bool]]
 ) -> list[Figure]:
-    """All-correct over all prompts and by kind, held-out pairs apart; then each attribute, over whoever names it."""
+    """All-correct over all prompts and by kind, held-out pairs apart; each attribute over prompts that name it."""
     seen = [index for index, item in enumerate(asked) if not item.held_out]
     unseen = [index for index, item in enumerate(asked) if item.held_out]
 
@@ -217,7 +217,7 @@ def figures(
 
 
 def shuffled(asked: Sequence[Item], readings: Sequence[Reading]) -> float:
-    """Share all-correct when every picture is held against the next prompt of its kind: what chance would reach."""
+    """The all-correct share by chance: every picture is compared with the next prompt of its kind."""
     right = []
     for kind in KINDS:
         own = [index for index, item in enumerate(asked) if item.kind == kind]

@@ -1,6 +1,6 @@
-"""The sr suite: every stage of `upscale` on held-out pictures, and on what the stage before it drew.
+"""The sr suite: every stage of `upscale` on held-out pictures, and on pictures drawn by the previous stage.
 
-Beside each figure of fidelity stand bicubic and Lanczos, so that what a stage adds can be seen.
+Each figure of fidelity is also given for bicubic and Lanczos, to show the contribution of the stage.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from cascade.seeds import generator
 from cascade.slots import StageSlot
 
 PICTURES = 48
-"""Held-out pictures for each stage unless the caller says otherwise."""
+"""Default number of held-out pictures for each stage."""
 _SHOWN = 8
 _CROP = 192
-"""Side of the crops on the sheet, in pixels of the large picture: shown at 100 %, where the truth changes most."""
+"""Side of the crops on the sheet, in pixels of the large picture: shown at 100 %, where the truth has most detail."""
 
 _UNITS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "PSNR": ("dB", "higher"),
@@ -57,13 +57,13 @@ _UNITS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "ringing": ("share", "lower"),
 }
 AVERAGED = tuple(_UNITS)
-"""The figures of a picture, which are averaged over pictures."""
+"""The figures of a picture that are averaged over pictures."""
 _WITHOUT_TRUTH = ("consistency", "colour shift", "dots", "ringing")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A true picture and the smaller one: (1, 3, H, W) and (1, 3, h, w) in [-1, 1], both on 8 bits."""
+    """A true picture and the smaller one: (1, 3, H, W) and (1, 3, h, w) in [-1, 1], both rounded to 8 bits."""
 
     truth: Tensor
     low: Tensor
@@ -73,13 +73,13 @@ class Pair:
 def run(pipeline: CascadePipeline, request: Request) -> Report:
     """Measure the stages of `upscale`. Raises CascadeError without `--data`, or when it has no large pictures."""
     if request.data is None:
-        raise CascadeError("--suite sr: needs true pictures; give --data, a folder with test-256.parquet, test.parquet")
+        raise CascadeError("--suite sr: needs true pictures; --data: a folder with test-256.parquet, test.parquet")
     settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, request.sampling)
     tower, count, engine = load_tower(), request.limit or PICTURES, pipeline.engine()
     figures: list[Figure] = []
     sheet: list[tuple[Image.Image, str]] = []
     notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
-    lows: list[tuple[Tensor, str]] | None = None  # what the stage before drew, and of which caption
+    lows: list[tuple[Tensor, str]] | None = None  # pictures drawn by the previous stage, with their captions
     for slot in pipeline.enlargers:
         config = slot.config
         if config.low_resolution is None:
@@ -110,7 +110,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
 
 
 def held_out_file(folder: Path, resolution: int) -> Path | None:
-    """The file of a folder that has held-out pictures of this size or larger, if there is one."""
+    """The file of a folder with held-out pictures of this size or larger, or None."""
     return next(
         (path for path in (folder / f"test-{resolution}.parquet", folder / "test.parquet") if path.exists()), None
     )
@@ -119,9 +119,9 @@ def held_out_file(folder: Path, resolution: int) -> Path | None:
 def read_pairs(
     path: Path, resolution: int, low_resolution: int, count: int, seed: int, low_column: str | None = None
 ) -> list[Pair]:
-    """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order of the seed.
+    """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order given by the seed.
 
-    low_column: of smaller pictures of their own, in place of area means. Raises CascadeError for a file without any.
+    low_column: column of smaller pictures, in place of area means. Raises CascadeError for a file without pictures.
     """
     kinds: Kinds = {"image": PICTURE, "caption_styled": str, **({low_column: PICTURE} if low_column else {})}
     table = read_table(path, kinds)
@@ -163,13 +163,13 @@ def resized(pair: Pair, kind: str) -> Tensor:
 def enlarged(
     engine: Engine, slot: StageSlot, settings: SamplingConfig, low: Tensor, caption: str, number: int
 ) -> Tensor:
-    """What a stage makes of a smaller picture (1, 3, h, w) in [-1, 1]: (1, 3, H, W), on 8 bits."""
+    """A stage's enlargement of a smaller picture (1, 3, h, w) in [-1, 1]: (1, 3, H, W), rounded to 8 bits."""
     (drawn,) = engine.draw_all([enlarging(slot, to_uint8(low)[0].cpu(), caption, settings, number=number)])
     return to_float(drawn.pixels[-1][None])
 
 
 def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[tuple[Tensor, str]]:
-    """What the base stage draws for the captions, each beside its own."""
+    """Pictures drawn by the base stage for the captions, each with its caption."""
     base = pipeline.slots[0].config.resolution
     captions = [pair.caption for pair in pairs]
     arguments: dict[str, Any] = {**request.sampling, "progress": request.progress}
@@ -189,14 +189,14 @@ def measure(picture: Tensor, pair: Pair, tower: Tower) -> dict[str, float]:
 
 
 def measure_without_truth(picture: Tensor, low: Tensor) -> dict[str, float]:
-    """The figures for which the smaller picture suffices."""
+    """The figures that need only the smaller picture."""
     dots, ringing = artefacts(picture, low)
     shift = colour_shift(picture, low)
     return {"consistency": consistency(picture, low), "colour shift": shift, "dots": dots, "ringing": ringing}
 
 
 def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], tower: Tower) -> list[Figure]:
-    """The stage's figures, then those of bicubic and Lanczos; of the true pictures where they say something."""
+    """The stage's figures, then those of bicubic and Lanczos, with true pictures as reference where informative."""
     true = [measure_without_truth(pair.truth, pair.low) for pair in pairs]
     figures = []
     ways: dict[str, Callable[[int], Tensor]] = {
@@ -228,7 +228,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tuple[Image.Image, str]]:
-    """The same crop of the smaller picture (pixels repeated), bicubic, ours and the truth: four for each picture."""
+    """The same crop of the smaller picture (pixels repeated), bicubic, the stage and the truth, for each picture."""
     shown: list[tuple[Image.Image, str]] = []
     for pair, picture in zip(pairs, drawn, strict=True):
         side, box = pair.truth.shape[-1], busiest(pair.truth, _CROP)
@@ -240,7 +240,7 @@ def crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tu
 
 
 def busiest(picture: Tensor, side: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the square, among those on a grid of a quarter, that changes most: (1, 3, H, W)."""
+    """(left, top, right, bottom) of the square with most detail in (1, 3, H, W), on a grid of a quarter of its side."""
     height, width = picture.shape[-2:]
     side = min(side, height, width)
     step = max(1, side // 4)

@@ -1,8 +1,7 @@
 """The judge of the art suite: a small image tower and a small text tower in one space, and a reader of styles.
 
-Trained by scripts/train_tower.py on the training split alone, never used as a loss of what it judges, and not related
-to the text encoder that is judged: its words are hashed character n-grams, so that a name it never met is still read
-by its parts.
+Trained by scripts/train_tower.py on the training split alone, never used as a training loss, and independent of the
+text encoder that it judges: its words are hashed character n-grams, so that an unknown name is read by its parts.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Residual(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures -> features: four strided convolutions, residual blocks between them, the mean over places."""
+    """Pictures -> features: four strided convolutions, residual blocks between them, the mean over positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ class TextTower(nn.Module):
 
 
 class StyleReader(nn.Module):
-    """Pictures -> scores of the styles; shallow, because a style is in edges and shading and not in the subject."""
+    """Pictures -> scores of the styles; shallow, because edges and shading, not the subject, show a style."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +100,7 @@ class StyleReader(nn.Module):
 
 
 class Tower(nn.Module):
-    """Both towers with the scale of their agreement, and the reader of styles."""
+    """Both towers with the scale of their cosines, and the reader of styles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +116,7 @@ class Tower(nn.Module):
         return self.log_scale.exp().clamp(max=_LARGEST_SCALE)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """What distances are taken in: (N, 3, H, W) in [-1, 1], any size -> (N, 256) float32."""
+        """Features for distances: (N, 3, H, W) in [-1, 1], any size -> (N, 256) float32."""
         return _in_batches(self.image, pictures)
 
     @torch.inference_mode()
@@ -139,7 +138,7 @@ class Tower(nn.Module):
 def _in_batches(network: nn.Module, pictures: Tensor) -> Tensor:
     """`network` over pictures of any size, one output row each.
 
-    The last batch is padded, so that a picture's row depends on no other picture and on no number of them.
+    The last batch is padded, so that a picture's row does not depend on other pictures or their number.
     """
     rows = []
     for start in range(0, len(pictures), _BATCH):
@@ -150,12 +149,12 @@ def _in_batches(network: nn.Module, pictures: Tensor) -> Tensor:
 
 
 def buckets(text: str) -> list[int]:
-    """Bucket numbers of a text: each word whole, and its runs of 3 to 5 letters; of an empty text one of its own."""
+    """Bucket numbers of a text: each whole word, and its runs of 3 to 5 letters; a separate bucket for empty text."""
     numbers = []
     for word in re.findall(r"\w+", text.lower()):
         framed = f"<{word}>"
         grams = {framed[start : start + size] for size in _GRAMS for start in range(len(framed) - size + 1)}
-        # A set has no order that stays; zlib's checksum is the same everywhere, Python's hash is not.
+        # A set has no fixed order; zlib's checksum is the same everywhere, Python's hash is not.
         numbers += sorted(zlib.crc32(gram.encode()) % _BUCKETS for gram in grams | {framed})
     return numbers or [zlib.crc32(b"<>") % _BUCKETS]
 
@@ -168,7 +167,7 @@ def at_resolution(pictures: Tensor) -> Tensor:
 
 
 def save_tower(tower: Tower, folder: str | Path, facts: dict[str, object]) -> None:
-    """Write the weights in half precision, and how they came about."""
+    """Write the weights in half precision, and the facts of their training."""
     folder = Path(folder)
     weights = {name: tensor for name, tensor in tower.state_dict().items() if "num_batches" not in name}
     save_tensors(folder / "model.safetensors", weights, torch.float16)
@@ -176,11 +175,11 @@ def save_tower(tower: Tower, folder: str | Path, facts: dict[str, object]) -> No
 
 
 def load_tower(folder: str | Path = BUNDLED_TOWER) -> Tower:
-    """The tower that travels in the package, or one of your own. Raises CascadeError for missing or unfit weights."""
+    """The tower in the package, or in another folder. Raises CascadeError for missing or unsuitable weights."""
     path = Path(folder) / "model.safetensors"
     tower = Tower()
     tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
-    # BatchNorm counts its batches; nothing reads that here, and a count needs no place in the file.
+    # BatchNorm's batch counts are not used here, so they are not stored.
     counts = {name: tensor for name, tensor in tower.state_dict().items() if "num_batches" in name}
     load_weights(tower, {**tensors, **counts}, path)
     return tower.eval().requires_grad_(False)

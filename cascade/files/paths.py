@@ -36,3 +36,11 @@ def plain_path(path: str | Path) -> Path:
 def path_of(path: str | Path) -> Path:
     """`expanded`, as a Path."""
     return Path(expanded(str(path)))
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder, links followed; one that leads in a circle leads nowhere."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False

@@ -1,10 +1,10 @@
-"""Ray Serve: replicas of the HTTP server behind one address, more of them while more pictures are requested.
+"""Ray Serve: replicas of the HTTP server behind one address; Ray starts more of them when requests queue up.
 
     serve run cascade.integrations.ray_serve:app model=my-cascade gpus=1 max_replicas=8
 
-Needs the extra `cascade-diffusion[ray,serve]`. Every replica holds the model and a gallery of its own, so only what one
-request answers is served: OpenAI's images API with the pictures in the answer, and /health. Set CASCADE_API_KEY where
-others reach the address.
+Needs the extra `cascade-diffusion[ray,serve]`. Each replica loads the model and writes its own gallery, so requests that
+need earlier ones' state are not served: only OpenAI's images API, with the pictures in the response, and /health. Set
+CASCADE_API_KEY if other users can reach the address.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 KEY = "CASCADE_API_KEY"
-_ONGOING = 64  # requests in a replica's queue; Ray holds the others back
+_ONGOING = 64  # requests in a replica's queue; Ray keeps the others
 
 
 class Arguments(BaseModel):
-    """What `serve run` takes behind the name of the application, and Ray's configuration files under `args`."""
+    """Arguments of the application: of `serve run`, and `args` in Ray's configuration files."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     """A folder or hub id; None: the bundled cascade."""
     out: str = "out"
-    """Folder of the galleries: a subfolder for each replica."""
+    """Folder of the galleries, one subfolder per replica."""
     hosts: str = ""
-    """Names under which others reach the address, with commas between; loopback's need no mention."""
+    """Host names of the address, separated by commas; those of loopback are always allowed."""
     min_replicas: int = 1
-    """Replicas that are always there."""
+    """Replicas without load."""
     max_replicas: int = 1
-    """Replicas while more is requested than the others draw."""
+    """Replicas under load."""
     cpus: float = 1
-    """Processors of a replica."""
+    """Processors per replica."""
     gpus: float = 0
-    """GPUs of a replica."""
+    """GPUs per replica."""
     most_waiting: int = 500
-    """Pictures that may wait in a replica; more are refused with 429."""
+    """Pictures that may wait in a replica; further requests get status 429."""
 
 
 def app(arguments: Arguments | Mapping[str, Any]) -> Application:
-    """The application, for `serve run`, which gives text, and `ray.serve.run`. Raises pydantic's ValidationError."""
+    """The application, for `serve run` and `ray.serve.run`. Raises pydantic's ValidationError."""
     from ray import serve
 
     arguments = Arguments.model_validate(arguments)
@@ -72,7 +72,7 @@ def app(arguments: Arguments | Mapping[str, Any]) -> Application:
 
 
 def _replica(arguments: Arguments, key: str | None) -> App:
-    """The ASGI application of a replica, whose thread draws until the process ends."""
+    """The ASGI application of a replica; its thread draws until the process ends."""
     queue = Queue(
         lambda: CascadePipeline.from_pretrained(arguments.model),
         Gallery(Path(arguments.out) / uuid.uuid4().hex[:12]),

@@ -14,7 +14,7 @@ import torch
 from cascade.config.data import Captions
 from cascade.device import choose_device
 from cascade.errors import CascadeError
-from cascade.files.paths import path_of
+from cascade.load.adapters import Adapter, AdapterLike, read_adapters
 from cascade.load.index import BUNDLED, find_stage, read_index
 from cascade.load.reading import check_reading, shared_reading
 from cascade.load.stage import fits, load_stage, read_config, slot_of
@@ -37,7 +37,7 @@ class LoadOptions:
     low_memory: bool = False
     captions: Captions | None = None
     text_8bit: bool = False
-    adapters: Mapping[str, str | Path] | None = None
+    adapters: Mapping[str, AdapterLike] | None = None
 
 
 def load_pipeline(model: str | Path | None = None, options: LoadOptions | None = None) -> CascadePipeline:
@@ -71,8 +71,8 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
     enlargers = None if super_resolution is not None else index.enlargers
     folders = list(dict.fromkeys([*stage_folders, *(enlargers or ())]))
     slots = {
-        folder: slot_of(folder, target, number_format, low_memory, adapter)
-        for folder, adapter in _with_adapters(folders, options.adapters or {})
+        folder: slot_of(folder, target, number_format, low_memory, several)
+        for folder, several in _with_adapters(folders, options.adapters or {})
     }
     # Other authors' weights, converted or not, have their own licence, which a user should read.
     level = logging.WARNING if any(slot.config.model.has_foreign_weights for slot in slots.values()) else logging.DEBUG
@@ -96,7 +96,7 @@ def assemble(
     name: str,
     license: str,
     max_length: int | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
+    adapters: Mapping[str, AdapterLike] | None = None,
 ) -> CascadePipeline:
     """A pipeline of a text encoder and trained stages; it reads texts as the stages' training did.
 
@@ -106,7 +106,7 @@ def assemble(
     source = BUNDLED / "text_encoder" if str(text_encoder) == "bundled" else text_encoder
     folders = _with_adapters([find_stage(stage) for stage in stages], adapters or {})
     encoder = load_encoder(source, [folder for folder, _ in folders], max_length)
-    loaded = [load_stage(folder, adapter=adapter) for folder, adapter in folders]
+    loaded = [load_stage(folder, adapters=several) for folder, several in folders]
     return CascadePipeline(encoder, loaded, name=name, license=license)
 
 
@@ -123,13 +123,10 @@ def _several(folders: str | Path | Sequence[str | Path]) -> Sequence[str | Path]
     return folders
 
 
-def _with_adapters(folders: Sequence[Path], adapters: Mapping[str, str | Path]) -> list[tuple[Path, Path | None]]:
-    """Stage folders, each with its adapter. Raises CascadeError for an adapter of an unknown stage."""
+def _with_adapters(
+    folders: Sequence[Path], adapters: Mapping[str, AdapterLike]
+) -> list[tuple[Path, tuple[Adapter, ...]]]:
+    """Stage folders, each with its adapters. Raises CascadeError for an adapter of an unknown stage."""
     names = [read_config(folder).name for folder in folders] if adapters else [""] * len(folders)
-    unknown = [name for name in adapters if name not in names]
-    if unknown:
-        raise CascadeError(f"adapters: {quoted(unknown[0])} is not a stage of this model; it has {', '.join(names)}")
-    return [
-        (folder, path_of(adapters[name]) if name in adapters else None)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    found = read_adapters(adapters, names)
+    return [(folder, found.get(name, ())) for folder, name in zip(folders, names, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, load_weights, read_stage_config
 from cascade.config.stage import StageConfig
 from cascade.files.paths import path_of
+from cascade.load.adapters import Adapter
 from cascade.models.convolution import Convolution
 from cascade.slots import StageSlot
 from cascade.stage import Stage
@@ -37,46 +39,48 @@ def load_stage(
     folder: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    adapter: str | Path | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Stage:
     """A stage from its folder (stage.json and model.safetensors, or diffusers' layout), ready to draw.
 
-    The network is built on the meta device, then filled, so that the weights exist once. adapter: a folder of a
-    low-rank adapter to add to them.
+    The network is built on the meta device, then filled, so that the weights exist once. adapters: low-rank adapters
+    to add to them.
     """
     folder = path_of(folder)
     stage = build_stage(read_config(folder), device="meta")
     load_weights(stage.network, *read_weights(folder))
-    if adapter is not None:
+    for adapter in adapters:
         from cascade.training.lora import merge_adapter  # imports peft, an extra
 
-        merge_adapter(stage.network, path_of(adapter))
+        merge_adapter(stage.network, adapter.folder, adapter.scale)
     stage.network.eval().requires_grad_(False)
     return stage.to(device, dtype)
 
 
 def slot_of(
-    folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapter: Path | None
+    folder: Path, device: torch.device, dtype: torch.dtype, low_memory: bool, adapters: Sequence[Adapter]
 ) -> StageSlot:
     """The slot of a stage in a pipeline: loaded now, or (low_memory) for its turn."""
     if low_memory:
-        return StageSlot(read_config(folder), lambda: _load_sparing(folder, device, dtype, adapter))
-    return StageSlot.holding(load_stage(folder, device, dtype, adapter))
+        slot = StageSlot(read_config(folder), lambda: _load_sparing(folder, device, dtype, adapters))
+    else:
+        slot = StageSlot.holding(load_stage(folder, device, dtype, adapters))
+    return replace(slot, adapters={adapter.digest: adapter.scale for adapter in adapters})
 
 
-def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Stage:
+def _load_sparing(folder: Path, device: torch.device, dtype: torch.dtype, adapters: Sequence[Adapter]) -> Stage:
     """Load without the transformed kernels that would be faster; stream from disk what does not fit.
 
     An adapter is added to weights in memory, so with an adapter nothing is streamed.
     """
     diffusers = deepfloyd.is_diffusers(folder)
     files = deepfloyd.weight_files(folder) if diffusers else [folder / "model.safetensors"]
-    if adapter is None and not fits(files, dtype, device):
+    if not adapters and not fits(files, dtype, device):
         stage = build_stage(read_config(folder), device="meta")
         stage.network.eval().requires_grad_(False).to(dtype)
         stream(stage.network, files, device)
     else:
-        stage = load_stage(folder, device, dtype, adapter)
+        stage = load_stage(folder, device, dtype, adapters)
     for module in stage.network.modules():
         if isinstance(module, Convolution):
             module.spare_memory = True

@@ -14,6 +14,7 @@ from cascade.checkpoint import check_format, load_weights
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.data import TextConfig, TextReading
 from cascade.config.training import TrainConfig
+from cascade.data.sources import check_places
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
@@ -90,12 +91,16 @@ def load_trainer(config: TrainConfig) -> Trainer:
     Raises CascadeError for a run that cannot reach its end on this machine.
     """
     from cascade.training.accelerator import expected_processes  # imports accelerate, which drawing does not need
-    from cascade.training.guards import shortage_told
+    from cascade.training.guards import shortage_as_error
     from cascade.training.precision import settled
 
+    held_out = config.training.validation
+    check_places(
+        [*config.data.sources, *(held_out.sources if held_out else ())]
+    )  # before a hub is asked for an encoder
     config = settled(config)
     check_run(config, *expected_processes())
-    with shortage_told("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
+    with shortage_as_error("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)
 
 

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
 from cascade.files.parquet import parquet_errors
+from cascade.files.parsed import parse_json
 from cascade.files.table import BadRowError
 from cascade.files.table import csv_rows as table_rows
 from cascade.files.text import lines_of
@@ -42,12 +43,12 @@ def json_rows(lines: Lines) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            value = json.loads(utf8(text))
+            value = parse_json(utf8(text))
         except BadLineError as error:
             yield line, error
         except json.JSONDecodeError as error:
             yield line, BadLineError(f"not valid JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield line, BadLineError(f"not valid JSON: {error}")
         else:
             if isinstance(value, (str, dict)):

@@ -1,4 +1,4 @@
-"""A page and an HTTP API in front of one engine, for one machine; needs the extra `cascade-diffusion[studio]`.
+"""A web page and an HTTP API for one engine on one machine; needs the extra `cascade-diffusion[studio]`.
 
-What is asked for waits in one queue, which all tabs and programs share. What is drawn goes into a batch folder.
+All tabs and programs share one queue of jobs. Pictures are written to a batch folder.
 """

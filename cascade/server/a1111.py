@@ -1,6 +1,6 @@
-"""AUTOMATIC1111's API as far as its clients need it: txt2img, img2img, progress, interrupt, and the choices.
+"""The part of AUTOMATIC1111's API that its clients need: txt2img, img2img, progress, interrupt, and the choices.
 
-Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Names that mean nothing here are ignored.
+Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cascade.server.waited import drawn_size, finished, pictures_of, submitted
 from cascade.settings import parse
 
 _SAMPLERS = {"DPM++ 2M": "dpm++", "DDIM": "ddim", "Heun": "heun", "DDPM": "ddpm"}
-"""Their names for ours; with another one the stages draw with their own."""
+"""AUTOMATIC1111's sampler names; with any other name each stage uses its own sampler."""
 
 
 class TextToImage(BaseModel):
@@ -45,7 +45,7 @@ class TextToImage(BaseModel):
         return None if getattr(self, "mask", None) else (self.height, self.width)
 
     def asked(self, queue: Queue) -> Asked:
-        """The same as a job; steps and guidance are the base stage's. Raises CascadeError."""
+        """The request as a job; steps and guidance apply to the base stage. Raises CascadeError."""
         pipeline = queue.pipeline
         base, sampler = pipeline.stage_names[0], _SAMPLERS.get(self.sampler_name or "")
         values = {
@@ -62,7 +62,7 @@ class TextToImage(BaseModel):
 
 
 class ImageToImage(TextToImage):
-    """The body of img2img. mask: white is drawn again. Pictures are base64, perhaps as data URLs."""
+    """The body of img2img. mask: white is redrawn. Pictures are base64, optionally as data URLs."""
 
     init_images: list[str] = Field(min_length=1, max_length=1)
     mask: str | None = None
@@ -82,17 +82,17 @@ def a1111_router(queue: Queue) -> APIRouter:
 
     @router.post("/txt2img")
     async def txt2img(body: TextToImage, request: Request) -> dict[str, Any]:
-        """Draw and wait."""
+        """Draw pictures and wait for them."""
         return await _drawn(queue, body, request)
 
     @router.post("/img2img")
     async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
-        """Change a picture, and wait."""
+        """Edit a picture and wait for the result."""
         return await _drawn(queue, body, request)
 
     @router.get("/progress")
     def progress() -> dict[str, Any]:
-        """Of the job that is drawn now; 0 when nothing is."""
+        """Progress of the current job; 0 if there is none."""
         under_way = [job for job in queue.jobs() if job.progress and not job.over]
         newest = next((progress for job in under_way for progress in job.progress.values()), None)
         return {
@@ -104,19 +104,19 @@ def a1111_router(queue: Queue) -> APIRouter:
 
     @router.post("/interrupt")
     def interrupt() -> dict[str, Any]:
-        """Stop what is drawn now."""
+        """Stop the current job."""
         for job in (job for job in queue.jobs() if job.progress and not job.over):
             queue.stop(job)
         return {}
 
     @router.get("/options")
     def options() -> dict[str, Any]:
-        """What is chosen."""
+        """The selected options."""
         return {"sd_model_checkpoint": queue.pipeline.name}
 
     @router.get("/sd-models")
     def models() -> list[dict[str, Any]]:
-        """The one model that is loaded."""
+        """The loaded model."""
         return [
             {
                 "title": queue.pipeline.name,
@@ -129,7 +129,7 @@ def a1111_router(queue: Queue) -> APIRouter:
 
     @router.get("/samplers")
     def samplers() -> list[dict[str, Any]]:
-        """Those that there are, under their names."""
+        """The available samplers, under AUTOMATIC1111's names."""
         return [{"name": name, "aliases": [own], "options": {}} for name, own in _SAMPLERS.items()]
 
     return router

@@ -1,4 +1,4 @@
-"""Our own API: jobs, the news of them, the gallery. `/openapi.json` describes it."""
+"""cascade's own API: jobs, their events, the gallery. `/openapi.json` describes it."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from cascade.server.runs import Runs
 from cascade.settings import Settings
 
 KEEP_ALIVE_SECONDS = 15.0
-_FOREVER = "private, max-age=31536000, immutable"  # a picture's name follows from what is in it
+_FOREVER = "private, max-age=31536000, immutable"  # a picture's name is derived from its content
 _TYPES = {"png": "image/png", "webp": "image/webp", "jpg": "image/jpeg"}
 
 
 class Star(Settings):
-    """Whether a picture is marked."""
+    """Whether a picture is starred."""
 
     starred: bool
 
 
 def client_of(request: Request) -> str:
-    """Who asks: a tab says so itself, so that each gets its turn; others are known by their address."""
+    """The client of a request, for fair scheduling: the name that a tab sends, else the address."""
     return request.headers.get("x-cascade-client", request.client.host if request.client else "")[:64]
 
 
 class Chosen(Settings):
-    """A model by its name."""
+    """The choice of a model by name."""
 
     name: Annotated[str, Field(max_length=255)]
 
 
 def model_router(queue: Queue, models: Models) -> APIRouter:
-    """The model in use, and others."""
+    """Routes of the current model and the choice of another."""
     router = APIRouter(prefix="/api", tags=["model"])
 
     @router.get("/model")
     def model() -> dict[str, Any]:
-        """The model at hand and what a call of it may say; waits while it is loaded."""
+        """The model and its settings; waits while it is loading."""
         return model_card(queue.pipeline, models.card())
 
     @router.get("/models")
     def every() -> dict[str, Any]:
-        """Names of the models that can be chosen, the one in use first."""
+        """Names of the available models, the current one first."""
         return {"models": models.names()}
 
     @router.put("/model", status_code=202)
     def choose(chosen: Chosen) -> dict[str, Any]:
-        """Draw with another model: 409 while anything waits or is drawn."""
+        """Switch to another model; status 409 while jobs are waiting or being drawn."""
         before = models.current
         load = models.choose(chosen.name)
         try:
@@ -76,28 +76,28 @@ def model_router(queue: Queue, models: Models) -> APIRouter:
 
 
 def jobs_router(queue: Queue) -> APIRouter:
-    """Ask, watch, stop."""
+    """Routes that submit, watch and stop jobs."""
     router = APIRouter(prefix="/api", tags=["jobs"])
 
     @router.post("/jobs", status_code=202)
     def ask(asked: Asked, request: Request) -> dict[str, Any]:
-        """Have pictures drawn."""
+        """Submit a job."""
         return queue.submit(asked, client_of(request)).to_json()
 
     @router.get("/jobs")
     def jobs() -> dict[str, Any]:
-        """What waits, is drawn, and was drawn lately."""
+        """Waiting, current and recent jobs."""
         return {"jobs": [job.to_json() for job in queue.jobs()]}
 
     @router.get("/jobs/{id}")
     def job(id: str) -> dict[str, Any]:
-        """One of them."""
+        """One job."""
         with found("job"):
             return queue.job(id).to_json()
 
     @router.delete("/jobs/{id}")
     def stop(id: str) -> dict[str, Any]:
-        """Stop it; what is there of it is kept."""
+        """Stop a job; its unfinished pictures are kept."""
         with found("job"):
             job = queue.job(id)
         queue.stop(job)
@@ -105,14 +105,14 @@ def jobs_router(queue: Queue) -> APIRouter:
 
     @router.get("/events")
     async def events() -> StreamingResponse:
-        """Server-sent events: `state` first, then `step`, `picture`, `job` and `model` as they come."""
+        """Server-sent events: `state` first, then `step`, `picture`, `job` and `model` as they occur."""
         return StreamingResponse(news(queue), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     return router
 
 
 async def news(queue: Queue) -> AsyncIterator[str]:
-    """What `/api/events` sends."""
+    """The stream of `/api/events`."""
     with queue.hub.watching() as watcher:
         yield _event("state", state_of(queue))
         while not watcher.closed:
@@ -127,7 +127,7 @@ async def news(queue: Queue) -> AsyncIterator[str]:
 
 
 def state_of(queue: Queue) -> dict[str, Any]:
-    """Everything that somebody who comes now must know."""
+    """The complete state for a new watcher."""
     loaded = queue.worker.pipeline
     error = loaded.exception() if loaded.done() else None
     return {
@@ -138,7 +138,7 @@ def state_of(queue: Queue) -> dict[str, Any]:
 
 
 def gallery_router(queue: Queue) -> APIRouter:
-    """What was drawn."""
+    """Routes of the gallery."""
     router, gallery = APIRouter(prefix="/api", tags=["gallery"]), queue.gallery
 
     @router.get("/pictures")
@@ -148,36 +148,36 @@ def gallery_router(queue: Queue) -> APIRouter:
         before: Annotated[str | None, Query(max_length=16)] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 60,
     ) -> dict[str, Any]:
-        """The newest first; `before`: only those older than this one."""
+        """Pictures, newest first; `before`: only older ones than this picture."""
         return gallery.page(search, starred, before, limit)
 
     @router.get("/pictures/{id}")
     def picture(id: str) -> dict[str, Any]:
-        """What is known of a picture."""
+        """A picture's entry in the gallery."""
         with found("picture"):
             return gallery.get(id)
 
     @router.get("/pictures/{id}/asked")
     def asked(id: str) -> dict[str, Any]:
-        """What to ask for to have it drawn again."""
+        """The request that draws this picture again."""
         with found("picture"):
             return asked_of(gallery.said(id), _stages(queue))
 
     @router.put("/pictures/{id}/star")
     def star(id: str, star: Star) -> dict[str, Any]:
-        """Mark it, or no longer."""
+        """Star or unstar a picture."""
         with found("picture"):
             return gallery.star(id, star.starred)
 
     @router.delete("/pictures/{id}", status_code=204)
     def delete(id: str) -> None:
-        """Put it aside, for good when the server ends."""
+        """Delete a picture; `restore` can bring it back until the server ends."""
         with found("picture"):
             gallery.delete(id)
 
     @router.post("/pictures/{id}/restore")
     def restore(id: str) -> dict[str, Any]:
-        """Bring back what was deleted."""
+        """Restore a deleted picture."""
         with found("picture"):
             return gallery.restore(id)
 
@@ -185,17 +185,17 @@ def gallery_router(queue: Queue) -> APIRouter:
 
 
 def runs_router(runs: Runs) -> APIRouter:
-    """Training runs in a folder."""
+    """Routes of the training runs in a folder."""
     router = APIRouter(prefix="/api", tags=["training"])
 
     @router.get("/runs")
     def every() -> dict[str, Any]:
-        """How far each run is, the one with the newest entry first."""
+        """Progress of each run, the run with the newest entry first."""
         return {"folder": runs.folder.name, "runs": runs.every()}
 
     @router.get("/runs/{id}")
     def run(id: str) -> dict[str, Any]:
-        """One of them with its curves, warnings and the steps of its grids of sample pictures."""
+        """A run with its curves, warnings and the steps of its sample grids."""
         with found("run"):
             return runs.get(id)
 
@@ -209,12 +209,12 @@ def runs_router(runs: Runs) -> APIRouter:
 
 
 def files_router(queue: Queue) -> APIRouter:
-    """Pictures themselves, out and in."""
+    """Routes that send and receive picture files."""
     router, gallery = APIRouter(prefix="/api", tags=["gallery"]), queue.gallery
 
     @router.get("/pictures/{id}/file")
     def file(id: str, download: bool = False) -> Response:
-        """The picture, which says in itself how it was drawn."""
+        """The picture file, with its recipe in the metadata."""
         with found("picture"):
             name, content = gallery.read(id)
         kind = "attachment" if download else "inline"
@@ -223,13 +223,13 @@ def files_router(queue: Queue) -> APIRouter:
 
     @router.get("/pictures/{id}/thumbnail")
     def thumbnail(id: str) -> Response:
-        """A small WebP."""
+        """A small WebP of the picture."""
         with found("picture"):
             return Response(gallery.thumbnail(id), media_type="image/webp", headers={"cache-control": _FOREVER})
 
     @router.get("/traces/{name}")
     def trace(name: str) -> dict[str, Any]:
-        """What each stage computed at every step of a job with `trace`, as `cascade trace` writes it."""
+        """The values of every stage and step of a job with `trace`: the trace.json of `cascade trace`."""
         with found("trace"):
             return gallery.traces.get(name)
 
@@ -243,19 +243,19 @@ def files_router(queue: Queue) -> APIRouter:
 
     @router.post("/uploads", status_code=201)
     async def upload(picture: UploadFile) -> dict[str, Any]:
-        """Store a picture, or a mask, to have it changed: `name` is what `image` and `mask` of a job expect."""
+        """Store a picture or a mask for editing; `name` is the value for `image` or `mask` of a job."""
         content = await picture.read()
         return await run_in_threadpool(queue.sources.take, content)
 
     @router.get("/uploads/{name}")
     def uploaded(name: str) -> Response:
-        """An upload, or a picture of the gallery, as a job names it."""
+        """An upload, or a picture of the gallery, by the name used in a job."""
         content = queue.sources.content(name)
         return Response(content, media_type="image/png", headers={"cache-control": _FOREVER})
 
     @router.post("/read")
     async def read(picture: UploadFile) -> dict[str, Any]:
-        """What a picture of ours says of itself, as one would ask for it."""
+        """The request stored in the metadata of a picture drawn by cascade."""
         content = await picture.read()
         return await run_in_threadpool(_asked_in, content, queue)
 
@@ -275,7 +275,7 @@ def _stages(queue: Queue) -> list[StageConfig]:
 
 @contextmanager
 def found(kind: str) -> Iterator[None]:
-    """What is not there is not found."""
+    """Turn a KeyError into status 404."""
     try:
         yield
     except KeyError:
@@ -283,7 +283,7 @@ def found(kind: str) -> Iterator[None]:
 
 
 def _plain(name: str) -> str:
-    """A file's name that may stand in a header."""
+    """A file name that is valid in a header."""
     return "".join(letter for letter in name if (letter.isalnum() and letter.isascii()) or letter in "-._")
 
 

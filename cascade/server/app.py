@@ -1,4 +1,4 @@
-"""The whole application: page, API, and those of others, behind the guard."""
+"""The whole application: page, cascade's API, and compatible APIs, behind the guard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", "
 
 
 def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Path | None = None) -> App:
-    """page: serve it, too. runs: a folder with training runs."""
+    """The application. page: also serve the web page. runs: a folder of training runs."""
     app = _bare_app()
     app.include_router(model_router(queue, models))
     for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
@@ -42,7 +42,7 @@ def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Pa
 
 
 def make_stateless_app(queue: Queue, rules: Rules) -> App:
-    """What one request answers whole, for a server that is one of several behind an address."""
+    """The application of one of several replicas: only requests that need no state from earlier ones."""
     app = _bare_app()
     app.include_router(openai_router(queue, keeps=False))
     app.include_router(health_router(queue))
@@ -51,12 +51,12 @@ def make_stateless_app(queue: Queue, rules: Rules) -> App:
 
 
 def _bare_app() -> FastAPI:
-    # FastAPI's own pages of documentation load their scripts from a CDN.
+    # FastAPI's documentation pages would load scripts from a CDN.
     return FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
 
 
 def _page_router() -> APIRouter:
-    """The files of the page, which are read once: no path of a request reaches the disk."""
+    """Routes of the page's files, which are read once, so that no path of a request reaches the disk."""
     router = APIRouter()
     for file in resources.files("cascade.server").joinpath("page").iterdir():
         content, suffix = file.read_bytes(), Path(file.name).suffix
@@ -103,7 +103,7 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
 
 
 def _answer(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """In the shape that the callers of each API read."""
+    """An error response in the format of the requested API."""
     path = request.url.path
     body: dict[str, Any] = {"error": message}
     if path.startswith("/v1/"):

@@ -1,4 +1,4 @@
-"""What somebody asks to have drawn: the arguments of a call as JSON, checked; and back from what a picture says."""
+"""A drawing request: the arguments of a call as checked JSON, and the conversion back from a picture's metadata."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from cascade.values import SETTINGS
 
 T = TypeVar("T")
 LONGEST_PROMPT = 4000
-"""Characters; an encoder reads far fewer."""
+"""Characters of a prompt; an encoder reads far fewer."""
 MOST_PICTURES = 64
-"""Of one prompt in one go."""
+"""Pictures per request."""
 MOST_PIXELS = 4 << 20
-"""Of one picture: 2048 x 2048."""
+"""Pixels of one picture: 2048 x 2048."""
 MOST_PIXELS_ENLARGED = 16 << 20
-"""Of the largest picture that a stage draws while it enlarges another one: 4096 x 4096."""
+"""Pixels of the largest picture that a stage draws when enlarging: 4096 x 4096."""
 MOST_ROUNDS = 20
-"""Of resampling: each multiplies the time of a picture."""
+"""Most rounds of resampling, each of which takes the time of a picture."""
 
 
 def _number(value: object) -> object:
-    """JavaScript rounds whole numbers above 2^53, so a seed may come as text."""
+    """Accept digits as text, because JavaScript rounds integers above 2^53."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -56,15 +56,15 @@ class Asked(Settings):
     """One prompt to draw; names and meanings as in `CascadePipeline.__call__`."""
 
     prompt: Text
-    """What the pictures show."""
+    """Description of the pictures."""
     negative_prompt: Text = ""
-    """What they should not be like."""
+    """Description of what the pictures should not show."""
     seed: Seed | None = None
-    """Same seed, same pictures; a number, or its digits as text. None: drawn and reported."""
+    """Equal seeds give equal pictures; a number, or its digits as text. None: a random seed, which is reported."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=MOST_PICTURES)
-    """How many pictures."""
+    """Number of pictures."""
     number: int | None = Field(default=None, ge=0, lt=MOST_PICTURES)
-    """Only this one of them, from 0."""
+    """Draw only the picture with this index, from 0."""
     until: int | None = None
     """Stop after the stage of this size, in pixels."""
     height: int | None = Field(default=None, ge=1)
@@ -84,30 +84,30 @@ class Asked(Settings):
     preset: str | None = None
     """fast, default or best."""
     image: Name | None = None
-    """A picture to change: the name of an upload, or the id of a picture in the gallery."""
+    """A picture to edit: the name of an upload, or the id of a picture in the gallery."""
     mask: Name | None = None
-    """White where the picture is drawn again; every other pixel keeps its bits. Named as `image` is."""
+    """White where the picture is redrawn; every other pixel keeps its bits. A name as for `image`."""
     strength: PerStage[Share] = None
     """0 returns the picture, 1 ignores it."""
     extend: dict[Side, Annotated[int, Field(ge=0, le=4096)]] | None = None
     """Pixels to add at each side of the picture."""
     resampling: int = Field(default=1, ge=1, le=MOST_ROUNDS)
-    """How often each step is taken where a mask keeps a part."""
+    """Repetitions of each step when a mask keeps part of the picture."""
     variation: Annotated[tuple[Seed, Share], Field(strict=False)] | None = None
-    """Another seed, and how far the starting noise moves towards that seed's noise."""
+    """Another seed, and the share of its noise in the starting noise."""
     to: int | None = Field(default=None, ge=1, le=1 << 16)
-    """Enlarge `image` until its longer side has so many pixels, in place of drawing."""
+    """Enlarge `image` until its longer side has this many pixels, instead of drawing."""
 
     trace: bool = False
     """Keep what each stage computes at every step, in place of the picture."""
 
     def settled(self) -> Asked:
-        """The same with a seed."""
+        """This request with a seed."""
         return self if self.seed is not None else self.model_copy(update={"seed": fresh_seed()})
 
     def options(self) -> DrawOptions:
-        """The same as a run has it; with a seed."""
-        assert self.seed is not None, "settled() comes first"
+        """The request as options of a run; needs a seed."""
+        assert self.seed is not None, "call settled() first"
         return DrawOptions(
             run_seed=self.seed,
             num_images=self.num_images_per_prompt,
@@ -120,7 +120,7 @@ class Asked(Settings):
         )
 
     def plan(self, pipeline: CascadePipeline, index: int, sources: Sources) -> Plan:
-        """The same with everything settled. index: see `PromptRecord`. Raises CascadeError for what cannot be drawn."""
+        """The complete plan. index: see `PromptRecord`. Raises CascadeError for a request that cannot be drawn."""
         options = self.options()
         if self.number is not None and self.number >= self.num_images_per_prompt:
             raise CascadeError(f"number: {self.number}; expected less than num_images_per_prompt")
@@ -136,7 +136,7 @@ class Asked(Settings):
         return plan
 
     def _changes(self, sources: Sources) -> Changes:
-        """The pictures themselves in place of their names."""
+        """The edit with pictures in place of their names."""
         return Changes(
             None if self.image is None else sources.picture(self.image),
             None if self.mask is None else sources.mask(self.mask),
@@ -150,9 +150,9 @@ class Asked(Settings):
         given = [name for name in _OF_A_CHANGE if getattr(self, name) is not None]
         if given or self.num_images_per_prompt > 1 or self.negative_prompt:
             name = given[0] if given else "num_images_per_prompt and negative_prompt"
-            raise CascadeError(f"{name}: has no meaning with `to`, which enlarges a picture as it is")
+            raise CascadeError(f"{name}: cannot be combined with `to`, which only enlarges a picture")
         if self.image is None:
-            raise CascadeError("to: there is no picture to enlarge; name one as image")
+            raise CascadeError("to: no picture to enlarge; set image")
         slots = pipeline.enlargers
         sampling = {name: getattr(self, name) for name in SETTINGS}
         settings = resolve_sampling([slot.config for slot in slots], self.preset, sampling)
@@ -166,11 +166,11 @@ class Asked(Settings):
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of the pictures that are to be drawn."""
+        """Indices of the pictures to draw."""
         return range(self.num_images_per_prompt) if self.number is None else [self.number]
 
     def to_json(self) -> dict[str, Any]:
-        """What was asked for, without what was left open; the seed as text."""
+        """The explicitly set fields; the seed as text."""
         values = self.model_dump(mode="json", exclude_defaults=True)
         if self.variation is not None:
             values["variation"] = [str(self.variation[0]), self.variation[1]]
@@ -178,9 +178,9 @@ class Asked(Settings):
 
 
 def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str, Any]:
-    """`Asked.to_json` of a picture, from its line of a manifest or what stands inside it.
+    """`Asked.to_json` of a picture, from its line of a manifest or its own metadata.
 
-    stages: of the model; values that are their defaults are left out. Raises CascadeError for no picture of ours.
+    stages: of the model; their default values are left out. Raises CascadeError if cascade did not draw the picture.
     """
     recipe = Recipe.from_json(said, "picture")
     sampling: dict[str, dict[str, Any]] = {name: {} for name in SETTINGS}
@@ -189,7 +189,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
         for name in SETTINGS:
             own, usual = getattr(settings, name), getattr(default.get(stage), name, None)
             if own != usual and stage in default:
-                sampling[name][stage] = "none" if own is None else _told(own, usual)
+                sampling[name][stage] = "none" if own is None else _short_form(own, usual)
     resolution = {stage.name: stage.resolution for stage in stages}.get(list(recipe.stages)[-1])
     asked = {
         "prompt": recipe.prompt,
@@ -207,7 +207,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
 
 
 def _change_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe records of another picture, as one asks for it."""
+    """The fields of a request for the edit in a recipe."""
     if recipe.source:
         size = {"until": None, "height": None, "width": None}
         return {**size, "image": recipe.source, "to": max(recipe.height, recipe.width)}
@@ -223,8 +223,8 @@ def _change_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _told(own: Any, usual: Any) -> Any:
-    """A setting as one would write it: of a sampler its name, where that alone does not mean the stage's own."""
+def _short_form(own: Any, usual: Any) -> Any:
+    """A setting in short form: a sampler as its name, unless the name alone would select the stage's own settings."""
     if not isinstance(own, SamplerConfig):
         return own
     return own.model_dump(mode="json") if own.kind != usual.kind else {"kind": own.kind, **own.own}

@@ -1,4 +1,4 @@
-"""What the page offers: the model's stages and settings, and the examples and style words of its card."""
+"""The model as shown on the page: stages and settings, and the examples and style words of its model card."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cascade._version import __version__
 from cascade.arguments import common_step
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.samplers import SAMPLERS
+from cascade.files.text import read_text
 from cascade.pipeline import CascadePipeline
 from cascade.sampling import resolve_sampling
 from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
+from cascade.settings import parse_yaml
 from cascade.values import PRESETS, SETTINGS
 
 
 def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]:
-    """Everything that a form needs to know of a model. folder: where its README.md lies."""
+    """Everything that a form needs for a model. folder: of its README.md."""
     configs = [slot.config for slot in pipeline.slots]
     presets = ["default", *(name for name in PRESETS if any(name in config.presets for config in configs))]
     said = {} if folder is None else front_matter(folder / "README.md")
@@ -41,24 +41,38 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
         ],
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
         "samplers": list(SAMPLERS),
-        "examples": [str(example["text"]) for example in said.get("widget", []) if "text" in example],
-        "styles": [str(style) for style in said.get("styles", [])],
+        **examples_of(said),
         "limits": {"prompt": LONGEST_PROMPT, "pictures": MOST_PICTURES, "pixels": MOST_PIXELS},
     }
 
 
 def front_matter(path: Path) -> Mapping[str, Any]:
-    """The YAML between two lines of dashes at the top of a model card, as the Hugging Face hub reads it; else nothing.
+    """The YAML between two lines of dashes at the top of a model card, in the format of the Hugging Face hub; else {}.
 
-    `widget` there holds example prompts ({"text": ...}), `styles` words of style.
+    `widget` holds example prompts ({"text": ...}), `styles` style words.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         head = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
-        said = yaml.safe_load(head)
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        said = parse_yaml(head)
+    except (OSError, ValueError, IndexError):
         return {}
     return said if isinstance(said, Mapping) else {}
+
+
+def examples_of(said: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The example prompts and style words in a front matter, which may hold anything."""
+    prompts = [example.get("text") for example in _list(said, "widget") if isinstance(example, Mapping)]
+    styles = _list(said, "styles")
+    return {
+        "examples": [prompt for prompt in prompts if isinstance(prompt, str)],
+        "styles": [style for style in styles if isinstance(style, str)],
+    }
+
+
+def _list(said: Mapping[str, Any], name: str) -> list[Any]:
+    values = said.get(name)
+    return values if isinstance(values, list) else []
 
 
 def _shown(settings: SamplingConfig) -> dict[str, Any]:

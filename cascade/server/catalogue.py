@@ -1,4 +1,4 @@
-"""What all manifests of a folder say, newest picture first: a table on the disk, so that memory stays flat."""
+"""The pictures in all manifests of a folder, newest first, in a table on disk, so that memory stays constant."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.batch.manifest import made_by
-from cascade.files.parsed import parse_json
+from cascade.batch.manifest import read_line
 from cascade.scratch import ScratchTable
 
 _ORDER = "ORDER BY drawn DESC, id DESC"
@@ -20,7 +19,7 @@ _ORDER = "ORDER BY drawn DESC, id DESC"
 
 @dataclass(frozen=True)
 class Row:
-    """A picture that a manifest names. drawn: when, in seconds since 1970."""
+    """A picture listed in a manifest. drawn: its time, in seconds since 1970."""
 
     id: str
     file: str
@@ -30,19 +29,19 @@ class Row:
 
 @dataclass
 class _Read:
-    """How far a manifest has been read. inode: of the file; a run that ends replaces it."""
+    """The part of a manifest that has been read. inode: of the file, which a run replaces at its end."""
 
     inode: int
     end: int = 0
 
 
 def picture_id(entry: Mapping[str, Any]) -> str:
-    """Names a picture to the outside, by its file and what is in it: no path from there ever reaches the disk."""
+    """The public name of a picture, from its file and content, so that no path of a request reaches the disk."""
     return hashlib.sha256(f"{entry['file']} {entry['sha256']}".encode()).hexdigest()[:16]
 
 
 class Catalogue:
-    """The pictures of a folder, whoever drew them and while they are drawn. Threads may take turns."""
+    """The pictures of a folder, including those of other running programs. Usable from several threads."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -59,7 +58,7 @@ class Catalogue:
         self._table.close()
 
     def refresh(self, stars: Collection[str]) -> None:
-        """Read what was added to any manifest since. stars: the names of pictures that are starred."""
+        """Read the lines added to any manifest since the last call. stars: names of starred pictures."""
         with self._lock:
             for path in sorted(self._folder.glob("manifest*.jsonl")):
                 self._refresh(path, stars)
@@ -69,7 +68,7 @@ class Catalogue:
         return next(self._rows("WHERE id = ?", (id,)), None)
 
     def rows(self, words: list[str], starred: bool, before: str | None) -> Iterator[Row]:
-        """Those with all words in prompt, id or seed. before: only older ones than this."""
+        """The pictures with all words in prompt, id or seed. before: only older ones than this."""
         conditions, values = self._conditions(words, starred)
         with self._lock:
             known = self._table.execute("SELECT drawn FROM pictures WHERE id = ?", (before or "",)).fetchone()
@@ -79,24 +78,24 @@ class Catalogue:
         return self._rows(f"WHERE {' AND '.join(conditions)} {_ORDER}", tuple(values))
 
     def count(self, words: list[str], starred: bool) -> int:
-        """How many there are of these."""
+        """The number of these pictures."""
         conditions, values = self._conditions(words, starred)
         statement = f"SELECT COUNT(*) FROM pictures WHERE {' AND '.join(conditions)}"
         with self._lock:
             return int(self._table.execute(statement, tuple(values)).fetchone()[0])
 
     def star(self, id: str, starred: bool) -> None:
-        """Remember a picture as starred, or no longer."""
+        """Mark a picture as starred or not."""
         with self._lock:
             self._table.execute("UPDATE pictures SET starred = ? WHERE id = ?", (int(starred), id))
 
     def hide(self, id: str, hidden: bool) -> None:
-        """Leave a picture out, or no longer; `find` still knows it."""
+        """Hide or show a picture; `find` still returns a hidden one."""
         with self._lock:
             self._table.execute("UPDATE pictures SET deleted = ? WHERE id = ?", (int(hidden), id))
 
     def _learn(self, row: Row, manifest: Path, start: int, length: int) -> None:
-        """Take in a picture. start, length: of its line."""
+        """Add a picture. start, length: of its line in the manifest."""
         words = f"{row.entry.get('prompt', '')} {row.entry.get('id', '')} {row.entry.get('seed', '')}".lower()
         values = (row.id, row.file, str(manifest), start, length, row.drawn, words)
         with self._lock:
@@ -139,17 +138,16 @@ class Catalogue:
             file.seek(known.end)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return  # it is being written
+                    return  # another process is writing it
                 self._take(path, line, known.end, stars)
                 known.end += len(line)
 
     def _take(self, path: Path, line: bytes, start: int, stars: Collection[str]) -> None:
         try:
-            entry = parse_json(line)
-            id, file = picture_id(entry), str(entry["file"])
-            made_by(entry)
-        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
-            return  # not a line of ours; the command line says so when it continues
+            entry = read_line(line)
+        except ValueError:
+            return  # not a manifest line; the command line reports it when it resumes
+        id, file = picture_id(entry), entry["file"]
         self._learn(Row(id, file, self._drawn(file, path), entry), path, start, len(line))
         if id in stars:
             self.star(id, True)
@@ -160,12 +158,12 @@ class Catalogue:
 
 
 def stored_in(file: str) -> str:
-    """The file on the disk that holds a file of a manifest: itself, or a tar."""
+    """The file on disk for a file name of a manifest: the file itself, or its tar."""
     return file.partition("/")[0] if ".tar/" in file else file
 
 
 def _line(manifest: str, start: int, length: int) -> dict[str, Any] | None:
-    """A line of a manifest; None when the file has changed since."""
+    """A line of a manifest; None if the file has changed since it was read."""
     try:
         with Path(manifest).open("rb") as file:
             file.seek(start)

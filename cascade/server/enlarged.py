@@ -1,4 +1,4 @@
-"""Enlarging a picture of the user's own, planned as drawing is, so that the queue and the gallery treat both alike."""
+"""Enlarging an uploaded picture as a planned job, so that queue and gallery treat it like drawing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cascade.upscaling import fitted
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EnlargedJob(Job):
-    """Plan whose single picture comes from another one. task: of the engine."""
+    """Plan for one picture enlarged from another. task: for the engine."""
 
     task: Task
 
@@ -38,6 +38,6 @@ class EnlargedTarget(Target):
         return replace(self.job.task, name=str(self.job.record.index))
 
     def fitted(self, drawn: Drawn) -> Drawn:
-        """The picture at the requested size: area means of what the last stage drew."""
+        """The picture at the requested size: area means of the last stage's picture."""
         size = self.recipe.height, self.recipe.width
         return replace(drawn, pixels=[fitted(drawn.pixels[-1][None], size)[0]])

@@ -1,4 +1,4 @@
-"""News from the thread that draws to everyone who watches, over an event loop."""
+"""Events from the drawing thread to all watchers, over an event loop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_PENDING = 1000
-"""News that wait for one watcher; who falls further behind is sent the whole state again."""
+"""Events that may wait for one watcher; one further behind is sent the whole state again."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One piece of news. key: a newer one with the same key takes the place of one not yet sent."""
+    """One event. key: a newer event replaces an unsent one with the same key."""
 
     kind: str
     data: Mapping[str, Any]
@@ -24,7 +24,7 @@ class Event:
 
 
 class Watcher:
-    """The news for one tab, in order, on its event loop."""
+    """The queue of events for one tab, on its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -36,7 +36,7 @@ class Watcher:
         self.closed = False
 
     def put(self, event: Event) -> None:
-        """From any thread."""
+        """Add an event. From any thread."""
         with self._lock:
             if len(self._pending) >= MOST_PENDING:
                 self._pending.clear()
@@ -45,12 +45,12 @@ class Watcher:
         self._wake()
 
     def close(self) -> None:
-        """Nothing more comes. From any thread."""
+        """End the queue. From any thread."""
         self.closed = True
         self._wake()
 
     async def next(self, seconds: float) -> list[Event]:
-        """What came since, at the latest after `seconds`, then perhaps nothing."""
+        """The events since the last call; waits up to `seconds` for one, then returns an empty list."""
         try:
             await asyncio.wait_for(self._news.wait(), seconds)
         except TimeoutError:
@@ -67,24 +67,24 @@ class Watcher:
 
 @dataclass
 class Hub:
-    """Everyone who watches."""
+    """All watchers."""
 
     _watchers: set[Watcher] = field(default_factory=set)
     _closed: bool = False
 
     @property
     def watched(self) -> bool:
-        """Whether anybody does: previews for nobody are not made."""
+        """Whether there are watchers; without any, no previews are made."""
         return bool(self._watchers)
 
     def publish(self, event: Event) -> None:
-        """Let everyone know. From any thread."""
+        """Send an event to all watchers. From any thread."""
         for watcher in tuple(self._watchers):
             watcher.put(event)
 
     @contextmanager
     def watching(self) -> Iterator[Watcher]:
-        """A watcher for a while; on an event loop."""
+        """Context with a new watcher on the running event loop."""
         watcher = Watcher(asyncio.get_running_loop())
         watcher.closed = self._closed
         self._watchers.add(watcher)
@@ -94,7 +94,7 @@ class Hub:
             self._watchers.discard(watcher)
 
     def close(self) -> None:
-        """Send everyone home."""
+        """Close all watchers."""
         self._closed = True
         for watcher in tuple(self._watchers):
             watcher.close()

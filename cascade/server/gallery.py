@@ -1,4 +1,4 @@
-"""The gallery: a batch folder, in which what the page draws has a manifest beside those of the command line."""
+"""The gallery: a batch folder in which the server has its own manifest, next to those of the command line."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.stores import FolderStore, TarStore, place
 from cascade.errors import CascadeError, StorageError
 from cascade.files.parsed import parse_json, read_json_file
+from cascade.files.paths import is_within
 from cascade.files.picture import open_picture, read_rgb
 from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
 from cascade.server.sources import Sources
 from cascade.server.traces import Traces
 
 PART = "studio"
-"""Of the folder: where its pictures lie, and in the names of its manifest and its lock."""
+"""Name of the server's subfolder of pictures, and part of the names of its manifest and lock."""
 THUMBNAIL = 384
-"""Longest side, in pixels."""
+"""Longest side of a thumbnail, in pixels."""
 
 
 class _Store(FolderStore):
-    """Pictures in a subfolder of their own: a run of the command line may have the same names."""
+    """Store in a separate subfolder, since a run of the command line may use the same file names."""
 
     def name(self, index: int, stem: str, ending: str, num_images: int) -> str:
         return f"{PART}/{super().name(index, stem, ending, num_images)}"
 
 
 class Gallery:
-    """Pictures that are there, and where new ones go. A command line may draw into the same folder meanwhile."""
+    """The folder of existing and new pictures. The command line may draw into the same folder at the same time."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises CascadeError when the folder cannot be written, or another gallery has it."""
+        """Raises CascadeError when the folder cannot be written, or another gallery uses it."""
         self.folder, self.state = Path(folder), Path(folder) / ".cascade"
         self._trash, self._temporary = self.state / "trash", self.state / f"temporary-{PART}"
         try:
@@ -64,24 +65,24 @@ class Gallery:
         self._index = max((int(entry["index"]) for entry in self._manifest.entries()), default=-1)
 
     def close(self) -> None:
-        """Let go of everything; what was deleted is gone for good."""
+        """Release the folder and remove deleted pictures permanently."""
         shutil.rmtree(self._trash, ignore_errors=True)
         self._catalogue.close()
         self._manifest.close()
         self._lock.close()
 
     def next_index(self) -> int:
-        """For the pictures of one more prompt."""
+        """The index of the next prompt."""
         with self._counting:
             self._index += 1
             return self._index
 
     def sources(self) -> Sources:
-        """Pictures that clients upload to have them changed; stored in the gallery's folder."""
+        """Pictures uploaded for editing, stored in the gallery's folder."""
         return Sources(self.state / "sources", self._temporary, lambda id: self.read(id)[1])
 
     def write(self, finished: Finished) -> dict[str, Any]:
-        """Keep a picture; what the gallery says of it. Raises CascadeError when it cannot be written."""
+        """Store a picture; returns its entry. Raises CascadeError when it cannot be written."""
         try:
             line = self._pictures.write(finished)
         except OSError as error:
@@ -90,25 +91,25 @@ class Gallery:
         return self.get(picture_id(line))
 
     def page(self, search: str, starred: bool, before: str | None, most: int) -> dict[str, Any]:
-        """Some pictures, the newest first, and how many there are in all. before: see `Catalogue.rows`."""
+        """Up to `most` pictures, newest first, and the number of all. before: see `Catalogue.rows`."""
         self._refresh()
         words = search.split()
         there = (row for row in self._catalogue.rows(words, starred, before) if self._is_there(row.file))
         return {
-            "pictures": [self._told(row) for row in islice(there, most)],
+            "pictures": [self._entry(row) for row in islice(there, most)],
             "total": self._catalogue.count(words, starred),
         }
 
     def get(self, id: str) -> dict[str, Any]:
-        """What is said of a picture. Raises KeyError."""
-        return self._told(self._row(id))
+        """The entry of a picture. Raises KeyError."""
+        return self._entry(self._row(id))
 
     def said(self, id: str) -> dict[str, Any]:
-        """Its line of the manifest. Raises KeyError."""
+        """The picture's line of the manifest. Raises KeyError."""
         return self._row(id).entry
 
     def read(self, id: str) -> tuple[str, bytes]:
-        """(the name of its file, the content). Raises KeyError."""
+        """(file name, content) of a picture. Raises KeyError."""
         file = self._row(id).file
         content = self._content(file)
         if content is None:
@@ -116,7 +117,7 @@ class Gallery:
         return file.rpartition("/")[2], content
 
     def thumbnail(self, id: str) -> bytes:
-        """A small WebP. Raises KeyError, CascadeError for a damaged picture."""
+        """A small WebP of a picture. Raises KeyError, CascadeError for a damaged picture."""
         name, content = self.read(id)
         small = read_rgb(io.BytesIO(content), name)
         small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -125,7 +126,7 @@ class Gallery:
         return buffer.getvalue()
 
     def star(self, id: str, starred: bool) -> dict[str, Any]:
-        """Mark a picture, or no longer. Raises KeyError, CascadeError."""
+        """Star or unstar a picture. Raises KeyError, CascadeError."""
         self._row(id)
         self._stars = {*self._stars, id} if starred else self._stars - {id}
         text = json.dumps({"stars": sorted(self._stars)}, indent=1)
@@ -137,10 +138,10 @@ class Gallery:
         return self.get(id)
 
     def delete(self, id: str) -> None:
-        """Put a picture aside, from where `restore` brings it back until the end. Raises KeyError, CascadeError."""
+        """Delete a picture; `restore` can bring it back until `close`. Raises KeyError, CascadeError."""
         row = self._row(id)
         if row.file != stored_in(row.file):
-            raise CascadeError(f"{row.file}: stands in a tar, from which single pictures are not removed")
+            raise CascadeError(f"{row.file}: single pictures cannot be deleted from a tar")
         aside = self._trash / row.id
         aside.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(_files(row.entry)):
@@ -149,7 +150,7 @@ class Gallery:
         self._catalogue.hide(row.id, True)
 
     def restore(self, id: str) -> dict[str, Any]:
-        """Bring back what was deleted. Raises KeyError."""
+        """Restore a deleted picture. Raises KeyError."""
         row = self._row(id)
         for number, name in enumerate(_files(row.entry)):
             if (self._trash / row.id / str(number)).is_file():
@@ -158,7 +159,7 @@ class Gallery:
         return self.get(id)
 
     def _opened(self, path: Path) -> Manifest:
-        """Our own manifest, without the pictures that were deleted."""
+        """The server's manifest, without deleted pictures."""
         if path.exists():
             lines = [line for line in path.read_bytes().splitlines(keepends=True) if self._names_a_file(line)]
             place(path, b"".join(lines), self._temporary)
@@ -170,10 +171,10 @@ class Gallery:
         try:
             return self._is_there(parse_json(line)["file"])
         except (ValueError, KeyError, TypeError):
-            return False  # a kill within writing it
+            return False  # a truncated line after a kill
 
     def _refresh(self) -> None:
-        """See what others drew since."""
+        """Read the pictures of other programs."""
         self._catalogue.refresh(self._stars)
 
     def _row(self, id: str) -> Row:
@@ -183,8 +184,8 @@ class Gallery:
         return row
 
     def _is_ours(self, file: str) -> bool:
-        """Whether it lies in this folder: a manifest may come from anywhere, and say anything."""
-        return (self.folder / file).resolve().is_relative_to(self.folder.resolve())
+        """Whether the file is in this folder; a manifest of unknown origin could name any path."""
+        return is_within(self.folder / file, self.folder)
 
     def _is_there(self, file: str) -> bool:
         return self._is_ours(file) and (self.folder / stored_in(file)).is_file()
@@ -194,8 +195,8 @@ class Gallery:
             return None
         return self._store.read(file) if file == stored_in(file) else self._tars.read(file)
 
-    def _told(self, row: Row) -> dict[str, Any]:
-        """A row as JSON for the page; the seed as text, because JavaScript would round it."""
+    def _entry(self, row: Row) -> dict[str, Any]:
+        """A row as JSON for the page; the seed is text, because JavaScript would round it."""
         height, width = self._size(row)
         same = ("prompt", "negative_prompt", "number", "num_images", "model", "license", "seconds")
         return {
@@ -212,7 +213,7 @@ class Gallery:
         }
 
     def _size(self, row: Row) -> tuple[int, int]:
-        """Height and width: of a picture with a mask its own, which the manifest does not name."""
+        """Height and width; for an edit with a mask, the file's, which the manifest lacks."""
         settings = row.entry["settings"]
         if row.entry.get("mask") and row.file == stored_in(row.file):
             with suppress(OSError, ValueError), open_picture(self.folder / row.file, limited=False) as image:
@@ -234,15 +235,15 @@ def _locked(path: Path) -> RunLock:
 
 
 def _files(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What belongs to a picture."""
+    """The files of a picture."""
     yield from (entry["file"], sidecar(entry["file"]), *entry.get("stages", {}).values())
 
 
 def _read_stars(path: Path) -> frozenset[str] | set[str]:
-    """Raises CascadeError for a file that is none of ours."""
+    """The starred pictures. Raises CascadeError for a malformed file."""
     if not path.exists():
         return set()
     try:
         return set(read_json_file(path)["stars"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise CascadeError(f'{path}: expected {{"stars": [...]}}; mend or remove it') from None
+        raise CascadeError(f'{path}: expected {{"stars": [...]}}; repair or remove it') from None

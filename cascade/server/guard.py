@@ -1,4 +1,4 @@
-"""Who is let in: only this machine's browser and its own pages, or who has the key; and how much one may send."""
+"""Access control: requests from this machine's browser and the server's pages, or with the key; and request limits."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ HEADERS = {
 
 
 class _RefusedError(HTTPException):
-    """A request that is not answered; FastAPI lets it through where it is raised while a body is read."""
+    """A refused request; an HTTPException, which FastAPI passes on when raised while a body is read."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """hosts: names under which we are reached, besides loopback's. key: who has it is let in; None: nobody needs one.
+    """hosts: accepted host names in addition to loopback. key: required in every request; None: no key.
 
-    body: bytes of a request at most. seconds: for the body to arrive.
+    body: maximum bytes of a request. seconds: time limit for the body to arrive.
     """
 
     hosts: tuple[str, ...] = ()
@@ -79,13 +79,13 @@ class Guard:
             await _answer(secured, refused.status_code, {"error": refused.detail})
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
-        """A name that is not ours leads here only where somebody made it: DNS rebinding."""
+        """Refuse unknown host names, as protection from DNS rebinding."""
         name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if not is_loopback(name) and name not in self._rules.hosts:
-            raise _RefusedError(403, f"host {quoted(name)} is not this server's; name it with --allowed-host")
+            raise _RefusedError(403, f"host {quoted(name)} is not this server's; add it with --allowed-host")
 
     def _check_origin(self, scope: Message, headers: Mapping[str, str]) -> None:
-        """What other sites make a browser send is not read; following a link to us is fine."""
+        """Refuse requests that other sites make a browser send, except for following a link."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             raise _RefusedError(403, "requests from other sites are not answered")
@@ -100,10 +100,10 @@ class Guard:
         key = self._rules.key
         given, wanted = (bearer.strip(), key) if scheme.lower() == "bearer" else (_cookie(headers), _cookie_of(key))
         if not hmac.compare_digest(given.encode(), wanted.encode()):
-            raise _RefusedError(401, "give the key of this server as `Authorization: Bearer KEY`, or open /?key=KEY")
+            raise _RefusedError(401, "send the key of this server as `Authorization: Bearer KEY`, or open /?key=KEY")
 
     async def _is_login(self, scope: Message, send: Send) -> bool:
-        """`/?key=KEY` becomes a cookie, so that the key stands in no address, history or log any longer."""
+        """Turn `/?key=KEY` into a cookie, so that the key does not remain in addresses, history or logs."""
         given = parse_qs(scope["query_string"].decode("latin-1")).get("key", [])
         key = self._rules.key
         if scope["path"] != "/" or not given or key is None or not hmac.compare_digest(given[0].encode(), key.encode()):
@@ -118,14 +118,14 @@ class Guard:
             raise _RefusedError(413, f"a request may have {self._rules.body:,} bytes")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """The same, for as many bytes and as long as a request may have."""
+        """`receive` with the limits on bytes and time."""
         loop = asyncio.get_running_loop()
         deadline, left, more = loop.time() + self._rules.seconds, self._rules.body, True
 
         async def bounded() -> Message:
             nonlocal left, more
             if not more:
-                return await receive()  # waits until the client is gone
+                return await receive()  # returns when the client disconnects
             try:
                 message = await asyncio.wait_for(receive(), deadline - loop.time())
             except TimeoutError:
@@ -149,19 +149,19 @@ def is_loopback(name: str) -> bool:
 
 
 def _headers(scope: Message) -> dict[str, str]:
-    """By name. A host that is given twice is nobody's."""
+    """Headers by name. A repeated host header is refused."""
     pairs: Iterable[tuple[bytes, bytes]] = scope["headers"]
     headers: dict[str, str] = {}
     for name, value in pairs:
         key = name.decode("latin-1").lower()
         if key in headers and key in ("host", "origin", "content-length", "authorization"):
-            raise _RefusedError(400, f"header {key} is there twice")
+            raise _RefusedError(400, f"header {key} occurs twice")
         headers[key] = value.decode("latin-1")
     return headers
 
 
 def _cookie_of(key: str) -> str:
-    """What a browser keeps in place of the key, which may have letters that no cookie has."""
+    """The cookie's value for a key, which may contain characters that are invalid in a cookie."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""For those who run the server: is it well, and how much does it draw?"""
+"""Monitoring of the server: health and metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def health_router(queue: Queue) -> APIRouter:
 
     @router.get("/health", response_model=None)
     def health() -> Response:
-        """`ok`, `loading` or `failed`; 503 where nothing will be drawn."""
+        """`ok`, `loading` or `failed`; status 503 if nothing can be drawn."""
         loaded = queue.worker.pipeline
         failed = not queue.worker.alive or (loaded.done() and loaded.exception() is not None)
         status = "failed" if failed else "ok" if loaded.done() else "loading"
@@ -29,8 +29,8 @@ def health_router(queue: Queue) -> APIRouter:
             *_metric("pictures_failed_total", "counter", "Pictures that could not be drawn.", counts.failed),
             *_metric("pictures_stopped_total", "counter", "Pictures that were stopped.", counts.stopped),
             *_metric("drawing_seconds_total", "counter", "Seconds of drawing.", counts.seconds),
-            *_metric("pictures_waiting", "gauge", "Pictures that wait.", len(queue.line)),
-            *_metric("seconds_left", "gauge", "Until all that was asked for is drawn, about.", queue.seconds_left()),
+            *_metric("pictures_waiting", "gauge", "Pictures waiting.", len(queue.line)),
+            *_metric("seconds_left", "gauge", "Estimated time until all are drawn.", queue.seconds_left()),
         ]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 

@@ -1,4 +1,4 @@
-"""A job: one prompt that somebody asked for, its pictures, and how far they are."""
+"""A job: one requested prompt, its pictures, and their progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cascade.server.asked import Asked
 
 
 class State(StrEnum):
-    """Where a job stands."""
+    """The state of a job."""
 
     WAITING = "waiting"
     DRAWING = "drawing"
@@ -28,7 +28,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a picture is. fraction: of its time. seconds_left: None while nothing is known of the pace."""
+    """Progress of a picture. fraction: of its time. seconds_left: None while the speed is unknown."""
 
     stage: str
     step: int
@@ -38,17 +38,16 @@ class Progress:
     preview: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """preview: a data URL, empty where there is none."""
+        """JSON for the page. preview: a data URL, or empty."""
         left = None if self.seconds_left is None else round(self.seconds_left, 1)
         return {**vars(self), "fraction": round(self.fraction, 4), "seconds_left": left}
 
 
 @dataclass(eq=False)
 class Job:
-    """What was asked for and what became of it. client: who asked, so that all get their turn.
+    """A request and its results. client: for fair scheduling.
 
-    pictures: of the gallery, by number. trace: its name, where one was requested and is done. result: set once nothing
-    more comes of the job.
+    pictures: gallery entries by number. trace: its name, if requested and finished. result: set when the job is over.
     """
 
     asked: Asked
@@ -67,31 +66,31 @@ class Job:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     size: tuple[int, int] = field(init=False)
-    """Height and width of its pictures."""
+    """Height and width of the pictures."""
     held_bytes: int = field(init=False)
-    """Memory of the picture that it changes or enlarges."""
+    """Memory of the picture that the job edits or enlarges."""
 
     def __post_init__(self) -> None:
         self.missing = set(self.asked.numbers)
         task = next(self.plan.targets()).task()
         edit = task.edit
         self.size = task.recipe.height, task.recipe.width
-        if edit is not None and edit.mask is not None:  # the part that is drawn is put back into the whole picture
+        if edit is not None and edit.mask is not None:  # the redrawn part is put back into the whole picture
             self.size = edit.image.shape[-2], edit.image.shape[-1]
         given = [task.start, *([] if edit is None else [edit.image, edit.mask])]
         self.held_bytes = sum(pixels.nbytes for pixels in given if pixels is not None)
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes of it."""
+        """Whether the job has ended."""
         return self.state in (State.DONE, State.STOPPED, State.FAILED)
 
     def targets(self) -> list[Target]:
-        """The pictures that are to be drawn."""
+        """The pictures to draw."""
         return [target for target in self.plan.targets() if target.number in self.missing]
 
     def settle(self, number: int, error: str = "") -> None:
-        """A picture is drawn, or will not be; the last one ends the job. From any thread."""
+        """Record that a picture is drawn or has failed; the last one ends the job. From any thread."""
         with self._lock:
             self.missing.discard(number)
             self.progress.pop(number, None)
@@ -99,12 +98,12 @@ class Job:
             if self.missing or self.over:
                 return
             self.state = State.FAILED if self.error else State.STOPPED if self.stopping else State.DONE
-            plan = self.plan  # without the picture that it changes: jobs that are over are remembered for a while
+            plan = self.plan  # without the edited picture, since finished jobs are kept for a while
             self.plan = Plan(plan.record, plan.negative_prompt, plan.num_images, plan.slots, plan.sizes, plan.settings)
         self.result.set_result(self)
 
     def to_json(self) -> dict[str, Any]:
-        """For those who watch."""
+        """JSON for watchers."""
         return {
             "id": self.id,
             "state": self.state.value,

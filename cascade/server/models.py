@@ -1,4 +1,4 @@
-"""Models to choose from: the one that the server began with, and those in a folder."""
+"""The available models: the server's first model, and the models in a folder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ BUNDLED = "bundled"
 
 
 class Models:
-    """A model is named by its folder's name; a request that names another one reaches no disk."""
+    """Models by the name of their folder; an unknown name in a request does not reach the disk."""
 
     def __init__(self, load: Load, first: str | None = None, folder: Path | None = None) -> None:
-        """load: from a folder or hub id, None: the bundled one. folder: whose subfolders are models, too."""
+        """load: loads a folder or hub id, None: the bundled model. folder: its subfolders are further models."""
         self._load, self._first, self._folder = load, first, folder
         self.current = BUNDLED if first is None else Path(first).name or first
 
     def names(self) -> list[str]:
-        """All of them, the one in use first."""
+        """Names of all models, the current one first."""
         return [self.current, *(name for name in self._places() if name != self.current)]
 
     def choose(self, name: str) -> Callable[[], CascadePipeline]:
-        """Make a model the current one; what loads it. Raises CascadeError for one that is not there."""
+        """Make a model the current one; returns the function that loads it. Raises CascadeError for an unknown name."""
         places = self._places()
         if name not in places:
             raise CascadeError(f"name: {quoted(name)}; expected one of {', '.join(map(quoted, places))}")

@@ -1,6 +1,6 @@
-"""OpenAI's images API, as their own client speaks it: generations, edits and variations, and the list of models.
+"""OpenAI's images API, compatible with its client: generations, edits and variations, and the list of models.
 
-Source: https://platform.openai.com/docs/api-reference/images. Settings of ours come through `extra_body`.
+Source: https://platform.openai.com/docs/api-reference/images. cascade's settings are passed through `extra_body`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_FILES, _MOST_FIELDS = 17, 64
 
 
 class Generation(BaseModel):
-    """The body of `/v1/images/generations`, and the fields of the other two's forms. Others of theirs are ignored."""
+    """The body of `/v1/images/generations`, and the fields of the other two forms. Other fields are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,7 +54,7 @@ class Generation(BaseModel):
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """Height and width; None: as the model draws. Raises CascadeError."""
+        """Height and width; None: the model's default. Raises CascadeError."""
         if self.size in (None, "auto"):
             return None
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(self.size))
@@ -63,7 +63,7 @@ class Generation(BaseModel):
         return int(match[2]), int(match[1])
 
     def asked(self, queue: Queue, given: Mapping[str, str] | None = None) -> Asked:
-        """The same as a job. given: the names of a picture and a mask. Raises CascadeError."""
+        """The request as a job. given: the names of a picture and a mask. Raises CascadeError."""
         pipeline = queue.pipeline
         if self.quality not in (None, *_PRESETS):
             raise CascadeError(f"quality: {quoted(self.quality)}; expected {', '.join(_PRESETS)}")
@@ -84,42 +84,42 @@ class Generation(BaseModel):
 
 
 def openai_router(queue: Queue, *, keeps: bool = True) -> APIRouter:
-    """`/v1`. keeps: pictures can be fetched by their address later."""
+    """`/v1`. keeps: later requests reach the same pictures, so a response may hold URLs."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.get("/models")
     def models() -> dict[str, Any]:
-        """The one model that is loaded."""
+        """The loaded model."""
         return {"object": "list", "data": [_model(queue)]}
 
     @router.get("/models/{name}")
     def model(name: str) -> dict[str, Any]:
-        """The same by its name."""
+        """The loaded model, by its name."""
         _check_model(queue, name)
         return _model(queue)
 
     @router.post("/images/generations", response_model=None)
     async def generations(body: Generation, request: Request) -> Response:
-        """Draw, and answer with the pictures, or with a stream of what they look like on the way."""
+        """Draw pictures; the response is the pictures, or a stream with partial ones."""
         await run_in_threadpool(_check_model, queue, body.model)
         _check_format(body, keeps)
         return await _drawn(queue, body, await run_in_threadpool(body.asked, queue), request)
 
     @router.post("/images/edits", response_model=None)
     async def edits(request: Request) -> Response:
-        """Change a picture; the transparent part of the mask is drawn again."""
+        """Edit a picture; the transparent part of the mask is redrawn."""
         return await _changed(queue, request, keeps, variation=False)
 
     @router.post("/images/variations", response_model=None)
     async def variations(request: Request) -> Response:
-        """Draw pictures like another one."""
+        """Draw variations of a picture."""
         return await _changed(queue, request, keeps, variation=True)
 
     return router
 
 
 async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request) -> Response:
-    """The pictures of a job, or a stream of what they look like on the way."""
+    """The pictures of a job, or a stream with partial ones."""
     job = await submitted(queue, asked, request)
     if body.stream:
         return StreamingResponse(_stream(queue, body, job, request), media_type="text/event-stream")
@@ -131,7 +131,7 @@ async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request)
 
 
 async def _changed(queue: Queue, request: Request, keeps: bool, *, variation: bool) -> Response:
-    """Read a form with a picture, and perhaps a mask and a prompt; draw."""
+    """Read a form with a picture, and optionally a mask and a prompt; draw."""
     async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS) as form:
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
         files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -149,7 +149,7 @@ async def _changed(queue: Queue, request: Request, keeps: bool, *, variation: bo
 
 
 def _body_of(fields: Mapping[str, str], variation: bool) -> Generation:
-    """The fields of a form, which are text. Raises CascadeError."""
+    """The request in the text fields of a form. Raises CascadeError."""
     values = {name: _unquoted(value) if name in _OURS else value for name, value in fields.items()}
     try:
         return Generation.model_validate({"prompt": "", **values} if variation else values)
@@ -166,7 +166,7 @@ def _unquoted(text: str) -> Any:
 
 
 def _sources_of(queue: Queue, picture: bytes, mask: bytes | None) -> dict[str, str]:
-    """The names of a picture and of what is drawn again in it: where the mask, or the picture alone, is transparent."""
+    """The names of a picture and its mask: the transparent part of the mask, or of the picture if there is none."""
     given = {"image": str(queue.sources.take(picture)["name"])}
     alpha = transparency(picture if mask is None else mask)
     if alpha is not None and alpha.any():
@@ -177,7 +177,7 @@ def _sources_of(queue: Queue, picture: bytes, mask: bytes | None) -> dict[str, s
 
 
 def _prompt_in(picture: bytes) -> str:
-    """What a picture of ours shows; nothing for any other."""
+    """The prompt in the metadata of a picture drawn by cascade; "" for any other."""
     try:
         return str(read_metadata(io.BytesIO(picture))[0]["prompt"])
     except CascadeError:
@@ -185,7 +185,7 @@ def _prompt_in(picture: bytes) -> str:
 
 
 async def _stream(queue: Queue, body: Generation, job: Job, request: Request) -> AsyncIterator[str]:
-    """Partial pictures at equal distances, then the finished one: what the base stage saw, then what stands."""
+    """Partial pictures at equal intervals, each x_hat of the base stage, then the finished one."""
     kind = "image_generation" if job.asked.image is None else "image_edit"
     sent: dict[int, int] = {}
     async for event in watched(queue, job, request):
@@ -230,7 +230,7 @@ def _pairs(job: Job, files: list[bytes]) -> list[tuple[bytes, Mapping[str, Any]]
 
 
 def _datum(file: bytes, id: str | None, request: Request) -> dict[str, str]:
-    """A picture as text, or where it lies."""
+    """A picture as base64 text, or its URL."""
     if id is None:
         return {"b64_json": base64.b64encode(file).decode()}
     return {"url": f"{request.base_url}api/pictures/{id}/file"}
@@ -243,16 +243,16 @@ def _model(queue: Queue) -> dict[str, Any]:
 def _check_model(queue: Queue, name: str | None) -> None:
     own = queue.pipeline.name
     if name not in (None, own):
-        raise HTTPException(404, f"model {quoted(name)} is not here; this server has {quoted(own)}")
+        raise HTTPException(404, f"model {quoted(name)} is not available; this server has {quoted(own)}")
 
 
 def _check_format(body: Generation, keeps: bool) -> None:
     if body.response_format == "url" and not keeps:
-        raise CascadeError("response_format: url; this is one of several servers, expected b64_json")
+        raise CascadeError("response_format: url; this server is one of several replicas, expected b64_json")
 
 
 def error_of(status: int, message: str) -> dict[str, Any]:
-    """An error in the shape that their clients read."""
+    """An error in the format of OpenAI's API."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 

@@ -1,4 +1,4 @@
-"""Pictures that come in and go out: looked at before they are decoded, and sent in the size and format asked for."""
+"""Received and sent pictures: checks before decoding, conversion to the requested size and format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cascade.errors import CascadeError
 from cascade.files.picture import open_picture, over_white, picture_errors, straight
 
 MOST_PIXELS_READ = 32 << 20
-"""Of a picture that somebody sends."""
+"""Most pixels of a received picture."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def checked_size(content: bytes) -> tuple[int, int]:
-    """Width and height as the head of a file says, before anything is decoded. Raises CascadeError."""
+    """Width and height in the header of a file, without decoding it. Raises CascadeError."""
     try:
         with open_picture(io.BytesIO(content), limited=False, formats=_FORMATS) as image:
             width, height = image.size
@@ -32,7 +32,7 @@ def checked_size(content: bytes) -> tuple[int, int]:
 
 
 def from_base64(text: str) -> bytes:
-    """The content of a file in base64, perhaps as a data URL. Raises CascadeError."""
+    """The content of a file in base64, optionally as a data URL. Raises CascadeError."""
     try:
         return base64.b64decode(text.rpartition(",")[2], validate=True)
     except ValueError:
@@ -40,7 +40,7 @@ def from_base64(text: str) -> bytes:
 
 
 def transparency(content: bytes) -> np.ndarray[Any, Any] | None:
-    """(H, W) uint8, 255 where a picture is transparent; None where it has no alpha channel. Raises CascadeError."""
+    """(H, W) uint8, 255 where a picture is transparent; None without an alpha channel. Raises CascadeError."""
     checked_size(content)
     with picture_errors("the picture"), open_picture(io.BytesIO(content)) as image:
         whole = straight(image)
@@ -48,7 +48,7 @@ def transparency(content: bytes) -> np.ndarray[Any, Any] | None:
 
 
 def as_sent(content: bytes, said: Mapping[str, Any], size: tuple[int, int] | None, format: str) -> bytes:
-    """A picture of the gallery with its metadata: as it is, or in another size or format.
+    """A picture of the gallery with its metadata: unchanged, or in another size or format.
 
     size: height and width, None: as drawn. format: png, webp or jpeg.
     """

@@ -1,4 +1,4 @@
-"""What a picture looks like while it is drawn, small enough to be sent at every step."""
+"""Previews of unfinished pictures, small enough to be sent at every step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _QUALITY = 90
 
 
 class Scene:
-    """A picture that is changed, small, in which each preview of the part that is drawn again takes its place."""
+    """A reduced copy of an edited picture, into which previews of the redrawn part are placed."""
 
     def __init__(self, edit: Edit) -> None:
         self._small = None if edit.mask is None else _reduced(edit, edit.mask)
 
     def with_part(self, picture: Tensor) -> Tensor:
-        """picture: (3, H, W), uint8 or float in about [-1, 1], of what is drawn -> the same, or uint8 of the whole."""
+        """picture: (3, H, W), uint8 or float in about [-1, 1], of the redrawn part -> itself, or uint8 of the whole."""
         if self._small is None:
             return picture
         return self._small.finished((to_uint8(picture) if picture.is_floating_point() else picture).cpu())
@@ -45,7 +45,7 @@ def _reduced(edit: Edit, mask: Tensor) -> Edit:
 
 
 def data_url(picture: Tensor) -> str:
-    """A JPEG in a URL, from (3, H, W), uint8 or float in about [-1, 1], on whatever device."""
+    """A JPEG in a data URL, from (3, H, W), uint8 or float in about [-1, 1], on any device."""
     height, width = picture.shape[-2:]
     longest = max(height, width)
     if longest > LARGEST:

@@ -1,4 +1,4 @@
-"""The queue that everyone shares: jobs are drawn one after the other, can be stopped, and outlast a restart."""
+"""The shared queue: jobs are drawn one after another, can be stopped, and survive a restart."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from cascade.settings import parse
 
 logger = logging.getLogger("cascade.server")
 MOST_WAITING = 500
-"""Pictures that may wait unless the caller says otherwise."""
-_REMEMBERED = 100  # jobs that are over and still told of
+"""Default for the number of pictures that may wait."""
+_REMEMBERED = 100  # finished jobs that are still listed
 
 
 class BusyError(CascadeError):
-    """Something that must wait until nothing is drawn."""
+    """A request that is refused while pictures are waiting or being drawn."""
 
 
 class Queue:
-    """Jobs of all clients. `load` gives the pipeline, in the thread that draws: a page is there before it."""
+    """Jobs of all clients. `load` loads the pipeline in the drawing thread, so that the page is available earlier."""
 
     def __init__(
         self, load: Callable[[], CascadePipeline], gallery: Gallery, *, most_waiting: int = MOST_WAITING
@@ -46,12 +46,12 @@ class Queue:
         self._kept = gallery.state / "queue.json"
 
     def start(self) -> None:
-        """Begin; what an earlier process left undone is taken up again as soon as the model is there."""
+        """Start; unfinished jobs of an earlier process resume as soon as the model is loaded."""
         self.worker.pipeline.add_done_callback(self._loaded)
         self.worker.start()
 
     def close(self) -> None:
-        """Stop after the step at hand, and write down what is not done."""
+        """Stop after the current step, and save unfinished jobs."""
         self.worker.close()
         self.hub.close()
         left = [{"asked": job.asked.to_json(), "missing": sorted(job.missing)} for job in self.jobs() if not job.over]
@@ -60,48 +60,48 @@ class Queue:
 
     @property
     def pipeline(self) -> CascadePipeline:
-        """The model; waits while it is loaded. Raises what went wrong with that."""
+        """The model; waits while it is loading. Raises the error if loading failed."""
         return self.worker.pipeline.result()
 
     def submit(self, asked: Asked, client: str) -> Job:
-        """Have something drawn. Raises CascadeError for what cannot be, FullError when too much waits."""
+        """Add a job. Raises CascadeError if it cannot be drawn, FullError when too much waits."""
         return self._enter(asked.settled(), client)
 
     def stop(self, job: Job) -> None:
-        """Draw no more of a job; what is there of it is kept."""
+        """Stop a job; its unfinished pictures are kept."""
         job.stopping = not job.over
         for piece in self.line.drop(job):
             job.settle(piece.target.number)
         self.hub.publish(Event("job", job.to_json(), f"job {job.id}"))
 
     def switch(self, load: Callable[[], CascadePipeline]) -> None:
-        """Draw with another model. Raises BusyError while anything waits or is drawn."""
+        """Switch to another model. Raises BusyError while jobs are waiting or being drawn."""
         with self._lock:
             if not self.worker.pipeline.done() or any(not job.over for job in self._jobs.values()):
                 raise BusyError("pictures wait or are drawn; choose another model when they are done")
             self.worker.switch(load)
-            self.worker.pipeline.add_done_callback(self._told)
+            self.worker.pipeline.add_done_callback(self._publish_loaded)
         self.hub.publish(Event("state", {"ready": False, "error": "", "jobs": [job.to_json() for job in self.jobs()]}))
 
     def job(self, id: str) -> Job:
-        """By its name. Raises KeyError."""
+        """A job by its id. Raises KeyError."""
         with self._lock:
             return self._jobs[id]
 
     def jobs(self) -> list[Job]:
-        """Those under way, and some that are over, the oldest first."""
+        """Current jobs and some finished ones, oldest first."""
         with self._lock:
             return list(self._jobs.values())
 
     def seconds_left(self) -> float:
-        """Until everything is drawn that waits now, about."""
+        """Estimated seconds until all waiting pictures are drawn."""
         open = [(job, len(job.missing)) for job in self.jobs() if not job.over]
         pace = self.worker.pace
         return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
 
     def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
         loaded = self.worker.pipeline
-        # Outside the lock: a picture to change takes a while to decode.
+        # Outside the lock, because decoding a picture takes a while.
         job = Job(asked, asked.plan(loaded.result(), self.gallery.next_index(), self.sources), client)
         job.missing = job.missing if missing is None else missing
         if job.plan.edit is not None:
@@ -118,11 +118,11 @@ class Queue:
         return job
 
     def _loaded(self, loaded: Future[CascadePipeline]) -> None:
-        self._told(loaded)
+        self._publish_loaded(loaded)
         if loaded.exception() is None and self._kept.exists():
             self._resume()
 
-    def _told(self, loaded: Future[CascadePipeline]) -> None:
+    def _publish_loaded(self, loaded: Future[CascadePipeline]) -> None:
         error = loaded.exception()
         self.hub.publish(Event("model", {"error": "" if error is None else str(error)}))
 
@@ -131,7 +131,7 @@ class Queue:
             try:
                 self._enter(parse(Asked, left["asked"], str(self._kept)), "earlier", set(left["missing"]))
             except (CascadeError, KeyError, TypeError) as error:
-                logger.warning("%s: not taken up again: %s", self._kept, error)
+                logger.warning("%s: a job was not resumed: %s", self._kept, error)
         self._kept.unlink(missing_ok=True)
 
 

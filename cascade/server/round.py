@@ -1,4 +1,4 @@
-"""One round of the engine: pictures of one or several jobs that share its batches, watched step by step."""
+"""One round of the engine: pictures of one or several jobs that share batches, with progress at every step."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from cascade.text.words import words_of
 
 
 class WatchedShelf(Shelf):
-    """A shelf that says when a smaller picture is done."""
+    """A shelf that reports each finished smaller picture."""
 
     def __init__(self, on_put: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self._on_put = on_put
 
     def put(self, key: str, pixels: Tensor) -> None:
-        """See `Shelf.put`; then it is told."""
+        """See `Shelf.put`; then call `on_put`."""
         super().put(key, pixels)
         self._on_put(key, pixels)
 
     def clear(self) -> None:
-        """Forget everything: after a stop nobody comes for it."""
+        """Remove everything, because after a stop nothing is fetched."""
         for key in tuple(self._held):
             self.drop(key)
 
 
 class Round:
-    """The pieces that the engine has in hand, and the news of them."""
+    """The pieces that the engine is drawing, and their events."""
 
     def __init__(self, pieces: Sequence[Piece], hub: Hub, pace: Pace, encoder: TextEncoder) -> None:
         """encoder: for the words of a traced prompt."""
@@ -67,11 +67,11 @@ class Round:
         self._before = time.perf_counter()
 
     def abandoned(self) -> bool:
-        """Whether nobody wants any of these any more."""
+        """Whether all jobs of the round were stopped."""
         return all(piece.job.stopping for piece in self.tasks.values())
 
     def step(self, step: Step) -> None:
-        """A step is done: say so, with what there is to see."""
+        """Report a finished step, with a preview."""
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         for row, task in enumerate(step.tasks):
@@ -86,7 +86,7 @@ class Round:
             self._say(task, self._progress(task, position, step.step, step.steps, preview))
 
     def smaller(self, key: str, pixels: Tensor) -> None:
-        """A picture is through a stage that is not its last."""
+        """Report a picture that has finished a stage other than its last."""
         task, position = self._places[key]
         self._smaller[task] = (position, pixels)
         steps = steps_of(task.passes[position])
@@ -94,11 +94,11 @@ class Round:
         self._say(task, self._progress(task, position, steps - 1, steps, preview))
 
     def left_over(self, task: Task, sizes: BatchSizes) -> tuple[Target, Drawn] | None:
-        """What there is of a picture that was stopped: the last stage's that it passed, which is a picture too."""
+        """The result of a stopped picture: that of the last stage that it finished, or None."""
         partial = (
             task.start is not None or task in self.recorders or (task.edit is not None and task.edit.mask is not None)
         )
-        if task not in self._smaller or partial:  # of a masked picture, only the part that is drawn again
+        if task not in self._smaller or partial:  # with a mask, only the redrawn part
             return None
         position, pixels = self._smaller[task]
         plan, count = self.tasks[task].target.job, position + 1
@@ -108,7 +108,7 @@ class Round:
         return smaller, Drawn(drawn, [pixels], self._pace.seconds(drawn.passes), used)
 
     def _preview(self, task: Task, picture: Tensor) -> str:
-        """What there is to see of a picture, (3, H, W): a masked one in its place; nothing where nobody looks."""
+        """A preview of a picture (3, H, W), with a mask in its surroundings; "" without watchers."""
         if not self._hub.watched:
             return ""
         scene = self._scenes.get(task)
@@ -117,7 +117,7 @@ class Round:
     def _progress(self, task: Task, position: int, step: int, steps: int, preview: str) -> Progress:
         stage, total = task.passes[position], self._pace.seconds(task.passes)
         done = self._pace.seconds(task.passes[:position]) + self._pace.of(stage) * (step + 1)
-        # The pace is learnt meanwhile, and nobody likes to see a bar go back.
+        # The estimate of the speed changes, but the bar must not move backwards.
         fraction = self._fractions[task] = max(self._fractions.get(task, 0.0), min(1.0, done / total))
         left = max(0.0, total - done) if self._pace.knows(task.passes) else None
         return Progress(stage.slot.config.name, step, steps, fraction, left, preview)

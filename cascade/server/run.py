@@ -1,4 +1,4 @@
-"""A server on a socket, from its start to its end."""
+"""Running the server on a socket."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cascade.server.guard import App
 from cascade.server.queue import Queue
 
 HEAD_SECONDS = 10.0
-"""For the head of a request to arrive; uvicorn itself would wait for ever."""
+"""Time limit for the headers of a request to arrive; uvicorn would wait for ever."""
 _MOST_CONNECTIONS = 256
 _GRACE_SECONDS = 5
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on whoever sends a request drop by drop."""
+    """HTTP/1.1 that closes connections whose request headers arrive too slowly."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,7 +46,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which sends those who watch home as soon as it is to end: else it would wait for them."""
+    """uvicorn's server, which closes event streams on shutdown; otherwise it would wait for them."""
 
     def __init__(self, app: App, queue: Queue, on_start: Callable[[], object] | None = None) -> None:
         config = uvicorn.Config(
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """A signal ends the server, and its caller tidies up; uvicorn would raise it again, which kills the process."""
+        """End the server on a signal, without uvicorn's second raise, which would kill the process before cleanup."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
 
 @contextmanager
 def listening(host: str, port: int, others: int = 0) -> Iterator[socket.socket]:
-    """A socket; where the port is taken, one of the next `others`. Raises CascadeError."""
+    """A listening socket; if the port is taken, on one of the next `others` ports. Raises CascadeError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Training runs in a folder, followed while they train: progress, curves, grids of pictures, warnings, time left."""
+"""Monitoring of training runs in a folder: progress, curves, sample grids, warnings, time left."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cascade.training.plot import panels, read_curves, thinned
 from cascade.training.watch import HISTORY, IN_A_ROW, Watch
 
 LOG = "log.jsonl"
-_DEEPEST = 3  # folders below the one that is followed
+_DEEPEST = 3  # levels of folders below the monitored one
 _MOST = 200
-_RECENT = 10  # entries from which the pace is taken
+_RECENT = 10  # entries that determine the speed
 _SILENT_SECONDS, _SILENT_ENTRIES = 120.0, 5  # without an entry for both, a run counts as stopped
 _GRID = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass
 class _Known:
-    """A log as it was read. stamp: of its file then."""
+    """A parsed log. stamp: of its file when it was read."""
 
     stamp: tuple[float, int]
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -45,12 +45,12 @@ class Runs:
         self._lock = threading.Lock()
 
     def every(self) -> list[dict[str, Any]]:
-        """What is told of each run, the one with the newest entry first."""
-        runs = [self._told(path) for path in self._paths()]
+        """Progress of each run, the run with the newest entry first."""
+        runs = [self._progress(path) for path in self._paths()]
         return sorted(runs, key=lambda run: -run["updated_at"])
 
     def get(self, id: str) -> dict[str, Any]:
-        """The same of one, with its curves, warnings and the steps of its grids. Raises KeyError."""
+        """Progress of one run, with its curves, warnings and the steps of its grids. Raises KeyError."""
         path = self._path(id)
         try:
             curves = {name: thinned(curve) for name, curve in read_curves(path).items()}
@@ -58,7 +58,7 @@ class Runs:
             curves = {}
         grids = sorted(int(match[1]) for match in map(_GRID.fullmatch, _names(path / "samples")) if match)
         told = {"curves": curves, "panels": panels([curves]), "grids": grids, "warnings": self._read(path).warnings}
-        return {**self._told(path), **told}
+        return {**self._progress(path), **told}
 
     def grid(self, id: str, step: int) -> bytes:
         """The sheet of sample pictures after a step, a PNG. Raises KeyError."""
@@ -67,7 +67,7 @@ class Runs:
         except OSError:
             raise KeyError(step) from None
 
-    def _told(self, path: Path) -> dict[str, Any]:
+    def _progress(self, path: Path) -> dict[str, Any]:
         entries, settings = self._read(path).entries, _settings(path)
         training = settings.get("training", {})
         step, steps = (int(entries[-1]["step"]) if entries else 0), int(training.get("steps", 0))
@@ -92,7 +92,7 @@ class Runs:
         }
 
     def _read(self, path: Path) -> _Known:
-        """The log, parsed again where it has changed."""
+        """The log, parsed again if it has changed."""
         with self._lock:
             try:
                 status = (path / LOG).stat()
@@ -142,7 +142,7 @@ def _modified(path: Path) -> float:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings of a run, which may be anything; nothing for what is no mapping."""
+    """The settings of a run, unchecked; {} if the file does not hold a mapping."""
     try:
         settings = read_yaml(path / SETTINGS)
     except CascadeError:
@@ -165,7 +165,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _seconds_a_step(entries: Sequence[Mapping[str, Any]], batch_size: int) -> float | None:
-    """From the last entries that have a pace."""
+    """Mean seconds per step in the last entries with a speed."""
     paces = [entry.get("images_per_second") for entry in entries[-_RECENT:]]
     known = [float(pace) for pace in paces if isinstance(pace, int | float) and pace > 0]
     return batch_size / median(known) if known and batch_size else None

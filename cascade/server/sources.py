@@ -1,4 +1,4 @@
-"""Pictures and masks that clients upload to have them changed: checked, decoded once, and named by their content."""
+"""Pictures and masks uploaded for editing: checked, decoded once, and named by their content."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cascade.server.pictures import checked_size
 from cascade.upscaling import read_mask, read_picture
 
 MOST_BYTES = 1 << 30
-"""Size of the folder; the picture whose last use is the longest ago is removed first."""
+"""Size limit of the folder; the least recently used picture is removed first."""
 _DECODED_AT_ONCE = 2
 _UPLOAD, _OF_THE_GALLERY = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 
@@ -32,8 +32,8 @@ Pixels: TypeAlias = np.ndarray[Any, Any]
 class Sources:
     """Folder of uploaded pictures. An upload's name is the digest of its pixels, as a recipe records it.
 
-    A name of the gallery's form is looked up there instead. No other name is accepted, so that no path from a request
-    reaches the disk.
+    A gallery id is looked up in the gallery instead. No other name is accepted, so that no path from a request reaches
+    the disk.
     """
 
     def __init__(
@@ -45,20 +45,20 @@ class Sources:
         self._lock = threading.Lock()
 
     def take(self, content: bytes) -> dict[str, Any]:
-        """Store an uploaded picture; its name, width and height. Raises CascadeError for a picture that is refused."""
+        """Store an uploaded picture; returns its name, width and height. Raises CascadeError for a refused picture."""
         pixels = self._decoded(content)
         name = digest_of(read_picture(pixels)[0])
         self._store(name, pixels)
         return {"name": name, "width": pixels.shape[1], "height": pixels.shape[0]}
 
     def take_mask(self, pixels: Pixels) -> str:
-        """Store a mask, (H, W) uint8, 255 where the picture is drawn again; its name."""
+        """Store a mask, (H, W) uint8, 255 where the picture is redrawn; returns its name."""
         name = digest_of(read_mask(pixels))
         self._store(name, pixels)
         return name
 
     def keep(self, edit: Edit) -> None:
-        """Store the picture and the mask of a change under the names in its recipe, so that it can be drawn again."""
+        """Store the picture and the mask of an edit under the names in its recipe, so that it can be drawn again."""
         pixels = edit.image.permute(1, 2, 0).contiguous().numpy()
         self._store(digest_of(edit.image), pixels)
         if edit.mask is not None:
@@ -83,7 +83,7 @@ class Sources:
                 return path.read_bytes()
         except (KeyError, FileNotFoundError):
             pass
-        raise CascadeError(f"{field}: no such picture here; upload it (again) and give the name in the answer")
+        raise CascadeError(f"{field}: no such picture here; upload it (again) and use the name in the response")
 
     def _decoded(self, content: bytes) -> Pixels:
         checked_size(content)

@@ -1,4 +1,4 @@
-"""Traces that clients requested: folders by name, of which the newest stay."""
+"""Traces requested by clients: folders by name, of which the newest are kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cascade.drawing.trace_files import ANIMATION, SHEET, read_trace, write_trac
 from cascade.pipeline import CascadePipeline
 
 MOST = 30
-"""Traces that stay; one has 5 to 20 MB."""
+"""Number of kept traces of 5 to 20 MB each."""
 
 
 class Traces:
-    """A folder of traces. Names come from requests: none but those of 32 hexadecimal digits reach the disk."""
+    """A folder of traces. Only requested names of 32 hexadecimal digits reach the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, target: Target, recorder: Recorder, pipeline: CascadePipeline) -> str:
-        """Keep a trace; its name, which follows from the model and the recipe. Raises OSError."""
+        """Store a trace; returns its name, derived from the model and the recipe. Raises OSError."""
         digest = target.recipe.digest()
         name = hashlib.sha256(f"{pipeline.name} {digest}".encode()).hexdigest()[:32]
         recipe = target.recipe
@@ -35,7 +35,7 @@ class Traces:
         return name
 
     def get(self, name: str) -> dict[str, Any]:
-        """What trace.json holds. Raises KeyError."""
+        """The content of trace.json. Raises KeyError."""
         try:
             found: dict[str, Any] = read_trace(self._place(name))
         except (OSError, ValueError):
@@ -43,7 +43,7 @@ class Traces:
         return found
 
     def file(self, name: str, file: str) -> bytes:
-        """One of the pictures that a trace names. Raises KeyError."""
+        """A picture listed in a trace. Raises KeyError."""
         steps = [step for stage in self.get(name)["stages"] for step in stage["steps"]]
         if file not in {SHEET, ANIMATION, *(own for step in steps for own in step["files"].values())}:
             raise KeyError(file)

@@ -1,4 +1,4 @@
-"""For programs that ask and wait in one request: a size becomes a job, and a job's end an answer."""
+"""Synchronous requests: from a requested size to a job, and from a finished job to a response."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOOK_SECONDS = 0.5
 
 
 def drawn_size(pipeline: CascadePipeline, height: int, width: int) -> dict[str, int]:
-    """`until`, `height` and `width` to draw, so that the picture is averaged down to the size asked for, if need be.
+    """`until`, `height` and `width` to draw, so that averaging down gives the requested size.
 
-    The smallest stage that is large enough draws it: one in the middle of the cascade drawn smaller than it was trained
-    for would know less.
+    The smallest stage that is large enough draws it, since a later stage would have to draw smaller than it was trained
+    for.
     """
     configs = [slot.config for slot in pipeline.slots]
     for place, config in enumerate(configs):
@@ -32,16 +32,16 @@ def drawn_size(pipeline: CascadePipeline, height: int, width: int) -> dict[str, 
         sides = height * scale, width * scale
         if scale >= 1 and not any(side % step for side in sides) and sides[0] * sides[1] <= MOST_PIXELS:
             return {"until": config.resolution, "height": round(sides[0]), "width": round(sides[1])}
-    return {"height": height, "width": width}  # the pipeline says what is wrong with it
+    return {"height": height, "width": width}  # the pipeline raises the error
 
 
 async def submitted(queue: Queue, asked: Asked, request: Request) -> Job:
-    """A job in the queue. Raises CascadeError, FullError."""
+    """Submit a job to the queue. Raises CascadeError, FullError."""
     return await run_in_threadpool(queue.submit, asked, client_of(request))
 
 
 async def watched(queue: Queue, job: Job, request: Request) -> AsyncIterator[Event]:
-    """The news of a job until it is over; a client that goes away takes its job with it."""
+    """The events of a job until it ends; the job is stopped when the client disconnects."""
     with queue.hub.watching() as watcher:
         while not job.result.done() and not watcher.closed:
             if await request.is_disconnected():
@@ -54,23 +54,23 @@ async def watched(queue: Queue, job: Job, request: Request) -> AsyncIterator[Eve
 
 
 async def finished(queue: Queue, job: Job, request: Request) -> None:
-    """Waits for a job. Raises HTTPException when it fails, or is stopped by somebody else."""
+    """Wait for a job. Raises HTTPException when it fails, or another client stops it."""
     while not job.result.done():
         await asyncio.wait({asyncio.wrap_future(job.result)}, timeout=_LOOK_SECONDS)
         if not queue.worker.alive:
-            raise HTTPException(503, "the server ends; what is not done is drawn when it starts again")
+            raise HTTPException(503, "the server is shutting down; it will draw unfinished jobs when it starts again")
         if await request.is_disconnected():
             queue.stop(job)
-            raise HTTPException(499, "the client is gone")
+            raise HTTPException(499, "the client disconnected")
     check(job)
 
 
 def check(job: Job) -> None:
-    """Raises HTTPException for a job that did not give its pictures."""
+    """Raise HTTPException for a job without finished pictures."""
     if job.state is State.FAILED:
         raise HTTPException(500, job.error)
     if job.state is not State.DONE:
-        raise HTTPException(409, "stopped by somebody else")
+        raise HTTPException(409, "another client stopped the job")
 
 
 def pictures_of(queue: Queue, job: Job, size: tuple[int, int] | None, format: str) -> list[bytes]:

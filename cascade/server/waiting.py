@@ -1,4 +1,4 @@
-"""The pictures that wait, in the order in which they are drawn: everyone who asks gets a turn."""
+"""The line of waiting pictures, in drawing order: clients take turns."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from cascade.errors import CascadeError
 from cascade.server.jobs import Job, State
 
 MOST_HELD = 1 << 30
-"""Bytes of pictures to change that may wait in memory: 150 of 1024 x 1024 with masks."""
+"""Bytes of pictures to edit that may wait in memory: 150 of 1024 x 1024 with masks."""
 
 
 class FullError(CascadeError):
-    """So much waits already that nothing more is taken."""
+    """Too many pictures are waiting to accept another job."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A picture of a job."""
+    """One picture of a job."""
 
     job: Job
     target: Target
 
     @property
     def agreement(self) -> object:
-        """Equal where pictures can share a batch at each stage."""
+        """A key that is equal for pictures that can share a batch at each stage."""
         plan = self.job.plan
         if self.job.asked.trace:
             return self.job.id
@@ -37,10 +37,10 @@ class Piece:
 
 
 class WaitingLine:
-    """Pieces of many clients. Whoever was served last is at the end; several threads put, one takes."""
+    """Pieces of many clients; the client served last comes last. Several threads put, one takes."""
 
     def __init__(self, most: int, linger_seconds: float = 0.005) -> None:
-        """most: pieces that may wait. linger_seconds: for others to join a batch that is not full."""
+        """most: pieces that may wait. linger_seconds: time for others to join a batch that is not full."""
         self._most, self._linger = most, linger_seconds
         self._clients: dict[str, deque[Piece]] = {}
         self._changed = threading.Condition()
@@ -51,19 +51,19 @@ class WaitingLine:
             return sum(map(len, self._clients.values()))
 
     def put(self, job: Job) -> None:
-        """Let all that a job lacks wait. Raises FullError."""
+        """Add the unfinished pictures of a job. Raises FullError."""
         pieces = [Piece(job, target) for target in job.targets()]
         with self._changed:
             if len(self) + len(pieces) > self._most:
-                raise FullError(f"{len(self)} pictures wait already, and {self._most} may; try again later")
+                raise FullError(f"{len(self)} pictures are waiting, of at most {self._most}; try again later")
             jobs = {piece.job for waiting in self._clients.values() for piece in waiting}
             if job.held_bytes and job.held_bytes + sum(other.held_bytes for other in jobs) > MOST_HELD:
-                raise FullError("the pictures that wait to be changed fill the memory set aside; try again later")
+                raise FullError("the waiting pictures to edit fill the memory reserved for them; try again later")
             self._clients.setdefault(job.client, deque()).extend(pieces)
             self._changed.notify()
 
     def drop(self, job: Job) -> list[Piece]:
-        """Take out what waits of a job."""
+        """Remove and return the waiting pictures of a job."""
         with self._changed:
             pieces = self._clients.get(job.client, deque())
             dropped = [piece for piece in pieces if piece.job is job]
@@ -71,14 +71,14 @@ class WaitingLine:
             return dropped
 
     def take(self, most: int) -> list[Piece]:
-        """Up to `most` pieces that agree, as soon as there are any; none once the line is closed or interrupted."""
+        """Up to `most` pieces of one agreement; waits until there is one. Empty when closed or interrupted."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._interrupted or any(self._clients.values()))
             if self._interrupted:
                 self._interrupted = False
                 return []
         if most > 1 and len(self) < most:
-            time.sleep(self._linger)  # requests that came at the same moment join
+            time.sleep(self._linger)  # lets simultaneous requests join
         with self._changed:
             if self._closed:
                 return []
@@ -91,20 +91,20 @@ class WaitingLine:
             return batch
 
     def interrupt(self) -> None:
-        """Have `take` return once without pieces."""
+        """Make `take` return once without pieces."""
         with self._changed:
             self._interrupted = True
             self._changed.notify_all()
 
     def wait_for_interrupt(self) -> bool:
-        """Waits for it; False once the line is closed."""
+        """Wait for `interrupt`; False once the line is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._interrupted)
             self._interrupted = False
             return not self._closed
 
     def close(self) -> None:
-        """Give out nothing more."""
+        """End the line: `take` returns nothing more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -124,7 +124,7 @@ class WaitingLine:
         self._keep(client, pieces)
 
     def _keep(self, client: str, pieces: deque[Piece]) -> None:
-        """What is left of a client, in its place, or at the end if it has none."""
+        """Put back the remaining pieces of a client, in its place, or at the end if it has none."""
         if pieces:
             self._clients[client] = pieces
         else:

@@ -1,4 +1,4 @@
-"""The one thread that draws: it owns the pipeline and the engine, and takes from the line what comes next."""
+"""The drawing thread: it owns the pipeline and the engine, and takes pictures from the line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("cascade.server")
 
 @dataclass
 class Counts:
-    """Since the start, for those who measure."""
+    """Counts since the start, for metrics."""
 
     drawn: int = 0
     failed: int = 0
@@ -41,7 +41,7 @@ class Counts:
 
 
 class Worker:
-    """Draws until it is closed. pipeline: set once the model is loaded."""
+    """Draws until it is closed. pipeline: set when the model is loaded."""
 
     def __init__(self, load: Callable[[], CascadePipeline], line: WaitingLine, gallery: Gallery, hub: Hub) -> None:
         self.pipeline: Future[CascadePipeline] = Future()
@@ -53,22 +53,22 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="draws", daemon=True)
 
     def start(self) -> None:
-        """Load the model, then draw; both in the thread."""
+        """Load the model, then draw, both in the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step at hand; what is not finished keeps its place."""
+        """Stop after the current step; unfinished pictures keep their place."""
         self._closing = True
         self._line.close()
         self._thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether anything would still be drawn."""
+        """Whether the thread can still draw."""
         return self._thread.is_alive()
 
     def switch(self, load: Callable[[], CascadePipeline]) -> None:
-        """Draw with another model from now on; the caller sees to it that nothing waits or is drawn."""
+        """Switch to another model; the caller ensures that nothing is waiting or being drawn."""
         self._load, self.pipeline = load, Future()
         self._line.interrupt()
 
@@ -77,7 +77,7 @@ class Worker:
             loading = self.pipeline
             try:
                 loading.set_result(self._load())
-            except Exception as error:  # told to everyone who asks
+            except Exception as error:  # raised in every request
                 logger.error("%s", error)
                 loading.set_exception(error)
                 if not self._line.wait_for_interrupt():
@@ -86,7 +86,7 @@ class Worker:
             self._serve(loading.result())
 
     def _serve(self, pipeline: CascadePipeline) -> None:
-        """Draw with one model until there is to be another, or an end."""
+        """Draw with one model until the next switch or the end."""
         self.pace = Pace()
         engine = pipeline.engine(Conduct(abort=self._abandoned, on_step=self._step), self._shelf)
         while pieces := self._line.take(pipeline.default_batch_size):
@@ -111,7 +111,7 @@ class Worker:
             self._fail(list(open.values()), str(error))
         except Exception:
             logger.exception("a picture could not be drawn")
-            self._fail(list(open.values()), "an internal error; the server's log has more")
+            self._fail(list(open.values()), "an internal error; see the server's log")
         finally:
             self._shelf.clear()
 
@@ -128,7 +128,7 @@ class Worker:
         self._settle(piece)
 
     def _keep(self, piece: Piece, target: Target, drawn: Drawn) -> None:
-        """Into the gallery. Raises CascadeError when it cannot be written."""
+        """Store a picture in the gallery. Raises CascadeError when it cannot be written."""
         job = piece.job
         describe = Describer(self.pipeline.result(), job.asked.options())
         picture = self._gallery.write(Finished(target, drawn, describe(target, drawn)))
@@ -136,7 +136,7 @@ class Worker:
         self._hub.publish(Event("picture", {"job": job.id, "number": target.number, "picture": picture}))
 
     def _stopped(self, piece: Piece, left_over: tuple[Target, Drawn] | None) -> None:
-        """Stopped by whoever asked: keep what is there. By the end of the server: it is drawn another time."""
+        """Settle a stopped picture: keep its result if the client stopped it; redraw it later if the server ends."""
         if not piece.job.stopping:
             return
         self.counts.stopped += 1

@@ -94,6 +94,23 @@ def replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+_EXCHANGE = 2
+"""Linux's RENAME_EXCHANGE, and macOS' RENAME_SWAP."""
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one operation; False where the system or the disk cannot."""
+    library = c_library()
+    name = "renamex_np" if sys.platform == "darwin" else "renameat2"
+    function = getattr(library, name, None)
+    if function is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    here = ctypes.c_int(-100)  # AT_FDCWD: paths are those of this process
+    arguments = paths if sys.platform == "darwin" else (here, paths[0], here, paths[1])
+    return bool(function(*arguments, ctypes.c_uint(_EXCHANGE)) == 0)
+
+
 def is_same_file(handle: int, path: Path) -> bool:
     """Whether a path now names this open file. Raises FileNotFoundError if the path does not exist."""
     return os.path.samestat(os.fstat(handle), path.stat())

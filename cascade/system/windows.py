@@ -162,6 +162,11 @@ def replace(source: Path, target: Path) -> None:
             return
 
 
+def exchange(one: Path, other: Path) -> bool:  # noqa: ARG001 - of the other systems
+    """False: Windows cannot exchange the names of two folders in one operation."""
+    return False
+
+
 def is_same_file(handle: int, path: Path) -> bool:  # noqa: ARG001 - an open file cannot be replaced
     """Whether a path now names this open file. Raises FileNotFoundError if the path does not exist."""
     path.stat()

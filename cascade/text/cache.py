@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.locks import lock_file
 from cascade.quoting import quoted
+from cascade.settings import Noted, parse
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.lookup import HASH_BYTES, Lookup, Place, hash_of
 
@@ -33,6 +35,15 @@ ANOTHER_ENCODER = (
     "these embeddings were made by another text encoder, or with another max_length or dtype;"
     " use another folder, or delete this one and fill it again with `cascade encode`"
 )
+
+
+class _Noted(Noted):
+    """What is read of an index.json."""
+
+    encoder: str
+    dim: int = Field(ge=1, le=1 << 20)
+    shards: tuple[Annotated[str, Field(pattern=r"^shard-\d{1,9}-\d{5,9}\.safetensors$")], ...]
+    settings: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,10 @@ class _Index:
         data = read_json(path)
         check_format(path, data.pop("format", None))
         try:
-            return cls(str(data["encoder"]), int(data["dim"]), tuple(data["shards"]), data.get("settings"))
-        except (KeyError, TypeError, ValueError):
-            raise CascadeError(f"{path}: damaged; {_START_AGAIN}") from None
+            said = parse(_Noted, data, str(path))
+        except CascadeError as error:
+            raise CascadeError(f"{error}; {_START_AGAIN}") from None
+        return cls(said.encoder, said.dim, said.shards, said.settings)
 
     def write(self, path: Path) -> None:
         write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
@@ -203,7 +215,7 @@ class EmbeddingCache:
                 shape = shard.get_slice("tokens").get_shape()
             except FileNotFoundError:
                 raise CascadeError(f"{path}: no such file, although the index lists it; {_START_AGAIN}") from None
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError) as error:
                 raise CascadeError(f"{path}: damaged ({error}); {_START_AGAIN}") from None
             if len(keys) != len(lengths) or shape != [int(lengths.sum()), self.dim]:
                 raise CascadeError(f"{path}: its tensors do not fit together; {_START_AGAIN}")

@@ -135,7 +135,7 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights and the embeddings are."""
+        """Device of the weights and the embeddings."""
         device: torch.device = self._streamed_to or self._loaded().device
         return device
 

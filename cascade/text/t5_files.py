@@ -41,6 +41,9 @@ def check_folder(folder: Path) -> None:
             f"{folder}: no such folder; a text encoder is a folder with config.json, model.safetensors and"
             " tokenizer.json, or a hub id such as google/flan-t5-base"
         )
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise CascadeError(f"{path}: no file, but a pipe, a device or a link that leads nowhere; copy it again")
     if not _has_tokenizer(tokenizer_folder(folder)):
         raise CascadeError(f"{folder}: no tokenizer.json; copy the tokenizer's files into this folder")
 
@@ -154,6 +157,11 @@ def _config_and_tokenizer(where: str, local: bool) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(where, **options)
     if config.model_type != "t5":
         raise CascadeError(f"{where}: holds a {config.model_type}, not a T5; name the folder or hub id of a T5")
+    if getattr(config, "quantization_config", None) is not None:
+        raise CascadeError(
+            f"{where}: config.json: quantization_config: weights that are stored quantized are not read; give those in"
+            " full or half precision, and eight_bit for less memory"
+        )
     words = str(tokenizer_folder(Path(where))) if local else where
     tokenizer = AutoTokenizer.from_pretrained(words, **options)
     _check_tokenizer(where, tokenizer, config.vocab_size)
@@ -165,9 +173,9 @@ def _errors_in_one_line(where: str, local: bool) -> Iterator[None]:
     """Turn any error into a one-line CascadeError: damaged files raise OSError, ValueError, TypeError and more."""
     try:
         yield
-    except CascadeError:
+    except (CascadeError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # the tokenizers, written in Rust, panic past every `except Exception`
         reason = str(error).strip().splitlines() or [type(error).__name__]
         way_out = "copy the folder again" if local else "check the name and the network, or name a local folder"
         raise CascadeError(

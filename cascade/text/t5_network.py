@@ -58,7 +58,7 @@ class T5Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.shared.weight.device
 
     @property

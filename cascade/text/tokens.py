@@ -28,7 +28,9 @@ class TokenCounter:
             source = tokenizer_folder(path_of(source))
         try:
             self._tokenizer = _load(source, local)
-        except Exception as error:  # damaged files raise nearly everything
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # damaged files raise nearly everything, panics of Rust too
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CascadeError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
         self._captions: Captions = captions

@@ -1,4 +1,4 @@
-"""accelerate, as this project uses it: one process or many, replicated (DDP) or sharded (FSDP2)."""
+"""Setup of accelerate: one process or many, with replicated (DDP) or sharded (FSDP2) weights."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from cascade.machine import has_bfloat16, name_of
 
 ResultT = TypeVar("ResultT")
 TIMEOUT = timedelta(hours=2)
-"""How long processes wait for each other: longer than the main one needs to write a checkpoint of the largest preset to
-a slow disk. torch's own is 10 minutes on GPUs. That one has ended is noticed at once, by whoever started them."""
+"""Time-out for processes that wait for each other: longer than the main process needs to write a checkpoint of the
+largest preset to a slow disk. torch's default is 10 minutes on GPUs. The launcher notices a dead process at once."""
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of a run. Raises CascadeError for a precision or a tracker that is not to be had here."""
+    """The accelerator of a run. Raises CascadeError for a precision or a tracker that is not available."""
     precision = config.training.precision
     trackers = list(config.training.trackers)
     device = launched_processes().device
     assert precision != "auto", "settled before"
-    if precision == "bf16" and device.type == "mps" and not has_bfloat16(device):  # NVIDIA's older GPUs imitate it
+    if precision == "bf16" and device.type == "mps" and not has_bfloat16(device):  # NVIDIA's older GPUs emulate it
         raise CascadeError(f"training.precision: {name_of(device)} has no bfloat16; use fp16 or fp32")
     if precision == "fp16" and device.type == "cpu":
         raise CascadeError("training.precision: fp16 needs a GPU; on a CPU use bf16")
-    # It is shared by all accelerators of a process, and refuses another precision than the run before had.
+    # Shared by all accelerators of a process; it would refuse another precision than an earlier run's.
     AcceleratorState._reset_state()
     plugin = sharding_plugin(_DTYPES[precision]) if _asks_for_sharding() else None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`log_with=")  # the error below says it
+            warnings.filterwarnings("ignore", message="`log_with=")  # the error below reports it
             accelerator = Accelerator(
                 cpu=device.type == "cpu",
                 mixed_precision="no" if precision == "fp32" else precision,
@@ -51,7 +51,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             )
     except ValueError as error:
         raise CascadeError(f"training.trackers: {error}") from None
-    if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate leaves them out silently
+    if "all" not in trackers and len(accelerator.log_with) < len(set(trackers)):  # accelerate drops others silently
         found = {str(tracker) for tracker in accelerator.log_with}
         missing = [tracker for tracker in trackers if tracker not in found]
         how = "pip install 'cascade-diffusion[tensorboard]'" if missing == ["tensorboard"] else "install it"
@@ -60,18 +60,18 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, name: str, first_step: int) -> None:
-    """Begin to send a run's numbers; TensorBoard hides those that a killed run sent from `first_step` on."""
+    """Start the trackers; TensorBoard hides values from `first_step` on that a killed run sent."""
     if accelerator.log_with:
         accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": first_step}})
 
 
 def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
-    """accelerate's settings of FSDP2, as its launcher gave them, with a mixed precision that is ours.
+    """The FSDP2 settings of accelerate's launcher, with our own mixed precision.
 
-    accelerate's own would round log SNR to bfloat16 on its way in, and sum gradients in bfloat16.
+    accelerate's would round log SNR to bfloat16 at the input, and sum gradients in bfloat16.
     """
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise CascadeError("accelerate's configuration: weights are sharded by FSDP2 only; set fsdp_version: 2")
+        raise CascadeError("accelerate's configuration: only FSDP2 is supported; set fsdp_version: 2")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy, fsdp_version=2)
     if plugin.activation_checkpointing:
@@ -82,12 +82,12 @@ def sharding_plugin(dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin
 
 
 def shards(accelerator: Accelerator) -> bool:
-    """Whether each process will hold a part of every weight."""
+    """Whether each process holds only a part of every weight."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def check_shardable(settings: TrainingConfig) -> None:
-    """Raises CascadeError for settings whose arithmetic needs whole weights."""
+    """Raise CascadeError for settings that need whole weights."""
     if settings.optimizer.kind == "muon":
         raise CascadeError(
             "training.optimizer.kind: muon needs whole weights, and FSDP gives each process a part; use adamw or"
@@ -95,15 +95,15 @@ def check_shardable(settings: TrainingConfig) -> None:
         )
     if settings.lora_rank:
         raise CascadeError(
-            "training.lora_rank: leave it 0 under FSDP; differences of low rank are small enough for DDP"
+            "training.lora_rank: must be 0 under FSDP; use DDP, for which low-rank differences are small enough"
         )
 
 
 def from_main(accelerator: Accelerator | PartialState, action: Callable[[], ResultT]) -> ResultT:
-    """Run `action` on the main process alone; its result in every process, which wait for it.
+    """Run `action` on the main process only and return its result in every process.
 
-    What it raises ends every process, the others with a CascadeError: were they not told, they would wait until their
-    time-out. The action must not talk to other processes, and its result must be small and plain.
+    An exception ends every process, the others with a CascadeError; otherwise they would wait until their time-out.
+    The action must not communicate with other processes, and its result must be small and plain.
     """
     if accelerator.num_processes == 1:
         return action()
@@ -113,7 +113,7 @@ def from_main(accelerator: Accelerator | PartialState, action: Callable[[], Resu
         try:
             answer[0] = action()
         except Exception as error:
-            failure, answer[1] = error, _told(error)
+            failure, answer[1] = error, _failure_message(error)
     torch.distributed.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
@@ -122,20 +122,20 @@ def from_main(accelerator: Accelerator | PartialState, action: Callable[[], Resu
     return answer[0]  # type: ignore[return-value]
 
 
-def _told(error: Exception) -> str:
-    """What the other processes say of an error in the main one."""
+def _failure_message(error: Exception) -> str:
+    """The message in the other processes about an error in the main one."""
     if isinstance(error, CascadeError):
         return str(error)
     reason = (str(error).strip().splitlines() or ["without a message"])[0]
-    return f"the main process failed with {type(error).__name__}: {reason}; what it wrote says where"
+    return f"the main process failed with {type(error).__name__}: {reason}; see its own output"
 
 
 def launched_processes() -> PartialState:
-    """The processes that were launched together, as accelerate sees them, which keeps what it was told first.
+    """accelerate's state of the processes that were launched together; the first call decides it.
 
-    On a machine without GPUs accelerate takes each of several processes for one alone, unless it is told that the CPU
-    is meant: by `ACCELERATE_USE_CPU`, which torchrun does not know, or here. Raises CascadeError when it sees another
-    number than was launched: each would be a run of its own.
+    On a machine without GPUs accelerate treats each of several processes as a single one unless the CPU is requested:
+    by `ACCELERATE_USE_CPU`, which torchrun does not set, or here. Raises CascadeError when accelerate's number of
+    processes differs from the launched one: each would be a separate run.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
     launched = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
@@ -144,32 +144,32 @@ def launched_processes() -> PartialState:
         state = PartialState(cpu=True, timeout=TIMEOUT)
     if state.num_processes != launched:
         raise CascadeError(
-            f"{launched} processes were launched, but accelerate sees {state.num_processes} of them; start them with"
+            f"{launched} processes were launched, but accelerate found {state.num_processes} of them; start them with"
             " `accelerate launch` or torchrun"
         )
     return state
 
 
 def expected_processes() -> tuple[int, bool]:
-    """How many processes were launched, and whether they will share out the weights."""
+    """The number of launched processes, and whether they will shard the weights."""
     state = launched_processes()
     return int(state.num_processes), _asks_for_sharding() and state.device.type != "cpu"
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set in any process; every process must ask."""
+    """Whether `flag` is set in any process; every process must call this."""
     if accelerator.num_processes == 1:
         return flag
     told = torch.tensor(float(flag))
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _beside_gpus(accelerator.device))
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _cpu_group(accelerator.device))
     return bool(told > 0)
 
 
 @cache
-def _beside_gpus(device: torch.device) -> torch.distributed.ProcessGroup | None:
-    """All processes, for what they tell each other without their GPUs: nobody waits for what these still have to do.
+def _cpu_group(device: torch.device) -> torch.distributed.ProcessGroup | None:
+    """A CPU process group next to the GPUs', so that communication does not wait for queued GPU work.
 
-    None is the group that there is, which serves CPUs where the processes compute on them.
+    None, the default group, where the processes compute on CPUs.
     """
     return None if device.type == "cpu" else torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""What happens every so many steps of a run, besides the steps: the log's entry, validation, a grid of pictures."""
+"""Periodic actions of a training run: log entry, validation, sample grid."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Moment:
-    """A step that is done.
+    """The state after a completed step.
 
-    averaged: gives the stage with the averaged weights. stopped: whether somebody asked the run to stop.
+    averaged: returns the stage with the averaged weights. stopped: whether the run was asked to stop.
     """
 
     step: int
@@ -36,14 +36,14 @@ class Moment:
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what is done every so many steps is done after a step of a run of `steps`: also after the last."""
+    """Whether an action with period `every` is due after a step of a run of `steps`; it also is after the last."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
 class Action(ABC):
-    """Something that is done every so many steps and after the last one; 0: never.
+    """An action performed every `every` steps and after the last one; 0: never.
 
-    lengthy: it may take so long that a run which is asked to stop leaves it to the resumed run.
+    lengthy: it may take so long that a run that is asked to stop leaves it to the resumed run.
     """
 
     lengthy = False
@@ -52,19 +52,19 @@ class Action(ABC):
         self._every = every
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether it is done after a step of a run of `steps`."""
+        """Whether the action is due after a step of a run of `steps`."""
         return is_due(self._every, step, steps)
 
     @abstractmethod
     def run(self, moment: Moment) -> Mapping[str, float]:
-        """Do it, in all processes together; what the log's entry says of it. Raises Stopped when asked to stop."""
+        """Perform the action, in all processes together; returns values for the log entry. Raises Stopped."""
 
 
 class LogEntry(Action):
     """The means over the steps since the last entry."""
 
     def __init__(self, every: int, means: Callable[[int], Mapping[str, float]]) -> None:
-        """means: gives them, and begins new ones."""
+        """means: returns the means since its last call."""
         super().__init__(every)
         self._means = means
 
@@ -83,7 +83,7 @@ class Validate(Action):
         self.validation, self._text, self._accelerator = validation, text, accelerator
 
     def run(self, moment: Moment) -> Mapping[str, float]:
-        """Its mean over the pictures of all processes, and by noise level."""
+        """The mean loss over the pictures of all processes, and by noise level."""
 
         def leave_if_asked() -> None:
             if any_process(self._accelerator, moment.stopped()):
@@ -99,7 +99,7 @@ class Validate(Action):
 
 
 class Grid(Action):
-    """A sheet of pictures that the stage draws, samples/step-N.png."""
+    """A sheet of pictures drawn by the stage, samples/step-N.png."""
 
     lengthy = True
 
@@ -108,7 +108,7 @@ class Grid(Action):
         self._grid, self._folder, self._accelerator = grid, folder, accelerator
 
     def run(self, moment: Moment) -> Mapping[str, float]:
-        """The main process draws; Stopped is raised in every process when it was asked to stop meanwhile."""
+        """Draw on the main process. Raises Stopped in every process when asked to stop in the meantime."""
         averaged = moment.averaged()
 
         def leave_if_asked(*_: object) -> None:

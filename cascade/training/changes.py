@@ -1,9 +1,9 @@
-"""What became of the settings since a checkpoint, and which of the changes matter.
+"""Settings that changed since a checkpoint, and the effect of each change on a resumed run.
 
-Every setting belongs to one of three kinds, by the longest entry below that begins its name:
-- `OTHER_RUN`: the weights would mean something else or not fit; a resume is refused and `init_from` named;
-- `OTHER_RESULT`: the run goes on, but ends elsewhere than it would have; a warning says so;
-- `SAME_RESULT`: the weights are what they would have been; said in passing.
+Every setting has one of three effects, given by the longest entry below that begins its name:
+- `OTHER_RUN`: the weights would have another meaning or not fit; a resume is refused with a hint to `init_from`;
+- `OTHER_RESULT`: the run continues, with a warning that its result will differ;
+- `SAME_RESULT`: the weights are unaffected; the change is logged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cascade.settings import parse
 
 
 class Effect(Enum):
-    """What a changed setting does to a run that goes on with it."""
+    """The effect of a changed setting on a resumed run."""
 
     OTHER_RUN = "another run"
     OTHER_RESULT = "another result"
@@ -29,7 +29,7 @@ class Effect(Enum):
 EFFECTS: dict[str, Effect] = {
     "format": Effect.OTHER_RUN,
     "output": Effect.SAME_RESULT,
-    # What the weights are weights of.
+    # The network that the weights belong to.
     "stage": Effect.OTHER_RUN,
     "stage.name": Effect.SAME_RESULT,
     "stage.resolution": Effect.OTHER_RESULT,
@@ -37,7 +37,7 @@ EFFECTS: dict[str, Effect] = {
     "stage.model.dropout": Effect.OTHER_RESULT,
     "stage.sampling": Effect.SAME_RESULT,
     "stage.presets": Effect.SAME_RESULT,
-    # The meaning of a text; another encoder may be the same one in another folder, so it is only a warning.
+    # The embeddings of texts; only a warning, since the same encoder may be in another folder.
     "text": Effect.OTHER_RESULT,
     "text.cache": Effect.SAME_RESULT,
     "data": Effect.OTHER_RESULT,
@@ -45,7 +45,7 @@ EFFECTS: dict[str, Effect] = {
     "data.workers": Effect.SAME_RESULT,
     "data.decoded": Effect.SAME_RESULT,
     "training": Effect.OTHER_RESULT,
-    "training.init_from": Effect.SAME_RESULT,  # it was read once, at the start
+    "training.init_from": Effect.SAME_RESULT,  # read only at the start
     "training.lora_rank": Effect.OTHER_RUN,
     "training.lora_layers": Effect.OTHER_RUN,
     "training.optimizer.kind": Effect.OTHER_RUN,
@@ -60,18 +60,18 @@ EFFECTS: dict[str, Effect] = {
 }
 
 _NOTES = {
-    "training.batch_size": "the data goes on at view step x batch_size, so views are skipped or seen again",
-    "training.accumulation": "the steps are the same up to rounding, but for dropout's masks",
-    "training.steps": "with a decay, the learning rate of every step left follows from it",
-    "text.encoder": "the embeddings must be the same, or the network has learnt another language",
-    "training.seed": "order, crops and noise are drawn anew from here on",
+    "training.batch_size": "the data continues at view step x batch_size, so views are skipped or repeated",
+    "training.accumulation": "the steps are the same up to rounding, except for dropout's masks",
+    "training.steps": "with a decay, it changes the learning rate of every remaining step",
+    "text.encoder": "the network needs the embeddings that it was trained with",
+    "training.seed": "order, crops and noise differ from here on",
 }
 
 
 def check_changes(saved: dict[str, Any], config: TrainConfig, origin: Path) -> list[str]:
-    """A line for each kind of change that a run can go on with. saved: the settings in the checkpoint `origin`.
+    """One line for each kind of permitted change. saved: the settings in the checkpoint `origin`.
 
-    Raises CascadeError for changes that make it another run.
+    Raises CascadeError for changes with the effect `OTHER_RUN`.
     """
     changed: dict[Effect, list[str]] = {effect: [] for effect in Effect}
     for name, line in differences(_complete(saved), config.model_dump(mode="json")):
@@ -79,29 +79,29 @@ def check_changes(saved: dict[str, Any], config: TrainConfig, origin: Path) -> l
         changed[effect_of(name)].append(f"{line} ({note})" if note else line)
     if changed[Effect.OTHER_RUN]:
         raise CascadeError(
-            f"{origin}: cannot go on with {'; '.join(changed[Effect.OTHER_RUN])}: the checkpoint's weights belong to"
-            f" other settings; start a new run with training.init_from={origin.parents[1]}, or put the setting back"
+            f"{origin}: cannot resume with {'; '.join(changed[Effect.OTHER_RUN])}: the checkpoint's weights belong to"
+            f" other settings; start a new run with training.init_from={origin.parents[1]}, or restore the setting"
         )
     said = {
-        Effect.OTHER_RESULT: "settings changed since the checkpoint, so the run will end elsewhere than it would have",
-        Effect.SAME_RESULT: "settings changed since the checkpoint that leave the weights as they would have been",
+        Effect.OTHER_RESULT: "settings changed since the checkpoint, so the result will differ",
+        Effect.SAME_RESULT: "settings changed since the checkpoint, without effect on the weights",
     }
     return [f"{origin}: {text}: {'; '.join(changed[effect])}" for effect, text in said.items() if changed[effect]]
 
 
 def check_surroundings(saved: dict[str, Any], now: dict[str, Any], origin: Path) -> list[str]:
-    """A line when the torch version or the number of processes is another: bits depend on both, the result hardly.
+    """A line if the torch version or the number of processes changed, on which the last bits of a result depend.
 
-    saved, now: `torch` and `processes`; what an earlier version did not keep is not compared.
+    saved, now: `torch` and `processes`; values missing in checkpoints of an earlier version are not compared.
     """
     changed = [f"{name}: {saved[name]} -> {value}" for name, value in now.items() if saved.get(name, value) != value]
     if not changed:
         return []
-    return [f"{origin}: {'; '.join(changed)}: the run goes on, but not bit for bit as it would have"]
+    return [f"{origin}: {'; '.join(changed)}: the run continues, but not bit for bit as before"]
 
 
 def effect_of(name: str) -> Effect:
-    """What a change of the setting `name`, such as `training.seed`, does."""
+    """The effect of a change of the setting `name`, such as `training.seed`."""
     parts = name.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next(EFFECTS[prefix] for prefix in prefixes if prefix in EFFECTS)
@@ -117,7 +117,7 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]
 
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version, with the defaults of those that it did not have; unreadable ones as they are."""
+    """Settings of an earlier version, with defaults for newer settings; unreadable ones are returned unchanged."""
     try:
         return parse(TrainConfig, saved, "checkpoint").model_dump(mode="json")
     except CascadeError:

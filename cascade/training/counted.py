@@ -1,4 +1,4 @@
-"""Normal noise without a generator: a number is a function of a key and its place, so that a GPU makes all at once."""
+"""Counter-based normal noise: each value is a function of a key and its index, so a GPU computes all in parallel."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _HALF = 2**32
 def counted_noise(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise (B, *shape) in float32, row b a function of keys[b] alone.
 
-    keys: (B,) int64, as if random, on the device that shall have the noise. One generator a picture would take a
-    launch a picture; here it is some twenty, whatever B is. Every GPU gives the same, but for the last bits of its
-    logarithm and cosine. Source: SplitMix64 (Steele et al. 2014), of which Box & Muller (1958) make two numbers each.
+    keys: (B,) int64, pseudo-random, on the device of the result. One generator per picture would need one kernel launch
+    per picture; this takes about twenty for any B. Results on different GPUs agree up to the last bits of logarithm and
+    cosine. Source: SplitMix64 (Steele et al. 2014), each of whose outputs gives two values by Box & Muller (1958).
     """
     count = math.prod(shape)
     places = torch.arange(1, -(-count // 2) + 1, device=keys.device)
@@ -30,7 +30,7 @@ def counted_noise(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """SplitMix64's last three lines; int64 >> keeps the sign, which the masks take away."""
+    """The last three lines of SplitMix64; int64 >> extends the sign, which the masks remove."""
     for shift, factor in zip((30, 27), _MIX, strict=True):
         state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * factor
     return state ^ (state >> 31 & (1 << 33) - 1)

@@ -1,4 +1,4 @@
-"""Parts of a network that stay as they are while the rest learns, chosen by name."""
+"""Freezing parts of a network by name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cascade.quoting import quoted
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Switch off the gradients of all weights whose name, or that of a part around them, matches a pattern.
+    """Disable the gradients of all weights whose name, or the name of a module around them, matches a pattern.
 
-    `levels.0` is a part with everything in it, `*.attention` every part of that name, `*.bias` every bias. Raises
+    `levels.0` is a module and everything in it, `*.attention` every module of that name, `*.bias` every bias. Raises
     CascadeError for a pattern that matches nothing, and when nothing is left to train.
     """
     parameters = dict(network.named_parameters())
@@ -38,10 +38,10 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _with_gradient(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """A norm's input that wants a gradient, although nothing before it learns.
+    """A norm's input marked to require a gradient, although nothing before it is trained.
 
-    Without, the backward pass of GroupNorm on a channels-last picture ends the process (torch 2.13 on a CPU: it writes
-    the gradient that it was told to leave out).
+    Otherwise the backward pass of GroupNorm on a channels-last picture crashes the process (torch 2.13 on a CPU: it
+    writes the gradient that is not required).
     """
     if not torch.is_grad_enabled() or inputs[0].requires_grad:
         return None

@@ -1,4 +1,4 @@
-"""What must hold in every step, or the run stops before a checkpoint is spoiled; and what it stops for is one line."""
+"""Checks in every step that stop a run with a one-line error before it saves a bad checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cascade.training.accelerator import any_process
 
 
 def check_batch(pass_size: int, accelerator: Accelerator) -> None:
-    """Raises CascadeError unless the pictures of a pass divide among the processes."""
+    """Raise CascadeError unless the pictures of a pass divide evenly among the processes."""
     processes = accelerator.num_processes
     if pass_size % processes:
         raise CascadeError(
@@ -27,21 +27,21 @@ def check_batch(pass_size: int, accelerator: Accelerator) -> None:
 
 
 class Views(Protocol):
-    """Pictures by the numbers of their views, with their captions."""
+    """View numbers and captions of a batch."""
 
     @property
     def samples(self) -> Sequence[int]:
-        """The numbers of the views in the run."""
+        """The view numbers in the run."""
 
     @property
     def captions(self) -> Sequence[str]:
-        """Their captions, in the same order."""
+        """The captions, in the same order."""
 
 
 def check_finite(loss: Tensor, step: int, batch: Views, accelerator: Accelerator) -> None:
-    """Raises CascadeError in every process when a loss (B,) is not finite in any; each names its own views."""
+    """Raise CascadeError in every process when a loss (B,) is not finite in any; each names its own views."""
     finite = torch.isfinite(loss).flatten()
-    # Every process must stop, not only the one that saw it, or the others wait forever.
+    # Every process must stop, not only the one with the bad loss, or the others wait forever.
     if any_process(accelerator, not bool(finite.all())):
         bad = [sample for sample, ok in zip(batch.samples, finite.tolist(), strict=True) if not ok]
         captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
@@ -53,7 +53,7 @@ def check_finite(loss: Tensor, step: int, batch: Views, accelerator: Accelerator
 
 
 def check_gradient(norm: float, step: int, precision: str) -> None:
-    """Raises CascadeError for a gradient that is not finite, before it reaches the weights, which would be saved.
+    """Raise CascadeError for a gradient that is not finite, before weights changed by it are saved.
 
     fp16's loss scaling skips such steps by itself.
     """
@@ -71,8 +71,8 @@ _SMALLER_STEPS = (
 
 
 @contextmanager
-def shortage_told(when: str = "in training", way_out: str = _SMALLER_STEPS) -> Iterator[None]:
-    """Running out of memory inside becomes a CascadeError."""
+def shortage_as_error(when: str = "in training", way_out: str = _SMALLER_STEPS) -> Iterator[None]:
+    """Turn an out-of-memory error into a ShortageError with a way out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

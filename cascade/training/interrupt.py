@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, and the SIGTERM of schedulers or Ctrl-Break of Windows."""
+"""Requests to stop: Ctrl-C, SIGTERM from schedulers, Ctrl-Break on Windows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cascade.system import STOP_SIGNALS
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """What lies between two steps was left undone, because someone asked to stop."""
+    """An action between two steps was abandoned because the run was asked to stop."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and the system's STOP_SIGNALS ask to stop after the step at hand; a second Ctrl-C stops at once.
+    """Context in which Ctrl-C and STOP_SIGNALS request a stop after the current step; a second Ctrl-C stops at once.
 
-    Gives a function that says whether one was received.
+    Yields a function that returns whether a request was received.
     """
     received: list[int] = []
 

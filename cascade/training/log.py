@@ -1,4 +1,4 @@
-"""What a run says while it goes: one JSON line per interval, and the same numbers to accelerate's trackers."""
+"""The log of a run: one JSON line per interval, with the same values for accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from cascade.checkpoint import write_text, writing
+from cascade.errors import StorageError
 from cascade.files.parsed import parse_json
+from cascade.files.text import open_regular
 
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
-"""Log SNR between the noise bands of the loss: from almost noise to almost clean."""
+"""Log SNR at the edges of the noise bands of the loss: from almost noise to almost clean."""
 MEASURED = ("images_per_second", "data_wait_share", "memory_gigabytes")
-"""Entries that depend on the clock and the machine; all others are the same in bits when a run is repeated."""
+"""Values that depend on the clock and the machine; all others are equal in bits when a run is repeated."""
 
 Sums = dict[str, tuple[float, int]]
 """Sum and count of each quantity."""
@@ -38,10 +40,10 @@ _BANDS = band_names()
 
 
 class Meter:
-    """Means over the steps since the last entry. `sums` is all it knows but the clock, and goes into checkpoints."""
+    """Means over the steps since the last entry. `sums` is its state except for the clock, and saved in checkpoints."""
 
     def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
-        """sums: of the meter that a checkpoint kept, so that a resumed run's next entry is what it would have been."""
+        """sums: saved in a checkpoint, so that the next entry of a resumed run equals that of an uninterrupted one."""
         self.sums: Sums = {name: (float(total), int(count)) for name, (total, count) in (sums or {}).items()}
         self._images = 0
         self._waited = 0.0
@@ -54,7 +56,7 @@ class Meter:
             by_band.setdefault(_BANDS[bisect_right(BAND_EDGES, log_snr)], []).append(loss)
         for name, values in (("loss", losses), *by_band.items()):
             total, count = self.sums.get(name, (0.0, 0))
-            for value in values:  # one by one: the same bits however many steps are read at a time
+            for value in values:  # one by one: equal bits for any number of steps read at a time
                 total += value
             self.sums[name] = (total, count + len(values))
         self._images += len(losses)
@@ -66,19 +68,19 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Context that measures the time spent waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def means(self) -> dict[str, float]:
-        """The mean of each quantity. Bands that saw no picture are left out."""
+        """The mean of each quantity. Bands without a picture are left out."""
         order = ["loss", *_BANDS]
         names = [*(name for name in order if name in self.sums), *(name for name in self.sums if name not in order)]
         return {name: self.sums[name][0] / self.sums[name][1] for name in names}
 
     def measured(self, device: torch.device) -> dict[str, float]:
-        """What the clock and the machine say: see `MEASURED`. No rates before the first step of a resumed run."""
+        """The values of `MEASURED`. No rates before the first step of a resumed run."""
         memory = {"memory_gigabytes": memory_bytes(device) / 1e9}
         if not self._images:
             return memory
@@ -87,23 +89,23 @@ class Meter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Most memory that tensors held on a GPU so far; on a CPU what this process holds now."""
+    """Peak memory of tensors on a GPU; on a CPU the current memory of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 class RunLog:
-    """log.jsonl of a run. On resume, entries after the checkpoint are dropped, so no step stands there twice."""
+    """log.jsonl of a run. On resume, entries after the checkpoint are dropped, so that no step occurs twice."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        self.entries = [entry for entry in _entries(path) if entry["step"] <= resume_step]
+        self.entries = [entry for entry in read_entries(path) if entry["step"] <= resume_step]
         """Every entry so far."""
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one entry; a number that is not finite, which JSON has not, as null."""
+        """Append one entry; numbers that are not finite, which JSON lacks, are written as null."""
         self.entries.append({"step": step, **{name: _finite(value) for name, value in values.items()}})
         with writing(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(self.entries[-1], allow_nan=False) + "\n")
@@ -113,9 +115,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log. A spoilt line, of which a killed run may leave one behind, costs that line."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+_LARGEST = 1e300
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log, without unreadable lines, such as the last line of a killed run. Raises StorageError."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
     return [entry for entry in map(_entry, lines) if entry is not None]
 
 
@@ -124,8 +135,14 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         entry = parse_json(line)
     except ValueError:
         return None
-    step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if isinstance(step, int) and not isinstance(step, bool) else None
+    if not isinstance(entry, dict) or not all(value is None or _is_number(value) for value in entry.values()):
+        return None
+    return entry if isinstance(entry.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    """One that can be compared and drawn; a whole number of JSON may have any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def flatten(values: Tensor) -> list[float]:

@@ -1,7 +1,7 @@
-"""Low-rank adaptation: the weights stay, and layers learn a small difference, kept apart or added in.
+"""Low-rank adaptation: weights are frozen, and layers train a small difference, saved separately or merged.
 
-Source: Hu et al. (2021) arXiv 2106.09685, by the library peft, an optional extra; in its folder layout, so that other
-programs read our adapters and we theirs.
+Source: Hu et al. (2021) arXiv 2106.09685, implemented by peft, an optional extra; in peft's folder layout, so that
+adapters can be exchanged with other programs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PREFIX = "base_model.model."  # peft's name for the network
 
 
 def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
-    """Freeze all weights of a network and let those of some layers learn a difference of this rank, at first zero.
+    """Freeze all weights of a network and add a trainable difference of this rank, at first zero, to some layers.
 
-    layers: the linear ones of attention, or all linear and convolutional ones.
+    layers: the linear layers of attention, or all linear and convolutional layers.
     """
     peft = _peft()
     with torch.random.fork_rng(devices=[]):
@@ -36,7 +36,7 @@ def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Named weights with their differences added in, under the names that the network had before."""
+    """Named weights with their differences added, under the network's original names."""
     plain = {}
     for name, weight in weights.items():
         if name.endswith((_DOWN, _UP)):
@@ -50,7 +50,7 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """The differences alone as peft's folder: adapter_config.json beside adapter_model.safetensors."""
+    """Write only the differences, in peft's folder layout: adapter_config.json and adapter_model.safetensors."""
     names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
     rank = len(weights[names[0] + _DOWN])
     own = {_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if name.endswith((_DOWN, _UP))}
@@ -59,15 +59,15 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_tensors(temporary / "adapter_model.safetensors", own)
 
 
-def merge_adapter(network: nn.Module, folder: Path) -> None:
-    """Add the differences of an adapter's folder to a network's weights.
+def merge_adapter(network: nn.Module, folder: Path, scale: float = 1.0) -> None:
+    """Add the differences of an adapter's folder, times `scale`, to a network's weights.
 
-    Raises CascadeError when there is none, it is damaged, it was made for another network, or lacks a tensor: peft
-    leaves what it is not given at random numbers.
+    Raises CascadeError when the adapter is missing, damaged, made for another network, or lacks a tensor, which peft
+    would leave at random values.
     """
     peft = _peft()
     if not (folder / "adapter_config.json").is_file():
-        raise CascadeError(f"{folder}: no adapter here; give a folder with adapter_config.json")
+        raise CascadeError(f"{folder}: no adapter here; name a folder with adapter_config.json")
     stored = load_tensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
     names = {name.rpartition(".lora_")[0] for name in tensors}
@@ -78,20 +78,22 @@ def merge_adapter(network: nn.Module, folder: Path) -> None:
         peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), network)
         check_names(peft.get_peft_model_state_dict(network), tensors, f"{folder}: ")
         peft.set_peft_model_state_dict(network, tensors)
-        # Layer by layer: peft's own `merge_and_unload` wants a model with the config of a language model.
+        # Layer by layer: peft's own `merge_and_unload` requires the config of a language model.
         for name, layer in list(network.named_modules()):
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                layer.scale_layer(scale)
                 layer.merge()
                 network.set_submodule(name, layer.get_base_layer())
+        del network.peft_config  # else peft takes the next adapter for a second one beside the merged
     except CascadeError:
         raise
-    except Exception as error:  # peft raises nearly everything for settings and shapes that do not fit
+    except Exception as error:  # peft raises exceptions of many types for settings and shapes that do not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CascadeError(f"{folder}: does not fit this network: {reason}") from error
 
 
 def _names(network: Network, layers: LowRankLayers) -> list[str]:
-    """Dotted names of the layers that learn."""
+    """Dotted names of the adapted layers."""
     if layers == "all":
         return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     attends = {layer for part in network.attention_layers() for layer in part.modules()}
@@ -99,14 +101,14 @@ def _names(network: Network, layers: LowRankLayers) -> list[str]:
 
 
 def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:
-    """alpha = rank: the difference is up @ down itself, without a factor that the learning rate could as well be."""
+    """peft's settings with alpha = rank: the difference is up @ down, without a factor."""
     return _peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=names, inference_mode=inference)
 
 
 def _peft() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it tells of kernels it has not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it warns of missing kernels
     try:
-        import peft  # late: it brings transformers
+        import peft  # late, because it imports transformers
     except ImportError:
         raise CascadeError("low-rank adaptation needs peft: pip install 'cascade-diffusion[peft]'") from None
     return peft

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.config.training import OptimizerConfig
+from cascade.errors import CascadeError
 from cascade.models.network import Network
 from cascade.training.adafactor import Adafactor
 from cascade.training.sharding import is_sharded, spread_like
@@ -31,11 +32,11 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Op
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, handed every tensor in the order in which it lies in memory.
+    """torch's AdamW, with every tensor passed in its memory order.
 
-    Its fused kernel for CPUs walks weights, gradients and moments by address, and first makes a contiguous copy of each
-    channels-last gradient that it never reads: a tenth of a step of a network with 30 million parameters. A gradient in
-    another layout than its weight's would be applied to the wrong elements; here it is laid out anew.
+    The fused CPU kernel traverses weights, gradients and moments by address, and first makes an unused contiguous copy
+    of each channels-last gradient: a tenth of a step of a network with 30 million parameters. A gradient whose layout
+    differs from its weight's would be applied to the wrong elements, so it is copied to that layout.
     """
 
     def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> bool:
@@ -54,14 +55,14 @@ class AdamW(torch.optim.AdamW):
             gradient if order is None else gradient.contiguous()
             for gradient, order in zip(gradients, orders, strict=True)
         ]
-        # A copy of a moment would be updated in its place, and lost.
+        # A copy of a moment would be updated instead of the moment, and lost.
         moments = zip(first + second, orders * 2, strict=True)
         assert all(order is None or moment.is_contiguous() for moment, order in moments), "not laid out as its weight"
         return is_complex
 
 
 def _memory_order(weight: Tensor) -> tuple[int, ...] | None:
-    """The order of its dimensions that makes it contiguous; None for what is sharded or has none."""
+    """The order of dimensions in which the weight is contiguous; None if it is sharded or has no such order."""
     if is_sharded(weight):
         return None
     order = tuple(sorted(range(weight.ndim), key=weight.stride, reverse=True))
@@ -71,9 +72,9 @@ def _memory_order(weight: Tensor) -> tuple[int, ...] | None:
 class Muon(torch.optim.Optimizer):
     """torch's Muon for the kernels and matrices of the repeated blocks, AdamW for everything else.
 
-    A kernel is flattened to (out, in * height * width), one row for each channel it makes (Jordan et al. 2024). Muon's
-    update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so both go by one learning rate. The memory
-    lies in `state` under the network's own parameters and in their shape, as any optimizer's does.
+    A kernel is flattened to (out, in * height * width), one row for each output channel (Jordan et al. 2024). Muon's
+    update is scaled to the size of AdamW's (Liu et al. 2025, section 2.2), so both use one learning rate. `state` is
+    keyed by the network's parameters, in their shape, as for any optimizer.
     """
 
     def __init__(self, network: Network, config: OptimizerConfig) -> None:
@@ -89,13 +90,13 @@ class Muon(torch.optim.Optimizer):
         ]
         super().__init__(groups, {"lr": config.learning_rate})
         self._matrices = {parameter: _as_matrix(parameter.detach()) for parameter in hidden}
-        # An empty list is refused; networks without repeated layers are all AdamW.
+        # torch.optim.Muon refuses an empty list; networks without repeated layers use only AdamW.
         self._muon = torch.optim.Muon(list(self._matrices.values()), adjust_lr_fn="match_rms_adamw") if hidden else None
         self._adamw = AdamW(self.param_groups[1:], lr=config.learning_rate, betas=config.betas, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - none is ever passed
-        """One step of both, at the learning rate that the groups have now."""
+        """One step of both optimizers, at the current learning rate of the groups."""
         if self._muon is not None:
             for parameter, matrix in self._matrices.items():
                 state = self.state[parameter]
@@ -107,16 +108,16 @@ class Muon(torch.optim.Optimizer):
             self._muon.step()
             for matrix in self._matrices.values():
                 matrix.grad = None
-        self._adamw.state = self.state  # `load_state_dict` makes a new one
+        self._adamw.state = self.state  # `load_state_dict` replaces the dict
         for group, own in zip(self._adamw.param_groups, self.param_groups[1:], strict=True):
             group["lr"] = own["lr"]
         self._adamw.step()
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    """(out, ...) -> (out, rest), a view of the same memory in whichever layout it lies.
+    """(out, ...) -> (out, rest), a view of the same memory in any layout.
 
-    The order within a row is the layout's; Muon's step does not depend on it.
+    The order within a row depends on the layout; Muon's step does not depend on that order.
     """
     if tensor.ndim == 4 and not tensor.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)  # channels-last
@@ -135,13 +136,13 @@ def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set it in every group; a tensor stays a tensor."""
+    """Set the learning rate in every group; a tensor stays a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's memory as named tensors, `<parameter>::<quantity>`, which safetensors can hold."""
+    """The optimizer's state as named tensors, `<parameter>::<quantity>`, for safetensors."""
     state = {}
     for name, parameter in network.named_parameters():
         for quantity, value in optimizer.state.get(parameter, {}).items():
@@ -151,23 +152,43 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Continue from `optimizer_state`; the learning rate is set by the step and not kept."""
+    """Restore `optimizer_state`; the learning rate follows from the step and is not saved.
+
+    Raises CascadeError for tensors that this optimizer does not have.
+    """
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, quantity = key.partition("::")
+        kept.setdefault(name, {})[quantity] = value
     for name, parameter in network.named_parameters():
-        own = {key.split("::")[1]: value for key, value in state.items() if key.split("::")[0] == name}
+        own = kept.get(name)
         if own:
+            _check_state(optimizer, name, parameter, own)
             fused = isinstance(
                 optimizer, torch.optim.AdamW | Muon
-            )  # its kernel wants the step count beside the weights
+            )  # its kernel needs the step count on the weights' device
             optimizer.state[parameter] = {
-                quantity: value if quantity == "step" and not fused else _beside(parameter, value)
+                quantity: value if quantity == "step" and not fused else _placed_like(parameter, value)
                 for quantity, value in own.items()
             }
 
 
-def _beside(parameter: Tensor, value: Tensor) -> Tensor:
-    """On the parameter's device and, where it has its shape, in its memory layout.
+def _check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, own: dict[str, Tensor]) -> None:
+    expected = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set(own)
+    if own.keys() != expected:
+        raise CascadeError(f"the optimizer's state of {name} has {sorted(own)}; expected {sorted(expected)}")
+    for quantity, value in own.items():
+        shape = () if quantity == "step" else parameter.shape
+        if isinstance(optimizer, torch.optim.AdamW) and value.shape != shape:
+            raise CascadeError(
+                f"the optimizer's state of {name}: {quantity} has shape {list(value.shape)}, expected {list(shape)}"
+            )
 
-    Fused AdamW walks both by address: in another layout (ours is channels-last) it would mix up the elements.
+
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The value on the parameter's device and, if the shapes are equal, in its memory layout.
+
+    Fused AdamW traverses both by address: in another layout than channels-last it would mix up the elements.
     """
     if is_sharded(parameter) and value.ndim:
         return spread_like(parameter.detach(), value)

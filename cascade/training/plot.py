@@ -1,4 +1,4 @@
-"""Curves of runs as one picture: a panel for each number that was logged, a line for each run."""
+"""Curves of runs in one figure: a panel for each logged quantity, a line for each run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.training.log import band_names
+from cascade.training.log import band_names, read_entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 MOST_POINTS = 2000
-"""Of a curve, which is about 300 pixels wide; matplotlib takes a minute for a million."""
+"""Points per curve, which is about 300 pixels wide; matplotlib takes a minute for a million points."""
 _PANEL_INCHES = (3.6, 2.4)
 
 Curve = list[tuple[int, float]]
@@ -26,25 +25,18 @@ Curve = list[tuple[int, float]]
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """What a run logged, by name. run: its folder, or the log.jsonl in it.
+    """The logged quantities of a run by name. run: its folder, or the log.jsonl in it.
 
-    A line that a kill left torn is passed over. Raises CascadeError when there is no log, or nothing in it.
+    A truncated line of a killed run is skipped. Raises CascadeError when the log is missing or empty.
     """
     path = run / "log.jsonl" if run.is_dir() else run
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise CascadeError(f"{path}: {reason}; give the folder of a training run") from None
+    if not path.exists():
+        raise CascadeError(f"{path}: no such file; name the folder of a training run")
     curves: dict[str, Curve] = {}
-    for line in lines:
-        try:
-            entry = parse_json(line)
-            step = int(entry.pop("step"))
-        except (ValueError, OverflowError, KeyError, AttributeError, TypeError):
-            continue
+    for entry in read_entries(path):
+        step = entry.pop("step")
         for name, value in entry.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if value is not None:
                 curves.setdefault(name, []).append((step, float(value)))
     if not curves:
         raise CascadeError(f"{path}: holds no entries; is it the log.jsonl of a training run?")
@@ -52,7 +44,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def panels(runs: Sequence[Mapping[str, Curve]]) -> list[str]:
-    """The names to draw: losses first, from noisy to clean, then all others as they come."""
+    """The names to draw: losses first, from noisy to clean, then all others in the order of the log."""
     names = dict.fromkeys(name for curves in runs for name in curves)
     first = [name for name in ("loss", "validation_loss", *band_names()) if name in names]
     return first + [name for name in names if name not in first]
@@ -77,7 +69,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 
 def thinned(curve: Curve) -> Curve:
-    """At most `MOST_POINTS` points of a curve that look like all of them: the extremes of each stretch."""
+    """At most `MOST_POINTS` points of a curve with the same appearance: the extremes of each interval."""
     if len(curve) <= MOST_POINTS:
         return curve
     length = -(-len(curve) * 2 // MOST_POINTS)
@@ -91,14 +83,14 @@ def thinned(curve: Curve) -> Curve:
 
 def _draw_panel(axis: Axes, name: str, runs: Mapping[str, Mapping[str, Curve]]) -> None:
     for number, (run, curves) in enumerate(runs.items()):
-        # A run without this number gets an empty line, so that every panel gives it the same colour.
+        # A run without this quantity gets an empty line, so that its colour is the same in every panel.
         points: Sequence[tuple[float, float]] = thinned(curves.get(name, [])) or [(math.nan, math.nan)]
         steps, values = zip(*points, strict=True)
         single = "." if len(steps) == 1 else ""
         axis.plot(steps, values, label=run, linewidth=1, color=f"C{number % 10}", marker=single)
     logged = [value for curves in runs.values() for _, value in curves.get(name, [])]
     if ("loss" in name or "norm" in name) and min(logged) > 0:
-        axis.set_yscale("log")  # they fall by factors
+        axis.set_yscale("log")  # losses fall by factors
     axis.set_title(name, fontsize=9)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3, which="both")

@@ -1,4 +1,4 @@
-"""Which precision a run is in, where its settings leave that to the machine."""
+"""The precision of a run whose settings say `auto`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The settings with a precision: for `auto` that which the run began with, else the fastest on this machine.
+    """The settings with `auto` replaced by the precision that the run began with, or the fastest on this machine.
 
-    One that was asked for stays; where it is slow, a line says how slow. All processes together.
+    An explicit precision stays; if it is slow, a line reports how slow. All processes together.
     """
     state = launched_processes()
     training = config.training
     if training.precision != "auto":
-        refused = training.precision == "fp16" and state.device.type == "cpu"  # in a moment, by the accelerator
+        refused = training.precision == "fp16" and state.device.type == "cpu"  # the accelerator will refuse it
         if state.is_main_process and training.precision != "fp32" and not refused:
             warn_if_slow([_work(config)], state.device, DTYPES[training.precision])
         return config
@@ -36,7 +36,7 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def _begun_in(config: TrainConfig) -> str | None:
-    """The precision of the run in the folder, if one was begun there."""
+    """The precision of the run in the output folder, if there is one."""
     folder = Path(config.output)
     if not checkpoints(folder):
         return None

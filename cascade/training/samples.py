@@ -25,14 +25,14 @@ _CELL = 256
 
 
 class SampleGrid:
-    """The sheet of a run, drawn again and again."""
+    """The sheet of a run, drawn repeatedly."""
 
     def __init__(self, config: TrainConfig, text: TextEncoderProtocol) -> None:
         self._config, self._text = config, text
         self._first = cache(lambda: first_views(config))  # once for all grids: a large folder takes long to list
 
     def drawn(self, stage: Stage, on_step: OnStep | None = None) -> Image.Image:
-        """Pictures for `training.sample_prompts`; for super-resolution low input, output and truth side by side.
+        """Pictures for `training.sample_prompts`; for super-resolution input, output and truth next to each other.
 
         on_step: called after each of the sampler's steps, and may raise.
         """
@@ -44,8 +44,13 @@ class SampleGrid:
 
 
 def first_views(config: TrainConfig) -> Batch:
-    """The first views of the run, as many as `training.sample_count`; no caption is dropped."""
-    data = config.data.model_copy(update={"workers": 0, "caption_dropout": 0.0})
+    """The first views of the held-out pictures, or else of the run; as many as `training.sample_count`.
+
+    No caption is dropped.
+    """
+    held_out = config.training.validation
+    sources = held_out.sources if held_out else config.data.sources
+    data = config.data.model_copy(update={"sources": sources, "workers": 0, "caption_dropout": 0.0})
     return next(iter(batches(data, config.stage, config.training.seed, batch_size=config.training.sample_count)))
 
 
@@ -86,7 +91,7 @@ def _super_resolution_grid(
 
 
 def _smaller(stage: Stage, first: Batch) -> Tensor:
-    """(B, 3, h, w) uint8: the smaller pictures of views, their own where they have such, else area means."""
+    """(B, 3, h, w) uint8: the smaller pictures of views, the record's own or area means."""
     height, width = (side // stage.scale for side in first.images.shape[-2:])
     lows = to_uint8(downsample(to_float(first.images), (height, width)))
     for place, low in first.lows.items():
@@ -95,7 +100,7 @@ def _smaller(stage: Stage, first: Batch) -> Tensor:
 
 
 def _drawn(stage: Stage, text: TextEncoderProtocol, tasks: Sequence[Task], on_step: OnStep | None) -> list[Image.Image]:
-    """What the stage draws, as it will once it is trained; white where its numbers are not finite."""
+    """Pictures drawn by the stage, as in generation; white where its output is not finite."""
     conduct = Conduct(len(tasks), on_step=None if on_step is None else lambda step: on_step(step.step, step.x_hat))
     was_training = stage.network.training
     stage.network.eval()
@@ -114,6 +119,6 @@ def _image(result: Result) -> Image.Image:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Enlarged by repeating pixels, so that the sheet shows pixels and not a resize."""
+    """The picture enlarged by repeating pixels, so that the sheet shows single pixels."""
     factor = max(_CELL // max(image.size), 1)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

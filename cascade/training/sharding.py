@@ -1,6 +1,6 @@
-"""Weights in pieces: under FSDP every process holds a part of each, and what is saved must be whole.
+"""Sharded weights: under FSDP every process holds a part of each weight, but files hold whole weights.
 
-A whole tensor is gathered by all processes together, so nothing here may be called by the main process alone.
+All processes gather a whole tensor together, so nothing here may be called by the main process alone.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that is sharded; any other as it is."""
+    """The full tensor of a sharded one; any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(
     tensors: Mapping[str, Tensor], keep: bool = True, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """The full tensors by name, on `device` if given; {} where `keep` is False, for processes that only take part.
+    """The full tensors by name, on `device` if given; {} if `keep` is False, for processes that only participate.
 
-    One after the other, so that no more than one full tensor is on the device beside what is kept.
+    Gathered one at a time, so that at most one full tensor is on the device in addition to the kept ones.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -33,10 +33,10 @@ def gather(
 
 
 def spread_like(own: Tensor, value: Tensor) -> Tensor:
-    """This process' part of `value`, sharded as `own` is; `value` itself beside an `own` that is whole.
+    """This process' part of `value`, sharded like `own`; `value` itself if `own` is whole.
 
-    Where a mean was taken over the dimension that is shared out, every process holds all of it. Every process has read
-    the same file, so nothing is sent.
+    If `value` has length 1 in the sharded dimension, every process holds all of it. Every process has read the same
+    file, so nothing is sent.
     """
     if not isinstance(own, DTensor):
         return value
@@ -48,5 +48,5 @@ def spread_like(own: Tensor, value: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of it only."""
+    """Whether this process holds only a part of the tensor."""
     return isinstance(tensor, DTensor)

@@ -1,4 +1,4 @@
-"""A run on disk: numbered checkpoints, whole or not there, from which it continues bit for bit."""
+"""A run on disk: numbered, atomically written checkpoints, from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -16,30 +17,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cascade import system
-from cascade.checkpoint import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from cascade.checkpoint import atomic_folder, load_tensors, read_json, restore, save_tensors, write_json
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError, StorageError
-from cascade.locks import lock_file
+from cascade.locks import holder_of, lock_file
+from cascade.settings import Noted, parse
 from cascade.training.changes import check_changes, check_surroundings
 from cascade.training.log import Sums
 
 logger = logging.getLogger("cascade.training")
 _FILES = ("network", "ema", "optimizer")
 _META = "state"
-"""Beside the checksums of the files, that of state.json itself; earlier checkpoints have none."""
+"""Key, among the checksums of the files, of state.json's own checksum; earlier checkpoints lack it."""
 _TEMPORARY = re.compile(r"\.(config\.yaml|log\.jsonl|stage|adapter|step-\d+(\.png)?)(\.old)?\.\w{8}$")
-"""Names under which `atomic_file` and `atomic_folder` write what a run consists of."""
+"""Temporary names under which `atomic_file` and `atomic_folder` write a run's files."""
+
+
+class _Meta(Noted):
+    """What is read of a checkpoint's state.json."""
+
+    format: int
+    step: int = Field(ge=0, lt=1 << 53)
+    sha256: dict[str, str]
+    config: dict[str, Any]
+    meter: dict[str, tuple[float, int]] = Field(default={})
+    processes: int = Field(default=1, ge=1)
+    scaler: dict[str, float] = Field(default={})
+    owes: bool = False
+    torch: str = ""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run is after `step` steps; data order and noise follow from the step and the seed.
+    """The complete state of a run after `step` steps; data order and noise follow from the step and the seed.
 
-    ema: of the weights that learn; frozen ones stand in `network` alone.
+    ema: averages of the trained weights; frozen ones are only in `network`.
     """
 
     step: int
@@ -47,19 +64,19 @@ class RunState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     meter: Sums = field(default_factory=dict)
-    """What the log's next entry already holds, where a checkpoint falls between two entries."""
+    """The sums of the log's next entry so far, for a checkpoint between two entries."""
     processes: int = 1
-    """That made the last step."""
+    """Number of processes of the last step."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """fp16's scale of the loss, and since when it holds."""
+    """fp16's loss scale, and the number of steps since it changed."""
     owes: bool = False
-    """Whether the log's entry, validation and grid that were due after the step are still to be made."""
+    """Whether the log entry, validation and grid that were due after the step are still missing."""
 
 
 def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) -> None:
     """Write a checkpoint, then delete all but the newest `keep`.
 
-    Later ones go too: they are the damaged ones that a resume skipped, and would count as the newest.
+    Checkpoints of later steps are deleted too: they are damaged ones that a resume skipped, and would be the newest.
     """
     with atomic_folder(_folder(output, state.step)) as folder:
         for name in _FILES:
@@ -75,20 +92,34 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
         write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
-    begun_mark(output).unlink(missing_ok=True)
+    try:
+        begun_mark(output).unlink(missing_ok=True)
+        _thin_out(output, state.step, keep)
+    except OSError as error:  # what the run was for is saved
+        logger.warning(
+            "%s: an old checkpoint cannot be removed (%s); the next save tries again", output, error.strerror or error
+        )
+
+
+def _thin_out(output: Path, step: int, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` up to `step`. Raises OSError, and then each is whole or hidden."""
     folders = checkpoints(output)
-    kept = [folder for folder in folders if folder <= _folder(output, state.step)][-keep:]
+    kept = [folder for folder in folders if folder <= _folder(output, step)][-keep:]
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder)
+            # Half of one must not be taken for whole: the name goes first.
+            system.replace(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
+    for path in (output / "checkpoints").glob(".step-*"):
+        if _TEMPORARY.match(path.name):
+            shutil.rmtree(path)
 
 
 def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
 
-    None for a run that was begun and ended before its first checkpoint. Raises CascadeError when there is no run or
-    only damaged checkpoints, and when a changed setting makes the checkpoint another run's. processes: that shall go
-    on; another number than before is worth a warning, as is another torch version.
+    None for a run that ended before its first checkpoint. Raises CascadeError when there is no run, when all
+    checkpoints are damaged, and when a changed setting makes the checkpoint unusable. processes: number of processes of
+    the resumed run; a changed number causes a warning, as does another torch version.
     """
     for folder in reversed(checkpoints(output)):
         try:
@@ -102,8 +133,8 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
         return folder
     if checkpoints(output):
         raise CascadeError(
-            f"{output}: every checkpoint is damaged; to begin anew, delete {output / 'checkpoints'} and what was made"
-            " of them (stage, adapter), or set another output"
+            f"{output}: every checkpoint is damaged; to start again, delete {output / 'checkpoints'} and the results"
+            " (stage, adapter), or set another output"
         )
     if not (output / "config.yaml").exists():
         raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
@@ -111,16 +142,16 @@ def newest(output: Path, config: TrainConfig, processes: int | None = None) -> P
 
 
 def read_state(folder: Path) -> RunState:
-    """A checkpoint that `newest` found sound."""
+    """Read a checkpoint that `newest` has checked."""
     meta = read_json(folder / "state.json")
     parts: dict[str, Any] = {name: load_tensors(folder / f"{name}.safetensors") for name in _FILES}
-    # What format 1 did not have from its beginning keeps its default.
+    # Values that the first checkpoints of format 1 lack keep their defaults.
     parts |= {name: meta[name] for name in ("meter", "processes", "scaler", "owes") if name in meta}
     return RunState(meta["step"], **parts)
 
 
 def load_newest(output: Path, config: TrainConfig) -> RunState:
-    """What `newest` finds, read. Raises CascadeError as it does, and for a run without any checkpoint."""
+    """The state in the `newest` checkpoint. Raises CascadeError like `newest`, and for a run without a checkpoint."""
     folder = newest(output, config)
     if folder is None:
         raise CascadeError(f"{output}: the run ended before its first checkpoint")
@@ -129,10 +160,10 @@ def load_newest(output: Path, config: TrainConfig) -> RunState:
 
 @contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """Alone with a run's folder, until the end of this process at the latest. Raises CascadeError when another has it.
+    """Lock a run's folder, at most until this process ends. Raises CascadeError when another process holds the lock.
 
-    Two runs in one folder would each remove what the other has begun to write. Where a file system has no locks, such
-    as some of clusters, there is a warning instead. A run that ends before it wrote anything leaves no folder behind.
+    Two runs in one folder would delete each other's unfinished files. On a file system without locks, such as on some
+    clusters, a warning is logged instead. A run that ends before it wrote anything leaves no folder behind.
     """
     path = output / ".lock"
     with ExitStack() as lock:
@@ -140,7 +171,7 @@ def only_writer(output: Path) -> Iterator[None]:
             me = f"process {os.getpid()} on {socket.gethostname()}"
             lock.enter_context(lock_file(path, wait=False, holder=me))
         except BlockingIOError:
-            who = path.read_text(encoding="utf-8") or "it has just begun"
+            who = holder_of(path) or "it has just begun"
             raise CascadeError(
                 f"{output}: another run writes into this folder ({who}); wait for its end, or set another output"
             ) from None
@@ -155,7 +186,7 @@ def only_writer(output: Path) -> Iterator[None]:
 
 
 def _remove_unused(output: Path, lock: Path) -> None:
-    """Delete a run's folder in which nothing lies but its lock."""
+    """Delete a run's folder if it contains only the lock."""
     with suppress(OSError):
         if list(output.iterdir()) == [lock]:
             lock.unlink()
@@ -163,15 +194,21 @@ def _remove_unused(output: Path, lock: Path) -> None:
 
 
 def remove_unfinished(output: Path) -> None:
-    """Delete what a killed run had begun to write: files and folders under their temporary names, nothing else."""
+    """Delete the unfinished files and folders of a killed run, recognized by their temporary names.
+
+    A finished folder that a kill left under such a name is renamed back. The next start tries again to remove the rest.
+    """
+    for name in ("stage", "adapter"):
+        restore(output / name)
     for folder in (output, output / "checkpoints", output / "samples"):
         for path in folder.glob(".*"):
             if not _TEMPORARY.match(path.name):
                 continue
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -180,10 +217,10 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def begun_mark(output: Path) -> Path:
-    """A file that stands where checkpoints will, until there is the first one.
+    """A marker file in the checkpoints folder until the first checkpoint exists.
 
-    It tells a run that was killed between its first stage folder and its first checkpoint, and begins anew, from one
-    that is finished and has lost its checkpoints.
+    It distinguishes a run that was killed between its first stage folder and its first checkpoint, which may start
+    again, from a finished run whose checkpoints were deleted.
     """
     return output / "checkpoints" / ".begun"
 
@@ -193,15 +230,20 @@ def _folder(output: Path, step: int) -> Path:
 
 
 def _name(step: int) -> str:
-    return f"step-{str(step).zfill(8)}"  # `:08d` would raise for what a damaged file calls a step
+    return f"step-{str(step).zfill(8)}"  # `:08d` would raise for a step that is not a number, in a damaged file
 
 
 def _check(folder: Path) -> dict[str, Any]:
-    """What stands in a checkpoint's state.json. Raises CascadeError unless its files are as they were written."""
+    """The content of a checkpoint's state.json. Raises CascadeError if a file is damaged or cannot be read."""
+    try:
+        return _sound(folder)
+    except OSError as error:
+        raise CascadeError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
+def _sound(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "state.json")
-    missing = {"format", "step", "sha256", "config"} - meta.keys()
-    if missing:
-        raise CascadeError(f"{folder / 'state.json'} lacks {min(missing)}")
+    parse(_Meta, meta, str(folder / "state.json"))
     if meta.get("format") != FORMAT_VERSION:
         raise CascadeError(f"{folder}: format {meta.get('format')}, this version reads {FORMAT_VERSION}")
     for name in _FILES:
@@ -216,12 +258,12 @@ def _check(folder: Path) -> dict[str, Any]:
 
 
 def _surroundings(processes: int) -> dict[str, Any]:
-    """What the bits of a run depend on beside its settings, as far as it can be told."""
+    """The known conditions, apart from its settings, on which the bits of a run depend."""
     return {"torch": torch.__version__, "processes": processes}
 
 
 def _meta_checksum(meta: Mapping[str, Any]) -> str:
-    """Of all that state.json says but checksums, however its lines are broken."""
+    """The checksum of state.json's content without the checksums, independent of its formatting."""
     said = {name: value for name, value in meta.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

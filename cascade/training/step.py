@@ -1,4 +1,4 @@
-"""What one training step is: algorithm 18.1, for any stage."""
+"""One training step: algorithm 18.1, for any stage."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cascade.transfer import on_device
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Pictures with their text, and who they are.
+    """Pictures with their text and view numbers.
 
-    x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) numbers of the views in the
-    run, from which their noise follows. positions: (B,) places in the step of `batch_size`, all passes and processes.
-    lows: (C, h, w) in [-1, 1], by places in x: smaller pictures that are not the area mean.
+    x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) view numbers in the run, which
+    determine the noise. positions: (B,) indices in the step of `batch_size`, over all passes and processes.
+    lows: (C, h, w) in [-1, 1], by index in x: smaller pictures that are not the area mean.
     """
 
     x: Tensor
@@ -42,9 +42,9 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything random in a step. eps: (B, C, H, W); u, aug_level: (B,); aug_eps: as the smaller picture.
+    """All random numbers of a step. eps: (B, C, H, W); u, aug_level: (B,); aug_eps: shaped like the smaller picture.
 
-    u and aug_level stay on the CPU: log SNR is made of them in float64, which not every GPU has.
+    u and aug_level stay on the CPU: log SNR is computed from them in float64, which not every GPU supports.
     """
 
     u: Tensor
@@ -63,10 +63,10 @@ def training_batch(
 ) -> TrainingBatch:
     """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
 
-    first: number of the first view of the step of `batch_size`, of which this may be one process' share of a pass.
+    first: number of the first view of the step of `batch_size`; the batch may be one process' share of one pass.
     """
-    if isinstance(batch.beside, TextEmbeddings):
-        embeddings = batch.beside
+    if isinstance(batch.of_captions, TextEmbeddings):
+        embeddings = batch.of_captions
     else:
         embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(
@@ -82,10 +82,10 @@ def training_batch(
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """What the noise of a view follows from besides its number.
+    """Everything that determines the noise of a view, except its number.
 
-    aug_spread: see `aug_levels`. purpose: keeps training and validation apart. device: where the noise is made; a GPU
-    makes other noise than a CPU, which would take 10 ns a number for it.
+    aug_spread: see `aug_levels`. purpose: separates training from validation. device: where the noise is computed; a
+    GPU's noise differs from a CPU's, whose generator would take 10 ns per value.
     """
 
     seed: int
@@ -102,9 +102,9 @@ class NoiseSource:
 def draw_noise(
     samples: Sequence[int], large: tuple[int, ...], small: tuple[int, ...] | None, source: NoiseSource
 ) -> Draw:
-    """The noise of each view, keyed by (seed, its number, purpose): the same in any batch and any process.
+    """The noise of each view, keyed by (seed, view number, purpose): the same in any batch and any process.
 
-    large: (C, H, W) of a picture. small: of the noise on the smaller one, see `Stage.noised_shape`.
+    large: (C, H, W) of a picture. small: shape of the noise on the smaller one, see `Stage.noised_shape`.
     """
     if source.device is not None and source.device.type != "cpu":
         return _drawn_there(samples, large, small, source, source.device)
@@ -122,7 +122,7 @@ def _drawn_there(
     source: NoiseSource,
     device: torch.device,
 ) -> Draw:
-    """`draw_noise` on a GPU: keyed by the views' seeds, below 2^63; u and aug_level are made of their bits."""
+    """`draw_noise` on a GPU: keyed by the views' seeds, below 2^63; u and aug_level are computed from their bits."""
     seeds = [derive_seed(source.seed, sample, source.purpose) for sample in samples]
     keys = on_device(torch.tensor(seeds), device)
     u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
@@ -133,25 +133,25 @@ def _drawn_there(
 def aug_levels(u: Tensor, most: float, spread: AugSpread) -> Tensor:
     """Standard deviations in [0, most] of the noise on smaller pictures, from u (B,) uniform in [0, 1).
 
-    spread: they are uniform (`std`), or the times are at which the cosine schedule has them (`time`), where the
-    deviation is sin(pi t / 2). Source for the second: Saharia et al. (2022) sec. 2.4, aug_level ~ U(0, 1).
+    spread: `std`, uniform deviations, or `time`, uniform times of the cosine schedule, where the deviation is
+    sin(pi t / 2). Source of the second: Saharia et al. (2022) sec. 2.4, aug_level ~ U(0, 1).
     """
     return u * most if spread == "std" else torch.sin(u * math.asin(most))
 
 
 _UNIT = 1 << 24
-"""Of equal parts of [0, 1) that float32 tells apart."""
+"""Number of equal parts of [0, 1) that float32 distinguishes."""
 
 
 def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
-    """Log SNR (B, 1, 1, 1) for u (B,) uniform in [0, 1), by the distribution that the settings name."""
+    """Log SNR (B, 1, 1, 1) for u (B,) uniform in [0, 1), by the distribution in the settings."""
     if isinstance(loss.levels, LogitNormalLevels):
         return logit_normal_levels(stage.schedule, u, loss.levels.mean, loss.levels.std)
     return uniform_levels(stage.schedule, u)
 
 
 def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
-    """What the network may see: the text and, for super-resolution, the smaller picture (area mean or own), noised."""
+    """The network's conditions: text and, for super-resolution, the noised smaller picture (area mean or own)."""
     cond = Conditioning(batch.text, batch.text_mask)
     if draw.aug_eps is None:
         return cond
@@ -164,7 +164,7 @@ def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
 
 @dataclass(frozen=True)
 class Objective:
-    """Algorithm 18.1 as a run's settings have it: what is random for each view, and the loss of its picture."""
+    """Algorithm 18.1 with a run's settings: the random numbers of each view, and the loss of its picture."""
 
     settings: LossConfig
     source: NoiseSource
@@ -172,7 +172,7 @@ class Objective:
     def __call__(self, stage: Stage, network: NetworkCall, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Loss of each picture (B,) and the log SNR (B, 1, 1, 1) at which it was taken.
 
-        network: the stage's, perhaps wrapped.
+        network: the stage's network, possibly wrapped.
         """
         shape = batch.x.shape[1:]
         draw = draw_noise(batch.samples, shape, stage.noised_shape(shape), self.source).to(batch.x.device)
@@ -182,7 +182,7 @@ class Objective:
 def training_loss(
     stage: Stage, network: NetworkCall, batch: TrainingBatch, loss: LossConfig, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """`Objective`, for what is random given.
+    """`Objective` for given random numbers.
 
     Source: Prince (2023) algorithm 18.1: draw t and eps, diffuse, predict, square.
     """

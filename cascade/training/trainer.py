@@ -1,4 +1,4 @@
-"""Training one stage: what happens at every step, and what every n steps. accelerate carries it to any machine."""
+"""Training of one stage: the step, and periodic actions. accelerate runs it on any device and number of processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cascade.checkpoint import load_weights, save_stage, write_text
+from cascade.checkpoint import load_weights, save_stage, write_text, writing
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
@@ -37,7 +37,7 @@ from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, i
 from cascade.training.ema import EMA
 from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings, mark_begun
 from cascade.training.frozen import freeze
-from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_told
+from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_as_error
 from cascade.training.interrupt import Stopped, stop_signals
 from cascade.training.log import Meter, RunLog
 from cascade.training.lora import add_low_rank, merged, save_adapter
@@ -51,6 +51,7 @@ from cascade.training.optim import (
 from cascade.training.precision import settled
 from cascade.training.samples import SampleGrid
 from cascade.training.sharding import gather, spread_like, whole
+from cascade.training.spoken import Spoken
 from cascade.training.state import (
     RunState,
     newest,
@@ -70,12 +71,12 @@ logger = logging.getLogger("cascade.training")
 class Trainer:
     """Trains a stage. Only that stage and the text encoder are in memory.
 
-    Order of the data, noise and dropout follow from (seed, step), so a run that is stopped and resumed at step n ends
-    with the same weights, bit for bit, as one that was not.
+    Data order, noise and dropout follow from (seed, step), so a run that is stopped and resumed ends with the same
+    weights, bit for bit, as an uninterrupted one.
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> None:
-        """stage: with its starting weights. text: the frozen encoder, or one with a cache before it."""
+        """stage: with its initial weights. text: the frozen encoder, or a `CachedTextEncoder`."""
         config = settled(config)
         self.config, self.stage, self.text = config, stage, text
         self.output = Path(config.output)
@@ -83,7 +84,7 @@ class Trainer:
         self.accelerator = build_accelerator(config)
         text.to(self.accelerator.device)
         check_batch(self._pass_size, self.accelerator)
-        self._plain = copy.deepcopy(stage.network).to("meta")  # the shape alone, for the averages to be put into
+        self._plain = copy.deepcopy(stage.network).to("meta")  # without weights, to be filled with the averages
         self.network, self.optimizer = self._prepared()
         self.ema = EMA(stage.network, settings.ema)
         data, device = config.data, self.accelerator.device
@@ -93,48 +94,49 @@ class Trainer:
         self.meter, self.watch = Meter(), Watch()
         self._unread: list[Unread] = []
         self.log: RunLog | None = None
-        self._owes = False  # what was due after the step that the run goes on from
+        self.spoken = Spoken(config.stage.name, 0, settings.steps)
+        self._owes = False  # whether actions due at the restored step are missing
 
     def run(self, resume: bool = False) -> bool:
-        """Train to the last step; True when it was reached, False after Ctrl-C or SIGTERM (a checkpoint is saved).
+        """Train to the last step. Returns True when it was reached, False after Ctrl-C or SIGTERM, with a checkpoint.
 
-        resume: continue from the newest checkpoint. Raises CascadeError for a run that exists and is not resumed,
-        for none to resume, for a folder into which another process writes, for a loss that is not finite, and for too
-        little memory.
+        resume: continue from the newest checkpoint. Raises CascadeError if a run exists and is not resumed, if there
+        is no run to resume, if another process writes into the folder, if a loss is not finite, and if memory is
+        insufficient.
         """
         with ExitStack() as lock:
             from_main(self.accelerator, lambda: self._alone(lock, resume))
             return self._run(resume)
 
     def _run(self, resume: bool) -> bool:
-        with shortage_told("before the first step", "give each process more, or use FSDP over several GPUs"):
+        with shortage_as_error("before the first step", "give each process more, or use FSDP over several GPUs"):
             first = self._restore() if resume else self._start()
         last, stop = self.config.training.steps, False
         with (
-            shortage_told(),
+            shortage_as_error(),
             closing(self._batches(first)) as data,
             stop_signals() as stopped,
             self._progress(first) as progress,
         ):
             from_main(self.accelerator, lambda: self._open_folder(first))
             if self._owes:
-                stop = not self._reported(first, progress, stopped)  # its checkpoint still owes it
+                stop = not self._reported(first, progress, stopped)  # the checkpoint lacks this report
             for step in range(first + 1, last + 1):
                 if stop:
                     break
                 with self._saved_if_a_reader_dies(step - 1, first):
                     self._step(step, data)
                 progress.update()
-                # Whoever asks to stop in the last step gets what the run was for: it is finished.
+                # A request to stop in the last step is ignored: the run is finished.
                 stop = self._every_so_often(step, progress, stopped if step < last else lambda: False)
         self._close()
         return not stop
 
     @contextmanager
     def _saved_if_a_reader_dies(self, done: int, first: int) -> Iterator[None]:
-        """Save what was reached when no batch of the step after `done` will come. Several processes cannot: they wait.
+        """Save a checkpoint when a reading process dies after step `done`; several processes would wait instead.
 
-        first: the step that the run began after.
+        first: the number of steps before this call of `run`.
         """
         try:
             yield
@@ -142,14 +144,14 @@ class Trainer:
             if done == first or self.accelerator.num_processes > 1:
                 raise
             self._save(done, owes=False)
-            raise ReaderDiedError(f"{error}; step {done} is saved, --resume goes on from it") from error
+            raise ReaderDiedError(f"{error}; step {done} is saved, --resume continues from it") from error
 
     def _close(self) -> None:
         """End trackers and the process group.
 
-        A gloo thread lets go of its last tensor a moment after the result is there. Should Python be shutting down by
-        then, the thread's wish for the lock kills the process ("terminate called without an active exception",
-        pytorch#179291), after all the work was done and saved. Its threads cannot be joined from here: DDP keeps them.
+        A gloo thread releases its last tensor shortly after the result is available. If Python is already shutting
+        down, the thread's attempt to take the lock kills the process ("terminate called without an active exception",
+        pytorch#179291), although all work is saved. The threads cannot be joined here, since DDP keeps them.
         """
         self.accelerator.end_training()
         if self.accelerator.num_processes > 1:
@@ -165,8 +167,8 @@ class Trainer:
         for index in range(settings.accumulation):
             with self.meter.waiting():
                 batch = next(data)
-            # Dropout draws from the global generator; keyed by the pass, it needs no saved state. Not before the batch
-            # is there: starting the reading processes draws from it too, in the first step of a resumed run.
+            # Dropout draws from the global generator; seeded for each pass, it needs no saved state. Seeded after the
+            # batch is read, because starting the reading processes, in a resumed run's first step, draws from it too.
             torch.manual_seed(derive_seed(settings.seed, step, index, self.accelerator.process_index, "dropout"))
             last = index == settings.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
@@ -180,17 +182,17 @@ class Trainer:
         moves = True if self._reads_late else self._read()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # fp16's scaling skips the step of such a gradient. accelerate does not see it: fused AdamW skips by itself.
+        # fp16's scaling skips the step of such a gradient, which accelerate does not notice with fused AdamW.
         if moves:
             self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
         if len(self._unread) == MOST_UNREAD:
             self._read()
 
     def _read(self) -> bool:
-        """Take the numbers of the steps since the last time into the log's means; whether all gradients were finite.
+        """Add the values of steps since the last call to the log's means; returns whether all gradients were finite.
 
         All processes together. Raises CascadeError for a loss or a gradient that is not finite: on a GPU the weights
-        have moved by then, but before each checkpoint the numbers are read.
+        have already changed, but the values are read before each checkpoint.
         """
         steps, self._unread = self._unread, []
         numbers = read(steps, self.accelerator) if steps else []
@@ -204,20 +206,20 @@ class Trainer:
 
     @property
     def _reads_late(self) -> bool:
-        """Whether numbers stay on the device until they are wanted. Scaling in fp16 reads in each step anyway."""
+        """Whether values stay on the device until they are needed. fp16's scaling reads in each step anyway."""
         return self.accelerator.device.type != "cpu" and self.config.training.precision != "fp16"
 
     def ready(self, batch: Batch) -> TrainingBatch:
         """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
 
-        It knows its places in the whole step, of which a pass is a part: noise levels are spread over the step.
+        It includes the pictures' indices in the whole step, over which noise levels are stratified.
         """
         size = self.config.training.batch_size
         first = batch.samples[0] - batch.samples[0] % size
         return training_batch(batch, self.text, self.accelerator.device, first, size)
 
     def _clip(self) -> Tensor:
-        """Clip the gradient if asked to; its norm before, either way."""
+        """Clip the gradient if so configured; returns its norm before clipping."""
         limit = self.config.training.optimizer.clip_norm
         norm: Tensor = self.accelerator.clip_grad_norm_(self.network.parameters(), limit or float("inf"))
         return whole(norm.detach())
@@ -225,10 +227,10 @@ class Trainer:
     # --- every n steps -----------------------------------------------------------------------------------------------
 
     def _every_so_often(self, step: int, progress: tqdm[Any], stopped: Callable[[], bool]) -> bool:
-        """What is due after a step; whether the run was asked to stop, in which case it is saved.
+        """Perform the actions due after a step; returns whether the run was asked to stop, in which case it is saved.
 
-        The checkpoint comes last: what stands before it is never missing after a kill. But whoever asks to stop may
-        kill soon: a validation or a grid, which take long, are left to the resumed run, also when they have begun.
+        The checkpoint is written last, so that no earlier action is missing after a kill. A request to stop may be
+        followed by a kill, so validation and grid, which take long, are left to the resumed run, even if started.
         """
         stop = any_process(self.accelerator, stopped())
         owes = stop and any(action.lengthy for action in self._due(step))
@@ -243,7 +245,7 @@ class Trainer:
         return [action for action in self.actions if action.is_due(step, self.config.training.steps)]
 
     def _reported(self, step: int, progress: tqdm[Any], stopped: Callable[[], bool]) -> bool:
-        """The log's entry, validation and grid, as they are due; False, and as if not begun, when asked to stop."""
+        """Perform the due log entry, validation and grid; False, with all undone, when asked to stop."""
         meter, values = self.meter, dict[str, float]()
         moment = Moment(step, cache(self.averaged_stage), stopped)
         try:
@@ -257,7 +259,7 @@ class Trainer:
         return True
 
     def _actions(self) -> tuple[Action, ...]:
-        """What happens every so many steps, in the order in which it happens."""
+        """The periodic actions, in order."""
         settings, place = self.config.training, (self.accelerator.process_index, self.accelerator.num_processes)
         actions: list[Action] = [LogEntry(settings.log_every, self._summary)]
         if settings.validation:
@@ -267,14 +269,14 @@ class Trainer:
         return (*actions, Grid(settings.sample_every, grid, self.output / "samples", self.accelerator))
 
     def averaged_stage(self) -> Stage:
-        """The stage with the averaged weights, whole on this process' device. All processes together."""
+        """The stage with the averaged, unsharded weights on this process' device. All processes together."""
         weights = merged(gather(self.ema.of_all(self.stage.network)))
         network = copy.deepcopy(self._plain)
         network.load_state_dict(weights, assign=True)
         return Stage(self.stage.config, network.eval(), self.stage.schedule).to(self.accelerator.device)
 
     def _summary(self, step: int) -> dict[str, float]:
-        """An entry of the log. All processes together: the distance of sharded weights takes them all."""
+        """A log entry. All processes together, as the distance of sharded weights requires."""
         settings = self.config.training
         self._read()
         values = self.meter.means()
@@ -289,16 +291,24 @@ class Trainer:
             progress.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values.get('images_per_second', 0):.1f}")
         self.accelerator.log(values, step=step)
         if self.log:
+            self._speak(step, values, progress)
             self.log.write(step, values)
             for warning in self.watch.new_warnings(self.log.entries):
                 logger.warning("step %d: %s", step, warning)
 
-    def _save(self, step: int, owes: bool) -> None:
-        """Checkpoint, and the averaged weights as a finished stage folder. All gather, the main process writes.
+    def _speak(self, step: int, values: dict[str, float], progress: tqdm[Any]) -> None:
+        """Log a line of progress, in the main process, if there is no progress bar."""
+        if self.accelerator.is_main_process and progress.disable and "loss" in values:
+            line = self.spoken.line(step, values)
+            if line:
+                logger.info("%s", line)
 
-        owes: whether the resumed run has to begin with what is due after this step.
+    def _save(self, step: int, owes: bool) -> None:
+        """Write a checkpoint, and the averaged weights as a stage folder. All processes gather, the main one writes.
+
+        owes: whether the resumed run must first perform the actions due after this step.
         """
-        self._read()  # nothing that is not sound is saved
+        self._read()  # raises for values that are not finite, before anything is saved
         keep, device = self.accelerator.is_main_process, "cpu" if shards(self.accelerator) else None
         state = RunState(
             step,
@@ -312,7 +322,7 @@ class Trainer:
         )
 
         def write() -> None:
-            # The stage first: once the last checkpoint is there, everything is.
+            # The stage first: if the last checkpoint exists, so does everything else.
             averaged = state.network | state.ema
             reading = self.config.text.reading
             save_stage(self.output / "stage", self.stage.config, merged(averaged), reading=reading)
@@ -325,7 +335,7 @@ class Trainer:
     # --- beginning ---------------------------------------------------------------------------------------------------
 
     def _prepared(self) -> tuple[nn.Module, Any]:
-        """The network and its optimizer, as accelerate wraps them."""
+        """The network and its optimizer, wrapped by accelerate."""
         settings, network = self.config.training, self.stage.network
         network.activation_checkpointing = settings.activation_checkpointing
         if settings.lora_rank:
@@ -333,7 +343,7 @@ class Trainer:
         freeze(network, settings.frozen)
         if shards(self.accelerator):
             check_shardable(settings)
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP takes no other
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # required by FSDP
         else:
             network.to(self.accelerator.device)  # before the optimizer, which may hold views of the weights
         compiled = torch.compile(network) if settings.compile else network
@@ -342,29 +352,29 @@ class Trainer:
         return prepared, wrapped
 
     def _alone(self, lock: ExitStack, resume: bool) -> None:
-        """Hold the run's folder against whoever else would write into it."""
+        """Lock the run's folder against other writers."""
         if resume and not self.output.exists():
-            self._newest()  # which says so; a mistyped name shall not leave a folder behind
+            self._newest()  # raises if there is no run; a mistyped name must not leave a folder behind
         lock.enter_context(only_writer(self.output))
 
     def _start(self) -> int:
-        """Begin a new run; the folder must not hold one, nor anything that it would replace."""
+        """Start a new run; the folder must not hold a run, nor anything that the run would replace."""
         from_main(self.accelerator, lambda: check_new(self.output))
         return 0
 
     def _restore(self) -> int:
-        """Continue from the newest checkpoint; the number of steps done."""
+        """Restore the newest checkpoint; returns the number of completed steps."""
         from_main(self.accelerator, lambda: check_resumed(self.output))
-        # One process chooses: on a file system shared by many, they might not all see the same.
+        # One process chooses: on a shared file system, processes may see different files.
         name = from_main(self.accelerator, self._newest)
         if name is None:
-            logger.warning("%s: ended before its first checkpoint; it begins anew", self.output)
+            logger.warning("%s: the run ended before its first checkpoint; starting again", self.output)
             return 0
         state = read_state(Path(name))
         own = self.stage.network.state_dict()
         parts = {name: spread_like(own.get(name, value), value) for name, value in state.network.items()}
         load_weights(self.stage.network, parts, self.output)
-        self.ema.load(state.network | state.ema)  # what was frozen until now has no average but itself
+        self.ema.load(state.network | state.ema)  # includes formerly frozen weights
         load_optimizer_state(self.optimizer.optimizer, self.stage.network, state.optimizer)
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -377,9 +387,11 @@ class Trainer:
         return None if folder is None else str(folder)
 
     def _open_folder(self, first: int) -> None:
-        remove_unfinished(self.output)
-        self._write_settings()
-        mark_begun(self.output)
+        with writing(self.output):
+            remove_unfinished(self.output)
+            self._write_settings()
+            mark_begun(self.output)
+        self.spoken = Spoken(self.config.stage.name, first, self.config.training.steps)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)
@@ -387,7 +399,7 @@ class Trainer:
     def _write_settings(self) -> None:
         path = self.output / SETTINGS
         if path.exists() and not is_own_settings(path):
-            logger.warning("%s: is not as a run writes it, and stays; the checkpoints hold the settings", path)
+            logger.warning("%s: was not written by a run, left unchanged; checkpoints hold the settings", path)
         else:
             write_text(path, to_yaml(self.config))
 
@@ -401,8 +413,8 @@ class Trainer:
             portion=Portion(
                 self.accelerator.process_index, self.accelerator.num_processes, first_step * settings.accumulation
             ),
-            # Looked up by whoever reads the pictures, so that this thread has nothing to do with text.
-            beside=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,
+            # Looked up by the processes that read the pictures, so that this thread does no work on text.
+            of_captions=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,
         )
 
     @property

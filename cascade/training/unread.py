@@ -1,4 +1,4 @@
-"""What steps leave on the device until it is wanted: reading a number waits for all that a GPU still has to do."""
+"""Values of steps that stay on the device until they are needed: reading one waits for all queued GPU work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MOST_UNREAD = 100
-"""Steps after which their numbers are read, wanted or not: they take memory, and say whether the run is sound."""
+"""Steps after which their values are read in any case: they take memory, and show a loss that is not finite."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """The numbers of one step: loss and log SNR (B,) of this process' pictures, and the gradient's norm, of all.
+    """The values of one step: loss and log SNR (B,) of this process' pictures, and the gradient norm of all processes.
 
-    samples, captions: which pictures they were.
+    samples, captions: of the pictures.
     """
 
     step: int
@@ -33,7 +33,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The same, read: `losses` and `log_snrs` of the pictures of all processes, process by process."""
+    """The values after reading: `losses` and `log_snrs` of the pictures of all processes, process by process."""
 
     step: Unread
     own_losses: Tensor
@@ -43,7 +43,7 @@ class Numbers:
 
 
 def read(steps: Sequence[Unread], accelerator: Accelerator) -> list[Numbers]:
-    """The numbers of steps, in their order, in one go. All processes together."""
+    """The values of several steps, in order, read together. All processes together."""
     own = torch.stack([torch.stack([step.losses, step.log_snrs]) for step in steps])  # (steps, 2, B)
     gathered = accelerator.gather(own).cpu().unflatten(0, (-1, len(steps)))  # (processes, steps, 2, B)
     values = gathered.permute(1, 2, 0, 3).flatten(2).tolist()  # (steps, 2, B of all)

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures: the same views, noise and noise levels each time, so that only the weights differ."""
+"""The loss on held-out pictures, with the same views, noise and noise levels each time: only the weights differ."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.step import NoiseSource, Objective, training_batch
 
 SEED = 0
-"""Of views and noise; not the run's, so that runs with different seeds can be compared."""
+"""Seed of views and noise; not the run's, so that runs with different seeds can be compared."""
 
 
 class Validation:
     """The held-out views of one process, and their losses."""
 
     def __init__(self, config: TrainConfig, settings: ValidationConfig, process: int = 0, processes: int = 1) -> None:
-        """Reads the views, which are the same each time, and keeps them.
+        """Read the views, which are the same each time, and keep them in memory.
 
-        So a mistake shows before the first step, and a large folder is listed once. A batch of uint8 pictures is small
-        beside the activations of its pass. Raises CascadeError when they cannot be read.
+        Mistakes thus show before the first step, and a large folder is listed once. A batch of uint8 pictures is small
+        compared with the activations of its pass. Raises CascadeError when they cannot be read.
         """
         self._stage_config = config.stage
-        # As the pictures are: nothing is dropped, mirrored or moved. Crops, if there are any, are the same each time.
+        # Pictures are unchanged: nothing is dropped, mirrored or moved. Crops, if any, are the same each time.
         unchanged = {"sources": settings.sources, "caption_dropout": 0.0, "flip": 0.0, "jitter": 0.0, "workers": 0}
         self._data = config.data.model_copy(update=unchanged)
-        # Noise levels spread evenly over all views: the least variance that so many can have.
+        # Noise levels spread evenly over all views have the least variance for this number of views.
         loss = config.training.loss.model_copy(update={"stratified": True})
         source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
         self.objective = Objective(loss, source)
         self._pass_size = config.training.batch_size // config.training.accumulation
         self._process, self._processes = process, processes
         with closing(self._views()) as views:
-            # The same views however many passes a step is made in, so that the losses can be compared.
+            # The same views for any number of passes per step, so that the losses can be compared.
             self._batches = list(islice(views, settings.batches * config.training.accumulation))
 
     @torch.inference_mode()
@@ -52,7 +52,7 @@ class Validation:
     ) -> tuple[Tensor, Tensor]:
         """Loss and log SNR of each view of this process, both (batches * share,), on `device`.
 
-        before_batch: called by every process alike, and may raise.
+        before_batch: called by every process, and may raise.
         """
         losses, levels = [], []
         total = len(self._batches) * self._pass_size

@@ -1,4 +1,4 @@
-"""Early warnings: small functions from the entries of a run's log to one line, or None. They never stop a run."""
+"""Early warnings: functions from the entries of a run's log to one line, or None. They never stop a run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Warn = Callable[[Entries], str | None]
 HISTORY = 20
 """Entries with which the last one is compared."""
 ENOUGH = 8
-"""Entries before which nothing is said: the start of every run looks alarming."""
+"""Entries before which no warning is given: the start of every run looks alarming."""
 SPIKE_DEVIATIONS = 8.0
-"""A spike lies this many median deviations above the median; normal noise reaches 5 once in a thousand entries."""
+"""A spike is this many median deviations above the median; normal noise reaches 5 once in a thousand entries."""
 SPIKE_FACTOR = 1.5
-"""And above the median by this factor, so that a loss that hardly moves may move a little."""
+"""A spike is also above the median by this factor, so that small changes of a nearly constant loss do not count."""
 DEAD_SHARE = 1e-3
-"""A gradient this much smaller than it was is dead."""
+"""A gradient smaller than its usual norm by this factor is dead."""
 STALE_DISTANCE = 0.5
-"""An average further than this from the weights, as a share of their norm, draws what the network no longer is."""
+"""An average further than this from the weights, as a share of their norm, is stale."""
 IN_A_ROW = 3
-"""Entries that must agree before a gradient is called dead or an average stale."""
+"""Consecutive entries needed before a gradient is called dead or an average stale."""
 
 
 def loss_spike(entries: Entries) -> str | None:
-    """The last loss stands far above those before it."""
+    """A warning if the last loss is far above those before it."""
     losses = _series(entries, "loss")
     if len(losses) <= ENOUGH:
         return None
@@ -45,7 +45,7 @@ def loss_spike(entries: Entries) -> str | None:
 
 
 def dead_gradients(entries: Entries) -> str | None:
-    """The gradient has vanished: zero, or a thousandth of what it was, for several entries."""
+    """A warning if the gradient is zero, or a thousandth of its usual norm, for several entries."""
     norms = _series(entries, "gradient_norm")
     recent, before = norms[-IN_A_ROW:], norms[-HISTORY - IN_A_ROW : -IN_A_ROW]
     if len(recent) < IN_A_ROW:
@@ -54,19 +54,19 @@ def dead_gradients(entries: Entries) -> str | None:
     if max(recent) > DEAD_SHARE * usual:
         return None
     return (
-        f"the gradient's norm is {recent[-1]:.3g}, after {usual:.3g}: the network learns no more; look at the pictures"
+        f"the gradient's norm is {recent[-1]:.3g}, after {usual:.3g}: training has stalled; check the sample pictures"
         " (are they all the same?), training.precision and training.frozen"
     )
 
 
 def stale_average(entries: Entries) -> str | None:
-    """The average of the weights does not follow them: far away for several entries, and not coming closer."""
+    """A warning if the average of the weights is far from them for several entries, and not approaching them."""
     distances = _series(entries, "ema_distance")
     recent = distances[-IN_A_ROW:]
     if len(distances) <= ENOUGH or min(recent) < STALE_DISTANCE or recent[-1] < recent[0]:
         return None
     return (
-        f"the averaged weights, which are what gets saved for drawing, lie {recent[-1]:.0%} of their norm away from the"
+        f"the averaged weights, which are saved for drawing, are {recent[-1]:.0%} of their norm away from the"
         " weights; lower training.ema.half_life_images or training.optimizer.learning_rate"
     )
 
@@ -75,13 +75,13 @@ WARNINGS: tuple[Warn, ...] = (loss_spike, dead_gradients, stale_average)
 
 
 class Watch:
-    """Says each warning when it begins to hold, and again only after it has ceased to."""
+    """Gives each warning when its condition begins to hold, and again only after the condition has ended."""
 
     def __init__(self) -> None:
         self._holding: set[Warn] = set()
 
     def new_warnings(self, entries: Entries) -> list[str]:
-        """The lines of warnings that hold since this entry. entries: the run's so far, oldest first."""
+        """The warnings that begin with the last entry. entries: all entries of the run so far, oldest first."""
         recent = entries[-HISTORY - IN_A_ROW - 1 :]
         lines = {warn: warn(recent) for warn in WARNINGS}
         fresh = [line for warn, line in lines.items() if line is not None and warn not in self._holding]
@@ -95,5 +95,5 @@ def _series(entries: Entries, name: str) -> list[float]:
 
 
 def _having(entries: Entries, name: str) -> list[Mapping[str, Any]]:
-    """The entries with a finite value of a quantity; others, such as those of a validation, are passed over."""
+    """The entries with a finite value of a quantity; others, such as those of a validation, are skipped."""
     return [entry for entry in entries if entry.get(name) is not None and math.isfinite(entry[name])]

@@ -1,1 +1,1 @@
-"""How the emoji data set is made from public sources; `scripts/prepare_art.py` is the command."""
+"""Building the emoji data set from public sources; `scripts/prepare_art.py` is the command."""

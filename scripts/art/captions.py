@@ -1,4 +1,4 @@
-"""What is said of a picture: captions made by rule from an emoji's name, its keywords and the style of the drawing."""
+"""Captions of a picture, made by rule from an emoji's name, its keywords and the style of the drawing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Style:
-    """How a style is named in captions: `a {noun} of a fox`, `a {look} of a fox`, `a fox, {words}`, `a fox, {look}`."""
+    """Names of a style in captions: `a {noun} of a fox`, `a {look} of a fox`, `a fox, {words}`, `a fox, {look}`."""
 
     words: str
     look: str
@@ -29,12 +29,12 @@ STYLES = {
 
 STRAIGHT_QUOTES = str.maketrans("‘’“”", "''\"\"")
 WITHOUT_ARTICLE = re.compile(r"(no|keycap|input) ")
-# What follows says more of the subject; whether it is one or many stands before it.
+# The rest of a name describes the subject further; the noun that decides singular or plural precedes it.
 SUBJECT_ENDS = re.compile(r",| (?:with|in|of|on|over|and|holding|lifting)\b")
 MANY = re.compile(r"(?<![suio'])s$|oes$|hips$")
 VOWEL = re.compile(r"(?!uni|eu|ew|one\b)[aeiou]", re.IGNORECASE)
 VOWEL_BY_SOUND = {"herb", "hourglass done", "hourglass not done", "x-ray"}
-# Stuffs, games, adjectives, names and irregular plurals: English knows them, no spelling tells them.
+# Substances, games, adjectives, names and irregular plurals, which cannot be recognized by their spelling.
 UNCOUNTED = frozenset(Path(__file__).with_name("uncounted.txt").read_text(encoding="utf-8").splitlines())
 
 

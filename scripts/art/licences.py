@@ -1,4 +1,4 @@
-"""Who made what, and under which licence: written beside the data, since whoever passes it on has to keep it."""
+"""Authors and licences of the sources, written next to the data, which may only be passed on with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ The captions were written by program from those names and keywords.
 
 Flags, brands and people's likenesses may carry rights of their own.
 """
-# The name beside the data, and where each source keeps its text (the first that is there).
+# File name next to the data, and the places of the text in each source (the first existing one is used).
 TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
     "noto": {
         "noto-emoji-Apache-2.0.txt": ("svg/LICENSE", "LICENSE"),
@@ -35,7 +35,7 @@ TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def write_licences(sources: dict[str, Path], out: Path) -> list[str]:
-    """Write LICENSES/ with ATTRIBUTION.txt and the sources' own texts; the texts that no source folder holds."""
+    """Write LICENSES/ with ATTRIBUTION.txt and the sources' texts; returns the texts that no source folder holds."""
     folder = out / "LICENSES"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")

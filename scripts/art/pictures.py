@@ -1,4 +1,4 @@
-"""Drawings become pictures: rasterised by librsvg straight at their size on white, and encoded."""
+"""Pictures from drawings: rasterised by librsvg directly at their size on white, and encoded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pyvips
 from PIL import Image
 
 SIZE = 1024
-# Noto and Twemoji fill their own box to the edge and get a margin here; Fluent brings its own.
+# Noto and Twemoji fill their box to the edge and get a margin here; Fluent has one.
 DRAWN_SIZE = {"noto": 960, "twemoji": 896}
 LOSSLESS: dict[str, Any] = {"format": "WEBP", "lossless": True, "quality": 100, "method": 4}
-# Their soft gradients would take 0.3 MB each without loss.
+# Lossless, their soft gradients would take 0.3 MB each.
 ENCODINGS: dict[str, dict[str, Any]] = {
     "fluent_color": {"format": "WEBP", "quality": 86, "method": 6},
     "fluent_3d": {"format": "JPEG", "quality": 91, "subsampling": 0},
@@ -23,7 +23,7 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture, and what the data set's columns say of it."""
+    """An encoded picture, and its values for the data set's columns."""
 
     encoded: bytes
     suffix: str
@@ -53,7 +53,7 @@ def rasterise(drawing: Path, size: int) -> Image.Image:
 
 
 def _read_raster(path: Path) -> Image.Image:
-    """The publisher's own picture, at its own size, on white."""
+    """The publisher's picture at its original size, on white."""
     with Image.open(path) as image:
         drawn = image.convert("RGBA")
     white = Image.new("RGBA", drawn.size, "white")

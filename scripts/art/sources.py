@@ -1,4 +1,4 @@
-"""Where things stand in the public sources: which concepts there are, what Unicode says of them, and who drew them."""
+"""Layout of the public sources: the concepts, their Unicode annotations, and their drawings."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CLDR_FILES = {
 
 
 class SourceError(click.ClickException):
-    """A source that lacks what its published layout promises: one line for the user, exit status 2."""
+    """A source without a file of its published layout: one line for the user, exit status 2."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What CLDR says of an emoji: its short name, and its keywords as CLDR orders them."""
+    """CLDR's annotation of an emoji: its short name, and its keywords in CLDR's order."""
 
     name: str
     keywords: tuple[str, ...]
@@ -38,7 +38,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji, whoever draws it."""
+    """One emoji, in any style."""
 
     codepoints: str
     name: str
@@ -54,13 +54,13 @@ class Concept:
 
 
 def key_of(codepoints: str, separator: str) -> str:
-    """A concept's key: code points in hex without leading zeros, `-` between; U+FE0F, which changes no drawing, out."""
+    """A concept's key: hex code points without leading zeros, joined by `-`, without U+FE0F."""
     points = (f"{int(point, 16):x}" for point in codepoints.split(separator))
     return "-".join(point for point in points if point != "fe0f")
 
 
 def key_in_name(stem: str) -> str | None:
-    """The key that a file's name holds, None where it holds none: the folders have some working files too."""
+    """The key in a file's name; None for the working files that the folders also contain."""
     return key_of(stem, "-") if re.fullmatch(r"[0-9a-f]+(-[0-9a-f]+)*", stem) else None
 
 

@@ -1,4 +1,4 @@
-"""What a trained base stage draws: a sheet to look at, and pictures for the next stage to learn from."""
+"""Drawings of a trained base stage: a sheet for inspection, and training pictures for the next stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpu import pictures
 from gpu.network import autocast, with_weights
 
 FINISHING_STEPS = 6
-"""From a log SNR in [-1, 3] to a picture."""
+"""Steps from a log SNR in [-1, 3] to a picture."""
 PROMPTS = (
     "a red apple, noto style",
     "a fox, twemoji style",
@@ -84,9 +84,9 @@ def sheet(stage: Stage, words: pictures.Words, path: Path) -> None:
 
 @torch.inference_mode()
 def finished(stage: Stage, library: pictures.Library, batch: int, most: int | None) -> tuple[Tensor, Tensor]:
-    """What the base makes of pictures noised to a log SNR in [-1, 3]: (N, 3, 64, 64) uint8, and of which (N,).
+    """Pictures noised to a log SNR in [-1, 3] and redrawn by the base: (N, 3, 64, 64) uint8, and their indices (N,).
 
-    most: of so many pictures at most, taken at random. The next stage learns from these to mend what the base does.
+    most: maximum number of pictures, chosen at random. The next stage learns from these to repair the base's errors.
     Below a log SNR of -1 the content would change.
     """
     art, words = library.art, library.words
@@ -114,7 +114,7 @@ def finished(stage: Stage, library: pictures.Library, batch: int, most: int | No
 
 
 def save_few(own: Tensor, drawn: Tensor, library: pictures.Library, path: Path) -> None:
-    """Thirty-two of the base's finishes below what they were made from."""
+    """Save thirty-two of the base's pictures below their originals."""
     who = drawn.nonzero().flatten()
     who = who[torch.linspace(0, len(who) - 1, 32, device=who.device).long()]
     true = F.avg_pool2d(library.art.pixels[who].float(), pictures.SIZE // own.shape[-1]).round().byte()

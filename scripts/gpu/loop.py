@@ -1,4 +1,4 @@
-"""Training against the clock: a run ends annealed whatever the speed is, and leaves weights whenever it is cut off.
+"""Training for a fixed time: the learning rate is annealed at any speed, and an interrupted run leaves weights.
 
 The learning rate follows the time, not the steps: warm-up, constant, linear to zero over the last part of the minutes.
 """
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Phase:
-    """From this share of the time on: side of the pictures, and how many a step."""
+    """Start as a share of the time, side of the pictures, and pictures per step."""
 
     begins: float
     size: int
@@ -56,9 +56,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Timing:
-    """A run's clock. minutes: all of it. decay: the share of the time over which the learning rate falls.
+    """A run's clock. minutes: total. decay: the share of the time over which the learning rate falls.
 
-    warmup: steps. save_every: seconds between the averages that a run leaves which is cut off.
+    warmup: steps. save_every: seconds between saved averages, for a run that is interrupted.
     """
 
     minutes: float
@@ -70,7 +70,7 @@ class Timing:
     save_every: float = 200
 
     def phase(self, now: float) -> Phase:
-        """now: share of the time that is over."""
+        """The current phase. now: elapsed share of the time."""
         return [phase for phase in self.phases if phase.begins <= now][-1]
 
     def rate(self, step: int, now: float) -> float:
@@ -79,10 +79,10 @@ class Timing:
 
 
 class Run:
-    """A network that learns, with its optimizer and its averages."""
+    """A network in training, with its optimizer and its averages."""
 
     def __init__(self, task: Task, device: torch.device, init: Sequence[Tensor] | None = None) -> None:
-        """init: weights to go on from, in the order of the parameters."""
+        """init: initial weights, in the order of the parameters."""
         self.task, self.device = task, device
         self.net = network(task.stage, device, task.compiled)
         if init is not None:
@@ -116,7 +116,7 @@ class Run:
 
 @dataclass
 class Safe:
-    """Weights and averages from before anything went wrong, and what a loss may be."""
+    """The last good weights and averages, and the bound on the loss."""
 
     run: Run
     lowest: float = math.inf
@@ -125,19 +125,19 @@ class Safe:
     copies: list[list[Tensor]] = field(default_factory=list)
 
     def keep(self) -> None:
-        """What there is now is what `restore` gives back."""
+        """Save the current state for `restore`."""
         self.copies = [[w.detach().clone() for w in weights] for weights in self._everything()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Back to what was kept, at half the rate."""
+        """Return to the saved state, at half the rate."""
         for kept, weights in zip(self.copies, self._everything(), strict=True):
             torch._foreach_copy_(weights, kept)
         self.run.optimizer.forget()
         self.slowed /= 2
 
     def diverged(self, loss: float) -> bool:
-        """NaN, too, is not below its bound."""
+        """Whether the loss is not below its bound, as for NaN."""
         if not loss < min(2 * self.lowest, WORST):
             return True
         self.lowest = min(self.lowest, loss)
@@ -149,7 +149,7 @@ class Safe:
 
 @dataclass
 class Progress:
-    """Where a run stands. size: side of its pictures; losses: of the steps since the last line of the log."""
+    """Progress of a run. size: side of its pictures; losses: of the steps since the last line of the log."""
 
     name: str
     began: float = field(default_factory=time.monotonic)
@@ -160,16 +160,16 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return time.monotonic() - self.began
 
     def count(self, phase: Phase, loss: Tensor) -> None:
-        """One step more."""
+        """Count one step."""
         self.step, self.views, self.size = self.step + 1, self.views + phase.batch, phase.size
         self.losses.append(loss)
 
     def tell(self, log: TextIO, rate: float) -> float:
-        """A line in the log and one for the reader; the mean loss since the line before, for which the host waits."""
+        """Write a line to the log and the console; the mean loss since the last line, read from the GPU."""
         loss = float(torch.stack(self.losses).mean())
         self.losses.clear()
         own = {"step": self.step, "views": self.views, "seconds": self.seconds, "size": self.size}
@@ -181,15 +181,15 @@ class Progress:
 
 
 Check = Callable[[Sequence[Tensor]], Measured]
-"""What weights do on held-out views."""
+"""A measurement of weights on held-out views."""
 
 
 def train(run: Run, timing: Timing, out: Path, name: str, stopped: Callable[[], bool], check: Check) -> list[Tensor]:
     """Train until the time is over; returns the average with the smaller loss on held-out views.
 
-    Writes <name>-* (that average), other-<name>-*, raw-<name>-* (weights from before the decay, with which a later run
-    goes on: annealed ones resume badly), guide-<name>-* (the average after an eighth of the time, a weak model for
-    autoguidance) and <name>.jsonl. After a divergence the run goes on from earlier weights at half the rate.
+    Writes <name>-* (that average), other-<name>-*, raw-<name>-* (weights before the decay, for a later run, since
+    annealed ones resume badly), guide-<name>-* (the average after an eighth of the time, a weak model for autoguidance)
+    and <name>.jsonl. After a divergence the run continues from earlier weights at half the rate.
     """
     out.mkdir(parents=True, exist_ok=True)
     safe = Safe(run)
@@ -200,7 +200,7 @@ def train(run: Run, timing: Timing, out: Path, name: str, stopped: Callable[[], 
     with (out / f"{name}.jsonl").open("w") as log:
         while not stopped() and (now := at.seconds / (60 * timing.minutes)) < 1:
             phase, rate = timing.phase(now), timing.rate(at.step, now) * safe.slowed
-            if phase.size != at.size:  # its losses are others
+            if phase.size != at.size:  # losses differ between sizes
                 safe.lowest = math.inf
             at.count(phase, run.step(phase, rate))
             for kind in [kind for kind, (begins, _) in due.items() if now > begins]:
@@ -219,7 +219,7 @@ def train(run: Run, timing: Timing, out: Path, name: str, stopped: Callable[[], 
     if not all(map(torch.isfinite, at.losses)):  # since the last line of the log
         say(f"{name} {at.step}: not finite at the end; earlier weights")
         safe.restore()
-    for kind, (_, weights) in due.items():  # a run that was stopped, or whose last step was a long one
+    for kind, (_, weights) in due.items():  # if the run was stopped, or its last step was long
         run.write(weights, out, f"{kind}-{name}")
     return _best(run, out, name, check)
 

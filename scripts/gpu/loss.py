@@ -1,4 +1,4 @@
-"""The loss of a view, its noise levels, and the errors by which a run is judged."""
+"""The loss of a view, its noise levels, and the errors that measure a run."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Levels:
 def loss_of(net: UNet, view: View, log_snr: Tensor, eps: Tensor, flatness: float = 0.0) -> Tensor:
     """(B,): squared error of v and, where log SNR > 0, `flatness` times the error of x_hat's gradients.
 
-    The second is zero for the true picture, unlike total variation, and counts three times where that is flat: an edge
-    is to be as steep as it is, and what is flat is to stay flat.
+    The second, unlike total variation, is zero for the true picture, and has triple weight where that is flat: edges
+    should keep their steepness, and flat areas should stay flat.
     """
     z = diffuse(view.x, eps, log_snr).contiguous(memory_format=torch.channels_last)
     v = call(net, z, log_snr, view.cond)
@@ -76,7 +76,7 @@ class Measured:
 
 @torch.inference_mode()
 def measured(net: UNet, view: View, levels: Levels, batch: int = 128) -> Measured:
-    """What the network does on these views, with noise that is always the same."""
+    """Loss and errors of the network on these views, with fixed noise."""
     device = view.x.device
     generator = torch.Generator(device).manual_seed(2)
     parts = view.split(batch)

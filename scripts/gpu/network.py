@@ -1,4 +1,4 @@
-"""A stage's network on one device: made, compiled block by block, called without a wait, written in small files."""
+"""A stage's network on one device: construction, block-wise compilation, non-blocking calls, small weight files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cascade.models.conditioned import Seen
 from cascade.models.unet import Block, UNet
 
 MOST_BYTES = 15 * 2**20
-"""Of one file of weights, so that it passes where files of 16 MiB do."""
+"""Most bytes of one weight file, for transfers limited to 16 MiB per file."""
 
 
 def network(stage: StageConfig, device: torch.device, compiled: bool = False) -> UNet:
@@ -36,7 +36,7 @@ def network(stage: StageConfig, device: torch.device, compiled: bool = False) ->
 
 @torch.no_grad()
 def fill(net: UNet, weights: Sequence[Tensor]) -> None:
-    """Give the network these weights, in the order of its parameters, from any device and in any number format."""
+    """Copy weights into the network, in the order of its parameters, from any device and number format."""
     for parameter, weight in zip(net.parameters(), weights, strict=True):
         parameter.copy_(weight)
 
@@ -49,7 +49,7 @@ def with_weights(stage: StageConfig, device: torch.device, weights: Sequence[Ten
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 where the device multiplies in it; elsewhere nothing."""
+    """Autocast to bf16 where the device supports it; disabled elsewhere."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
@@ -57,7 +57,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def call(net: UNet, z: Tensor, log_snr: Tensor, cond: Conditioning) -> Tensor:
     """The network's output, (B, 3, H, W) float32.
 
-    Like `net(z, log_snr, cond)`, but it does not ask whether the mask is all True, for which the host would wait.
+    Like `net(z, log_snr, cond)`, but without reading whether the mask is all True, for which the host would wait.
     """
     assert net.text_norm is not None
     assert net.text_pooling is not None
@@ -72,7 +72,7 @@ def call(net: UNet, z: Tensor, log_snr: Tensor, cond: Conditioning) -> Tensor:
 
 
 def write_parts(weights: Mapping[str, Tensor], out: Path, name: str) -> None:
-    """Write <out>/<name>-0.safetensors, -1, ...: bf16, each below 16 MiB; an older set of the name is replaced."""
+    """Write <out>/<name>-0.safetensors, -1, ...: bf16, each below 16 MiB, replacing an older set of that name."""
     out.mkdir(parents=True, exist_ok=True)
     sets: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -92,7 +92,7 @@ def write_parts(weights: Mapping[str, Tensor], out: Path, name: str) -> None:
 
 
 def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
-    """What `write_parts` wrote, in no particular order. Raises CascadeError for a folder without such files."""
+    """Read the files of `write_parts`, in no particular order. Raises CascadeError for a folder without such files."""
     files = _parts(folder, name)
     if not files:
         raise CascadeError(f"{folder}: holds no {name}-*.safetensors; name a folder that `train` wrote")
@@ -100,7 +100,7 @@ def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, name: str, stage: StageConfig) -> list[Tensor]:
-    """What `write_parts` wrote, float32, in the order of the parameters of the stage's network.
+    """Read the files of `write_parts` as float32, in the order of the parameters of the stage's network.
 
     Raises CascadeError for a folder without such files and for weights of other settings.
     """

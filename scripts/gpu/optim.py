@@ -1,4 +1,4 @@
-"""An optimizer and weight averages for one device: few large kernels, no wait for a result."""
+"""An optimizer and weight averages for one device: few large kernels, no synchronization."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MOMENTUM = 0.95
 
 
 class Muon:
-    """Muon for the matrices and kernels of the repeated layers, those of one shape at once; AdamW for the others.
+    """Muon for the matrices and kernels of the repeated layers, batched by shape; AdamW for the others.
 
     A kernel is a matrix (out, in height width), and an update has the size of AdamW's: the rule of
-    `cascade.training.optim.Muon`, which takes one matrix after the other.
+    `cascade.training.optim.Muon`, which processes one matrix at a time.
     Source: Jordan et al. (2024); Liu et al. (2025) section 2.2.
     """
 
@@ -48,7 +48,7 @@ class Muon:
         self.adamw.step()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset the optimizer's state."""
         for _, momentum in self.groups:
             momentum.zero_()
         self.adamw.state.clear()

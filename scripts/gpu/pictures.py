@@ -1,6 +1,6 @@
-"""Captioned pictures that lie whole in a device's memory, and the batches that are cut from them there.
+"""Captioned pictures held in a device's memory, and batches cut from them there.
 
-Reads what `pack_pictures.py` wrote. Nothing is read, decoded or drawn by the host once training has begun.
+Reads the files of `pack_pictures.py`. During training the host reads, decodes and draws nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cascade.text.t5_files import check_folder, load_t5, quiet, tokenizer_folder
 SIZE = 256
 """Side of the packed pictures."""
 MOST_TOKENS = 40
-"""Longer captions are cut here; the bundled encoder itself would take 64."""
+"""Longer captions are cut; the bundled encoder accepts 64."""
 CAPTIONS_OF_A_SCENE = 3
 STYLED = 0.35
 """Share of the views under a picture's first caption, which names subject and style; the others share the rest."""
@@ -53,7 +53,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Captions:
-    """For each of N pictures its texts, as rows of `Words`: `first` and `count` into `rows`."""
+    """The texts of N pictures, as rows of `Words`: slices `first`, `count` of `rows`."""
 
     rows: Tensor
     first: Tensor
@@ -84,7 +84,7 @@ class Art:
     styles: tuple[str, ...]
 
     def pick(self, chance: Tensor) -> Tensor:
-        """Numbers of pictures by uniform numbers chance (2, B): the style first, then one of its pictures."""
+        """Indices of pictures from uniform numbers chance (2, B): first the style, then one of its pictures."""
         style = torch.searchsorted(self.bounds, chance[0].contiguous()).clamp(max=len(self.bounds) - 1)
         return self.start[style] + (chance[1] * self.size[style]).long()
 
@@ -124,7 +124,7 @@ class Art:
 
 
 def cut(pictures: Tensor, who: Tensor, offset: Tensor, size: int) -> Tensor:
-    """Squares of side `size` at offset (2, B) from pictures (N, C, H, H); beyond an edge the edge goes on."""
+    """Squares of side `size` at offset (2, B) from pictures (N, C, H, H); edges are replicated."""
     lines, last = torch.arange(size, device=who.device), pictures.shape[-1] - 1
     rows = (offset[0][:, None] + lines).clamp(0, last)[:, None, :, None]
     columns = (offset[1][:, None] + lines).clamp(0, last)[:, None, None, :]
@@ -147,7 +147,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Library:
-    """All that is trained on: art, scenes if any, and the words of their captions."""
+    """All training data: art, scenes if any, and the words of their captions."""
 
     words: Words
     art: Art
@@ -156,9 +156,9 @@ class Library:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the views of art, by style: those that are not named have `rest` together, those of 0 are left out.
+    """Shares of the views of art, by style: unnamed styles share `rest`, styles with 0 are left out.
 
-    scenes: how many are drawn.
+    scenes: number of drawn scenes.
     """
 
     shares: Mapping[str, float]
@@ -199,7 +199,7 @@ def load(files: Sequence[Path], encoder: Path, device: torch.device, mixture: Mi
 
 @contextmanager
 def _workers(parts: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """`map` over processes; that of Python itself where so few parts would be done before the processes have begun."""
+    """`map` over processes; the built-in one for so few parts that starting processes would take longer."""
     if parts <= 4:
         yield map
         return
@@ -219,11 +219,11 @@ def _unpacked(file: Path) -> list[tuple[Row, bytes]]:
             rows: list[Row] = json.loads(packed["rows"].tobytes())
         return list(zip(rows, (blob[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)), strict=True))
     except NOT_PACKED as error:
-        raise CascadeError(f"{file}: is not a file that pack_pictures.py wrote ({error})") from error
+        raise CascadeError(f"{file}: not a file of pack_pictures.py ({error})") from error
 
 
 NOT_PACKED = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What NumPy and JSON raise for other files: TypeError for a lone array, zlib.error for damage inside an archive."""
+"""Errors of NumPy and JSON for other files: TypeError for a single array, zlib.error for a damaged archive."""
 
 
 def _chosen(files: Sequence[Path], mixture: Mixture) -> tuple[dict[str, float], list[tuple[Row, bytes]]]:
@@ -290,7 +290,7 @@ def _captions(texts: Sequence[Sequence[str]], place: Mapping[str, int], device: 
 
 @torch.inference_mode()
 def embed(texts: Sequence[str], folder: Path, device: torch.device) -> Words:
-    """What `TextEncoder.encode` gives for the texts; it reads one at a time, here thousands are read at once."""
+    """The result of `TextEncoder.encode` for the texts, with thousands per batch instead of one."""
     from tokenizers import Tokenizer
 
     with quiet(progress=False):

@@ -1,4 +1,4 @@
-"""How the two bundled stages are trained here, beside their settings in configs/bundled."""
+"""Training recipe of the two bundled stages, in addition to their settings in configs/bundled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARES = {
     "pixel_emoji": 1.5,
     "pixel_sprite": 1.0,
 }
-"""Of the views of art, by style: what people look at first has most. Other styles share REST."""
+"""Shares of the views of art, by style, largest for the most prominent styles. Other styles share REST."""
 REST = 8.0
 NO_SQUARES = {"pixel_emoji": 0.0, "pixel_sprite": 0.0}
 """Left out of super-resolution, which would learn to draw squares."""
@@ -39,7 +39,7 @@ NO_SQUARES = {"pixel_emoji": 0.0, "pixel_sprite": 0.0}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained here, beside its settings."""
+    """Training recipe of a stage, in addition to its settings."""
 
     levels: Levels
     dropout: float = 0.0
@@ -62,13 +62,13 @@ def stage_config(configs: Path, name: str, dropout: float = 0.0) -> StageConfig:
 
 
 def task(configs: Path, name: str, views: Views, compiled: bool) -> Task:
-    """The stage as it is trained here."""
+    """The training task of a stage."""
     recipe = RECIPES[name]
     return Task(stage_config(configs, name, recipe.dropout), views, recipe.levels, recipe.flatness, compiled)
 
 
 def phases(name: str, batch: int, crops: float = 0.0) -> tuple[Phase, ...]:
-    """What is trained when. crops: the share of the time in which 64 -> 256 sees crops of 128 before whole pictures."""
+    """The phases of training. crops: share of the time in which 64 -> 256 trains on crops of 128 px."""
     if name == "base":
         return (Phase(0.0, 64, batch),)
     whole = Phase(crops, 256, max(batch // 4, 1))

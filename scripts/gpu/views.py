@@ -1,4 +1,4 @@
-"""What the two stages are shown: pictures with their conditions, cut on the device from a library that lies there."""
+"""Training views of the two stages: pictures with their conditions, cut on the device from a library in its memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DROPPED = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """x: (B, 3, H, W) in [-1, 1], and its conditions, the smaller picture noised and enlarged already."""
+    """x: (B, 3, H, W) in [-1, 1], and its conditions, with the smaller picture already noised and enlarged."""
 
     x: Tensor
     cond: Conditioning
 
     def split(self, batch: int) -> list[View]:
-        """The same in parts of at most `batch`."""
+        """The view in parts of at most `batch` pictures."""
         count = -(-len(self.x) // batch)
         fields = (self.cond.text, self.cond.text_mask, self.cond.low_res, self.cond.low_res_log_snr)
         columns = [[None] * count if field is None else field.split(batch) for field in fields]
@@ -37,7 +37,7 @@ class View:
 
 
 Views = Callable[[int, int, torch.Generator], View]
-"""(how many, side in pixels, generator) -> a batch."""
+"""(number of pictures, side in pixels, generator) -> a batch."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class BaseViews:
 
 @dataclass(frozen=True)
 class EnlargingViews:
-    """Crops, or whole pictures, beside their noised area means or what the base stage made of those.
+    """Crops, or whole pictures, with their noised area means or the base stage's drawings as smaller pictures.
 
-    own: (N, 3, 64, 64) uint8, the base's drawings of the same pictures; drawn: (N,), where there is one. share: of the
-    views of such pictures, how many see the drawing. most: the largest aug_level; all below are as frequent.
+    own: (N, 3, 64, 64) uint8, the base's drawings of the same pictures; drawn: (N,), whether one exists. share: of the
+    views of such pictures that use the drawing. most: the largest aug_level, uniform below it.
     """
 
     library: Library

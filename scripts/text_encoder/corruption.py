@@ -1,4 +1,4 @@
-"""Span corruption (Raffel et al. 2020, section 3.1.4): what the encoder sees, and what the decoder has to say."""
+"""Span corruption (Raffel et al. 2020, section 3.1.4): the encoder's input and the decoder's target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from text_encoder.vocabulary import EOS, PAD, SENTINELS, UNK
 
-Pair = tuple[list[int], list[int]]  # what the encoder sees, what the decoder has to say
+Pair = tuple[list[int], list[int]]  # the encoder's input, the decoder's target
 
 
 def partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
@@ -23,7 +23,7 @@ def corrupt(ids: Sequence[int], rate: float, mean_span: int, first_sentinel: int
     """Replace spans by sentinels; the answer lists each sentinel with what it hides.
 
     ids: at least two tokens, without </s>. At least one span of the mean length is hidden, since 15 % of
-    a short caption is hardly a word, and at least one token always stays.
+    a short caption is less than a word, and at least one token is always kept.
     """
     hidden = min(max(mean_span, round(rate * len(ids))), len(ids) - 1)
     spans = max(1, min(round(hidden / mean_span), len(ids) - hidden, SENTINELS))
@@ -59,8 +59,8 @@ def batches(
     first_sentinel: int,
     rng: np.random.Generator,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of captions of like length, so that little is padding: shuffle, sort within pools of
-    32 batches, corrupt anew in each epoch."""
+    """Endless batches of captions of similar length, to limit padding: shuffle, sort within pools of
+    32 batches, corrupt again in each epoch."""
     pool_size = 32 * batch_size
     while True:
         order = rng.permutation(len(captions))
@@ -81,11 +81,11 @@ def bag_of_words(batch: dict[str, Tensor], vocab_size: int, first_sentinel: int)
 
 
 def words_loss(states: Tensor, mask: Tensor, words: torch.nn.Linear, embedding: Tensor, bag: Tensor) -> Tensor:
-    """Cross-entropy of the caption's words, all of them, read off the mean of the encoder's states.
+    """Cross-entropy of all words of the caption, predicted from the mean of the encoder's states.
 
-    Span corruption alone lets the states collapse to what the decoder's grammar needs (the note in `build_model`);
-    a network that draws needs to tell words apart. The words are scored against the encoder's own input embedding,
-    held fixed here: an output layer of its own would have to learn each rare word from a few sightings.
+    With span corruption alone the states collapse to the decoder's grammar (see `build_model`), but a drawing network
+    must distinguish words. The words are scored with the encoder's input embedding, held fixed here, because a separate
+    output layer would have to learn each rare word from a few examples.
     """
     normalized = torch.nn.functional.layer_norm(states.float(), states.shape[-1:])
     mean = (normalized * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Learning meanings from the teacher: of whole texts from the mean state, of each word from its own states."""
+"""Distillation from the teacher: of whole texts into the mean state, of each word into its own states."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Lessons:
         ]
 
     def batches(self, batch_size: int, rng: np.random.Generator) -> Iterator[Lesson]:
-        """Endless batches of texts of like length, in a new order each epoch."""
+        """Endless batches of texts of similar length, in a new order each epoch."""
         pool_size = 16 * batch_size
         while True:
             order = rng.permutation(len(self.ids))
@@ -63,7 +63,7 @@ class Lessons:
                 yield from (self.lesson(by_length[start : start + batch_size]) for start in starts.tolist())
 
     def lesson(self, chosen: Sequence[int]) -> Lesson:
-        """The texts with these numbers as one batch."""
+        """The texts with these indices as one batch."""
         width = max(len(self.ids[i]) for i in chosen) + 1
         ids = torch.full((len(chosen), width), PAD)
         word_of = torch.zeros(len(chosen), width, dtype=torch.long)
@@ -83,7 +83,7 @@ class Lessons:
 
 
 def text_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, d) -> (B, d): the mean of the states that are no padding, </s> among them."""
+    """(B, L, d) -> (B, d): the mean of the states without padding, including </s>."""
     return (states.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -96,9 +96,9 @@ def word_means(states: Tensor, word_of: Tensor, words: int) -> Tensor:
 
 
 def similarity_loss(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Does each text of the batch find the neighbours that the teacher finds? (B, d), (B, D) -> cross-entropy.
+    """Cross-entropy of each text's neighbours in the batch with the teacher's: (B, d), (B, D) -> scalar.
 
-    Taken on the states themselves, not behind a layer that is thrown away, so that what is shipped has it.
+    Computed on the states themselves instead of a discarded layer's output, so that the shipped encoder learns it.
     """
     own = torch.eye(len(ours), dtype=torch.bool)
     ours, theirs = normalize(ours, dim=1), normalize(theirs, dim=1)
@@ -110,7 +110,7 @@ def teaching_loss(states: Tensor, lesson: Lesson, head: torch.nn.Linear, word_we
     """Sum of: 1 - cosine of the mean state behind `head` and the teacher's embedding; the contrast of that
     prediction with the batch's other texts; the similarities among the mean states; and the same cosine for each word.
 
-    The last is there because a drawing network attends to single states: "red" must be told from red's own.
+    The last is needed because a drawing network attends to single states: the state of "red" must itself mean red.
     """
     mean = text_mean(states, lesson.mask)
     predicted = head(mean)

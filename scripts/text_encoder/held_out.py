@@ -1,4 +1,4 @@
-"""Words that no caption has, with the concept each should be taken for: what a finished encoder is measured on.
+"""Words that occur in no caption, with the concept of each, for measuring a finished encoder.
 
 `held_out_words.tsv`: text, concept, kind (synonym, colour, plural, misspelling), and what the text was held out from:
 "captions" alone, or "everything", which means WordNet's texts as well. Synonyms come from WordNet's synonym sets and
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One question: which of the concept names does `text` mean?"""
+    """One test case: a text and the concept name that it means."""
 
     text: str
     concept: str

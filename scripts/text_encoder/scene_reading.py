@@ -1,8 +1,8 @@
-"""Learning from drawn scenes what belongs to what: each word of an object's phrase knows the whole object.
+"""Training on drawn scenes to bind attributes: each word of an object's phrase should encode the whole object.
 
-Span corruption does not teach it: in `a red circle and a blue square` either colour may stand before either shape, so
-what is hidden is no easier to guess for who knows their order. Nor does the teacher, whose meaning of that sentence is
-nearly that of `a blue circle and a red square`. A drawing network that attends to `circle` must find `red` there.
+Span corruption does not train this: in `a red circle and a blue square` either colour may precede either shape, so the
+order does not help to guess hidden words. Nor does the teacher, whose embedding of that sentence is nearly that of
+`a blue circle and a red square`. A drawing network that attends to `circle` must find `red` there.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "count": ("1", "2", "3", "4"),
     "background": ("white", *COLOURS),
 }
-"""What a state is asked for, and the answers there are."""
+"""The predicted attributes, with the possible answers for each."""
 UNSAID = -100
-"""Where a caption does not say it, nothing is asked: the label that cross-entropy passes over."""
+"""Label of attributes that a caption does not mention, which cross-entropy ignores."""
 
 Span = tuple[int, int]
 
@@ -56,7 +56,7 @@ class Reading:
 
 
 def phrases(scene: Scene, caption: str) -> list[tuple[Span, dict[str, str]]]:
-    """Where the caption names each object and the background, in characters, and what it says of them."""
+    """Character span of each object and of the background in the caption, with the mentioned attributes."""
     ground = f"{scene.background} background"
     found: list[tuple[Span, dict[str, str]]] = []
     if ground in caption:
@@ -75,7 +75,7 @@ def phrases(scene: Scene, caption: str) -> list[tuple[Span, dict[str, str]]]:
 
 
 def _span(item: SceneObject, count: int, caption: str, said: dict[str, str]) -> Span:
-    """Of `[size] colour shape`; adds the size to what is said if it is."""
+    """Character span of `[size] colour shape`; adds the size to `said` if mentioned."""
     words = f"{item.colour} {plural(item.shape) if count > 1 else item.shape}"
     start = caption.index(words)
     end = start + len(words)
@@ -110,7 +110,7 @@ def readings(tokenizer: Any, batch_size: int, seed: int) -> Iterator[Reading]:
 
 
 def reading_head(width: int) -> torch.nn.Linear:
-    """From a state to the scores of all answers to all questions; thrown away after training."""
+    """Layer from a state to the scores of all answers for all attributes; discarded after training."""
     return torch.nn.Linear(width, sum(map(len, ATTRIBUTES.values())))
 
 

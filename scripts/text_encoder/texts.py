@@ -1,4 +1,4 @@
-"""The short texts whose meanings the encoder learns from the teacher: captions, words, glosses, slips of the pen."""
+"""The short texts whose meanings the encoder learns from the teacher: captions, words, glosses, misspellings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from text_encoder.wordnet import WordNet
 
 GLOSS_WORDS = 10
-Text = tuple[str, str]  # what the encoder reads, and the text whose meaning that has: the same, or its right spelling
+Text = tuple[str, str]  # the encoder's text, and the text with its meaning: the same, or the correct spelling
 
 
 def words_in(text: str) -> list[str]:
@@ -22,7 +22,7 @@ def words_in(text: str) -> list[str]:
 def distillation_texts(
     captions: Sequence[str], caption_share: int, wordnet: WordNet | None, excluded: Collection[str], seed: int
 ) -> list[Text]:
-    """Distinct texts, none with an excluded word. caption_share: how many of the captions are taken at most."""
+    """Distinct texts without excluded words. caption_share: maximum number of captions."""
     rng = random.Random(seed)
     taken = rng.sample(list(captions), min(caption_share, len(captions)))
     taken += [caption for caption in captions if len(caption.split()) <= 2]  # names of things
@@ -46,7 +46,7 @@ def distillation_texts(
 
 
 def wordnet_texts(wordnet: WordNet) -> Iterator[str]:
-    """Lemmas that are common or can be drawn; these with a gloss and with what they are a kind of; plurals."""
+    """Lemmas that are common or can be drawn, the latter with gloss and hypernym; plurals."""
     for (lemma, part), sense in wordnet.senses.items():
         count = wordnet.counts[lemma]
         plain = lemma.isalpha()
@@ -85,7 +85,7 @@ def misspell(word: str, rng: random.Random) -> str:
 
 
 def common_words(wordnet: WordNet, excluded: Collection[str]) -> list[str]:
-    """WordNet's single words, the commonest first: by how often they were tagged or stand in glosses."""
+    """WordNet's single words, the commonest first, by their number of tags and occurrences in glosses."""
     counts = wordnet.counts + Counter(word for sense in set(wordnet.senses.values()) for word in words_in(sense.gloss))
     words = {lemma for lemma, _ in wordnet.senses if lemma.isalpha() and len(lemma) > 2} - set(excluded)
     return sorted(words, key=lambda word: (-counts[word], word))

@@ -1,4 +1,4 @@
-"""The encoder, its throw-away decoder, and the training that uses both."""
+"""The encoder, its temporary decoder, and the training of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from text_encoder.vocabulary import EOS, PAD, SENTINELS
 
 @dataclass(frozen=True)
 class Sizes:
-    """The encoder's shape in T5 v1.1's own terms, and the depth of the decoder that is thrown away."""
+    """The encoder's shape in T5 v1.1's terms, and the depth of the temporary decoder."""
 
     vocab_size: int
     d_model: int
@@ -33,7 +33,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train: whichever of `steps` and `minutes` is reached first ends the run."""
+    """Length and rates of training: the run ends at `steps` or after `minutes`, whichever is first."""
 
     steps: int | None
     minutes: float | None
@@ -52,7 +52,7 @@ class Recipe:
     seed: int
 
     def progress(self, step: int, started: float) -> float:
-        """The share of the run that is over, 0 to 1 and beyond."""
+        """The elapsed share of the run; may exceed 1."""
         by_steps = step / self.steps if self.steps else 0.0
         by_clock = (time.monotonic() - started) / (60 * self.minutes) if self.minutes else 0.0
         return max(by_steps, by_clock)
@@ -84,11 +84,11 @@ def build_model(sizes: Sizes) -> Any:
 
 @torch.no_grad()
 def start_from_meanings(model: Any, rows: Sequence[int], meanings: Tensor, directions: tuple[Tensor, Tensor]) -> None:
-    """Begin as a bag of words: the state of a word is the teacher's meaning of it, untouched by the layers.
+    """Initialize as a bag of words: the state of a word is the teacher's embedding of it, unchanged by the layers.
 
     rows: N token ids. meanings: (N, D), the teacher's embeddings of their words. directions: its mean and principal
-    directions, (D,) and (D, d_model). A word that is met ten times in training cannot move its row of the embedding
-    far, so the row starts at its end; and the layers add nothing at first, or they would hide it.
+    directions, (D,) and (D, d_model). A word that occurs ten times in training cannot move its embedding far, so it
+    starts at the target; the layers start by adding zero, since they would otherwise hide it.
     """
     mean, axes = directions
     projected = (meanings.float() - mean) @ axes
@@ -131,7 +131,7 @@ def held_out_loss(model: Any, captions: Sequence[list[int]], recipe: Recipe, fir
 def caption_losses(
     model: Any, batch: dict[str, Tensor], words: torch.nn.Linear, first_sentinel: int
 ) -> dict[str, Tensor]:
-    """What is hidden in a batch of corrupted captions, and which words they have."""
+    """Losses of a batch of corrupted captions: hidden tokens, and words of the caption."""
     with torch.autocast("cpu", torch.bfloat16):  # 0.26 instead of 0.41 s a step on one core
         output = model(**batch)
     bag = bag_of_words(batch, model.config.vocab_size, first_sentinel)
@@ -140,14 +140,14 @@ def caption_losses(
 
 
 def lesson_loss(model: Any, lesson: Lesson, head: torch.nn.Linear, word_weight: float) -> Tensor:
-    """How far a batch of texts is from the teacher's meanings."""
+    """Loss of a batch of texts against the teacher's embeddings."""
     with torch.autocast("cpu", torch.bfloat16):
         states = model.encoder(input_ids=lesson.ids, attention_mask=lesson.mask).last_hidden_state
     return teaching_loss(states, lesson, head, word_weight)
 
 
 def scene_loss(model: Any, reading: Reading, head: torch.nn.Linear) -> Tensor:
-    """How much the states of an object's words do not know of the object."""
+    """Loss of the objects' attributes, predicted from the states of their words."""
     with torch.autocast("cpu", torch.bfloat16):
         states = model.encoder(input_ids=reading.ids, attention_mask=reading.mask).last_hidden_state
     return reading_loss(states, reading, head)
@@ -156,7 +156,7 @@ def scene_loss(model: Any, reading: Reading, head: torch.nn.Linear) -> Tensor:
 def build_optimizer(model: Any, heads: torch.nn.ModuleDict, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and its schedule, a function of the step's number and the run's progress that sets the learning rates.
 
-    The embedding has a higher rate than the rest: a row of it moves only when its piece is seen.
+    The embedding has a higher rate than the rest, since a row is trained only when its piece occurs.
     """
     embedding = model.shared.weight
     others = [each for each in [*model.parameters(), *heads.parameters()] if each is not embedding]
@@ -178,14 +178,14 @@ def train(
     scenes: Iterator[Reading] | None,
     recipe: Recipe,
 ) -> dict[str, float]:
-    """AdamW with linear warm-up and linear decay to zero. Returns what training.json says of the run.
+    """AdamW with linear warm-up and linear decay to zero. Returns the run's values for training.json.
 
-    training, held_out: captions as token ids, to corrupt. lessons: what the teacher explains. scenes: what is read.
+    training, held_out: captions as token ids, to corrupt. lessons: texts of the teacher. scenes: batches of scenes.
     """
     first_sentinel = model.config.vocab_size - SENTINELS
     rng = np.random.default_rng(recipe.seed)
     width = model.config.d_model
-    heads = torch.nn.ModuleDict({"words": torch.nn.Linear(width, width)})  # thrown away after training
+    heads = torch.nn.ModuleDict({"words": torch.nn.Linear(width, width)})  # discarded after training
     if lessons:
         heads["teacher"] = meaning_head(lessons.directions)
     if scenes:

@@ -1,4 +1,4 @@
-"""The vocabulary: SentencePiece's unigram pieces with byte fallback, in the form `AutoTokenizer` loads."""
+"""The vocabulary: SentencePiece's unigram pieces with byte fallback, in a form that `AutoTokenizer` loads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import click
 
 PAD, EOS, UNK = 0, 1, 2
 SENTINELS = 32
-UNLIKELY = -1000.0  # log probability of a piece that no text may be cut into by chance
+UNLIKELY = -1000.0  # log probability of a piece that should never match ordinary text
 
 
 def normalizer() -> Any:
-    """NFKC, lower case, single spaces. The very object that goes into tokenizer.json also prepares the
-    text SentencePiece learns from, so that training and use cannot disagree."""
+    """NFKC, lower case, single spaces. The normalizer in tokenizer.json also prepares the text for SentencePiece, so
+    that training and use agree."""
     from tokenizers import Regex, normalizers
 
     return normalizers.Sequence(
         [
-            normalizers.Nmt(),  # control characters away, exotic spaces to plain ones
+            normalizers.Nmt(),  # removes control characters, replaces unusual spaces
             normalizers.NFKC(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"\s+"), " "),
@@ -57,7 +57,7 @@ def learn_pieces(texts: Sequence[str], vocab_size: int) -> list[tuple[str, float
             num_threads=1,
             minloglevel=1,
         )
-    except RuntimeError as error:  # its own sentence names the greatest size that these texts allow
+    except RuntimeError as error:  # its message names the largest size possible for these texts
         raise click.ClickException(f"--learned-pieces {vocab_size}: {error}") from None
     learned = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = []
@@ -70,10 +70,10 @@ def learn_pieces(texts: Sequence[str], vocab_size: int) -> list[tuple[str, float
 
 
 def with_words(pieces: list[tuple[str, float]], words: Iterable[str], count: int) -> list[tuple[str, float]]:
-    """The pieces and the first `count` words that are none of them.
+    """The pieces, and the first `count` words that are not yet pieces.
 
-    SentencePiece cuts all but the most frequent words ("post", "er"), and the pieces of a word do not tell its
-    meaning. An added word is as likely as a middling piece, hence likelier than two or more of almost any.
+    SentencePiece splits all but the most frequent words ("post", "er"), and the pieces do not have the word's meaning.
+    An added word is as likely as a median piece, and so likelier than almost any two or more pieces.
     """
     known = {piece for piece, _ in pieces}
     middling = statistics.median(score for _, score in pieces if score > UNLIKELY)
@@ -84,11 +84,11 @@ def with_words(pieces: list[tuple[str, float]], words: Iterable[str], count: int
 
 
 def build_tokenizer(texts: Sequence[str], learned_pieces: int, words: Iterable[str] = (), whole_words: int = 0) -> Any:
-    """A `PreTrainedTokenizerFast` that ends every text with </s> and has bytes for whatever it never saw.
+    """A `PreTrainedTokenizerFast` that ends every text with </s> and uses bytes for unknown characters.
 
-    learned_pieces: bytes and control tokens among them. words: the commonest first; `whole_words` of them get a piece.
+    learned_pieces: including bytes and control tokens. words: the commonest first; `whole_words` of them get a piece.
 
-    Not `T5Tokenizer`: transformers 5 rebuilds that one without byte fallback.
+    Not `T5Tokenizer`, which transformers 5 rebuilds without byte fallback.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

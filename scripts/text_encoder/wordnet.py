@@ -1,4 +1,4 @@
-"""WordNet's words as Debian's `wordnet-base` installs them: lemmas, how common they are, senses, glosses.
+"""Reader for WordNet as installed by Debian's `wordnet-base`: lemmas, their frequency, senses, glosses.
 
 The database's own format (wndb(5WN)): `index.POS` lists each lemma's senses, the commonest first; `data.POS`
 holds one synonym set a line; `cntlist.rev` counts each sense in texts that people tagged by hand.
@@ -20,7 +20,7 @@ DRAWABLE = {"05", "06", "08", "13", "15", "17", "18", "19", "20", "25", "27"}
 
 @dataclass(frozen=True)
 class Sense:
-    """One synonym set: `words` mean the same, `gloss` says what, `parents` name what it is a kind of."""
+    """One synonym set: `words` with equal meaning, `gloss` for the definition, `parents` for the hypernyms."""
 
     words: tuple[str, ...]
     gloss: str
@@ -89,7 +89,7 @@ def words_of(fields: list[str]) -> tuple[str, ...]:
 
 
 def parents_of(fields: list[str]) -> list[str]:
-    """Offsets of the sets that this one is a kind of (pointer symbol @)."""
+    """Offsets of the hypernym sets (pointer symbol @)."""
     start = 4 + 2 * int(fields[3], 16)
     pointers = fields[start + 1 : start + 1 + 4 * int(fields[start])]
     return [pointers[i + 1] for i in range(0, len(pointers), 4) if pointers[i] == "@"]

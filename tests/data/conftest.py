@@ -1,4 +1,4 @@
-"""What all data tests share."""
+"""Shared fixtures of the data tests."""
 
 import pytest
 from tiny_data import SIZE

@@ -1,4 +1,4 @@
-"""What is said of an emoji: the words that people would use, in the templates of the data set."""
+"""Captions of an emoji: natural words in the templates of the data set."""
 
 import random
 from typing import Any

@@ -74,8 +74,8 @@ def test_captions_of_one_picture_in_several_lines_and_lists_are_variants(tmp_pat
     [
         (
             "metadata.jsonl",
-            '{"file_name": "a.png", "text": "x"}',
-            "no column 'caption'; the columns are file_name, text",
+            '{"file_name": "a.png", "prompt": "x"}',
+            "no column 'caption'; the columns are file_name, prompt",
         ),
         ("metadata.csv", "file,caption\na.png,x\n", "no column 'file_name'; the columns are caption, file"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{oops', "metadata.jsonl, line 2: not valid JSON"),
@@ -441,7 +441,7 @@ def test_a_folder_is_read_as_people_and_their_programs_leave_it(tmp_path: Path) 
     assert [decode(records[index]).shape for index in (1, 2, 3)] == [(3, 32, 32)] * 3
 
 
-def test_what_a_folder_holds_but_cannot_be_read_is_counted_and_told(
+def test_unreadable_files_in_a_folder_are_counted_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_folder(tmp_path, 1)

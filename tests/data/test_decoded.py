@@ -1,4 +1,4 @@
-"""Pictures decoded once give the views that they gave before, to any number of processes, until they change."""
+"""Pictures decoded once give the same views as before, to any number of processes, until they change."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def process_of(captions: list[str]) -> tuple[int, int]:
 def test_what_is_asked_of_captions_is_made_where_they_are_read(stage: StageConfig, workers: int) -> None:
     data = DataConfig(sources=(ScenesSource(),))
     data = data.model_copy(update={"workers": workers})
-    with closing(batches(data, stage, 0, batch_size=3, beside=process_of)) as stream:
-        process, count = next(stream).beside  # type: ignore[misc]
+    with closing(batches(data, stage, 0, batch_size=3, of_captions=process_of)) as stream:
+        process, count = next(stream).of_captions  # type: ignore[misc]
     assert count == 3
     assert (process == os.getpid()) == (workers == 0)

@@ -1,4 +1,4 @@
-"""The command that makes the emoji data set: pictures, words, splits, from small trees laid out as the sources are."""
+"""The command that makes the emoji data set: pictures, words, splits, from small trees with the sources' layout."""
 
 import io
 import shutil

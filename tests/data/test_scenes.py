@@ -1,4 +1,4 @@
-"""Drawn scenes: what the caption says is what the picture shows."""
+"""Drawn scenes: the caption describes the picture."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""What a survey of the data says, and that its sheet shows what the network sees."""
+"""The counts of a data survey, and its sheet of the network's inputs."""
 
 from pathlib import Path
 
@@ -146,3 +146,25 @@ def test_the_sheet_asks_how_captions_are_read(flawed: FolderSource, stage: Stage
     data = DataConfig(sources=(flawed,), max_bad_share=1.0, caption_dropout=0.0)
     view_sheet(data, stage, 7, 3, lambda caption: asked.append(caption) or caption)
     assert asked == [Views(data, stage, 7)[number].caption for number in range(3)]
+
+
+def test_captions_that_are_all_alike_and_sides_that_prevent_mirroring_are_reported() -> None:
+    from cascade.cli.data import describe
+
+    data = DataConfig(sources=(ScenesSource(),), flip=0.5)
+    stage = StageConfig(name="base", resolution=16)
+    found = Survey("folder x", 20, looked_at=20, captions={"a photo": 12, "a cat on the left": 8})
+    text = "\n".join(describe(found, data, stage))
+    assert "warning: 12 of 20 captions are 'a photo'" in text
+    assert "8 captions mention left, right, a flag or letters" in text
+    varied = Survey("folder x", 20, looked_at=20, captions={f"picture {n}": 1 for n in range(20)})
+    assert "warning" not in "\n".join(describe(varied, data, stage))
+
+
+def test_a_folder_without_captions_is_told_of_its_names() -> None:
+    from cascade.cli.data import describe
+
+    problems = [f"{n}.png: no caption" for n in range(3)]
+    found = Survey("folder x", 3, looked_at=3, problems=problems)
+    text = "\n".join(describe(found, DataConfig(sources=(ScenesSource(),)), StageConfig(name="base", resolution=16)))
+    assert "names: file" in text

@@ -1,9 +1,10 @@
-"""WebDataset shards: every record is found where it lies, used once an epoch, and in the same order after a stop."""
+"""WebDataset shards: every record is read in place, used once per epoch, and in the same order after a stop."""
 
 import io
 import itertools
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cascade.data.sources import open_records, open_source
 from cascade.data.tar_index import INDEX_FOLDER
 from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
+from cascade.files import tar as tars
 
 SHARDS = (5, 1, 7, 3)
 
@@ -126,8 +128,12 @@ def test_an_index_of_another_layout_is_made_anew(shards: Path) -> None:
 
 def test_headers_are_walked_once_and_again_when_the_file_changed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda path, mode: opened.append(Path(path).name) or real(path, mode))
+
+    def walked(path: Path) -> Iterator[tarfile.TarInfo]:
+        opened.append(path.name)
+        return tars.members(path)
+
+    monkeypatch.setattr("cascade.data.tar_index.members", walked)
     open_records(source_of(shards))
     open_records(source_of(shards))
     assert opened == [f"{number}.tar" for number in range(4)]

@@ -197,3 +197,21 @@ def test_a_strip_is_a_bad_record_where_it_would_be_padded(stage: StageConfig) ->
         training_picture(strip, data(aspect="pad"), stage, random.Random(0))
     assert training_picture(strip, data(aspect="crop"), stage, random.Random(0)).shape[-2:] == (8, 8)
     assert training_picture(as_record(random_picture(2, 40)), data(), stage, random.Random(0)).shape[-2:] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("caption", "mirrored"),
+    [
+        ("a cat", True),
+        ("a cat left of a dog", False),
+        ("flag of Norway", False),
+        ("the word STOP", False),
+        ("bright", True),
+    ],
+)
+def test_a_picture_is_mirrored_only_if_its_caption_names_no_side(caption: str, mirrored: bool) -> None:
+    image = random_picture(16, 16)
+    record = replace(as_record(image), captions=(caption,))
+    stage = StageConfig(name="base", resolution=16, model=MODEL)
+    found = training_picture(record, data(flip=1.0), stage, random.Random(0))
+    assert torch.equal(found, image.flip(-1) if mirrored else image)

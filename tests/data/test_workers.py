@@ -1,4 +1,4 @@
-"""Processes that read: nothing is waited for in vain, and small shared memory is done without."""
+"""Reading processes: a dead one is noticed, and small shared memory is avoided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public sources of the emoji data set, in small: a few drawings and words, laid out as in the repositories."""
+"""Small versions of the emoji data set's public sources: a few drawings and words in the repositories' layout."""
 
 import io
 import json

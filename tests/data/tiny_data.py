@@ -1,4 +1,4 @@
-"""Small synthetic data: a picture's colour is its number, so that a view tells where it came from."""
+"""Small synthetic data: a picture's colour is its number, so that a view identifies its record."""
 
 import io
 import json

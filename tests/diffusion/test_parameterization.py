@@ -1,4 +1,4 @@
-"""eps, v, x and velocity say the same thing."""
+"""eps, v, x and velocity are equivalent."""
 
 from __future__ import annotations
 

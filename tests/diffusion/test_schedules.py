@@ -81,7 +81,7 @@ def test_log_snr_falls_with_time_and_is_finite_at_both_ends(name: str) -> None:
     assert log_snr[-1].item() >= LOG_SNR_RANGE[0]
 
 
-def test_cosine_ends_are_clipped_where_they_are_told_to_be() -> None:
+def test_cosine_ends_are_clipped_to_the_given_range() -> None:
     schedule = CosineSchedule(clip=(-9.0, 11.0))
     assert schedule.log_snr(torch.tensor([0.0, 1.0])).tolist() == [11.0, -9.0]
 

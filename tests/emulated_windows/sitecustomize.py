@@ -1,9 +1,9 @@
-"""Makes a Python process on Linux as much like one on Windows as can be, for our package and for one folder.
+"""Makes a Python process on Linux behave as far as possible like one on Windows, for `cascade` and for one folder.
 
-Python imports it at its start, in child processes as well, where it lies on PYTHONPATH. Then, for modules of `cascade`:
-`sys.platform` is win32, what only Unix has is not there, and `msvcrt` is. For everything in the folder EMULATED_DISK:
-what is open can be neither removed nor replaced, and names are those that Windows takes. Processes are spawned, and
-text whose encoding is not given is an error.
+If it is on PYTHONPATH, Python imports it at start-up, also in child processes. For modules of `cascade`, `sys.platform`
+is then win32, Unix-only modules are missing, and `msvcrt` exists. In the folder EMULATED_DISK, open files can be
+neither removed nor replaced, and only names valid on Windows are accepted. Processes are spawned, and reading or
+writing text without an explicit encoding is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNIX_ONLY["signal"] |= {one.name for one in signal.Signals if one not in SIGNALS
 
 
 class Seen(ModuleType):
-    """A module as our package sees it."""
+    """A module as imported by cascade."""
 
     def __init__(self, real: ModuleType, without: set[str], **instead: Any) -> None:
         super().__init__(real.__name__)
@@ -89,7 +89,7 @@ def refuse_open(path: Any, *others: Any) -> None:
 
 
 def is_open(name: str) -> bool:
-    """Whether a process of ours has a file open or mapped, or one in a folder."""
+    """Whether a test process has a file open or mapped, or any file in a folder."""
     return any(one == name or one.startswith(f"{name}/") for process in ours() for one in opened_by(process))
 
 
@@ -120,7 +120,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 
 
 def is_taken_by_windows(name: str) -> bool:
-    """Whether a file can be called so. Source: "Naming Files, Paths, and Namespaces", Microsoft."""
+    """Whether a file name is valid. Source: "Naming Files, Paths, and Namespaces", Microsoft."""
     wrong = re.search(r'[<>:"|?*\\\x00-\x1f]', name) or name[-1:] in (".", " ") or RESERVED.fullmatch(name)
     return not wrong
 
@@ -149,7 +149,7 @@ find = builtins.__import__
 
 
 def import_for(name: str, space: Any = None, *arguments: Any, **named: Any) -> ModuleType:
-    """`__import__`, as our package has it."""
+    """`__import__` for modules of cascade."""
     if space and str(space.get("__package__", "")).partition(".")[0] == "cascade":
         if name in UNIX_ONLY["modules"]:
             raise ModuleNotFoundError(f"No module named {name!r} on Windows", name=name)

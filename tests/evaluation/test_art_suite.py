@@ -1,4 +1,4 @@
-"""The art suite: whoever shows the true pictures reaches the ceiling, and whoever shows training pictures is caught."""
+"""The art suite: showing the true pictures reaches the ceiling, and showing training pictures is detected."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_size_without_true_pictures_is_not_drawn_and_a_size_that_no_stage_has_
     assert measured_sizes(shower, Request(data=data)) == [64]  # type: ignore[arg-type]
     assert "No true pictures of 256 px" in unmeasured(shower, Request(data=data))[0]  # type: ignore[arg-type]
     assert unmeasured(shower, Request(data=data, until=64)) == []  # type: ignore[arg-type]
-    with pytest.raises(CascadeError, match="--until 128: no stage draws that; choose from 64, 256"):
+    with pytest.raises(CascadeError, match="--until 128: no stage draws that size; choose from 64, 256"):
         measured_sizes(shower, Request(data=data, until=128))  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ def test_words_of_a_concept_hold_no_style(data: Path):
 def test_without_data_the_error_says_how_to_get_it(tmp_path: Path):
     with pytest.raises(CascadeError, match=r"--suite art: needs true pictures.*prepare_data\.py"):
         run(Shower({}), Request())  # type: ignore[arg-type]
-    with pytest.raises(CascadeError, match=r"no train-64\*\.parquet there"):
+    with pytest.raises(CascadeError, match=r"no train-64\*\.parquet;"):
         run(Shower({}), Request(data=tmp_path))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""`cascade evaluate`: a report of any cascade, the same twice, and one line for every wrong call."""
+"""`cascade evaluate`: a report of any cascade, equal when repeated, and a one-line error for every wrong call."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_another_weight_is_another_hash(model: Path, tmp_path: Path):
         (["--suite", "scenes", "--until", "8"], "--until: the suite scenes does not use it"),
         (["--suite", "sr", "--further", "2"], "--further: the suite sr does not use it"),
         (["--suite", "art"], "--suite art: needs true pictures"),
-        (["--suite", "art", "--data", "nowhere"], "--data nowhere: no train-64*.parquet there"),
+        (["--suite", "art", "--data", "nowhere"], "--data nowhere: no train-64*.parquet;"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(
@@ -84,7 +84,7 @@ def test_a_wrong_call_is_one_line_and_status_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(
+def test_a_folder_that_cannot_be_written_is_reported_before_drawing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cascade.evaluation.drawing.draw", None)

@@ -58,7 +58,7 @@ def test_a_subset_is_precise_and_lacks_recall():
     assert precision_and_recall(true, true + 1000) == (0, 0)
 
 
-def test_a_picture_beside_a_training_picture_is_a_near_copy():
+def test_a_picture_near_a_training_picture_is_a_near_copy():
     training = torch.tensor([[0.0, 0.0], [0.1, 0.0], [10.0, 0.0], [0.0, 10.0]])
     subjects = torch.tensor([0, 0, 1, 2])
     drawn = torch.tensor([[0.05, 0.05], [5.0, 0.0], [2.6, 0.0], [2.4, 0.0]])

@@ -1,4 +1,4 @@
-"""Measures of enlarged pictures know the answer where it can be computed, and move the right way elsewhere."""
+"""Measures of enlarged pictures: exact where the answer can be computed, monotonic elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one sees: each figure on pictures of which it is known, and the order true, blurred, smeared, noise."""
+"""Measures of appearance: each figure on pictures with a known answer, and the order true, blurred, smeared, noise."""
 
 from __future__ import annotations
 

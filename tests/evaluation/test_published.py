@@ -1,4 +1,4 @@
-"""CLIP score and Frechet distance with weights that the user brings: real formats, random numbers."""
+"""CLIP score and Frechet distance with weights provided by the user: real formats, random numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_clip_score_is_a_hundred_times_the_cosine_and_not_below_zero(clip: Pat
     assert torch.allclose(scorer.scores(pictures[:1], prompts[:1]), scores[:1], atol=1e-3)
 
 
-def test_figures_of_clip_stand_beside_those_of_true_pictures(clip: Path):
+def test_clip_figures_are_reported_with_those_of_true_pictures(clip: Path):
     published = Published.load(Request(clip=str(clip)))
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
     (figure,) = published.figures("unseen", [red], [blue], ["a thing"])

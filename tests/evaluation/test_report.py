@@ -1,4 +1,4 @@
-"""A report says the same thing three ways, and the same bytes twice."""
+"""A report is consistent in its three formats, and equal in bytes when repeated."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Painter:
         return CascadeOutput(pictures, {64: pictures}, [0] * len(prompts), prompts)
 
 
-def test_who_draws_what_the_prompt_says_gets_every_point():
+def test_drawings_that_match_the_prompt_get_every_point():
     asked = items(seed=3)[:40]
     report = run(Painter({item.prompt: item.scene for item in asked}), Request(seed=3, limit=40))  # type: ignore[arg-type]
     assert report.figures[0].name == "all correct"

@@ -1,4 +1,4 @@
-"""The sr suite measures every super-resolution stage against held-out pictures, beside bicubic and Lanczos."""
+"""The sr suite measures every super-resolution stage on held-out pictures, compared with bicubic and Lanczos."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_pictures(path: Path, sides: list[int]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def test_every_stage_has_all_figures_beside_those_of_plain_enlargement(model: Path, tmp_path: Path) -> None:
+def test_every_stage_has_all_figures_with_those_of_plain_enlargement(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_pictures(data / "test.parquet", [32, 40, 32])

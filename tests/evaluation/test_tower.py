@@ -1,4 +1,4 @@
-"""The art suite's judge: reads any word and any size, loads what it saved, learns what belongs together."""
+"""The art suite's judge: reads any word and any size, loads its saved weights, learns to match pictures and words."""
 
 from __future__ import annotations
 

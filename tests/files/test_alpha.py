@@ -1,4 +1,4 @@
-"""Transparent pixels take the colours of those around them, and the alpha channel is enlarged by itself."""
+"""Transparent pixels take the colours of their neighbours, and the alpha channel is enlarged separately."""
 
 from __future__ import annotations
 

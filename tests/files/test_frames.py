@@ -1,4 +1,4 @@
-"""Everything that a picture file holds is read, and written again as a PNG."""
+"""All content of a picture file is read, and written to a PNG."""
 
 from __future__ import annotations
 

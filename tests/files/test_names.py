@@ -1,4 +1,4 @@
-"""Names of files that every operating system takes."""
+"""File names that are valid on every operating system."""
 
 from __future__ import annotations
 

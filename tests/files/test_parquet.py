@@ -1,4 +1,4 @@
-"""Damaged Parquet files, and those that hold something else, are one line with file, column and row."""
+"""Damaged or wrong Parquet files give a one-line error with file, column and row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON of our own files is read as if anybody could have written to them."""
+"""JSON in cascade's own files is read as untrusted input."""
 
 from __future__ import annotations
 

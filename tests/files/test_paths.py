@@ -1,4 +1,4 @@
-"""`~` is the home folder wherever a path is read, and never a folder called so."""
+"""`~` is the home folder wherever a path is read, and never a folder of that name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns find what is meant, and are no way to search a whole disk."""
+"""Patterns find the intended files, and cannot search a whole disk."""
 
 from __future__ import annotations
 

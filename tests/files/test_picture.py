@@ -1,4 +1,4 @@
-"""Pictures of any mode, depth and colour space become 8 bits of sRGB, as every viewer shows them."""
+"""Pictures of any mode, depth and colour space become 8-bit sRGB, as in every viewer."""
 
 from __future__ import annotations
 

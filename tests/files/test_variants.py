@@ -1,4 +1,4 @@
-"""Of weights in several precisions one is read, wherever weights lie."""
+"""One of several precisions of weights is read, in every folder layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder is walked whole, once, and what is nobody's data is passed over."""
+"""A folder is walked completely, once, and files that are not data are skipped."""
 
 from __future__ import annotations
 

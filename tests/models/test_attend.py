@@ -1,4 +1,4 @@
-"""Softmax attention is the same in whichever way it is computed."""
+"""Softmax attention is the same with every algorithm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolution that chooses its way: the same picture by each, and never that of old weights."""
+"""The convolution that chooses its algorithm: each gives the same result, and never that of old weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every network of the package promises the rest of it, for each that a stage can have."""
+"""The interface of networks, tested for every network that a stage can have."""
 
 from __future__ import annotations
 

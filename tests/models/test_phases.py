@@ -1,4 +1,4 @@
-"""A convolution behind an enlargement, computed on the small picture."""
+"""A convolution after an enlargement, computed on the small picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer on patches: positions, masks, sizes, and that no other file of the package knows of it."""
+"""The transformer on patches: positions, masks, sizes, and that no other file of the package names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The U-Net: shapes, masks, batches, crops, and what is computed once."""
+"""The U-Net: shapes, masks, batches, crops, and the values computed once."""
 
 from __future__ import annotations
 

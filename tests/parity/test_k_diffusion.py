@@ -1,4 +1,4 @@
-"""The same pictures as k-diffusion's samplers, whose pictures have the variance of the noise beside a whole signal."""
+"""The same pictures as k-diffusion's samplers, which use variance-exploding noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diffusion in float64 NumPy, from Prince (2023) chapter 18, in the book's own betas and alphas. Knows no log SNR."""
+"""Diffusion in float64 NumPy, from Prince (2023) chapter 18, in the book's betas and alphas, without log SNR."""
 
 from __future__ import annotations
 

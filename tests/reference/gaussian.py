@@ -15,7 +15,7 @@ def best_denoiser(z: Array, alpha: float, mean: float, std: float) -> Array:
 
 
 def exact_flow(z: Array, alpha_from: float, alpha_to: float, mean: float, std: float) -> Array:
-    """Where the probability flow takes z: it keeps the distance from the mean in standard deviations of z."""
+    """The result of the probability flow, which keeps z's distance from the mean in standard deviations of z."""
     distance = (z - np.sqrt(alpha_from) * mean) / np.sqrt(alpha_from * std**2 + 1 - alpha_from)
     return np.sqrt(alpha_to) * mean + np.sqrt(alpha_to * std**2 + 1 - alpha_to) * distance
 

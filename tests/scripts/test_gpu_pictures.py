@@ -1,4 +1,4 @@
-"""Pictures that are packed, travel, and are cut into batches on a device."""
+"""Pictures that are packed, read, and cut into batches on a device."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_a_picture_of_the_size_arrives_bit_for_bit_a_larger_one_as_its_area_mean
     assert (art.pixels[art.styles.index("tall")].float() - mean).abs().max() <= 1
 
 
-def test_what_has_sides_in_its_caption_is_never_mirrored(library: Library) -> None:
+def test_pictures_with_sides_in_their_caption_are_never_mirrored(library: Library) -> None:
     assert library.art.flips.tolist() == [style != "sign" for style in library.art.styles]
 
 
-def test_what_has_no_white_edge_is_never_moved(library: Library) -> None:
+def test_pictures_without_a_white_edge_are_never_moved(library: Library) -> None:
     assert library.art.moves.tolist() == [style != "full" for style in library.art.styles]
 
 
@@ -217,7 +217,7 @@ def an_array() -> bytes:
 def test_another_file_is_named_in_one_line(tmp_path: Path, encoder: Path, content: bytes) -> None:
     file = tmp_path / "other.npz"
     file.write_bytes(content)
-    with pytest.raises(CascadeError, match=r"other\.npz: is not a file that pack_pictures\.py wrote"):
+    with pytest.raises(CascadeError, match=r"other\.npz: not a file of pack_pictures\.py"):
         pictures.load([file], encoder, CPU, Mixture({}))
 
 
@@ -233,12 +233,12 @@ def test_pictures_packed_at_another_size_are_refused(packed: Pack, encoder: Path
         pictures.load([file], encoder, CPU, Mixture({}))
 
 
-def test_a_folder_that_is_no_text_encoder_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_text_encoder_is_reported_before_reading(tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match=r"tokenizer\.json"):
         pictures.load([tmp_path / "none.npz"], tmp_path, CPU, Mixture({}))
 
 
-def test_processes_do_what_this_one_would() -> None:
+def test_processes_give_the_results_of_a_single_one() -> None:
     jobs = [(number, 1) for number in range(5)]
     with pictures._workers(len(jobs)) as run, pictures._workers(1) as alone:
         assert run is not map

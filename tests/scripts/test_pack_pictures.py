@@ -1,4 +1,4 @@
-"""scripts/pack_pictures.py: what it keeps of a picture, and what it says of files that hold none."""
+"""scripts/pack_pictures.py: the stored data of a picture, and errors for other files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_picture_that_is_not_square_lies_in_the_middle_on_white() -> None:
         ("the letter B", False),
     ],
 )
-def test_what_has_sides_or_writing_may_not_be_mirrored(caption: str, flip: bool) -> None:
+def test_pictures_with_sides_or_writing_may_not_be_mirrored(caption: str, flip: bool) -> None:
     assert row(record(picture("red"), "noto", "a thing", caption))["flip"] is flip
 
 
@@ -103,12 +103,12 @@ def no_rows(file: Path) -> None:
     ("make", "message"),
     [
         (no_parquet, "art.parquet: cannot be read as parquet"),
-        (no_captions, "art.parquet: has no column caption_styled"),
+        (no_captions, "art.parquet: no column caption_styled"),
         (no_picture, "the picture 'a star' cannot be read"),
         (no_rows, "art.parquet: no pictures; nothing was written"),
     ],
 )
-def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+def test_a_wrong_file_is_a_one_line_error(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     make(tmp_path / "art.parquet")
     status, said = pack(tmp_path / "art.parquet", "--out", tmp_path / "out.npz")
     assert status == 1

@@ -59,7 +59,7 @@ def test_two_stages_are_trained_and_become_folders_that_load(call: Call, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_second_stage_goes_on_from_what_is_there(call: Call, tmp_path: Path) -> None:
+def test_the_second_stage_continues_from_existing_weights(call: Call, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert call("train", "--out", str(first), "--minutes", "0.02", "--sr-minutes", "0.02")[0] == 0
     more = ["--minutes", "0", "--sr-minutes", "0.02", "--init", str(first), "--own-pictures", "3"]
@@ -72,7 +72,7 @@ def test_the_second_stage_goes_on_from_what_is_there(call: Call, tmp_path: Path)
         assert np.abs(np.asarray(before, np.int16) - np.asarray(after, np.int16)).mean() < 1
 
 
-def test_no_minutes_and_nothing_to_go_on_from_is_told_before_anything_is_loaded(call: Call, tmp_path: Path) -> None:
+def test_no_minutes_without_initial_weights_is_reported_before_loading(call: Call, tmp_path: Path) -> None:
     status, said = call("train", "--out", str(tmp_path / "out"), "--minutes", "0")
     assert status == 2
     assert "--init" in said
@@ -88,7 +88,9 @@ def test_weights_to_go_on_from_are_looked_at_before_anything_is_loaded(call: Cal
         assert "texts" not in said
 
 
-def test_a_width_that_is_not_the_text_encoders_is_told_with_the_file(call: Call, configs: Path, tmp_path: Path) -> None:
+def test_a_width_that_differs_from_the_text_encoders_is_reported_with_the_file(
+    call: Call, configs: Path, tmp_path: Path
+) -> None:
     (configs / "sr256.yaml").write_text((configs / "sr256.yaml").read_text().replace("text_dim: 32", "text_dim: 16"))
     status, said = call("train", "--out", str(tmp_path / "out"))
     assert status == 1
@@ -104,7 +106,7 @@ def test_a_width_that_is_not_the_text_encoders_is_told_with_the_file(call: Call,
         ("stage: {name: base, resolution: 64, model: {chanels: [8]}}", "did you mean"),
     ],
 )
-def test_wrong_settings_of_a_stage_are_told_in_one_line(
+def test_wrong_settings_of_a_stage_are_a_one_line_error(
     call: Call, configs: Path, tmp_path: Path, settings: str | None, message: str
 ) -> None:
     file = configs / "base.yaml"

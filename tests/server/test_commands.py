@@ -1,4 +1,4 @@
-"""`cascade studio` and `cascade serve` as processes: they start, ask nobody else, and end without losing anything."""
+"""`cascade studio` and `cascade serve` as processes: they start, contact no other host, and end without loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def running(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Clie
         process.communicate(timeout=60)
 
 
-def test_the_bundled_cascade_draws_from_the_page_and_nobody_else_is_asked(tmp_path: Path) -> None:
+def test_the_bundled_cascade_draws_from_the_page_without_other_hosts(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running("studio", "--no-browser", "--port", "0", "--out", str(out)) as (process, client):
         assert "cascade studio" in client.get("/").text
@@ -83,7 +83,7 @@ def test_the_api_alone_has_no_page_and_a_signal_loses_no_job(model: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_told_by_the_api_and_passed_over_by_the_page(model: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_an_error_for_the_api_and_skipped_by_the_page(model: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""The APIs of others, as their own public clients speak them."""
+"""The compatible APIs, tested with their own public clients."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_openais_client_streams_partial_pictures_and_then_the_finished_one(clien
     assert all(image(event.b64_json).size[0] in (8, 16, 32) for event in events)
 
 
-def test_openais_client_hears_what_is_wrong_as_it_expects(client: openai.OpenAI) -> None:
+def test_openais_client_gets_errors_in_its_format(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="WIDTHxHEIGHT"):
         client.images.generate(prompt="a fox", size="large")  # type: ignore[call-overload]
     with pytest.raises(openai.NotFoundError, match=r"dall-e-3.*tiny"):

@@ -1,4 +1,4 @@
-"""Editing through a real HTTP client: pictures go up, are bounded, changed as the pipeline changes them, and kept."""
+"""Editing through a real HTTP client: pictures are uploaded, limited, edited as by the pipeline, and stored."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def test_jobs_that_are_over_hold_no_picture(server: Live) -> None:
         ({"image": "0" * 64}, "no such picture"),
         ({"image": "0" * 16}, "no such picture"),
         ({"strength": 0.5}, "strength: there is no picture to change"),
-        ({"to": 64}, "to: there is no picture to enlarge"),
-        ({"image": "UPLOAD", "to": 64, "strength": 0.5}, "strength: has no meaning with `to`"),
+        ({"to": 64}, "to: no picture to enlarge"),
+        ({"image": "UPLOAD", "to": 64, "strength": 0.5}, "strength: cannot be combined with `to`"),
         ({"image": "UPLOAD", "to": 20}, "to: 20"),
         ({"image": "UPLOAD", "to": 9000}, "pixels"),
         ({"image": "UPLOAD", "mask": "UPLOAD", "extend": {"left": 8}}, "extend: there is a mask already"),

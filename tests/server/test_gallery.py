@@ -1,4 +1,4 @@
-"""The gallery is a batch folder: the command line and the page draw into it side by side."""
+"""The gallery is a batch folder, into which the command line and the page draw at the same time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def prompts(server: Live, **query: str | int) -> list[str]:
     return [picture["prompt"] for picture in server.client.get("/api/pictures", params=query).json()["pictures"]]
 
 
-def test_what_the_command_line_draws_meanwhile_is_in_the_gallery_and_the_other_way_round(
-    server: Live, model: Path
-) -> None:
+def test_gallery_and_command_line_see_each_others_pictures(server: Live, model: Path) -> None:
     out = server.gallery.folder
     server.draw("a fox of the page", seed=1)
     assert generate(model, out, "an owl", "a box", "--seed", "2") == 0
@@ -121,7 +119,7 @@ def test_a_deleted_picture_comes_back_until_the_server_ends_and_is_gone_for_good
     assert len(list(tmp_path.rglob("*.png"))) == 1
 
 
-def test_what_a_picture_was_asked_with_draws_it_again(server: Live) -> None:
+def test_the_job_of_a_picture_draws_it_again(server: Live) -> None:
     asked = {"prompt": "a fox", "seed": 2**63 - 1, "negative_prompt": "red", "steps": {"base": 3}, "until": 16}
     first = server.draw(**asked, threshold={"sr16": "clip"}, width=32, height=16)["pictures"]["0"]
     said = server.client.get(f"/api/pictures/{first['id']}/asked").json()

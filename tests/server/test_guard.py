@@ -1,4 +1,4 @@
-"""Nobody in who does not belong: other sites, other names, too much, too slow, no key; and nothing reflected."""
+"""Refused requests: other sites, other names, too large, too slow, without a key; and no input is reflected."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused_by_its_head(server: Liv
         b"\xff\xd8\xff",
     ],
 )
-def test_what_is_no_picture_is_refused_and_not_reflected(server: Live, content: bytes) -> None:
+def test_a_file_that_is_no_picture_is_refused_and_not_reflected(server: Live, content: bytes) -> None:
     name = "<script>alert(1)</script>.png"
     answer = server.client.post("/api/read", files={"picture": (name, content)})
     assert answer.status_code == 400

@@ -1,4 +1,4 @@
-"""Jobs through a real HTTP client: asked for, watched, stopped, shared, taken up again."""
+"""Jobs through a real HTTP client: submitted, watched, stopped, shared, resumed."""
 
 from __future__ import annotations
 
@@ -138,9 +138,7 @@ def test_more_than_may_wait_is_refused_with_a_time_to_come_back(pipeline: Cascad
         assert all(server.over(id)["state"] == "done" for id in ids)
 
 
-def test_what_is_not_done_when_the_server_ends_is_drawn_when_it_starts_again(
-    pipeline: CascadePipeline, tmp_path: Path
-) -> None:
+def test_unfinished_jobs_are_drawn_after_a_restart(pipeline: CascadePipeline, tmp_path: Path) -> None:
     with live(lambda: pipeline, tmp_path) as server:
         gate = Gate(server)
         server.client.post("/api/jobs", json={"prompt": "a fox", "seed": 4, "num_images_per_prompt": 3})
@@ -156,7 +154,7 @@ def test_what_is_not_done_when_the_server_ends_is_drawn_when_it_starts_again(
         assert sorted(picture["number"] for picture in page["pictures"]) == [0, 1, 2]
 
 
-def test_a_model_that_cannot_be_loaded_is_told_to_everyone(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_an_error_of_every_request(tmp_path: Path) -> None:
     from cascade.errors import CascadeError
 
     def load() -> CascadePipeline:
@@ -185,7 +183,7 @@ def test_what_cannot_be_drawn_is_refused_with_the_reason(server: Live, asked: di
 
 
 @pytest.mark.parametrize("asked", [{}, {"prompt": 3}, {"prompt": "x" * 4001}, {"prompt": "x", "sead": 1}])
-def test_what_is_no_question_is_refused_with_the_name_of_the_field(server: Live, asked: dict[str, Any]) -> None:
+def test_a_malformed_job_is_refused_with_the_name_of_the_field(server: Live, asked: dict[str, Any]) -> None:
     answer = server.client.post("/api/jobs", json=asked)
     assert answer.status_code == 422
     assert ("sead" if "sead" in asked else "prompt") in answer.json()["error"]

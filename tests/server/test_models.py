@@ -80,7 +80,7 @@ def test_a_name_that_is_not_on_the_list_is_refused(
     assert server.client.get("/api/model").json()["name"] == "tiny"
 
 
-def test_a_model_that_cannot_be_loaded_is_told_and_another_can_be_chosen(
+def test_a_model_that_cannot_be_loaded_is_reported_and_another_can_be_chosen(
     two: tuple[Live, list[weakref.ref[CascadePipeline]]],
 ) -> None:
     server, _ = two

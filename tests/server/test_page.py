@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, shows the picture growing, stops, and keeps everything; nothing leaves here."""
+"""The page in a real browser: it draws, shows progress, stops, and keeps all pictures; no outside requests."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(
     context.close()
 
 
-def test_a_server_that_ends_is_told_and_one_that_comes_back_is_found(
+def test_the_page_reports_a_stopped_server_and_reconnects(
     browser: Browser, pipeline: CascadePipeline, tmp_path: Path
 ) -> None:
     page = browser.new_page()
@@ -383,7 +383,7 @@ def painted(page: Page) -> None:
     page.mouse.up()
 
 
-def test_what_is_painted_is_drawn_again_and_nothing_else(page: Page, studio: Live) -> None:
+def test_only_the_painted_part_is_redrawn(page: Page, studio: Live) -> None:
     first = begun(page, studio, "Change")
     page.evaluate("() => { document.getElementById('brush').value = 8; }")
     painted(page)

@@ -1,4 +1,4 @@
-"""The text encoder that travels in the package: T5's layout, small, and nothing that it cannot spell."""
+"""The text encoder in the package: T5's layout, small, and able to tokenize any text."""
 
 from __future__ import annotations
 

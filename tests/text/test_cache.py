@@ -107,7 +107,7 @@ def test_an_interrupted_fill_continues_where_it_stopped(tmp_path: Path, encoder:
     )
 
 
-def test_a_fill_that_is_told_to_stop_keeps_what_is_encoded_and_reads_no_further(tmp_path: Path) -> None:
+def test_a_fill_that_is_asked_to_stop_keeps_its_embeddings_and_reads_no_further(tmp_path: Path) -> None:
     """Told so in the second slice of 16 captions, in the middle of a shard."""
     captions = [f"caption {number}" for number in range(100)]
     encoder, read = CountingEncoder(), []
@@ -356,7 +356,7 @@ def test_a_fill_by_two_processes_that_are_killed_ends_whole(tmp_path: Path) -> N
     assert torch.equal(whole.get(captions).tokens, CountingEncoder().encode(captions).to(dtype=torch.bfloat16).tokens)
 
 
-def test_hashes_that_begin_alike_are_told_apart() -> None:
+def test_hashes_with_equal_prefixes_are_distinguished() -> None:
     """Their first 8 bytes are what is sorted."""
     keys = [bytes([*range(8), *([number] * 24)]) for number in range(5)]
     lookup = Lookup()

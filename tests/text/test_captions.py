@@ -1,4 +1,4 @@
-"""Captions are cleaned as DeepFloyd IF's were: word for word what diffusers makes of them, where both can."""
+"""Captions are cleaned like DeepFloyd IF's: word for word as in diffusers, where both apply."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NASTY = [
 
 @pytest.mark.parametrize("caption", NASTY)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
-def test_it_is_what_diffusers_gives(caption: str) -> None:
+def test_cleaning_equals_that_of_diffusers(caption: str) -> None:
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
     from diffusers import IFPipeline

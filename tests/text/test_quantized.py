@@ -1,4 +1,4 @@
-"""A text encoder in 8 bits says nearly the same, in less memory."""
+"""An 8-bit text encoder has nearly the same output, in less memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_pipeline_draws_with_it(tmp_path: Path) -> None:
     assert pipeline("a red apple", seed=1, steps=1, output_type="pt").images.isfinite().all()
 
 
-def test_what_is_missing_for_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny_t5(tmp_path / "t5")
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(CascadeError, match=r"pip install 'cascade-diffusion\[quantized\]'"):

@@ -1,4 +1,4 @@
-"""The frozen T5 encoder, built tiny from its config and loaded by the code that loads the real one."""
+"""The frozen T5 encoder, built tiny from its config and loaded by the real loading code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder read without transformers: transformers' own numbers, ids and folders, bit for bit."""
+"""The encoder without transformers: embeddings, ids and folders equal to transformers', bit for bit."""
 
 from __future__ import annotations
 

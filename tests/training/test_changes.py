@@ -1,4 +1,4 @@
-"""Every setting is known to matter or not when a run goes on with another value of it."""
+"""Every setting has a defined effect when it changes on resume."""
 
 import logging
 import typing
@@ -22,17 +22,17 @@ def check(tmp_path: Path, *changes: str, base: tuple[str, ...] = ()) -> list[str
     return check_changes(saved, micro_config(tmp_path / "run", *base, *changes), ORIGIN)
 
 
-def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
+def test_unchanged_settings_give_no_message(tmp_path: Path) -> None:
     assert check(tmp_path) == []
 
 
-def test_what_matters_and_what_does_not_are_said_apart(tmp_path: Path) -> None:
+def test_changes_with_and_without_effect_are_reported_separately(tmp_path: Path) -> None:
     other, same = check(tmp_path, "training.batch_size=8", "data.flip=0.5", "training.log_every=7", "data.workers=2")
-    assert "will end elsewhere" in other
-    assert "training.batch_size: 4 -> 8 (the data goes on at view step x batch_size" in other
+    assert "the result will differ" in other
+    assert "training.batch_size: 4 -> 8 (the data continues at view step x batch_size" in other
     assert "data.flip: 0.0 -> 0.5" in other
     assert "log_every" not in other
-    assert "leave the weights as they would have been: data.workers: 0 -> 2; training.log_every: 1 -> 7" in same
+    assert "without effect on the weights: data.workers: 0 -> 2; training.log_every: 1 -> 7" in same
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_what_matters_and_what_does_not_are_said_apart(tmp_path: Path) -> None:
         ("training.lora_rank=2", "training.lora_rank: 0 -> 2"),
     ],
 )
-def test_what_makes_it_another_run_is_refused_with_the_way_out(tmp_path: Path, change: str, line: str) -> None:
-    with pytest.raises(CascadeError, match=rf"cannot go on with {line}.*init_from=runs/base"):
+def test_changes_that_make_another_run_are_refused_with_the_way_out(tmp_path: Path, change: str, line: str) -> None:
+    with pytest.raises(CascadeError, match=rf"cannot resume with {line}.*init_from=runs/base"):
         check(tmp_path, change)
 
 
@@ -81,9 +81,9 @@ def test_every_setting_has_an_effect_and_every_effect_a_setting() -> None:
     assert set(EFFECTS) <= names
 
 
-def test_a_resume_says_what_changed_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resume_reports_changes_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert trainer(micro_config(tmp_path / "run", "training.steps=2")).run()
     with caplog.at_level(logging.WARNING, "cascade.training"):
         assert trainer(micro_config(tmp_path / "run", "training.steps=3", "data.flip=0.5")).run(resume=True)
-    assert "step-00000002: settings changed since the checkpoint, so the run will end elsewhere" in caplog.text
-    assert "training.steps: 2 -> 3 (with a decay, the learning rate of every step left follows from it)" in caplog.text
+    assert "step-00000002: settings changed since the checkpoint, so the result will differ" in caplog.text
+    assert "training.steps: 2 -> 3 (with a decay, it changes the learning rate of every remaining step)" in caplog.text

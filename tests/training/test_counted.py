@@ -1,4 +1,4 @@
-"""Noise counted off a key: known numbers, a normal distribution, and the same in any batch."""
+"""Counter-based noise: known values, a normal distribution, and the same in any batch."""
 
 from __future__ import annotations
 

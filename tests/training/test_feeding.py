@@ -1,4 +1,4 @@
-"""Where a batch's text is looked up changes nothing of what is learnt."""
+"""The process that looks up a batch's text does not affect training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen parts stay bit for bit, everything else learns, and a misspelt part is found."""
+"""Frozen parts stay equal in bits, everything else is trained, and a misspelt name is reported."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def _same(run: object, name: str, value: torch.Tensor) -> bool:
         ("'*.bias'", lambda name: name.endswith(".bias")),
     ],
 )
-def test_what_a_name_or_pattern_chooses_stays_and_the_rest_learns(tmp_path: Path, pattern: str, chosen: object) -> None:
+def test_chosen_parts_stay_frozen_and_the_rest_is_trained(tmp_path: Path, pattern: str, chosen: object) -> None:
     changes = moved(tmp_path, pattern)
     frozen = {name for name in changes if chosen(name)}  # type: ignore[operator]
     assert frozen

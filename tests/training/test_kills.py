@@ -1,4 +1,4 @@
-"""Killed at random moments and resumed, a run ends as one that was left alone: weights, averages, log and pictures."""
+"""A run killed at random moments and resumed equals an uninterrupted one: weights, averages, log and pictures."""
 
 from __future__ import annotations
 

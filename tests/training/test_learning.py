@@ -1,4 +1,4 @@
-"""It learns: a tiny stage overfits two pictures, and knows which is which by the caption."""
+"""Training works: a tiny stage overfits two pictures, and distinguishes them by caption."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: zero at first, the only thing that learns, the same merged, apart, and in peft's own hands."""
+"""Low-rank adapters: zero at first, the only trained weights, with equal results merged, separate, and in peft."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cascade.build import build_stage
 from cascade.checkpoint import load_tensors, save_tensors
 from cascade.conditioning import Conditioning
 from cascade.errors import CascadeError
+from cascade.load.adapters import Adapter
 from cascade.load.pipeline import assemble
 from cascade.load.stage import load_stage
 from cascade.models.network import Network
@@ -142,7 +143,7 @@ def test_a_run_with_differences_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert log_entries(tmp_path / "whole") == log_entries(tmp_path / "halves")
 
 
-def test_a_checkpoint_averages_what_learns_and_one_that_averaged_everything_resumes(tmp_path: Path) -> None:
+def test_a_checkpoint_averages_trained_weights_and_one_that_averaged_everything_resumes(tmp_path: Path) -> None:
     changes = ("training.lora_rank=2", "training.lora_layers=all", "training.save_every=2")
     config = micro_config(tmp_path / "run", *changes)
     assert trainer(config).run()
@@ -192,7 +193,7 @@ def test_wrong_adapters_are_named(tmp_path: Path, model: Path) -> None:
     folder = adapter_for(model, tmp_path / "adapter")
     with pytest.raises(CascadeError, match="adapters: 'big' is not a stage of this model; it has base, "):
         CascadePipeline.from_pretrained(model, adapters={"big": folder})
-    with pytest.raises(CascadeError, match=r"no adapter here; give a folder with adapter_config\.json"):
+    with pytest.raises(CascadeError, match=r"no adapter here; name a folder with adapter_config\.json"):
         CascadePipeline.from_pretrained(model, adapters={"base": tmp_path})
     with pytest.raises(CascadeError, match=r"adapter: (was made for another network|does not fit this network)"):
         merge_adapter(network_of("unet"), folder)
@@ -221,7 +222,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused_and_never_filled_with_random_
     change(tensors)
     save_tensors(folder / "adapter_model.safetensors", tensors)
     with pytest.raises(CascadeError, match=rf"adapter: .*{message}"):
-        load_stage(model / "base", adapter=folder)
+        load_stage(model / "base", adapters=[Adapter(folder)])
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +237,62 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CascadeError, match=r"pip install 'cascade-diffusion\[peft\]'"):
         add_low_rank(network, 2)
+
+
+# --- scaled and mixed at drawing ------------------------------------------------------------------------------------
+
+
+def write_adapter(model: Path, folder: Path, seed: int) -> Path:
+    """An adapter of random differences for the base stage of a model."""
+    network = load_stage(model / "base").network
+    add_low_rank(network, 2, "all", seed)
+    torch.manual_seed(seed)
+    weights = dict(network.named_parameters())
+    with torch.no_grad():
+        for parameter in weights.values():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    save_adapter(folder, weights)
+    return folder
+
+
+def weights_with(model: Path, *adapters: str) -> dict[str, torch.Tensor]:
+    pipeline = CascadePipeline.from_pretrained(model, adapters={"base": list(adapters)})
+    return pipeline.slots[0].load().network.state_dict()
+
+
+def test_adapters_are_added_in_proportion_to_their_scales(tmp_path: Path, model: Path) -> None:
+    """The weights are linear in the scales, so a mixture is the sum of what each adds alone."""
+    one, other = (write_adapter(model, tmp_path / name, seed) for seed, name in enumerate(("one", "other")))
+    plain, whole_one, whole_other = (weights_with(model, *used) for used in ((), (f"{one}",), (f"{other}:1",)))
+    mixed = weights_with(model, f"{one}:0.8", f"{other}:-0.5")
+    for name, weight in plain.items():
+        expected = weight + 0.8 * (whole_one[name] - weight) - 0.5 * (whole_other[name] - weight)
+        torch.testing.assert_close(mixed[name], expected, atol=1e-5, rtol=1e-5)
+    assert any(not torch.equal(plain[name], whole_one[name]) for name in plain)
+
+
+def test_an_adapter_may_be_named_by_its_file_and_scale_nothing_changes_nothing(tmp_path: Path, model: Path) -> None:
+    folder = write_adapter(model, tmp_path / "one", 0)
+    plain, zero = weights_with(model), weights_with(model, f"{folder / 'adapter_model.safetensors'}:0")
+    assert all(torch.equal(plain[name], zero[name]) for name in plain)
+
+
+def test_adapters_are_in_the_recipe_and_a_picture_is_redrawn_only_with_the_same_ones(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cascade.cli.program import main
+
+    folder = write_adapter(model, tmp_path / "one", 0)
+    drawing = ["generate", "a fox", "--model", str(model), "--seed", "1", "--lora", f"base={folder}:0.8", "--quiet"]
+    assert main([*drawing, "--out", str(tmp_path / "out")]) == 0
+    (picture,) = (tmp_path / "out").glob("0*.png")
+    again = ["generate", "--from-image", str(picture), "--model", str(model), "--out", str(tmp_path / "again")]
+    assert main([*again, "--lora", f"{folder}:0.8"]) == 0
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+    assert main([*again, "--lora", f"{folder}:0.7"]) == 2
+    assert main(again) == 2
+    assert "was drawn with the adapters" in capsys.readouterr().err
+    changed = [text.replace(":0.8", ":0.5") for text in drawing]
+    assert main([*changed, "--out", str(tmp_path / "out")]) == 2
+    assert "adapters was" in capsys.readouterr().err

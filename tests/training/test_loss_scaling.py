@@ -1,4 +1,4 @@
-"""fp16's loss scaling, by torch's scaler for a CPU in float32: what it skips is skipped everywhere, and it resumes."""
+"""fp16's loss scaling, with torch's scaler on a CPU in float32: a skipped step is skipped everywhere; it resumes."""
 
 from __future__ import annotations
 

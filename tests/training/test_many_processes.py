@@ -1,4 +1,4 @@
-"""Several processes neither wait for each other forever nor need to be as many after a resume as before."""
+"""Several processes never wait for each other forever, and their number may change on resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers_processes import finish, start
 from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
 from cascade.errors import CascadeError
-from cascade.training.accelerator import TIMEOUT, _beside_gpus, any_process
+from cascade.training.accelerator import TIMEOUT, _cpu_group, any_process
 from cascade.training.state import load_newest
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,7 @@ def broken(rank: int, output: str) -> None:
         (broken, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_what_goes_wrong_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
+def test_an_error_in_one_process_ends_all(tmp_path: Path, target: object, message: str) -> None:
     output = tmp_path / "run"
     assert finish(start(target, str(output), processes=2), timeout_seconds=120) == [0, 0]  # type: ignore[arg-type]
     assert all(message in Path(f"{output}.{rank}.txt").read_text() for rank in (0, 1))
@@ -173,16 +173,16 @@ def test_processes_wait_for_each_other_as_long_as_we_say(tmp_path: Path) -> None
     assert finish(start(wait_at_most, str(tmp_path), processes=2)) == [0, 0]
 
 
-def ask_beside_gpus(rank: int, output: str) -> None:
+def ask_cpu_group(rank: int, output: str) -> None:
     """A flag of one process, told to the other by the CPUs, whatever the processes compute on."""
     accelerator = trainer(micro_config(Path(output))).accelerator
-    group = _beside_gpus(torch.device("cuda"))
+    group = _cpu_group(torch.device("cuda"))
     assert group is not None
     assert torch.distributed.get_backend(group) == "gloo"
-    with patch("cascade.training.accelerator._beside_gpus", lambda _device: group):
+    with patch("cascade.training.accelerator._cpu_group", lambda _device: group):
         assert any_process(accelerator, rank == 1)
         assert not any_process(accelerator, False)
 
 
 def test_processes_on_gpus_tell_each_other_to_stop_without_them(tmp_path: Path) -> None:
-    assert finish(start(ask_beside_gpus, str(tmp_path), processes=2)) == [0, 0]
+    assert finish(start(ask_cpu_group, str(tmp_path), processes=2)) == [0, 0]

@@ -1,4 +1,4 @@
-"""Curves: everything that was logged gets a panel, whatever state the log is in."""
+"""Curves: every logged quantity gets a panel, for any state of the log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_curves_are_what_was_logged(tmp_path: Path) -> None:
     assert read_curves(run / "log.jsonl") == read_curves(run)
 
 
-def test_a_torn_line_and_what_is_no_number_are_passed_over(tmp_path: Path) -> None:
+def test_a_truncated_line_and_values_that_are_no_numbers_are_skipped(tmp_path: Path) -> None:
     run = write_log(tmp_path / "run", loss=[1.0])
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 10, "loss": NaN, "note": "x"}\n[1]\n{"step": 20, "lo')
@@ -69,14 +69,14 @@ def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
         assert image.width > 500
 
 
-def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "curves.png").write_bytes(b"\x89PNG\r\n\xff\xfe")
-    with pytest.raises(CascadeError, match=r"curves\.png: no text; give the folder of a training run"):
+    with pytest.raises(CascadeError, match=r"curves\.png: holds no entries; is it the log\.jsonl of a training run"):
         read_curves(tmp_path / "curves.png")
 
 
 def test_a_folder_without_log_and_an_empty_log_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CascadeError, match=r"log\.jsonl: No such file or directory; give the folder of a training run"):
+    with pytest.raises(CascadeError, match=r"log\.jsonl: no such file; name the folder of a training run"):
         read_curves(tmp_path)
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(CascadeError, match=r"log\.jsonl: holds no entries"):
@@ -107,7 +107,7 @@ def test_a_long_curve_is_thinned_to_the_extremes_of_its_stretches() -> None:
     assert thinned(curve[:MOST_POINTS]) == curve[:MOST_POINTS]
 
 
-def test_what_is_drawn_is_thinned(tmp_path: Path) -> None:
+def test_long_curves_are_thinned(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = write_log(tmp_path / "run", loss=[1.0 + step % 5 for step in range(5000)])
     axis = draw_curves({"run": read_curves(run)}).axes[0]

@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that did not, bit for bit."""
+"""A run that stops and resumes equals an uninterrupted one, bit for bit."""
 
 import os
 import signal
@@ -117,7 +117,7 @@ def test_worker_processes_resume_bit_for_bit_and_change_nothing(tmp_path: Path) 
     assert_same_run(whole, alone)
 
 
-def test_a_run_whose_reader_is_killed_saves_what_it_reached_and_ends_as_one_that_was_not(
+def test_a_run_whose_reader_is_killed_saves_and_resumes_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = write_pictures(tmp_path / "data", {"a fox": Image.new("RGB", (8, 8))})
@@ -133,7 +133,7 @@ def test_a_run_whose_reader_is_killed_saves_what_it_reached_and_ends_as_one_that
         return real(self, sample)
 
     monkeypatch.setattr(Views, "__getitem__", kill)
-    with pytest.raises(CascadeError, match=r"^a process that reads .* step \d is saved, --resume goes on from it$"):
+    with pytest.raises(CascadeError, match=r"^a process that reads .* step \d is saved, --resume continues from it$"):
         train(killed)
     monkeypatch.undo()
     assert 5 <= state_of(killed).step <= 7  # readers are ahead of the training

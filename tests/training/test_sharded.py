@@ -1,7 +1,7 @@
-"""FSDP2: a run whose processes share out the weights is the run of one process, and its checkpoints are whole.
+"""FSDP2: a run with sharded weights equals the run of one process, and its checkpoints hold whole weights.
 
-accelerate leaves its FSDP plugin out on a CPU without saying so; `helpers_sharded` makes it go on, through accelerate's
-own preparation and torch's `fully_shard` on a mesh of two gloo processes, and each test looks from inside.
+accelerate silently disables its FSDP plugin on a CPU; `helpers_sharded` enables it, with accelerate's own preparation
+and torch's `fully_shard` on a mesh of two gloo processes, and each test makes its assertions inside the processes.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def test_bf16_reaches_the_blocks_and_the_weights_stay_float32(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("training.optimizer.kind=muon", "muon needs whole weights"), ("training.lora_rank=2", "leave it 0 under FSDP")],
+    [("training.optimizer.kind=muon", "muon needs whole weights"), ("training.lora_rank=2", "must be 0 under FSDP")],
 )
-def test_what_needs_whole_weights_is_refused(tmp_path: Path, change: str, message: str) -> None:
+def test_settings_that_need_whole_weights_are_refused(tmp_path: Path, change: str, message: str) -> None:
     output = tmp_path / "run"
     arguments = (launcher_environment("fsdp2"), (*CHANGES, change), str(output))
     assert finish(start(refused_sharded, *arguments, processes=2)) == [0, 0]

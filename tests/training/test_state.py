@@ -1,4 +1,4 @@
-"""Checkpoints: the newest are kept, damaged ones are passed over, and nothing is overwritten by accident."""
+"""Checkpoints: the newest are kept, damaged ones are skipped, and nothing is overwritten by accident."""
 
 import logging
 import shutil
@@ -141,7 +141,7 @@ def test_when_all_checkpoints_are_damaged_the_way_out_leads_out(config: TrainCon
     assert newest(Path(config.output), config) is None
 
 
-def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config: TrainConfig) -> None:
+def test_only_unfinished_files_of_a_killed_run_are_removed(config: TrainConfig) -> None:
     output = Path(config.output)
     (output / "checkpoints" / ".step-00000004.abcdefgh").mkdir()
     (output / "checkpoints" / ".step-00000004.abcdefgh" / "network.safetensors").write_bytes(b"half")
@@ -156,7 +156,7 @@ def test_what_a_killed_run_had_begun_to_write_is_removed_and_nothing_else(config
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == names(output)
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     config = config_with(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))

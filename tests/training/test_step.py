@@ -1,4 +1,4 @@
-"""One step: its noise belongs to the view, its loss to the picture, and algorithm 18.1 is one of its settings."""
+"""One step: noise depends on the view, loss on the picture, and algorithm 18.1 is one setting."""
 
 from dataclasses import replace
 from pathlib import Path

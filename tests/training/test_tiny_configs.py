@@ -1,4 +1,4 @@
-"""The tiny cascade of configs/tiny: it chains, it is small, and its stages train as they stand."""
+"""The tiny cascade of configs/tiny: stages fit together, are small, and train unchanged."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run does besides learning: precision, refusals, samples, logs, and the stage folder it leaves."""
+"""A run apart from its steps: precision, refusals, samples, logs, and the stage folder."""
 
 import errno
 import json
@@ -292,7 +292,7 @@ def test_samples_leave_the_run_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_tensorboard_gets_what_the_log_gets(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_values_of_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     validation = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 1}"
@@ -392,7 +392,7 @@ def test_a_resumed_log_drops_later_entries_and_half_a_line(tmp_path: Path) -> No
     assert log_entries(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 5}]
 
 
-def test_the_log_says_null_for_what_is_no_number(tmp_path: Path) -> None:
+def test_the_log_has_null_for_values_that_are_not_finite(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "log.jsonl", 0)
     log.write(1, {"loss": 1.0, "validation_loss": float("nan"), "gradient_norm": float("inf")})
     assert log_entries(tmp_path) == [{"step": 1, "loss": 1.0, "validation_loss": None, "gradient_norm": None}]
@@ -429,7 +429,7 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, tiny_t5: tu
     assert all(torch.equal(weights[name], value) for name, value in first.ema.weights.items())
 
 
-def test_a_resume_needs_no_more_what_the_run_began_from(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
+def test_a_resume_does_not_need_the_initial_weights(tmp_path: Path, tiny_t5: tuple[str, str]) -> None:
     assert load_trainer(micro_config(tmp_path / "first", *tiny_t5)).run()
     shutil.copytree(tmp_path / "first", tmp_path / "gone")
     begun = (*tiny_t5, f"training.init_from={tmp_path / 'gone'}")

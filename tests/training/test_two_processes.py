@@ -1,4 +1,4 @@
-"""Two processes with half the batch each are one process with the whole; started as a person would start them."""
+"""Two processes with half the batch each equal one process with the whole; started by the command line."""
 
 from __future__ import annotations
 

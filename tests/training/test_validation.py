@@ -1,4 +1,4 @@
-"""The validation loss: held-out pictures, the same noise each time, of the averaged weights, changing nothing."""
+"""The validation loss: held-out pictures, fixed noise, averaged weights, and no effect on the run."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Early warnings, on series made for them."""
+"""Early warnings, on artificial series."""
 
 import random
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def test_entries_without_the_quantity_and_numbers_that_are_none_are_passed_over(
     assert loss_spike([*mixed, {"step": 22, "loss": 5.0}]) is not None
 
 
-def test_a_warning_is_said_once_while_it_holds_and_again_when_it_comes_back() -> None:
+def test_a_warning_is_given_once_while_it_holds_and_again_when_it_returns() -> None:
     watch, said = Watch(), []
     losses = [*noisy(30), 4.0, 4.0, *noisy(30, seed=1), 4.0]
     for count in range(1, len(losses) + 1):

@@ -1,4 +1,4 @@
-"""One process writes into a run's folder, and a run knows how many processes it is made of."""
+"""Only one run writes into a folder, and a run determines its number of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hold(output: str, ready: Any, forks: bool) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path, resume: bool) -> None:
+def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path, resume: bool) -> None:
     config = micro_config(tmp_path / "run", "training.steps=8")
 
     def second(call: int) -> None:
@@ -133,7 +133,7 @@ class Seen:
         ({"WORLD_SIZE": "2"}, True),  # as torchrun starts them
     ],
 )
-def test_accelerate_is_told_of_the_cpu_where_it_would_see_each_process_alone(
+def test_accelerate_uses_the_cpu_where_it_would_otherwise_see_each_process_alone(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], cpu: bool
 ) -> None:
     """It keeps the first answer for the process, so the first question must be asked well."""
@@ -152,7 +152,9 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv(name, "4")
     alone = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
     monkeypatch.setattr(accelerator, "PartialState", lambda **_options: alone)
-    with pytest.raises(CascadeError, match="4 processes were launched, but accelerate sees 1 of them; start them with"):
+    with pytest.raises(
+        CascadeError, match="4 processes were launched, but accelerate found 1 of them; start them with"
+    ):
         accelerator.expected_processes()
 
 
@@ -166,6 +168,6 @@ def two_of_us(rank: int, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_without_a_gpu_see_each_other_untold(tmp_path: Path) -> None:
+def test_processes_without_a_gpu_see_each_other_by_default(tmp_path: Path) -> None:
     assert finish(start(two_of_us, str(tmp_path / "run"), processes=2), timeout_seconds=120) == [0, 0]
     assert [entry["step"] for entry in log_entries(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,0 +1,288 @@
+"""From a folder of pictures to a cascade, in steps that each look at what is there and do only what is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.card import Card
+from cascade.checkpoint import read_json, write_json, write_text
+from cascade.config.data import DataConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.data.loader import Views
+from cascade.data.sources import open_records
+from cascade.errors import CascadeError
+from cascade.evaluation.tower import load_tower
+from cascade.images import to_float
+from cascade.load.index import read_index
+from cascade.load.pipeline import assemble
+from cascade.load.stage import load_stage, read_config
+from cascade.load.training import (
+    encoder_settings,
+    load_plain_text_encoder,
+    load_train_config,
+    load_trainer,
+    open_cache,
+)
+from cascade.making import sweep as sweeping
+from cascade.making.look import Look, look_at
+from cascade.making.pace import measure
+from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, training_run
+from cascade.making.redraw import write_redrawn
+from cascade.making.sweep import Trial
+from cascade.pipeline import CascadePipeline
+from cascade.settings import parse, to_yaml
+from cascade.slots import StageSlot
+from cascade.text.cached import fill
+from cascade.training.spoken import duration
+from cascade.training.state import checkpoints
+
+logger = logging.getLogger("cascade.making")
+
+SHARE_DRAWN = 0.25
+"""Share of a super-resolution stage's views whose smaller picture the stages before drew."""
+SHOWN = 12
+"""Prompts on the card's sheet."""
+MOST_SWEPT = 48
+"""Captions that the sweep draws at most."""
+_LORA_SHARE = 0.9  # of the time, if only the base stage is trained
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to make. hours: for training and everything else. start: a model whose weights to start from, or None.
+
+    whole: with `start`, train all weights of its base stage and not a low-rank adapter. say: prints a line.
+    """
+
+    pictures: Path
+    out: Path
+    hours: float
+    name: str
+    license: str
+    start: str | None = None
+    whole: bool = False
+    say: Callable[[str], None] = print
+
+
+def make(order: Order, plan_only: bool = False) -> bool:
+    """Make a cascade, or continue one. False if it was asked to stop; the same call continues.
+
+    plan_only: look, measure and write the YAML files, then end. Raises CascadeError for pictures that do not suffice.
+    """
+    folder = Folder(order.out)
+    look = look_at(order.pictures)
+    order.say("\n".join(look.lines()))
+    names = _planned_names(folder)
+    if not names:
+        names = _write_plan(order, look, folder)
+    else:
+        order.say(f"{order.out}: continuing with {', '.join(f'{name}.yaml' for name in names)}")
+    if plan_only:
+        return True
+    for place, name in enumerate(names):
+        if not _train(order, look, folder, names[:place], name):
+            return False
+    pipeline = _assembled(order, folder, names)
+    trials = _swept(order, look, folder, pipeline)
+    _save(order, look, folder, pipeline, trials)
+    return True
+
+
+def _planned_names(folder: Folder) -> list[str]:
+    """The stages of the plan in the folder, smallest first; none before there is one."""
+    path = folder.root / "plan.json"
+    return [str(name) for name in read_json(path)["stages"]] if path.exists() else []
+
+
+def _write_plan(order: Order, look: Look, folder: Folder) -> list[str]:
+    """Measure and choose, print the plan, write a YAML file for each stage, and plan.json last."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    _fill_text(look, folder)
+    seconds = 3600 * order.hours
+    begun = time.monotonic()
+    runs = _continued(order, look, folder, seconds) if order.start else choose(look, folder, seconds)
+    spent = time.monotonic() - begun
+    order.say("\n".join(["the plan:", *lines(runs)]))
+    expected = spent + sum(run.seconds for run in runs)
+    order.say(
+        f"  training takes about {duration(expected)} of {duration(seconds)}, if the machine stays as busy as now"
+    )
+    for run in runs:
+        path = folder.settings(run.config.stage.name)
+        if not path.exists():
+            write_text(path, to_yaml(run.config))
+    names = [run.config.stage.name for run in runs]
+    write_json(folder.root / "plan.json", {"stages": names, "hours": order.hours, "start": order.start})
+    return names
+
+
+def _fill_text(look: Look, folder: Folder) -> None:
+    """Encode every caption once."""
+    settings = training_run(StageConfig(name="text", resolution=16), look, folder, LEAST_STEPS, {"batch_size": 1}).text
+    encoder = load_plain_text_encoder(settings)
+    cache = open_cache(folder.text, encoder)
+    cache.note_settings(encoder_settings(settings))
+    fill(cache, encoder, look.found.captions)
+
+
+def _continued(order: Order, look: Look, folder: Folder, seconds: float) -> list[Planned]:
+    """The base stage of an existing model, to be trained further; its other stages stay as they are."""
+    source = read_index(order.start).stages[0]
+    stage = read_config(source)
+    more: dict[str, Any]
+    if order.whole:
+        more = {"optimizer": {"learning_rate": 2e-4, "decay": "linear"}}
+    else:
+        more = {"lora_rank": 16, "lora_layers": "all", "optimizer": {"learning_rate": 2e-3, "decay": "linear"}}
+    more |= {"batch_size": 8, "init_from": str(source)}
+    pace = measure(training_run(stage, look, folder, LEAST_STEPS, more), folder.scratch)
+    steps = max(int(seconds * _LORA_SHARE / pace.seconds), LEAST_STEPS)
+    more["optimizer"] |= {"warmup_steps": min(20, steps // 2), "decay_steps": steps // 2}
+    return [Planned(training_run(stage, look, folder, steps, more), pace)]
+
+
+def _train(order: Order, look: Look, folder: Folder, before: Sequence[str], name: str) -> bool:
+    """Train a stage to the end of its run, from where it is; False if it was asked to stop."""
+    config = load_train_config(folder.settings(name))
+    output = Path(config.output)
+    done = _steps_done(output)
+    if done >= config.training.steps:
+        order.say(f"{name}: trained")
+        return True
+    if before:
+        config = _with_drawn(order, look, folder, before, config)
+    order.say(f"{name}: {config.training.steps - done:,} steps to go")
+    started = (output / "config.yaml").exists()
+    return load_trainer(config).run(resume=started)
+
+
+def _steps_done(output: Path) -> int:
+    saved = checkpoints(output)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def _with_drawn(order: Order, look: Look, folder: Folder, before: Sequence[str], config: TrainConfig) -> TrainConfig:
+    """The run with drawings of the stages before among its smaller pictures, drawn now if they are missing."""
+    path, name = folder.drawn(config.stage.name), config.stage.name
+    if not path.exists():
+        order.say(f"{name}: the stages before redraw pictures for it to learn from")
+        stages = [load_stage(folder.run(stage) / "stage") for stage in before]
+        text = load_plain_text_encoder(config.text)
+        write_redrawn(look.source(), stages, text, config.stage.resolution, path)
+    if any(str(path) in getattr(source, "files", ()) for source in config.data.sources):
+        return config
+    plain = config.model_dump(mode="json")
+    share = sum(source.weight for source in config.data.sources) * SHARE_DRAWN / (1 - SHARE_DRAWN)
+    drawn = {
+        "kind": "parquet",
+        "files": [str(path)],
+        "caption_column": "captions",
+        "low_column": "low",
+        "weight": share,
+    }
+    plain["data"] |= {"sources": [*plain["data"]["sources"], drawn], "decoded": None}
+    write_text(folder.settings(name), to_yaml(parse(TrainConfig, plain, str(folder.settings(name)))))
+    return load_train_config(folder.settings(name))
+
+
+def _assembled(order: Order, folder: Folder, names: Sequence[str]) -> CascadePipeline:
+    """The trained stages; with `start`, its other stages after the base stage."""
+    stages: list[Path] = [folder.run(name) / "stage" for name in names]
+    if order.start is None:
+        return assemble("bundled", stages, name=order.name, license=order.license)
+    index = read_index(order.start)
+    return assemble(index.text_encoder, [*stages, *index.stages[1:]], name=order.name, license=order.license)
+
+
+def _swept(order: Order, look: Look, folder: Folder, pipeline: CascadePipeline) -> list[Trial]:
+    """Choose the base stage's steps and guidance, and set them in the pipeline."""
+    if folder.sweep.exists():
+        found = [{name: one[name] for name in ("steps", "guidance", "distance", "match")} for one in _trials(folder)]
+        trials = [Trial(int(one.pop("steps")), **one) for one in found]
+    else:
+        captions, truth = _held_out(look, pipeline)
+        order.say(f"steps and guidance: drawing {len(captions)} captions with each of several settings")
+        trials = sweeping.sweep(pipeline, captions, truth, load_tower().eval().features)
+        write_json(folder.sweep, {"trials": [trial.described() for trial in trials]})
+    chosen = sweeping.best(trials)
+    stage = pipeline.slots[0].load()
+    sampling = stage.config.sampling.model_copy(update={"steps": chosen.steps, "guidance": chosen.guidance})
+    config = stage.config.model_copy(update={"sampling": sampling})
+    pipeline.slots[0] = StageSlot.holding(replace(stage, config=config))
+    order.say(f"steps {chosen.steps}, guidance {chosen.guidance:g}")
+    return trials
+
+
+def _trials(folder: Folder) -> list[dict[str, float]]:
+    found = read_json(folder.sweep).get("trials")
+    if not isinstance(found, list) or not found:
+        raise CascadeError(f"{folder.sweep}: holds no trials; delete it, and the settings are tried again")
+    return found
+
+
+def _held_out(look: Look, pipeline: CascadePipeline) -> tuple[list[str], torch.Tensor]:
+    """Captions and pictures that training did not see; all are training's where none are held out."""
+    side = pipeline.slots[0].config.resolution
+    source = look.source("held_out")
+    data = DataConfig(sources=(source,), caption_dropout=0.0)
+    views = Views(data, StageConfig(name="look", resolution=side), 0)
+    count = min(max(len(open_records(source)), 8), MOST_SWEPT)
+    chosen = [views[number] for number in range(count)]
+    return [view.caption for view in chosen], to_float(torch.stack([view.image for view in chosen]))
+
+
+def _save(order: Order, look: Look, folder: Folder, pipeline: CascadePipeline, trials: Sequence[Trial]) -> None:
+    """The finished model with its card."""
+    captions = list(look.found.captions)
+    prompts = [captions[place] for place in sweeping.chosen_places(len(captions), SHOWN)]
+    curves = _curves(folder)
+    card = Card(
+        sections=[("Training", _training(look, folder)), ("Sampling settings tried", _table(trials))],
+        prompts=prompts,
+        pictures={"Loss, learning rate and speed of the training runs.": curves} if curves else {},
+    )
+    pipeline.save_pretrained(folder.model, card=card)
+    order.say(f"{order.name}: {folder.model}, with its card and a sheet of pictures in {folder.model / 'card'}")
+
+
+def _curves(folder: Folder) -> Path | None:
+    """The curves of the runs as a picture; None without matplotlib."""
+    from cascade.training.plot import draw_curves, read_curves
+
+    path = folder.root / "curves.png"
+    runs = {name: read_curves(folder.run(name)) for name in _planned_names(folder)}
+    try:
+        draw_curves(runs).savefig(path, format="png", dpi=90)
+    except CascadeError as error:
+        logger.warning("no curves on the card: %s", error)
+        return None
+    return path
+
+
+def _training(look: Look, folder: Folder) -> str:
+    """The card's section on data and runs."""
+    parts = [f"{look.usable:,} pictures with {len(look.found.captions):,} distinct captions."]
+    for name in _planned_names(folder):
+        config = load_train_config(folder.settings(name)).training
+        parts.append(f"Stage {name}: {config.steps:,} steps of {config.batch_size} pictures.")
+    return " ".join(parts)
+
+
+def _table(trials: Sequence[Trial]) -> str:
+    """The sweep as a Markdown table; the chosen line is marked."""
+    chosen = sweeping.best(trials)
+    rows = ["| steps | guidance | network calls | kernel distance | match |", "| --- | --- | --- | --- | --- |"]
+    for trial in trials:
+        mark = " (chosen)" if trial == chosen else ""
+        rows.append(
+            f"| {trial.steps}{mark} | {trial.guidance:g} | {trial.calls} | {trial.distance:.3f} | {trial.match:.3f} |"
+        )
+    return "\n".join(rows)

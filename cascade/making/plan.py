@@ -1,0 +1,196 @@
+"""The plan of a cascade: which stages, for how many steps, measured against the time that there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.config.data import DataConfig
+from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
+from cascade.cost import StageCost
+from cascade.data.loader import Views
+from cascade.images import downsample, to_float, upsample
+from cascade.making.look import Look
+from cascade.making.pace import Pace, measure
+from cascade.making.sizes import SIZES, Size
+from cascade.settings import parse
+
+logger = logging.getLogger("cascade.making")
+
+SHARES = {1: (0.92,), 2: (0.68, 0.22), 3: (0.62, 0.18, 0.11)}
+"""Shares of the time for the stages' training, by the number of stages; the rest draws, sweeps and measures."""
+LEAST_STEPS = 50
+_TEXT_TOKENS = 16
+_LOOKED_AT = 32  # views whose detail is measured
+_CHEAPER = {"cpu": 2.0}
+_CHEAPER_ON_GPU = 20.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage's training run, and its measured pace."""
+
+    config: TrainConfig
+    pace: Pace
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of the run."""
+        return self.config.training.steps * self.pace.seconds
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Paths within the folder of a cascade that is being made."""
+
+    root: Path
+
+    def settings(self, stage: str) -> Path:
+        """The YAML file of a stage's training run."""
+        return self.root / f"{stage}.yaml"
+
+    def run(self, stage: str) -> Path:
+        """The folder of a stage's training run."""
+        return self.root / "runs" / stage
+
+    def drawn(self, stage: str) -> Path:
+        """Parquet file: pictures next to what the stages before `stage` draw of them."""
+        return self.root / "drawn" / f"{stage}.parquet"
+
+    @property
+    def model(self) -> Path:
+        """The finished cascade."""
+        return self.root / "model"
+
+    @property
+    def text(self) -> Path:
+        """Cached embeddings of the captions."""
+        return self.root / "text"
+
+    @property
+    def scratch(self) -> Path:
+        """For measuring; deleted afterwards."""
+        return self.root / ".pace"
+
+    @property
+    def sweep(self) -> Path:
+        """The sampling settings that were tried, with their figures."""
+        return self.root / "sweep.json"
+
+
+def training_run(stage: StageConfig, look: Look, folder: Folder, steps: int, more: Mapping[str, Any]) -> TrainConfig:
+    """The training run of a stage; `more`: settings of `training` that differ from those of all stages."""
+    optimizer = {"kind": "muon", "learning_rate": 1e-3, "weight_decay": 0.01, "decay": "linear"}
+    warmup = min(100, steps // 10)
+    data: dict[str, Any] = {
+        "sources": [look.source().model_dump(mode="json")],
+        "flip": 0.5,
+        "decoded": str(folder.root / "decoded"),
+    }
+    training: dict[str, Any] = {
+        "steps": steps,
+        "precision": "auto",
+        "optimizer": {**optimizer, "warmup_steps": warmup, "decay_steps": max(steps // 3, 1)},
+        "log_every": 25,
+        "save_every": max(steps // 20, 25),
+        "sample_every": max(steps // 5, 1),
+        **more,
+    }
+    if look.holds_out:
+        held_out = look.source("held_out").model_dump(mode="json")
+        training["validation"] = {"sources": [held_out], "every": max(steps // 10, 1), "batches": 2}
+    if stage.low_resolution is None:
+        spread = {"kind": "logit_normal", "mean": 0.25, "std": 1.5}
+        training["loss"] = {"space": "v", "levels": spread, "stratified": True}
+    else:
+        data |= {"crop": min(64, stage.resolution), "max_aug_level": 0.3}
+        levels = {"kind": "logit_normal", "mean": 0.6, "std": 1.4}
+        training["loss"] = {"space": "velocity", "max_weight": 400, "levels": levels, "stratified": True}
+    views = steps * int(training["batch_size"])
+    training["ema"] = {"half_life_images": max(min(views // 20, 500_000), 1)}
+    settings = {
+        "output": str(folder.run(stage.name)),
+        "stage": stage.model_dump(mode="json"),
+        "text": {"encoder": "bundled", "cache": str(folder.text)},
+        "data": data,
+        "training": training,
+    }
+    return parse(TrainConfig, settings, f"plan of {stage.name}")
+
+
+def choose(look: Look, folder: Folder, seconds: float) -> list[Planned]:
+    """The stages that this machine can train in `seconds`: the largest size whose base stage sees enough pictures."""
+    best: tuple[Size, Pace] | None = None
+    rate = 0.0  # arithmetic per second
+    for size in (one.fitted(look.short_side) for one in SIZES):
+        stage = size.stages(dict.fromkeys(size.resolutions, 1.0))[0]
+        flops = StageCost(stage).flops_per_call(_TEXT_TOKENS)
+        budget = seconds * SHARES[len(size.resolutions)][0]
+        if best and budget * rate * _gain() / flops < size.least_views:
+            break
+        run = training_run(stage, look, folder, LEAST_STEPS, {"batch_size": size.batch_size})
+        pace = measure(run, folder.scratch)
+        rate = flops * size.batch_size / pace.seconds
+        views = budget / pace.seconds * size.batch_size
+        logger.info(
+            "%s: base stage of %.1f million weights, %.0f pictures/s, %s pictures in the time",
+            " -> ".join(map(str, size.resolutions)),
+            StageCost(stage).parameters / 1e6,
+            size.batch_size / pace.seconds,
+            f"{views:,.0f}",
+        )
+        if best and views < size.least_views:
+            break
+        best = (size, pace)
+    assert best is not None
+    return planned(best[0], best[1], look, folder, seconds)
+
+
+def _gain() -> float:
+    """How much more arithmetic per second a larger network may reach than a smaller one."""
+    return _CHEAPER_ON_GPU if torch.cuda.is_available() else _CHEAPER["cpu"]
+
+
+def planned(size: Size, pace: Pace, look: Look, folder: Folder, seconds: float) -> list[Planned]:
+    """The runs of all stages of a size, with steps for their shares of the time. pace: the base stage's."""
+    runs = []
+    shares = SHARES[len(size.resolutions)]
+    for stage, share in zip(size.stages(residual_scales(size.resolutions, look)), shares, strict=True):
+        more = {"batch_size": size.batch_size}
+        if stage.low_resolution is not None:
+            pace = measure(training_run(stage, look, folder, LEAST_STEPS, more), folder.scratch)
+        steps = max(int(seconds * share / pace.seconds), LEAST_STEPS)
+        runs.append(Planned(training_run(stage, look, folder, steps, more), pace))
+    return runs
+
+
+def residual_scales(sides: Sequence[int], look: Look) -> dict[int, float]:
+    """For each size but the first: standard deviation of pictures around their enlarged smaller ones."""
+    stage = StageConfig(name="look", resolution=sides[-1])
+    views = Views(DataConfig(sources=(look.source(),)), stage, 0)
+    pictures = to_float(torch.stack([views[number].image for number in range(_LOOKED_AT)]))
+    found = {}
+    for low, side in pairwise(sides):
+        whole = downsample(pictures, side) if side < sides[-1] else pictures
+        difference = whole - upsample(downsample(whole, low), side)
+        found[side] = round(max(float(difference.std()), 0.01), 3)
+    return found
+
+
+def lines(runs: Sequence[Planned]) -> Iterator[str]:
+    """The plan as text: time, memory and disk of each stage."""
+    for run in runs:
+        config = run.config
+        stage, training = config.stage, config.training
+        yield (
+            f"  {stage.name}: {stage.resolution} px, {StageCost(stage).parameters / 1e6:.1f} million weights,"
+            f" {training.steps:,} steps of {training.batch_size}, {run.pace.seconds:.2f} s each,"
+            f" {run.pace.memory_bytes / 1e9:.1f} GB of memory, {run.pace.disk_bytes / 1e9:.2f} GB of disk"
+        )

@@ -1,0 +1,106 @@
+"""`cascade make` from pictures to a model that draws, with a network small enough for a test."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers_model import tiny_stage, tiny_stage_config
+from PIL import Image
+from test_plan import fill
+
+from cascade import CascadePipeline
+from cascade.config.data import FolderSource
+from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.load.pipeline import load_encoder
+from cascade.load.training import load_train_config
+from cascade.making import make as making
+from cascade.making import pace, plan
+from cascade.making.make import Order, make
+from cascade.making.redraw import write_redrawn
+from cascade.making.sizes import Size
+from cascade.settings import to_yaml
+from cascade.training.trainer import Trainer
+
+NETWORK = {"channels": [8], "blocks": [1], "strides": [1], "attention": [False], "embedding_dim": 16}
+TINY = Size((8, 16), 0, 4, NETWORK, NETWORK)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Order]:
+    """An order for a cascade of 8 and 16 px that is trained for a few steps."""
+    lines: list[str] = []
+    order = Order(fill(tmp_path / "pictures", 6, 16), tmp_path / "out", 1e-6, "tiny", "CC0-1.0", say=lines.append)
+    with (
+        patch.object(plan, "SIZES", (TINY,)),
+        patch.object(plan, "LEAST_STEPS", 4),
+        patch.object(plan, "SHARES", {2: (0.5, 0.5)}),
+        patch.object(pace, "_ENTRIES", 2),
+        patch.object(making.sweeping, "GUIDANCES", (1.0, 2.0)),
+        patch.object(making.sweeping, "STEPS", (2,)),
+    ):
+        yield order
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_becomes_a_model_with_a_card(small: Order) -> None:
+    assert make(small)
+    model = small.out / "model"
+    card = (model / "README.md").read_text()
+    assert "license: cc0-1.0" in card
+    assert "6 pictures with 6 distinct captions" in card
+    assert (model / "card" / "sheet.png").exists()
+    pipeline = CascadePipeline.from_pretrained(model)
+    assert pipeline.stage_names == ["base", "sr16"]
+    assert pipeline("noise", seed=0).images[0].size == (16, 16)
+    assert "(chosen)" in card
+    sources = load_train_config(small.out / "sr16.yaml").data.sources  # it learns from the base stage's drawings too
+    assert [source.kind for source in sources] == ["folder", "parquet"]
+    assert sources[1].weight / (sources[0].weight + sources[1].weight) == pytest.approx(making.SHARE_DRAWN)
+
+
+@pytest.mark.slow
+def test_stopped_in_the_second_stage_it_continues_and_trains_nothing_twice(small: Order) -> None:
+    real, trained = Trainer.run, list[str]()
+
+    def run(trainer: Trainer, resume: bool = False) -> bool:
+        if ".pace" in str(trainer.output):
+            return real(trainer, resume)
+        trained.append(trainer.config.stage.name)
+        return real(trainer, resume) if len(trained) != 2 else False
+
+    with patch.object(Trainer, "run", run):
+        assert not make(small)
+        edited = small.out / "sr16.yaml"
+        edited.write_text(to_yaml(load_train_config(edited, ["training.steps=5"])))
+        assert make(small)
+    assert trained == ["base", "sr16", "sr16"]
+    assert load_train_config(edited).training.steps == 5
+    assert (small.out / "runs" / "sr16" / "checkpoints" / "step-00000005").exists()
+
+
+def test_redrawn_pictures_keep_the_truth_that_the_noise_left(tmp_path: Path) -> None:
+    """An untrained stage that predicts x = 0 draws grey; whatever it draws, the large picture is the true one."""
+    folder = fill(tmp_path / "pictures", 5, 16)
+    stage = tiny_stage(tiny_stage_config("base", 8).model_copy())
+    encoder = load_encoder_of(tmp_path)
+    out = tmp_path / "drawn.parquet"
+    assert write_redrawn(FolderSource(path=str(folder)), [stage], encoder, 16, out) == 5
+    for row in pq.read_table(out).to_pylist():
+        number = row["captions"][0].rpartition(" ")[2]
+        stored = Image.open(io.BytesIO(row["image"]))
+        assert stored.tobytes() == Image.open(folder / f"{number}.png").tobytes()
+        low = to_float(from_pil(Image.open(io.BytesIO(row["low"]))))
+        assert low.shape == (3, 8, 8)
+        assert not torch.equal(to_uint8(low[None]), to_uint8(downsample(to_float(from_pil(stored))[None], 8)))
+
+
+def load_encoder_of(tmp_path: Path) -> object:
+    from helpers_text import make_tiny_t5
+
+    return load_encoder(make_tiny_t5(tmp_path / "t5", 32), [])
