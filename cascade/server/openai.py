@@ -248,7 +248,7 @@ def _check_model(queue: Queue, name: str | None) -> None:
 
 def _check_format(body: Generation, keeps: bool) -> None:
     if body.response_format == "url" and not keeps:
-        raise CascadeError("response_format: url; this server is one of several replicas, expected b64_json")
+        raise CascadeError("response_format: url; a replica keeps no pictures for others, expected b64_json")
 
 
 def error_of(status: int, message: str) -> dict[str, Any]:
