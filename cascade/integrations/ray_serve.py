@@ -2,9 +2,9 @@
 
     serve run cascade.integrations.ray_serve:app model=my-cascade gpus=1 max_replicas=8
 
-Needs the extra `cascade-diffusion[ray,serve]`. Each replica loads the model and writes its own gallery, so requests that
-need earlier ones' state are not served: only OpenAI's images API, with the pictures in the response, and /health. Set
-CASCADE_API_KEY if other users can reach the address.
+Needs the extra `cascade-diffusion[ray,serve]`. Each replica loads the model and writes its own gallery, so requests
+that need earlier ones' state are not served: only OpenAI's images API, with the pictures in the response, and /health.
+Set CASCADE_API_KEY if other users can reach the address.
 """
 
 from __future__ import annotations
