@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +57,18 @@ def app(arguments: Arguments | Mapping[str, Any]) -> Application:
     """The application, for `serve run` and `ray.serve.run`. Raises pydantic's ValidationError."""
     from ray import serve
 
-    arguments = Arguments.model_validate(arguments)
-    replica = serve.ingress(partial(_replica, arguments, os.environ.get(KEY)))()
-    scaling: dict[str, Any] = {"min_replicas": arguments.min_replicas, "max_replicas": arguments.max_replicas}
+    own, key = Arguments.model_validate(arguments), os.environ.get(KEY)
+
+    def replica() -> App:  # Ray calls a function without parameters in each replica
+        return _replica(own, key)
+
+    scaling: dict[str, Any] = {"min_replicas": own.min_replicas, "max_replicas": own.max_replicas}
     deployment = serve.deployment(
-        replica,
+        serve.ingress(replica)(),
         name="cascade",
         autoscaling_config={**scaling, "target_ongoing_requests": 2},
         max_ongoing_requests=_ONGOING,
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
     )
     return deployment.bind()
 

@@ -127,7 +127,7 @@ def endure(server: Live, pipeline: CascadePipeline, requests: int) -> None:
     assert [text for text in wrong if text] == []
     assert after[0] - before[0] < (32 << 20) + requests * 16_000  # a kept picture costs no memory, its table row little
     assert after[1] - before[1] <= 4
-    assert after[2] - before[2] <= 2
+    assert after[2] - before[2] <= 2 * CALLERS  # the pool of threads grows to as many as ran at the same time
     assert len(server.queue.jobs()) <= 100 + CALLERS  # those over, and those that were under way
     assert all(job.plan.edit is None for job in server.queue.jobs())
     temporary = server.gallery.state / "temporary-studio"
