@@ -16,7 +16,7 @@ from cascade import system
 from cascade.drawing.recipe import Recipe
 from cascade.errors import StorageError
 from cascade.files.parsed import parse_json
-from cascade.files.text import json_text
+from cascade.files.text import check_regular, json_text
 from cascade.locks import held
 from cascade.quoting import LONGEST, quoted
 from cascade.scratch import ScratchTable
@@ -32,7 +32,7 @@ class Manifest:
         """Opens or creates the file. Raises StorageError when it cannot be written."""
         self.path = path
         try:
-            self._file = path.open("a+b", buffering=0)
+            self._file = check_regular(path).open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
         self._mutex = threading.RLock()  # the drawing thread looks up entries while the writing thread appends
