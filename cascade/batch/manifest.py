@@ -192,17 +192,25 @@ class _Size(BaseModel):
     width: int
 
 
+_Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class _Line(BaseModel):
     """The entries of a line that are read; it may hold more."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    index: Annotated[int, Field(ge=0, lt=1 << 63)]
-    number: Annotated[int, Field(ge=0, lt=1 << 63)]
-    num_images: int
+    index: _Whole
+    number: _Whole
+    num_images: _Whole
     id: str
     prompt: str
-    seed: int
+    seed: _Whole
+    run_seed: _Whole | None = None
+    negative_prompt: str = ""
+    model: str = ""
+    license: str = ""
+    cascade: str = ""
     file: Annotated[str, Field(min_length=1)]
     sha256: str
     stages: dict[str, str] = {}
