@@ -31,8 +31,7 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", "
 
 def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Path | None = None) -> App:
     """The application. page: also serve the web page. runs: a folder of training runs."""
-    # FastAPI's documentation pages would load scripts from a CDN.
-    app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
+    app = _bare_app()
     app.include_router(model_router(queue, models))
     for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
         app.include_router(router(queue))
@@ -41,6 +40,20 @@ def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Pa
         app.include_router(_page_router())
     _answer_errors(app, queue)
     return Guard(app, rules)
+
+
+def make_stateless_app(queue: Queue, rules: Rules) -> App:
+    """The application of one of several replicas: only requests that need no state from earlier ones."""
+    app = _bare_app()
+    app.include_router(openai_router(queue, keeps=False))
+    app.include_router(health_router(queue))
+    _answer_errors(app, queue)
+    return Guard(app, rules)
+
+
+def _bare_app() -> FastAPI:
+    # FastAPI's documentation pages would load scripts from a CDN.
+    return FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
 
 
 def _page_router() -> APIRouter:

@@ -84,7 +84,8 @@ const begin = trying(async () => {
   const card = await call("GET", "/api/model");
   if (composer && card.name !== composer.card.name) { location.reload(); return; } // another one was chosen
   offerModels();
-  $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
+  const adapters = Object.entries(card.adapters).map(([stage, scales]) => `${stage} + adapter × ${scales.join(", ")}`);
+  $("model").textContent = [card.name, card.device === "cpu" ? "CPU" : card.device, ...adapters].join(" · ");
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
   Object.assign(easel, { stages: card.stages, enlargers: card.enlargers });
   if (!composer) composer = new Composer(card, trying(async () => {
