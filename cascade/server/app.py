@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cascade._version import __version__
+from cascade.batch.metadata import NoRecipeError
 from cascade.errors import CascadeError
 from cascade.server.a1111 import a1111_router
 from cascade.server.api import files_router, gallery_router, jobs_router, model_router, runs_router
@@ -90,7 +91,7 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
 
     @app.exception_handler(CascadeError)
     def wrong(request: Request, error: CascadeError) -> Response:
-        return _answer(request, 400, str(error))
+        return _answer(request, 400, str(error), code="no_recipe" if isinstance(error, NoRecipeError) else "")
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -102,10 +103,12 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
         return _answer(request, error.status_code, str(error.detail), dict(error.headers or {}))
 
 
-def _answer(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """An error response in the format of the requested API."""
+def _answer(
+    request: Request, status: int, message: str, headers: dict[str, str] | None = None, code: str = ""
+) -> Response:
+    """An error response in the format of the requested API. code: what the page acts on; messages are for people."""
     path = request.url.path
-    body: dict[str, Any] = {"error": message}
+    body: dict[str, Any] = {"error": message} | ({"code": code} if code else {})
     if path.startswith("/v1/"):
         body = error_of(status, message)
     elif path.startswith("/sdapi/"):

@@ -128,7 +128,7 @@ const take = trying(async file => {
   try {
     settle(await read(file));
   } catch (error) {
-    if (!error.message.includes("does not say how it was drawn") || !composer) throw error;
+    if (error.code !== "no_recipe" || !composer) throw error;
     await composer.start.take(file);
     toast("That picture holds no settings; it is now the one to change.");
   }
