@@ -70,7 +70,7 @@ def _quoted(text: str) -> str:
 def _introduction(stages: Sequence[StageConfig]) -> str:
     sides = " -> ".join(f"{stage.resolution} px" for stage in stages)
     return (
-        f"A text-to-image cascade in pixel space, {sides}, for [cascade](https://pypi.org/project/cascade-diffusion/)."
+        f"A text-to-image cascade in pixel space, {sides}, for the Python package `cascade-diffusion`."
         " The first stage draws from a prompt, each further one enlarges the picture."
     )
 

@@ -45,7 +45,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
-        raise CascadeError(f"dtype: {quoted(name)}; expected one of {', '.join(known)}")
+        raise CascadeError(f"dtype: {quoted(name)}; expected one of {', '.join(known)}, auto")
     if name == "float16" and device.type == "cpu":
         raise CascadeError("dtype: float16 needs a GPU; on a CPU use bfloat16")
     if name == "bfloat16" and device.type == "mps" and not has_bfloat16(device):  # NVIDIA's older GPUs imitate it

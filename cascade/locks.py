@@ -12,6 +12,7 @@ from typing import TextIO
 from weakref import WeakSet
 
 from cascade import system
+from cascade.files.text import check_regular
 
 logger = logging.getLogger("cascade.files")
 
@@ -64,7 +65,7 @@ def lock_file(path: Path, wait: bool = True, holder: str = "") -> Iterator[None]
     holder: text about this process, written into the file for others to read meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with check_regular(path).open("a", encoding="utf-8") as file:
         if not take(file.fileno(), path, wait=wait):
             raise BlockingIOError(errno.EAGAIN, "another process has it", str(path))
         _files.add(file)

@@ -69,6 +69,8 @@ _LARGEST_YAML = 1 << 20
 _MOST_VALUES = 100_000
 """Values of a file, what stands at an alias counted each time: a hundred letters of aliases can stand for billions."""
 _DEEPEST = 100
+_MOST_MISTAKES = 20
+"""Lines of an error; a list of a thousand wrong values would scroll its beginning away."""
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What PyYAML raises for tags on values that are none of theirs: `!!bool maybe`, `!!timestamp never`."""
 
@@ -179,7 +181,8 @@ def parse(kind: type[ConfigT], data: Any, origin: str) -> ConfigT:
             if mistake["type"] != "too_short" or not mistake["input"]:  # pydantic ignores items that have a mistake
                 mistakes.setdefault(".".join(_walk(kind, mistake["loc"])[1]), []).append(mistake)
         lines = [f"{origin}: {_explain(kind, same_setting)}" for same_setting in mistakes.values()]
-        raise CascadeError("\n".join(lines)) from None
+        more = [f"{origin}: and {len(lines) - _MOST_MISTAKES} more mistakes"] if len(lines) > _MOST_MISTAKES else []
+        raise CascadeError("\n".join((*lines[:_MOST_MISTAKES], *more))) from None
     except (TypeError, ValueError, RecursionError) as error:  # valid YAML that JSON cannot hold: a set, bytes, a cycle
         reason = "a number has thousands of digits" if "integer string conversion" in str(error) else error
         raise CascadeError(f"{origin}: {reason}") from None

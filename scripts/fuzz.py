@@ -83,6 +83,9 @@ class Ground:
             found = _of_message(error)
         except (SystemExit, KeyboardInterrupt):
             raise
+        except SlowError as error:  # not raised: to make it small would take the time many times over
+            self.known.setdefault(_place(error), str(error))
+            return
         except BaseException as error:
             found = None if isinstance(error, OSError) and error.filename is not None else _of_error(error)
         else:

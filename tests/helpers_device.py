@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cascade
+
 HERE = torch.device("meta")
 """The device that stands for the GPU."""
 
@@ -22,7 +24,7 @@ _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
 _READING = (_aten.nonzero.default, _aten.masked_select.default, _aten.equal.default)
-_OURS = str(Path(__file__).parent.parent / "cascade")
+_OURS = str(Path(cascade.__file__).parent)  # the installed package, which may be another checkout than these tests
 
 
 class Refused(RuntimeError):  # noqa: N818 - what a GPU says, not what we do wrong

@@ -48,7 +48,7 @@ WRONG: dict[str, tuple[Callable[[CascadePipeline], object], str]] = {
     "a GPU that is not there": (lambda p: p.to("cuda:99"), "device: cuda:99 cannot be used here"),
     "no device": (lambda p: p.to("nowhere"), "device: nowhere cannot be used here"),
     "a device without numbers": (lambda p: p.to("meta"), "device: meta cannot be used here"),
-    "no number format": (lambda p: p.to(dtype="fp32"), "dtype: 'fp32'; expected one of float32, bfloat16, float16"),
+    "no number format": (lambda p: p.to(dtype="a"), "dtype: 'a'; expected one of float32, bfloat16, float16, auto"),
     "a format for GPUs": (lambda p: p.to(dtype=torch.float16), "dtype: float16 needs a GPU; on a CPU use bfloat16"),
     "a picture cut off": (lambda p: p.upscale(cut_off()), "image: not a readable picture: image file is truncated"),
     "a closed picture": (lambda p: p.upscale(closed()), "image: not a readable picture: "),

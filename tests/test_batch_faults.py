@@ -154,9 +154,10 @@ def test_a_model_that_cannot_be_read_is_named(
         b"{}",
         b'{"index": 1e999}',
         b'{"index": 0, "number": 0, "file": 5}',
+        b'{"index": 1, "number": 0, "num_images": 1, "id": "a", "prompt": "a", "negative_prompt": true, "seed": 1}',
         b'{"index": ' + b"9" * 30 + b', "number": 0}',
     ],
-    ids=["words", "zeros", "brackets", "empty", "infinite", "types", "large"],
+    ids=["words", "zeros", "brackets", "empty", "infinite", "types", "truth", "large"],
 )
 def test_a_spoilt_line_of_the_manifest_costs_that_line_and_no_other(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoilt: bytes

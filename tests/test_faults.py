@@ -1,12 +1,13 @@
 """Each call about a file fails once, in turn: one line, nothing finished is lost, and the same command goes on.
 
-The fast suite tries a few places of each command, `pytest -m slow` every one.
+The fast suite tries two places of a command, `pytest -m slow` forty; FAULTS=every, for the night, each one.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,9 @@ from helpers_training import micro_config
 from cascade.settings import to_yaml
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the library that lets calls fail needs a C compiler on Linux")
-FEW = 2
-"""Places that the fast suite tries of each command."""
+FEW, MANY = 2, 40
+"""Places that the fast suite and the slow tests try of each command."""
+EVERY = os.environ.get("FAULTS") == "every"
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield running
 
 
-def places(calls: int, every: bool, seed: int) -> list[int]:
-    """Which calls fail, counted from 1: every one, or a few by a seed."""
-    return list(range(1, calls + 1)) if every else sorted(random.Random(seed).sample(range(1, calls + 1), FEW))
+def places(calls: int, count: int, seed: int) -> list[int]:
+    """Which calls fail, counted from 1: as many by a seed, or every one."""
+    return sorted(random.Random(seed).sample(range(1, calls + 1), calls if EVERY else min(count, calls)))
 
 
 def assert_told(ended: Ended) -> None:
@@ -105,7 +107,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def fail_drawing(
-    server: Server, model: Path, folder: Path, way: str, start: str, every: bool, error: int = errno.EIO
+    server: Server, model: Path, folder: Path, way: str, start: str, count: int, error: int = errno.EIO
 ) -> None:
     """Draw into a new folder, one that is finished, or one whose run is to go, with a failure in each place."""
     out, whole, old = folder / "out", folder / "whole", folder / "old"
@@ -128,7 +130,7 @@ def fail_drawing(
 
     begin()
     calls = server.run([*command, *overwrite], Fault(str(out))).calls
-    for place in places(calls, every, seed=7):
+    for place in places(calls, count, seed=7):
         begin()
         ended = server.run([*command, *overwrite], Fault(str(out), place, place, error))
         assert_told(ended)
@@ -142,7 +144,7 @@ def fail_drawing(
 
 @pytest.mark.parametrize(("way", "start"), [("folder", "overwrite"), ("webdataset", "new"), ("low-memory", "continue")])
 def test_a_call_that_fails_loses_no_picture(server: Server, model: Path, tmp_path: Path, way: str, start: str) -> None:
-    fail_drawing(server, model, tmp_path, way, start, every=False)
+    fail_drawing(server, model, tmp_path, way, start, count=FEW)
 
 
 @pytest.mark.slow
@@ -152,7 +154,7 @@ def test_a_call_that_fails_loses_no_picture(server: Server, model: Path, tmp_pat
 def test_no_call_that_fails_loses_a_picture(
     server: Server, model: Path, tmp_path: Path, way: str, start: str, error: int
 ) -> None:
-    fail_drawing(server, model, tmp_path, way, start, every=True, error=error)
+    fail_drawing(server, model, tmp_path, way, start, count=MANY, error=error)
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def stage_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "stage").iterdir()}
 
 
-def fail_training(server: Server, folder: Path, every: bool, error: int = errno.EIO) -> None:
+def fail_training(server: Server, folder: Path, count: int, error: int = errno.EIO) -> None:
     """Go on from step 3 to step 5, with a failure in each place; what was saved before is there after it."""
     out, old, whole = folder / "out", folder / "old", folder / "whole"
     assert server.run(train(folder, old, 5, "training.steps=3"), Fault(str(old))).status == 0
@@ -180,7 +182,7 @@ def fail_training(server: Server, folder: Path, every: bool, error: int = errno.
     assert server.run(train(folder, whole, 5, "--resume"), Fault(str(whole))).status == 0
     expected = stage_of(whole)
     calls = server.run(train(folder, out, 5, "--resume"), Fault(str(out))).calls
-    for place in places(calls, every, seed=5):
+    for place in places(calls, count, seed=5):
         shutil.rmtree(out)
         shutil.copytree(old, out)
         ended = server.run(train(folder, out, 5, "--resume"), Fault(str(out), place, place, error))
@@ -193,10 +195,10 @@ def fail_training(server: Server, folder: Path, every: bool, error: int = errno.
 
 
 def test_a_call_that_fails_ends_training_with_one_line_and_it_goes_on(server: Server, tmp_path: Path) -> None:
-    fail_training(server, tmp_path, every=False)
+    fail_training(server, tmp_path, count=FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 def test_no_call_that_fails_loses_what_training_saved(server: Server, tmp_path: Path, error: int) -> None:
-    fail_training(server, tmp_path, every=True, error=error)
+    fail_training(server, tmp_path, count=MANY, error=error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +159,11 @@ def ray() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
     here = str(Path(cascade.__file__).parents[1])
-    environment = {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # a busy machine starts processes slowly
+    }
     # Two actors on two cores would starve the readers: a local cluster declares more than there are.
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     yield ray
@@ -231,3 +238,39 @@ def test_a_task_of_the_slurm_script_that_ends_says_how(tmp_path: Path, status: i
     assert job.wait(timeout=10) == status
     (call,) = (tmp_path / "log").read_text().splitlines()
     assert call.endswith("--shard 3/16")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+@pytest.mark.filterwarnings("default")  # ray's own
+def test_two_replicas_of_ray_serve_answer_one_address_with_the_pipelines_pictures(
+    model: Path, pipeline: CascadePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = pytest.importorskip("ray.serve")
+    import openai
+
+    from cascade.integrations.ray_serve import app
+
+    monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 300)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(app({"model": str(model), "out": str(tmp_path), "min_replicas": "2", "max_replicas": "2"}))
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+
+            def drawn(seed: int) -> bytes:
+                answer = client.images.generate(prompt="a fox", size="32x32", extra_body={"seed": seed})
+                (datum,) = answer.data or []
+                return Image.open(io.BytesIO(base64.b64decode(datum.b64_json or ""))).tobytes()
+
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(drawn, range(12)))
+            with pytest.raises(openai.BadRequestError, match="expected b64_json"):
+                client.images.generate(prompt="a fox", response_format="url")
+        expected = [pipeline("a fox", seed=seed).images[0].tobytes() for seed in range(12)]
+        assert found == expected
+        assert sum(any((folder / "studio").glob("*.png")) for folder in tmp_path.iterdir()) == 2
+    finally:
+        serve.shutdown()

@@ -146,7 +146,7 @@ DRAWING = [
     Case("bad seed", DRAW + "--seed apple", "Invalid value for '--seed': 'apple' is not a valid integer range"),
     Case("seed below 0", DRAW + "--seed -1", "Invalid value for '--seed': -1 is not in the range"),
     Case("unknown device", DRAW + "--device abacus", "device: abacus cannot be used here"),
-    Case("unknown dtype", DRAW + "--dtype int3", "dtype: 'int3'; expected one of float32, bfloat16, float16"),
+    Case("unknown dtype", DRAW + "--dtype int3", "dtype: 'int3'; expected one of float32, bfloat16, float16, auto"),
     Case("fp16 on a CPU", DRAW + "--dtype float16 --device cpu", "dtype: float16 needs a GPU; on a CPU use bfloat16"),
     Case("no model", GENERATE + "{folder}/none", "none: no such model folder; give a folder with cascade.json, a hub id, or `bundled`"),
     Case("no cascade.json", GENERATE + "{folder}", "cascade.json: no such file"),

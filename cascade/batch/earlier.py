@@ -17,6 +17,7 @@ from cascade.batch.metadata import sidecar
 from cascade.checkpoint import read_json
 from cascade.errors import CascadeError
 from cascade.files.paths import is_within
+from cascade.files.text import check_regular
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.settings import Noted, parse
 
@@ -86,14 +87,14 @@ class EarlierRun:
     def note_made(self, stem: str, ending: str) -> None:
         """Record that the run is about to write or replace an additional file, which belongs to it from now on."""
         self.check_made(stem, ending)
-        with self._note.open("a", encoding="utf-8") as file:
+        with check_regular(self._note).open("a", encoding="utf-8") as file:
             file.write(f"{self._layout.named(stem, ending)}\n")
 
     def _made(self) -> set[str]:
         """Names of additional files that runs wrote."""
         if not self._note.exists():
             return set()
-        return set(self._note.read_text(encoding="utf-8", errors="surrogateescape").split())
+        return set(check_regular(self._note).read_text(encoding="utf-8", errors="surrogateescape").split())
 
     @property
     def _note(self) -> Path:

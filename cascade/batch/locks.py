@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cascade import system
 from cascade.errors import CascadeError
+from cascade.files.text import check_regular
 from cascade.locks import note_holder, take
 
 _DONE = b"\1"
@@ -23,7 +24,7 @@ class RunLock:
 
     def __init__(self, path: Path, launch: str | None) -> None:
         """launch: name shared by the processes of a launch; None: this process alone."""
-        self._file = path.open("a+", encoding="utf-8")
+        self._file = check_regular(path).open("a+", encoding="utf-8")
         self._path, self._launch = path, launch
         self.first = False
 
@@ -66,7 +67,7 @@ class Claims:
     """
 
     def __init__(self, path: Path) -> None:
-        path.touch()
+        check_regular(path).touch()
         self._file = path.open("r+b", buffering=0)
 
     def take(self, number: int) -> bool:

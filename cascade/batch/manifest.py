@@ -16,7 +16,7 @@ from cascade import system
 from cascade.drawing.recipe import Recipe
 from cascade.errors import StorageError
 from cascade.files.parsed import parse_json
-from cascade.files.text import json_text
+from cascade.files.text import check_regular, json_text
 from cascade.locks import held
 from cascade.quoting import LONGEST, quoted
 from cascade.scratch import ScratchTable
@@ -32,7 +32,7 @@ class Manifest:
         """Opens or creates the file. Raises StorageError when it cannot be written."""
         self.path = path
         try:
-            self._file = path.open("a+b", buffering=0)
+            self._file = check_regular(path).open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
         self._mutex = threading.RLock()  # the drawing thread looks up entries while the writing thread appends
@@ -192,17 +192,25 @@ class _Size(BaseModel):
     width: int
 
 
+_Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class _Line(BaseModel):
     """The entries of a line that are read; it may hold more."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    index: Annotated[int, Field(ge=0, lt=1 << 63)]
-    number: Annotated[int, Field(ge=0, lt=1 << 63)]
-    num_images: int
+    index: _Whole
+    number: _Whole
+    num_images: _Whole
     id: str
     prompt: str
-    seed: int
+    seed: _Whole
+    run_seed: _Whole | None = None
+    negative_prompt: str = ""
+    model: str = ""
+    license: str = ""
+    cascade: str = ""
     file: Annotated[str, Field(min_length=1)]
     sha256: str
     stages: dict[str, str] = {}

@@ -127,13 +127,17 @@ def _text_chunks(entry: Mapping[str, Any]) -> PngInfo:
     return chunks
 
 
+class NoRecipeError(CascadeError):
+    """A picture that does not record how it was drawn."""
+
+
 def sidecar(file: str) -> str:
     """The name of the metadata file of a picture."""
     return f"{file}.json"
 
 
 def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
-    """(metadata that `encode` wrote into a picture, its format). Raises CascadeError if there is none."""
+    """(metadata that `encode` wrote into a picture, its format). Raises NoRecipeError if there is none."""
     path = picture if isinstance(picture, (str, Path)) else "picture"
     with picture_errors(str(path)), open_picture(picture) as image:
         format = str(image.format).lower()
@@ -145,7 +149,9 @@ def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     try:
         return _parsed(Path(path), text), format
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise CascadeError(f"{path}: does not record how it was drawn; expected a `cascade generate` picture") from None
+        raise NoRecipeError(
+            f"{path}: does not record how it was drawn; expected a `cascade generate` picture"
+        ) from None
 
 
 def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cascade.batch.stores import FolderStore, Store, TarStore
 from cascade.batch.team import Team
 from cascade.errors import StorageError
 from cascade.files.paths import path_of
-from cascade.files.text import json_text
+from cascade.files.text import check_regular, json_text
 from cascade.locks import held
 from cascade.prompts.record import Failure
 
@@ -179,7 +179,11 @@ class Output:
         """Record something that could not be drawn."""
         line = {"origin": failure.origin, "index": failure.index, "reason": failure.reason, **more}
         path = self.path("failures", ".jsonl")
-        with self._writing(), path.open("a", encoding="utf-8", newline="\n") as file, held(file.fileno(), path):
+        with (
+            self._writing(),
+            check_regular(path).open("a", encoding="utf-8", newline="\n") as file,
+            held(file.fileno(), path),
+        ):
             file.write(json_text(line) + "\n")
             file.flush()
 

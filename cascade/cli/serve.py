@@ -28,6 +28,9 @@ _OTHER_PORTS = 20  # that `studio` tries; a program expects the API at the port 
 _OPTIONS = (
     path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
     path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the gallery."),
+    click.option(
+        "--lora", multiple=True, metavar="[STAGE=]FOLDER[:SCALE]", help="A low-rank adapter to add, such as mascot:0.8."
+    ),
     path_option("--models", metavar="FOLDER", help="Further models to choose from on the page: its subfolders."),
     path_option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Training runs to follow."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require a key."),
@@ -77,6 +80,7 @@ class Request:
     """The command line's options, one field each."""
 
     model: str | None
+    lora: tuple[str, ...]
     models: str | None
     out: str
     runs: str
@@ -132,9 +136,21 @@ class Request:
         return Rules(hosts=(*self.allowed_host, self.host), key=None if self.no_auth else key)
 
     def _load(self, model: str | None) -> CascadePipeline:
+        """The adapters of --lora belong to the model of --model; another one is loaded without."""
+        from cascade.load.adapters import adapters_for
+        from cascade.load.index import read_index
+        from cascade.load.stage import read_config
         from cascade.pipeline import CascadePipeline
 
-        return CascadePipeline.from_pretrained(model, device=self.device, dtype=self.dtype, low_memory=self.low_memory)
+        lora = self.lora if model == self.model else ()
+        stages = [read_config(folder).name for folder in read_index(model).stages] if lora else []
+        return CascadePipeline.from_pretrained(
+            model,
+            device=self.device,
+            dtype=self.dtype,
+            low_memory=self.low_memory,
+            adapters=adapters_for(lora, stages),
+        )
 
     def _address(self, port: int, rules: Rules) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config.data import HubSource, ParquetSource
-from cascade.data.dataset import Record, caption_variants, encoded_picture
+from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
 from cascade.errors import CascadeError
 from cascade.quoting import quoted
 
 _ROWS_AT_ONCE = 16
+_UNREADABLE = (OSError, ValueError, OverflowError, LookupError, TypeError, NotImplementedError)
+"""Errors of pyarrow, whose own exceptions derive from these, for a cell that has no value in Python."""
 
 
 class TableRecords:
@@ -38,7 +40,10 @@ class TableRecords:
         return str(self._table._fingerprint)
 
     def __getitem__(self, index: int) -> Record:
-        row = self._table[index]
+        try:
+            row = self._table[index]
+        except _UNREADABLE as error:  # a date beyond those of Python
+            raise BadRecordError(self._name_row(index), f"cannot be read: {_first_line(error)}") from None
         return Record(
             encoded_picture(row[self._image_column]),
             caption_variants(row[self._caption_column]),
@@ -47,8 +52,12 @@ class TableRecords:
         )
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        for batch in self._table.select_columns([self._caption_column]).iter(batch_size=1000):
-            yield from map(caption_variants, batch[self._caption_column])
+        try:
+            for batch in self._table.select_columns([self._caption_column]).iter(batch_size=1000):
+                yield from map(caption_variants, batch[self._caption_column])
+        except _UNREADABLE as error:
+            first = self._name_row(0)
+            raise CascadeError(f"{first}: column {quoted(self._caption_column)}: {_first_line(error)}") from None
 
 
 def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:

@@ -101,7 +101,8 @@ def _fit(tensors: dict[str, Tensor], size: int) -> bool:
         if places.ndim != 2 or places.shape[1] != 2:
             return False
         start, length = places.unbind(dim=1)
-        if bool(((start < -1) | (length < 0) | (length > size) | (start > size - length)).any()):
+        first = -1 if name == "pictures" else 0  # `_NOWHERE`
+        if bool(((start < first) | (length < 0) | (length > size) | (start > size - length)).any()):
             return False
     return True
 

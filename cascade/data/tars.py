@@ -52,10 +52,13 @@ class TarRecords:
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         for shard in self._shards:
-            with shard.path.open("rb") as file:
-                for row in range(len(shard)):
-                    with suppress(BadRecordError):
-                        yield self._captions(shard, row, file, f"{shard.path}: {shard.key(row)}")
+            try:
+                with shard.path.open("rb") as file:
+                    for row in range(len(shard)):
+                        with suppress(BadRecordError):
+                            yield self._captions(shard, row, file, f"{shard.path}: {shard.key(row)}")
+            except OSError as error:
+                raise CascadeError(f"{shard.path}: cannot be read: {error.strerror or error}") from None
 
     def _captions(self, shard: Shard, row: int, file: BinaryIO, origin: str) -> tuple[str, ...]:
         """The variants in all captions of a record, each once. Raises BadRecordError."""

@@ -44,6 +44,13 @@ def open_regular(path: str | Path) -> BinaryIO:
     raise NoFileError(errno.EINVAL, "a pipe or a device, not a file")
 
 
+def check_regular(path: Path) -> Path:
+    """The path, if it is a file or free. Raises NoFileError for a pipe or a device: to open one might wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise NoFileError(errno.EINVAL, "a pipe or a device, no file", str(path))
+    return path
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file, with LF as line ends. Raises OSError, NotTextError."""
     with open_regular(path) as file:

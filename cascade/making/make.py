@@ -34,13 +34,14 @@ from cascade.load.training import (
 from cascade.making import sweep as sweeping
 from cascade.making.look import Look, look_at
 from cascade.making.pace import measure
-from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, training_run
+from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, shares_of, shortened, training_run
 from cascade.making.redraw import write_redrawn
 from cascade.making.sweep import Trial
 from cascade.pipeline import CascadePipeline
 from cascade.settings import parse, to_yaml
 from cascade.slots import StageSlot
 from cascade.text.cached import fill
+from cascade.training.folder import is_own_settings
 from cascade.training.spoken import duration
 from cascade.training.state import checkpoints
 
@@ -77,7 +78,7 @@ def make(order: Order, plan_only: bool = False) -> bool:
 
     plan_only: look, measure and write the YAML files, then end. Raises CascadeError for pictures that do not suffice.
     """
-    folder = Folder(order.out)
+    folder, begun = Folder(order.out), time.monotonic()
     look = look_at(order.pictures)
     order.say("\n".join(look.lines()))
     names = _planned_names(folder)
@@ -88,6 +89,8 @@ def make(order: Order, plan_only: bool = False) -> bool:
     if plan_only:
         return True
     for place, name in enumerate(names):
+        left = 3600 * order.hours - (time.monotonic() - begun)
+        _shorten(order, folder, names[place:], left)
         if not _train(order, look, folder, names[:place], name):
             return False
     pipeline = _assembled(order, folder, names)
@@ -115,13 +118,15 @@ def _write_plan(order: Order, look: Look, folder: Folder) -> list[str]:
     order.say(
         f"  training takes about {duration(expected)} of {duration(seconds)}, if the machine stays as busy as now"
     )
+    steps = {run.config.stage.name: run.config.training.steps for run in runs}
     for run in runs:
         path = folder.settings(run.config.stage.name)
-        if not path.exists():
-            write_text(path, to_yaml(run.config))
-    names = [run.config.stage.name for run in runs]
-    write_json(folder.root / "plan.json", {"stages": names, "hours": order.hours, "start": order.start})
-    return names
+        if path.exists() and not is_own_settings(path):
+            raise CascadeError(f"{path}: is not part of a plan; move it, or name another folder with --out")
+        write_text(path, to_yaml(run.config))
+    plan = {"stages": list(steps), "steps": steps, "hours": order.hours, "start": order.start}
+    write_json(folder.root / "plan.json", plan)
+    return list(steps)
 
 
 def _fill_text(look: Look, folder: Folder) -> None:
@@ -147,6 +152,27 @@ def _continued(order: Order, look: Look, folder: Folder, seconds: float) -> list
     steps = max(int(seconds * _LORA_SHARE / pace.seconds), LEAST_STEPS)
     more["optimizer"] |= {"warmup_steps": min(20, steps // 2), "decay_steps": steps // 2}
     return [Planned(training_run(stage, look, folder, steps, more), pace)]
+
+
+def _shorten(order: Order, folder: Folder, names: Sequence[str], left: float) -> None:
+    """Fewer steps for the next stage if the stages before took longer than planned; never for steps set by hand.
+
+    names: of the next stage and those after it. left: seconds of the order's time, of which this process has used some.
+    """
+    name = names[0]
+    config = load_train_config(folder.settings(name))
+    planned = read_json(folder.root / "plan.json")["steps"]
+    if not isinstance(planned, dict) or len(names) == len(planned) or _steps_done(Path(config.output)):
+        return
+    if planned[name] != config.training.steps:
+        return
+    pace = measure(config, folder.scratch)
+    share = shares_of(len(planned))
+    allowed = max(left, 0) * share[-len(names)] / (sum(share[-len(names) :]) + 1 - sum(share))
+    steps = max(int(allowed / pace.seconds), LEAST_STEPS)
+    if steps < config.training.steps:
+        order.say(f"{name}: {steps:,} steps in place of {config.training.steps:,}, for the time that is left")
+        write_text(folder.settings(name), to_yaml(shortened(config, steps)))
 
 
 def _train(order: Order, look: Look, folder: Folder, before: Sequence[str], name: str) -> bool:

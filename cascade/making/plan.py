@@ -125,6 +125,36 @@ def training_run(stage: StageConfig, look: Look, folder: Folder, steps: int, mor
     return parse(TrainConfig, settings, f"plan of {stage.name}")
 
 
+def shares_of(stages: int) -> tuple[float, ...]:
+    """The shares of the time of so many stages."""
+    return SHARES[stages]
+
+
+def shortened(config: TrainConfig, steps: int) -> TrainConfig:
+    """A run with fewer steps; warm-up, decay and what happens every so many steps shrink alike."""
+    training, part = config.training, steps / config.training.steps
+
+    def less(count: int, least: int) -> int:
+        return max(int(count * part), least)
+
+    optimizer = training.optimizer.model_copy(
+        update={
+            "warmup_steps": less(training.optimizer.warmup_steps, 0),
+            "decay_steps": less(training.optimizer.decay_steps, 0),
+        }
+    )
+    changes = {
+        "steps": steps,
+        "optimizer": optimizer,
+        "save_every": less(training.save_every, 1),
+        "sample_every": less(training.sample_every, 1),
+    }
+    if training.validation:
+        every = less(training.validation.every, 1)
+        changes["validation"] = training.validation.model_copy(update={"every": every})
+    return config.model_copy(update={"training": training.model_copy(update=changes)})
+
+
 def choose(look: Look, folder: Folder, seconds: float) -> list[Planned]:
     """The stages that this machine can train in `seconds`: the largest size whose base stage sees enough pictures."""
     best: tuple[Size, Pace] | None = None

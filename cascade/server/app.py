@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cascade._version import __version__
+from cascade.batch.metadata import NoRecipeError
 from cascade.errors import CascadeError
 from cascade.server.a1111 import a1111_router
 from cascade.server.api import files_router, gallery_router, jobs_router, model_router, runs_router
@@ -30,8 +31,7 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", "
 
 def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Path | None = None) -> App:
     """The application. page: also serve the web page. runs: a folder of training runs."""
-    # FastAPI's documentation pages would load scripts from a CDN.
-    app = FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
+    app = _bare_app()
     app.include_router(model_router(queue, models))
     for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
         app.include_router(router(queue))
@@ -40,6 +40,20 @@ def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Pa
         app.include_router(_page_router())
     _answer_errors(app, queue)
     return Guard(app, rules)
+
+
+def make_stateless_app(queue: Queue, rules: Rules) -> App:
+    """The application of one of several replicas: only requests that need no state from earlier ones."""
+    app = _bare_app()
+    app.include_router(openai_router(queue, keeps=False))
+    app.include_router(health_router(queue))
+    _answer_errors(app, queue)
+    return Guard(app, rules)
+
+
+def _bare_app() -> FastAPI:
+    # FastAPI's documentation pages would load scripts from a CDN.
+    return FastAPI(title="cascade", version=__version__, docs_url=None, redoc_url=None)
 
 
 def _page_router() -> APIRouter:
@@ -77,7 +91,7 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
 
     @app.exception_handler(CascadeError)
     def wrong(request: Request, error: CascadeError) -> Response:
-        return _answer(request, 400, str(error))
+        return _answer(request, 400, str(error), code="no_recipe" if isinstance(error, NoRecipeError) else "")
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -89,10 +103,12 @@ def _answer_errors(app: FastAPI, queue: Queue) -> None:
         return _answer(request, error.status_code, str(error.detail), dict(error.headers or {}))
 
 
-def _answer(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """An error response in the format of the requested API."""
+def _answer(
+    request: Request, status: int, message: str, headers: dict[str, str] | None = None, code: str = ""
+) -> Response:
+    """An error response in the format of the requested API. code: what the page acts on; messages are for people."""
     path = request.url.path
-    body: dict[str, Any] = {"error": message}
+    body: dict[str, Any] = {"error": message} | ({"code": code} if code else {})
     if path.startswith("/v1/"):
         body = error_of(status, message)
     elif path.startswith("/sdapi/"):

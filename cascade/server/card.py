@@ -39,6 +39,7 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
             for slot in pipeline.enlargers
             if slot.config.low_resolution is not None
         ],
+        "adapters": {slot.config.name: list(slot.adapters.values()) for slot in pipeline.slots if slot.adapters},
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
         "samplers": list(SAMPLERS),
         **examples_of(said),

@@ -83,8 +83,8 @@ class Generation(BaseModel):
         return parse(Asked, values, "request")
 
 
-def openai_router(queue: Queue) -> APIRouter:
-    """`/v1`."""
+def openai_router(queue: Queue, *, keeps: bool = True) -> APIRouter:
+    """`/v1`. keeps: later requests reach the same pictures, so a response may hold URLs."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.get("/models")
@@ -102,17 +102,18 @@ def openai_router(queue: Queue) -> APIRouter:
     async def generations(body: Generation, request: Request) -> Response:
         """Draw pictures; the response is the pictures, or a stream with partial ones."""
         await run_in_threadpool(_check_model, queue, body.model)
+        _check_format(body, keeps)
         return await _drawn(queue, body, await run_in_threadpool(body.asked, queue), request)
 
     @router.post("/images/edits", response_model=None)
     async def edits(request: Request) -> Response:
         """Edit a picture; the transparent part of the mask is redrawn."""
-        return await _changed(queue, request, variation=False)
+        return await _changed(queue, request, keeps, variation=False)
 
     @router.post("/images/variations", response_model=None)
     async def variations(request: Request) -> Response:
         """Draw variations of a picture."""
-        return await _changed(queue, request, variation=True)
+        return await _changed(queue, request, keeps, variation=True)
 
     return router
 
@@ -129,12 +130,13 @@ async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request)
     return JSONResponse({"created": int(time.time()), **_said(body, job), "data": data})
 
 
-async def _changed(queue: Queue, request: Request, *, variation: bool) -> Response:
+async def _changed(queue: Queue, request: Request, keeps: bool, *, variation: bool) -> Response:
     """Read a form with a picture, and optionally a mask and a prompt; draw."""
     async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS) as form:
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
         files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
     body = _body_of(fields, variation)
+    _check_format(body, keeps)
     pictures = [content for name, content in files if name in ("image", "image[]")]
     mask = next((content for name, content in files if name == "mask"), None)
     if len(pictures) != 1:
@@ -242,6 +244,11 @@ def _check_model(queue: Queue, name: str | None) -> None:
     own = queue.pipeline.name
     if name not in (None, own):
         raise HTTPException(404, f"model {quoted(name)} is not available; this server has {quoted(own)}")
+
+
+def _check_format(body: Generation, keeps: bool) -> None:
+    if body.response_format == "url" and not keeps:
+        raise CascadeError("response_format: url; a replica keeps no pictures for others, expected b64_json")
 
 
 def error_of(status: int, message: str) -> dict[str, Any]:

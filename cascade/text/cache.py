@@ -24,6 +24,7 @@ from cascade.checkpoint import check_format, read_json, save_tensors, write_json
 from cascade.config.common import FORMAT_VERSION
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
+from cascade.files.text import open_regular
 from cascade.locks import lock_file
 from cascade.quoting import quoted
 from cascade.settings import Noted, parse
@@ -210,6 +211,7 @@ class EmbeddingCache:
         for name in names:
             path = self.folder / name
             try:
+                open_regular(path).close()  # of a pipe the library would wait for more
                 shard: Any = safe_open(path, framework="pt")
                 keys, lengths = shard.get_tensor("keys"), shard.get_tensor("lengths")
                 shape = shard.get_slice("tokens").get_shape()

@@ -76,7 +76,7 @@ def check_changes(saved: dict[str, Any], config: TrainConfig, origin: Path) -> l
     changed: dict[Effect, list[str]] = {effect: [] for effect in Effect}
     for name, line in differences(_complete(saved), config.model_dump(mode="json")):
         note = _NOTES.get(name)
-        changed[effect_of(name)].append(f"{line} ({note})" if note else line)
+        changed[_effect_of_any(name)].append(f"{line} ({note})" if note else line)
     if changed[Effect.OTHER_RUN]:
         raise CascadeError(
             f"{origin}: cannot resume with {'; '.join(changed[Effect.OTHER_RUN])}: the checkpoint's weights belong to"
@@ -101,10 +101,21 @@ def check_surroundings(saved: dict[str, Any], now: dict[str, Any], origin: Path)
 
 
 def effect_of(name: str) -> Effect:
-    """The effect of a change of the setting `name`, such as `training.seed`."""
+    """The effect of a change of the setting `name`, such as `training.seed`. Raises KeyError for an unknown section."""
     parts = name.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next(EFFECTS[prefix] for prefix in prefixes if prefix in EFFECTS)
+    found = next((EFFECTS[prefix] for prefix in prefixes if prefix in EFFECTS), None)
+    if found is None:
+        raise KeyError(name)
+    return found
+
+
+def _effect_of_any(name: str) -> Effect:
+    """`effect_of`; of a setting that this version lacks, another result."""
+    try:
+        return effect_of(name)
+    except KeyError:
+        return Effect.OTHER_RESULT
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str]]:

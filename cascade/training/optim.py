@@ -179,6 +179,8 @@ def _check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor,
         raise CascadeError(f"the optimizer's state of {name} has {sorted(own)}; expected {sorted(expected)}")
     for quantity, value in own.items():
         shape = () if quantity == "step" else parameter.shape
+        if not value.is_floating_point():
+            raise CascadeError(f"the optimizer's state of {name}: {quantity} is {value.dtype}; expected a float")
         if isinstance(optimizer, torch.optim.AdamW) and value.shape != shape:
             raise CascadeError(
                 f"the optimizer's state of {name}: {quantity} has shape {list(value.shape)}, expected {list(shape)}"

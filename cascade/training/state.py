@@ -25,6 +25,7 @@ from cascade.checkpoint import atomic_folder, load_tensors, read_json, restore, 
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError, StorageError
+from cascade.files.text import open_regular
 from cascade.locks import holder_of, lock_file
 from cascade.settings import Noted, parse
 from cascade.training.changes import check_changes, check_surroundings
@@ -269,5 +270,6 @@ def _meta_checksum(meta: Mapping[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
+    open_regular(path).close()  # a pipe would be waited for
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

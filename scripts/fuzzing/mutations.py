@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -102,12 +103,17 @@ def tree(rng: Random, value: Any) -> Any:
         elif what == 1 and isinstance(inside, dict) and inside is not holder:
             inside[rng.choice(("", "a\0", "format", "kind", "x" * 300, "\x1b[2J"))] = inside.pop(key)
         elif what == 2 and isinstance(inside[key], dict):
-            inside[key]["another"] = rng.choice(VALUES)
+            inside[key]["another"] = _value(rng)
         elif what == 3 and isinstance(inside[key], list):
-            inside[key].extend([rng.choice(VALUES)] * rng.choice((1, 2, 1000)))
+            inside[key].extend([_value(rng)] * rng.choice((1, 2, 1000)))
         else:
-            inside[key] = rng.choice(VALUES)
+            inside[key] = _value(rng)
     return holder[""]
+
+
+def _value(rng: Random) -> Any:
+    """One of `VALUES`, a copy, for what is put into a tree may be changed there."""
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def _places(value: Any) -> Any:

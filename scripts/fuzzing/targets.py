@@ -330,10 +330,15 @@ def _make_folder(folder: Path) -> None:
     (data / "sub" / "metadata.csv").write_text("file_name,text\n../a.png,a fox\n")
 
 
-def _read_folder(folder: Path) -> None:
+def _records_of(folder: Path) -> Any:
+    from cascade.config.data import FolderSource
     from cascade.data.folder import FolderRecords
 
-    _records(FolderRecords(folder / "data", "text"))
+    return FolderRecords(FolderSource(path=str(folder / "data"), caption_column="text"))
+
+
+def _read_folder(folder: Path) -> None:
+    _records(_records_of(folder))
 
 
 def _make_tar(folder: Path) -> None:
@@ -417,10 +422,12 @@ def _read_table(folder: Path) -> None:
 
 def _make_decoded(folder: Path) -> None:
     from cascade.data.decoded import Making, decoded
-    from cascade.data.folder import FolderRecords
 
     _make_folder(folder)
-    decoded(FolderRecords(folder / "data", "text"), Making(folder / "kept", 8, "crop", 0, {"source": "a"}))
+    decoded(
+        _records_of(folder),
+        Making(folder / "kept", 8, "crop", 0, {"source": "a"}),
+    )
 
 
 def _spoil_decoded(rng: Random, folder: Path) -> None:
@@ -444,11 +451,10 @@ def _spoil_records(rng: Random, path: Path) -> None:
 
 def _read_decoded(folder: Path) -> None:
     from cascade.data.decoded import DecodedRecords, Making, decoded
-    from cascade.data.folder import FolderRecords
 
     name = Making(folder / "kept", 8, "crop", 0, {"source": "a"}).name
     told(lambda kept: _records(DecodedRecords(kept, name)), folder / "kept")
-    records = FolderRecords(folder / "data", "text")
+    records = _records_of(folder)
     told(lambda kept: _records(decoded(records, Making(kept, 8, "crop", 0, {"source": "a"}))), folder / "kept")
 
 
@@ -512,7 +518,7 @@ def _spoil_run(rng: Random, folder: Path) -> None:
         value = tensors.pop(name)
         if rng.random() < 0.7:
             tensors[rng.choice((name, "weight", "::", f"{name}::x"))] = rng.choice(
-                (value[..., :0], torch.zeros(()), value.int())
+                (value.flatten()[:0], torch.zeros(()), value.int())
             )
         save_tensors(path, tensors)
     meta = json.loads((checkpoint / "state.json").read_text())

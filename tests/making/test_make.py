@@ -15,12 +15,15 @@ from PIL import Image
 from test_plan import fill
 
 from cascade import CascadePipeline
+from cascade.checkpoint import write_json
 from cascade.config.data import FolderSource
+from cascade.data.survey import Survey
 from cascade.images import downsample, from_pil, to_float, to_uint8
 from cascade.load.pipeline import load_encoder
 from cascade.load.training import load_train_config
 from cascade.making import make as making
 from cascade.making import pace, plan
+from cascade.making.look import Look
 from cascade.making.make import Order, make
 from cascade.making.redraw import write_redrawn
 from cascade.making.sizes import Size
@@ -82,6 +85,33 @@ def test_stopped_in_the_second_stage_it_continues_and_trains_nothing_twice(small
     assert trained == ["base", "sr16", "sr16"]
     assert load_train_config(edited).training.steps == 5
     assert (small.out / "runs" / "sr16" / "checkpoints" / "step-00000005").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "by_hand", "expected"), [(1e6, False, 900), (20.0, False, 189), (-5.0, False, 50), (20.0, True, 800)]
+)
+def test_a_later_stage_has_as_many_steps_as_the_time_that_is_left_allows(
+    tmp_path: Path, left: float, by_hand: bool, expected: int
+) -> None:
+    """A step takes 0.1 s; the last stage gets 0.2279 / (0.2279 + 0.0121) of the time, 0.95 of it."""
+    folder = plan.Folder(tmp_path)
+    base, larger = (stage for stage in TINY.stages({16: 0.1}))
+    look = Look(tmp_path, Survey("look", 10), 10, 16)
+    for stage in (base, larger):
+        run = plan.training_run(stage, look, folder, 900, {"batch_size": 4})
+        run = plan.shortened(run, 800) if by_hand else run
+        folder.settings(stage.name).write_text(to_yaml(run))
+    steps = {"base": 900, "sr16": 900}
+    write_json(tmp_path / "plan.json", {"stages": list(steps), "steps": steps})
+    order = Order(tmp_path, tmp_path, 1.0, "x", "y", say=lambda _: None)
+    with (
+        patch.object(making, "measure", lambda *_: pace.Pace(0.1, 1, 1)),
+        patch.object(plan, "SHARES", {2: (0.76, 0.2279)}),
+    ):
+        making._shorten(order, folder, ["sr16"], left)
+        making._shorten(order, folder, ["base", "sr16"], left)
+    assert load_train_config(folder.settings("sr16")).training.steps == expected
+    assert load_train_config(folder.settings("base")).training.steps == (800 if by_hand else 900)  # its plan is new
 
 
 def test_redrawn_pictures_keep_the_truth_that_the_noise_left(tmp_path: Path) -> None:

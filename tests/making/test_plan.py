@@ -17,7 +17,7 @@ from cascade.load.training import load_train_config
 from cascade.making import plan
 from cascade.making.look import Look, look_at
 from cascade.making.pace import Pace
-from cascade.making.plan import SHARES, Folder, choose, residual_scales, training_run
+from cascade.making.plan import SHARES, Folder, choose, residual_scales, shortened, training_run
 from cascade.making.sizes import SIZES
 from cascade.settings import to_yaml
 
@@ -136,3 +136,16 @@ def test_a_planned_run_is_the_same_after_writing_and_reading(tmp_path: Path) -> 
         path = tmp_path / f"{stage.name}.yaml"
         path.write_text(to_yaml(run))
         assert load_train_config(path) == run
+
+
+def test_a_shortened_run_keeps_the_shape_of_its_schedule(tmp_path: Path) -> None:
+    (stage, *_) = SIZES[1].stages({64: 0.1, 128: 0.1})
+    run = training_run(stage, seen(tmp_path, 300, 256), Folder(tmp_path), 900, {"batch_size": 8})
+    short = shortened(run, 300)
+    path = tmp_path / "base.yaml"
+    path.write_text(to_yaml(short))
+    assert load_train_config(path) == short  # it is valid
+    before, after = run.training, short.training
+    assert (after.steps, after.optimizer.decay_steps) == (300, before.optimizer.decay_steps // 3)
+    assert after.sample_every == before.sample_every // 3
+    assert after.optimizer.learning_rate == before.optimizer.learning_rate

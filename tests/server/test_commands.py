@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 # Any connection or look-up of a name beyond this machine ends the process with a status of its own.
 WATCHED = """
@@ -122,3 +124,23 @@ def test_a_missing_extra_is_one_line_with_the_way_out(command: str, tmp_path: Pa
 def test_importing_cascade_and_its_command_line_loads_nothing_of_the_extra() -> None:
     code = "import sys, cascade, cascade.cli.program; print(*{'fastapi', 'starlette', 'uvicorn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_the_container_of_the_documents_runs_a_command_that_there_is_and_no_open_door() -> None:
+    """Docker itself is not asked: the command line is parsed, and without a key it is refused."""
+    root = Path(__file__).parent.parent.parent / "docs" / "docker"
+    lines = (root / "Dockerfile").read_text().splitlines()
+    (command,) = [json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD [")]
+    found = subprocess.run(
+        [sys.executable, "-m", "cascade", *command],
+        env={**os.environ, "CASCADE_API_KEY": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert "set CASCADE_API_KEY" in found.stderr
+    services = yaml.safe_load((root / "compose.yaml").read_text())["services"]
+    assert {name: service["profiles"] for name, service in services.items()} == {"cpu": ["cpu"], "gpu": ["gpu"]}
+    for build in (service["build"] for service in services.values()):
+        assert (root / build["context"] / build["dockerfile"]).is_file()

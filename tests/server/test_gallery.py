@@ -140,6 +140,7 @@ def test_a_dropped_picture_gives_its_settings_and_a_foreign_one_a_reason(server:
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     foreign = server.client.post("/api/read", files={"picture": ("x.png", buffer.getvalue())})
     assert (foreign.status_code, "does not record how it was drawn" in foreign.json()["error"]) == (400, True)
+    assert foreign.json()["code"] == "no_recipe"  # the page starts from such a picture
 
 
 def test_a_download_says_in_itself_how_it_was_drawn(server: Live, tmp_path: Path) -> None:

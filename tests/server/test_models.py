@@ -8,17 +8,22 @@ import shutil
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_model import make_tiny_cascade
 from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
+from cascade.cli.serve import Request
 from cascade.errors import CascadeError
+from cascade.load.stage import load_stage
 from cascade.server.models import Models
+from cascade.training.lora import add_low_rank, save_adapter
 
 
 @pytest.fixture
@@ -105,3 +110,29 @@ def test_no_model_is_changed_while_pictures_are_drawn(two: tuple[Live, list[weak
     assert answer.status_code == 409
     assert server.over(id)["state"] == "done"
     assert server.client.get("/api/models").json()["models"][0] == "tiny"
+
+
+def test_an_adapter_of_the_command_line_belongs_to_the_first_model_and_is_in_the_recipe(
+    model: Path, tmp_path: Path
+) -> None:
+    network = load_stage(model / "base").network
+    add_low_rank(network, 2, "all")
+    weights = dict(network.named_parameters())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in weights.values():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    save_adapter(tmp_path / "mascot", weights)
+    adapters = {"base": [f"{tmp_path / 'mascot'}:0.5"]}
+    expected = CascadePipeline.from_pretrained(model, device="cpu", adapters=adapters)("a fox", seed=1).images[0]
+
+    options = {field.name: None for field in fields(Request)}
+    request = Request(**{**options, "model": str(model), "lora": (f"base={tmp_path / 'mascot'}:0.5",), "device": "cpu"})
+    models = Models(request._load, str(model))
+    with live(models.choose(models.current), tmp_path / "out", models=models) as server:
+        assert pixels(server, seed=1) == expected.tobytes()
+        assert server.client.get("/api/model").json()["adapters"] == {"base": [0.5]}
+        (picture,) = server.client.get("/api/pictures").json()["pictures"]
+        assert list(server.gallery.said(picture["id"])["adapters"]) == ["base"]
+    assert not any(slot.adapters for slot in request._load(None).slots)

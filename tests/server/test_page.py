@@ -468,6 +468,7 @@ def test_the_settings_of_a_changed_picture_bring_its_picture_and_mask_back(page:
     begun(page, studio, "Change")
     painted(page)
     page.get_by_role("button", name="Done").click()
+    expect(page.locator("#mask-said")).to_have_text("Painted; paint more")  # the mask has reached the server
     page.locator("#resampling").fill("2")
     first = changed(page, studio)
     opened(page, studio)

@@ -87,3 +87,9 @@ def test_a_resume_reports_changes_and_continues(tmp_path: Path, caplog: pytest.L
         assert trainer(micro_config(tmp_path / "run", "training.steps=3", "data.flip=0.5")).run(resume=True)
     assert "step-00000002: settings changed since the checkpoint, so the result will differ" in caplog.text
     assert "training.steps: 2 -> 3 (with a decay, it changes the learning rate of every remaining step)" in caplog.text
+
+
+def test_a_section_of_another_version_is_a_change_of_the_result(tmp_path: Path) -> None:
+    config = micro_config(tmp_path)
+    (line,) = check_changes({**config.model_dump(mode="json"), "weather": {"rain": 1}}, config, tmp_path / "a" / "b")
+    assert "weather" in line

@@ -148,7 +148,7 @@ def bits_of(stage: Stage, teller: Stage) -> float:
         return variational_bits(place, x_hat, x, z, steps, IF_NOISE.reverse_step(steps)).mean().item()
 
 
-@pytest.mark.filterwarnings("ignore:the prompt .* was cut")
+@pytest.mark.filterwarnings("ignore:the prompt .* more than max_length")
 @pytest.mark.parametrize("enlarges", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fine_tuning_lowers_the_loss_and_diffusers_draws_the_same_with_the_learned_variance(
     folders: dict[bool, Path], tmp_path: Path, enlarges: bool
@@ -175,7 +175,7 @@ def test_fine_tuning_lowers_the_loss_and_diffusers_draws_the_same_with_the_learn
     torch.testing.assert_close(ours, peer_picture(theirs, low), rtol=0, atol=5e-4)
 
 
-@pytest.mark.filterwarnings("ignore:the prompt .* was cut")
+@pytest.mark.filterwarnings("ignore:the prompt .* more than max_length")
 @pytest.mark.parametrize("enlarges", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_low_rank_adaptation_changes_attention_alone_by_its_rank_resumes_and_reloads_in_diffusers(
     folders: dict[bool, Path], tmp_path: Path, enlarges: bool

@@ -173,7 +173,7 @@ def test_another_torch_or_number_of_processes_is_one_line_and_the_run_goes_on(
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert newest(output, config, processes=2) is not None
     (line,) = [record.message for record in caplog.records]
-    assert "-> 99.0; processes: 1 -> 2: the run goes on, but not bit for bit" in line
+    assert "-> 99.0; processes: 1 -> 2: the run continues, but not bit for bit" in line
 
 
 def test_a_checkpoint_that_does_not_know_its_processes_is_loaded_without_a_word(

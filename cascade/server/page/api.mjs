@@ -3,7 +3,7 @@
 const client = sessionStorage.getItem("client") ?? `tab-${Math.random().toString(36).slice(2)}`;
 sessionStorage.setItem("client", client); // each tab gets its turn in the queue
 
-// The answer as JSON. Throws an Error with a line for the user.
+// The answer as JSON. Throws an Error with a line for the user and, where the page acts on it, a `code`.
 export async function call(method, path, body = undefined) {
   const form = body instanceof FormData;
   const headers = { "x-cascade-client": client, ...(body && !form ? { "content-type": "application/json" } : {}) };
@@ -15,7 +15,7 @@ export async function call(method, path, body = undefined) {
   }
   if (answer.status === 204) return null;
   const said = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(said.error ?? `The server answered ${answer.status}.`);
+  if (!answer.ok) throw Object.assign(new Error(said.error ?? `The server answered ${answer.status}.`), { code: said.code });
   return said;
 }
 

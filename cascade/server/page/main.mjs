@@ -84,7 +84,8 @@ const begin = trying(async () => {
   const card = await call("GET", "/api/model");
   if (composer && card.name !== composer.card.name) { location.reload(); return; } // another one was chosen
   offerModels();
-  $("model").textContent = `${card.name} · ${card.device === "cpu" ? "CPU" : card.device}`;
+  const adapters = Object.entries(card.adapters).map(([stage, scales]) => `${stage} + adapter × ${scales.join(", ")}`);
+  $("model").textContent = [card.name, card.device === "cpu" ? "CPU" : card.device, ...adapters].join(" · ");
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
   Object.assign(easel, { stages: card.stages, enlargers: card.enlargers });
   if (!composer) composer = new Composer(card, trying(async () => {
@@ -127,7 +128,7 @@ const take = trying(async file => {
   try {
     settle(await read(file));
   } catch (error) {
-    if (!error.message.includes("does not say how it was drawn") || !composer) throw error;
+    if (error.code !== "no_recipe" || !composer) throw error;
     await composer.start.take(file);
     toast("That picture holds no settings; it is now the one to change.");
   }
