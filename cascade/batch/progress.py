@@ -70,7 +70,9 @@ class Bar(Progress):
 
     def failed(self, failure: Failure) -> None:
         self._failures += 1
-        tqdm.write(message(str(failure).replace("\n", " ")), file=sys.stderr)
+        text = str(failure)
+        marks_a_place = text.endswith("^")  # a mistake in a prompt, with a caret under it
+        tqdm.write(message(text if marks_a_place else text.replace("\n", " ")), file=sys.stderr)
         if self._bar is not None:
             self._bar.set_postfix(failed=self._failures)
 
