@@ -235,3 +235,14 @@ def test_rules_of_guidance_are_settings_of_a_call_and_of_a_command(
     assert np.array_equal(np.asarray(Image.open(picture)), projected)
     redraw = ["generate", "--model", str(model), "--out", str(tmp_path / "b"), "--device", "cpu"]
     assert main([*redraw, "--from-image", str(picture)]) == 0
+
+
+def test_a_run_shows_a_mistake_in_a_prompt_with_a_caret_under_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_tiny_cascade(tmp_path / "model")
+    words = ["--model", str(folder), "--prompt-language", "--seed", "1", "--out", str(tmp_path / "out")]
+    assert main(["generate", "a (red fox", *words]) == 1
+    shown = capsys.readouterr().err.splitlines()
+    place = shown.index("  a (red fox")
+    assert shown[place + 1].index("^") == shown[place].index("(")
