@@ -33,6 +33,8 @@ from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.regions import GivenRegions, regions_of
+from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Pass, Task, passes
 from cascade.errors import CascadeError
@@ -144,6 +146,8 @@ class CascadePipeline:
         sampler: PerStage[str | Mapping[str, Any]] = None,
         aug_level: PerStage[float] = None,
         threshold: PerStage[float | str] = None,
+        guidance_rescale: PerStage[float] = None,
+        projection: PerStage[Mapping[str, Any]] = None,
         preset: str | None = None,
         image: ImageLike | None = None,
         mask: ImageLike | None = None,
@@ -151,6 +155,8 @@ class CascadePipeline:
         extend: Mapping[str, int] | None = None,
         resampling: int = 1,
         variation: tuple[int, float] | None = None,
+        prompt_language: bool = False,
+        regions: GivenRegions | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -160,8 +166,11 @@ class CascadePipeline:
 
         seed: one for all prompts, one for each, or None for random ones, which the result reports. until: resolution of
         the last stage to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None:
-        the stage's default). preset: "fast", "default" or "best". image: a picture to change; mask: white where it is
-        redrawn, elsewhere every bit stays; strength, extend, resampling, variation: see `cascade.drawing.changes`.
+        the stage's default). guidance_rescale, projection: see `SamplingConfig`. preset: "fast", "default" or "best".
+        image: a picture to change; mask: white where it is redrawn, elsewhere every bit stays; strength, extend,
+        resampling, variation: see `cascade.drawing.changes`. prompt_language: prompts may have weights and phases, see
+        `cascade.text.language`. regions: parts with their own prompts, [(box or mask, prompt)], a box being (left, top,
+        right, bottom) as shares of width and height.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
@@ -170,16 +179,18 @@ class CascadePipeline:
         prompts = prompts_of(prompt, prompt_embeds)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
-        settings = resolve_sampling(
-            [slot.config for slot in self.slots],
-            preset,
-            {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
-        )
+        sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
+        sampling |= {"threshold": threshold, "guidance_rescale": guidance_rescale, "projection": projection}
+        settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation)
         asked = height is not None or width is not None
         edit, size, entries = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
+        parts = regions_of(regions)
+        if prompt_embeds is not None and (prompt_language or parts.entries):
+            raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
+        entries |= {"language": prompt_language, "regions": parts.entries}
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size)
@@ -199,6 +210,7 @@ class CascadePipeline:
                 ),
                 embeds[index],
                 edit,
+                parts.masks,
             )
             for index in range(len(prompts))
             for number in numbers
@@ -303,11 +315,21 @@ class CascadePipeline:
             embeddings = encoder.encode(texts)
         return embeddings.padded(max(encoder.max_length, embeddings.tokens.shape[1]))
 
-    def task(self, recipe: Recipe, text: TextEmbeddings | None = None, edit: Edit | None = None) -> Task:
-        """A recipe as a task for the engine. text, edit: see `Task`. Raises CascadeError if no stage can draw it."""
+    def task(
+        self,
+        recipe: Recipe,
+        text: TextEmbeddings | None = None,
+        edit: Edit | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Task:
+        """A recipe as a task for the engine. text, edit, masks: see `Task`.
+
+        Raises CascadeError if no stage can draw it, and for a mistake in the prompt language.
+        """
+        script_of(recipe)
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text)
+        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text, masks=masks or {})
 
     def upscale_task(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cascade.config.samplers import complete_sampler
-from cascade.config.sampling import SamplingConfig
+from cascade.config.sampling import ProjectionConfig, SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.quoting import quoted
@@ -59,8 +59,11 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
 
 
 def _by_stage(setting: str, value: Any) -> bool:
-    """Whether `value` is {stage: value}. A sampler's section is a mapping too: {kind: ddim, eta: 0.5}."""
-    return isinstance(value, Mapping) and not (setting == "sampler" and "kind" in value)
+    """Whether `value` is {stage: value}. A section is a mapping too: {kind: ddim, eta: 0.5}, {parallel: 0}."""
+    if not isinstance(value, Mapping):
+        return False
+    own = {"sampler": {"kind"}, "projection": ProjectionConfig.model_fields.keys()}.get(setting, set())
+    return not own & value.keys()
 
 
 def _plain(value: Any) -> Any:

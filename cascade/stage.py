@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
+from cascade.diffusion.guidance import Act, Projected, autoguide, by_level, compose, rescaled, switch
 from cascade.diffusion.loss import Weighting, diffusion_loss
 from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
 from cascade.diffusion.parameterization import to_x
@@ -48,6 +49,10 @@ class Stage:
     schedule: NoiseSchedule
     known: Known | None = None
     """The start pictures of this stage, and which of their pixels stay; see `knowing`."""
+    acts: Sequence[Act[Conditioning]] = ()
+    """Conditions that replace those of `sample`; see `following`."""
+    weaker: Stage | None = None
+    """A worse version of this stage, such as an earlier checkpoint, for guidance away from it; see `autoguide`."""
 
     @property
     def name(self) -> str:
@@ -92,7 +97,7 @@ class Stage:
         """
         settings = settings or self.config.sampling
         base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
-        guided = denoisers.guide(self, cond, null, settings.guidance, settings.guidance_interval)
+        guided = self._guided(cond, null, settings)
         differs = self.config.path == "residual"  # else r is the picture
         picture = limit(denoisers.to_picture(guided, base, scale) if differs else guided, settings)
         log_snrs = self.noise_levels(settings)
@@ -211,6 +216,10 @@ class Stage:
         """This stage with start pictures, or pixels that must stay."""
         return self if known is None else replace(self, known=known)
 
+    def following(self, acts: Sequence[Act[Conditioning]]) -> Stage:
+        """This stage with other conditions than `sample` receives: several at a time, or changing between steps."""
+        return replace(self, acts=acts) if acts else self
+
     def tiled(self, side: int | None) -> Stage:
         """This stage with a network that computes square tiles of this side one at a time; None: whole pictures.
 
@@ -224,6 +233,25 @@ class Stage:
         if side < step or side % step:
             raise CascadeError(f"tile: {side}; stage {self.name} expects a multiple of {step}")
         return replace(self, network=TiledNetwork(self.network, side, radius))
+
+    def _guided(self, cond: Conditioning, null: Conditioning, settings: SamplingConfig) -> Denoiser:
+        """The denoiser with guidance as in the settings, before thresholding."""
+        interval, levels = settings.guidance_interval, self.noise_levels(settings)
+        if self.weaker is not None and settings.autoguidance != 1:
+            return autoguide(self, self.weaker, cond, settings.autoguidance)
+        if not self.acts:
+            return denoisers.guide(self, cond, null, guidance_rule(settings), interval)
+        weight = guidance_rule(settings)
+        rule = weight if callable(weight) else denoisers.linear(weight) if weight != 1 else None
+        return switch(
+            [
+                (
+                    float(levels[round(act.start * (len(levels) - 1))]),
+                    compose(self, act.parts, act.nulls, rule, interval),
+                )
+                for act in self.acts
+            ]
+        )
 
     @property
     def _residual_scale(self) -> float:
@@ -261,6 +289,22 @@ def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
         return denoisers.clip(denoise)
     maximum = torch.inf if settings.threshold_maximum is None else settings.threshold_maximum
     return denoisers.threshold(denoise, settings.threshold, maximum)
+
+
+def guidance_rule(settings: SamplingConfig) -> denoisers.Rule | float:
+    """A new object for the rule in the settings; a number: the usual rule with this weight, 1: no guidance."""
+    weight = settings.guidance
+    rule: denoisers.Rule | None = None
+    if weight == 1:
+        return weight
+    if settings.guidance_schedule is not None:
+        rule = by_level(settings.guidance_schedule, weight)
+    if settings.projection is not None:
+        own = settings.projection
+        rule = Projected(weight, own.parallel, own.momentum, own.radius)
+    if settings.guidance_rescale:
+        rule = rescaled(rule or denoisers.linear(weight), settings.guidance_rescale)
+    return weight if rule is None else rule
 
 
 def run_sampler(

@@ -15,7 +15,7 @@ from helpers_model import make_tiny_cascade
 import cascade
 from cascade import CascadeError
 from cascade.config.sampling import SamplingConfig
-from cascade.drawing.recipe import Recipe
+from cascade.drawing.recipe import Recipe, Region
 
 PACKAGE = Path(cascade.__file__).parent
 
@@ -49,6 +49,8 @@ CHANGES: list[dict[str, Any]] = [
     {"resampling": 2},
     {"variation": 0.5},
     {"variation_seed": 3},
+    {"language": True},
+    {"regions": (Region(prompt="a box", box=(0.0, 0.0, 0.5, 1.0)),)},
     {"adapters": {"base": {"ab": 0.8}}},
     {"stages": {"base": SamplingConfig(steps=3)}},
     {"stages": {"sr16": SamplingConfig(steps=2)}},

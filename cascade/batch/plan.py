@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from cascade.arguments import stage_sizes
 from cascade.config.sampling import SamplingConfig
 from cascade.drawing.batch_size import BatchSize, BatchSizes
@@ -16,6 +18,8 @@ from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit
 from cascade.drawing.engine import Conduct
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.regions import Regions, regions_of
+from cascade.drawing.script import script_of
 from cascade.drawing.task import Pass, Task, passes
 from cascade.pipeline import CascadePipeline
 from cascade.prompts.record import PromptRecord
@@ -38,6 +42,7 @@ class DrawOptions:
     run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
     batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
+    language, regions: see `Recipe`; a line may have its own regions.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
     """
@@ -54,6 +59,8 @@ class DrawOptions:
     window: int | None = None
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)
+    language: bool = False
+    regions: Regions = field(default_factory=Regions)
     strict: bool = False
     low_memory: bool = False
 
@@ -66,7 +73,7 @@ class DrawOptions:
 class Job:
     """A prompt with everything resolved: the stages in `slots`, their sizes and their settings.
 
-    edit: the picture to change. changes: the recipe's entries for it.
+    edit: the picture to change. changes: the recipe's entries for it, the language and the regions. masks: see `Task`.
     """
 
     record: PromptRecord
@@ -77,6 +84,7 @@ class Job:
     settings: Mapping[str, SamplingConfig]
     edit: Edit | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -114,7 +122,9 @@ class Target:
     def task(self) -> Task:
         """The picture as a task for the engine."""
         recipe, job = self.recipe, self.job
-        return Task(recipe, passes(job.slots, job.sizes, recipe), edit=job.edit, name=str(job.record.index))
+        return Task(
+            recipe, passes(job.slots, job.sizes, recipe), edit=job.edit, name=str(job.record.index), masks=job.masks
+        )
 
     @property
     def stem(self) -> str:
@@ -150,7 +160,11 @@ class Planner:
         sizes = self.sizes
         if size != sizes[-1]:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
-        return Job(record, negative or "", count, self.slots, sizes, settings, edit, entries)
+        parts = options.regions if record.regions is None else regions_of(record.regions)
+        entries = {**entries, "language": options.language, "regions": parts.entries}
+        job = Job(record, negative or "", count, self.slots, sizes, settings, edit, entries, parts.masks)
+        script_of(Target(job, 0).recipe)  # a mistake in the prompt fails this line alone
+        return job
 
     def _changes(self, record: PromptRecord) -> Change:
         """The line's changes if it has any, else the call's; a picture that several lines name is read once."""

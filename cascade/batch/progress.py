@@ -36,7 +36,7 @@ class Progress:
     def failed(self, failure: Failure) -> None:
         """Report something that could not be drawn."""
         with suppress(OSError):  # failures.jsonl has it, too
-            print(message(str(failure).replace("\n", " ")), file=sys.stderr)
+            print(_shown(failure), file=sys.stderr)
 
     def end(self) -> None:
         """Report the end of the run."""
@@ -70,7 +70,7 @@ class Bar(Progress):
 
     def failed(self, failure: Failure) -> None:
         self._failures += 1
-        tqdm.write(message(str(failure).replace("\n", " ")), file=sys.stderr)
+        tqdm.write(_shown(failure), file=sys.stderr)
         if self._bar is not None:
             self._bar.set_postfix(failed=self._failures)
 
@@ -113,3 +113,9 @@ class JsonLog(Progress):
             raise
         except OSError as error:
             raise output_error(error) from None
+
+
+def _shown(failure: Failure) -> str:
+    """A failure in one line; a mistake in a prompt keeps the lines with the caret under its place."""
+    text = str(failure)
+    return message(text if text.endswith("^") else text.replace("\n", " "))

@@ -73,6 +73,19 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
+FRAME_MILLISECONDS = 80
+
+
+def write_animation(entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path) -> None:
+    """The pictures of a run as an animated WebP, lossless, in order of their prompts, there and back."""
+    ordered = sorted(entries, key=lambda entry: (entry["index"], entry["number"]))
+    contents = [(entry["file"], read(entry["file"])) for entry in ordered]
+    frames = [read_rgb(io.BytesIO(content), file) for file, content in contents if content is not None]
+    if frames:
+        first, *more = [*frames, *reversed(frames[1:-1])]
+        first.save(path, "WEBP", save_all=True, append_images=more, duration=FRAME_MILLISECONDS, loop=0, lossless=True)
+
+
 def write_grid(
     entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
 ) -> None:

@@ -17,11 +17,12 @@ from cascade.batch.layout import WEBDATASET, Layout
 from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.progress import Progress
-from cascade.batch.report import write_grid, write_page, write_parquet
+from cascade.batch.report import write_animation, write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
 from cascade.device import choose_device
 from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
+from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.errors import CascadeError
 from cascade.load.adapters import adapters_for, read_adapter
 from cascade.load.index import read_index
@@ -29,9 +30,13 @@ from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
 from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
+from cascade.prompts.sets import prompts_of_set, way_between
 from cascade.prompts.sources import count_prompts
 from cascade.quoting import quoted
 from cascade.values import SETTINGS
+
+_GUIDANCE = ("guidance_rescale", "projection")
+"""Sampling settings that only drawing into a folder and the pipeline take from the caller."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class BatchRequest:
     sampler: PerStage[str | Mapping[str, Any]] = None
     aug_level: PerStage[float] = None
     threshold: PerStage[float | str] = None
+    guidance_rescale: PerStage[float] = None
+    projection: PerStage[Mapping[str, Any]] = None
     preset: str | None = None
     until: int | None = None
     height: int | None = None
@@ -92,6 +99,12 @@ class BatchRequest:
     extend: Mapping[str, int] | None = None
     resampling: int = 1
     variation: tuple[int, float] | None = None
+    prompt_language: bool = False
+    regions: GivenRegions | None = None
+    prompt_sets: bool = False
+    wildcards: str = "."
+    travel: tuple[str, str] | None = None
+    frames: int = 24
     grid: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -112,7 +125,7 @@ class BatchRequest:
             pipeline_in = cache(self._pipeline)
             settled = output.begin(self._settings(), lambda settled: self._check_drawable(settled, pipeline_in))
             run_seed = settled["seed"]
-            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self.prompts, run_seed)
+            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self._texts(), run_seed)
             pipeline = pipeline_in(settled["dtype"])
             progress.begin(self._total(output))
             summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
@@ -125,9 +138,21 @@ class BatchRequest:
             raise CascadeError("extend: expected sides and pixels, such as left=64,top=32")
         return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
 
+    def _texts(self) -> Sequence[str]:
+        """The prompts of the call, with sets written out."""
+        if self.travel is not None:
+            return way_between(*self.travel, self.frames)
+        if not self.prompt_sets:
+            return self.prompts
+        return [prompt for text in self.prompts for prompt in prompts_of_set(text, self.wildcards)]
+
     def _check(self) -> None:
-        if bool(self.prompts) == bool(self.file):
-            raise CascadeError("give either prompts or --prompts FILE")
+        if sum((bool(self.prompts), bool(self.file), self.travel is not None)) != 1:
+            raise CascadeError("give either prompts or --prompts FILE (or --travel A B)")
+        if self.prompt_sets and not self.prompts:
+            raise CascadeError("--prompt-sets: is for prompts of the command line; write the prompts of a file out")
+        if self.travel is not None and (self.format == WEBDATASET or self.shard[1] > 1):
+            raise CascadeError("--travel: its frames are one sequence; leave out --shard and tar shards")
         if self.html and self.format == WEBDATASET:
             raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
 
@@ -139,7 +164,11 @@ class BatchRequest:
 
     def _extras(self) -> list[tuple[str, str]]:
         """Additional files to write, as (stem, ending)."""
-        asked = {("grid", ".png"): self.grid, ("manifest", ".parquet"): self.manifest == "parquet"}
+        asked = {
+            ("grid", ".png"): self.grid,
+            ("travel", ".webp"): self.travel is not None,
+            ("manifest", ".parquet"): self.manifest == "parquet",
+        }
         return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
     def _layout(self) -> Layout:
@@ -156,12 +185,14 @@ class BatchRequest:
         """Settings that decide the bytes of the output; `Output` refuses to continue a run with other ones."""
         device = choose_device(self.device)
         own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
+        newer = {name: value for name in _GUIDANCE if (value := getattr(self, name)) is not None}
         stored = ("batch_size", "format", "save_stages")
         return {
             "versions": versions(),
             "model": model_identity(read_index(self.model)),
             **self._adapter_digests(),
             **{name: getattr(self, name) for name in (*own, *stored)},
+            **newer,
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,
             "dtype": self._dtype(device),
@@ -203,19 +234,21 @@ class BatchRequest:
             until=self.until,
             height=self.height,
             width=self.width,
-            sampling={name: getattr(self, name) for name in SETTINGS},
+            sampling={name: getattr(self, name) for name in (*SETTINGS, *_GUIDANCE)},
             preset=self.preset,
             batch_size=self.batch_size,
             window=self.window or (LOW_MEMORY_WINDOW if self.low_memory else None),
             save_stages=self.save_stages,
             changes=self.changes(),
+            language=self.prompt_language or self.travel is not None,
+            regions=regions_of(self.regions),
             strict=self.strict,
             low_memory=self.low_memory,
         )
 
     def _total(self, output: Output) -> int | None:
         """Approximate number of pictures of this process."""
-        prompts = count_prompts(self.file) if self.file else len(self.prompts)
+        prompts = count_prompts(self.file) if self.file else len(self._texts())
         if prompts is None:
             return None
         return -(-prompts * self.num_images_per_prompt // (self.shard[1] * output.team.count))
@@ -240,6 +273,8 @@ class BatchRequest:
         if self.grid:
             columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
             output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
+        if self.travel is not None:
+            output.write_with("travel", ".webp", lambda path: write_animation(entries(), output.read, path))
         if self.manifest == "parquet":
             output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
         if self.html:

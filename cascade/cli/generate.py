@@ -40,6 +40,11 @@ def for_stages(
     return click.option(name, callback=read, metavar=metavar, help=help)
 
 
+def _projection(text: str) -> dict[str, float]:
+    """The section of `--projection 0.2`."""
+    return {"parallel": number(text)}
+
+
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -87,6 +92,8 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--negative-prompt", metavar="TEXT", help="Description of what to avoid.")
 @for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
 @for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
+@for_stages("--guidance-rescale", number, "How far guidance's increase of contrast is undone, 0 to 1.")
+@for_stages("--projection", _projection, "Guidance that does not saturate: factor on what would, such as 0.")
 @for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
 @for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
 @for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
@@ -104,6 +111,16 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option(
     "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Mix in this share of another seed's noise."
 )
+@click.option(
+    "--prompt-language", is_flag=True, help="Read (word:1.3), [from:to:0.4] and a AND b, see docs/editing.md."
+)
+@click.option(
+    "--region", "regions", multiple=True, metavar="PLACE: PROMPT", help="A part's own prompt: 0,0,0.5,1: a red ring."
+)
+@click.option("--prompt-sets", is_flag=True, help="Write out {red|green} car and __file__, one line of file.txt each.")
+@path_option("--wildcards", default=".", metavar="FOLDER", help="Folder of the files of --prompt-sets.")
+@click.option("--travel", nargs=2, metavar="PROMPT PROMPT", help="Frames from one prompt to another; travel.webp.")
+@click.option("--frames", type=click.IntRange(min=2), default=24, show_default=True, help="Frames of --travel.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option(
     "--dtype",

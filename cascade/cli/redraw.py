@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cascade.drawing.changes import Changes
     from cascade.drawing.edit import Edit
     from cascade.drawing.recipe import Recipe
+    from cascade.drawing.task import Task
     from cascade.pipeline import CascadePipeline
 
 
@@ -74,13 +75,23 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     with open_picture(picture, limited=False) as image:
         size = image.size
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
-    (result,) = engine.draw([pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, request.changes()))])
+    (result,) = engine.draw([_task(recipe, pipeline, picture, request)])
     if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
     images = [to_pil(pixels[None])[0] for pixels in result.pixels]
     chosen = next((image for image in images if image.size == size), images[-1])
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     return encode(chosen, {**metadata, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+
+
+def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: BatchRequest) -> Task:
+    """The task that drew the picture. Raises CascadeError when a file that it was drawn with is not given."""
+    from cascade.drawing.regions import regions_of
+
+    masks = regions_of(request.regions).masks
+    if any(region.mask and region.mask not in masks for region in recipe.regions):
+        raise CascadeError(f"{picture}: was drawn with masks of regions; name each with --region, as when it was drawn")
+    return pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, request.changes()), masks=masks)
 
 
 def _named(adapters: Mapping[str, Mapping[str, float]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cascade.bounds import ROUNDS, SAMPLING_STEPS
 from cascade.config.samplers import DEFAULT_SAMPLER, SECTIONS, AnySampler, with_sampler_section
@@ -13,6 +13,17 @@ from cascade.diffusion.schedules import NamedSteps, Spacing
 from cascade.settings import Settings
 
 StepCount = Annotated[int, Field(gt=0), SAMPLING_STEPS.validator]
+
+
+class ProjectionConfig(Settings):
+    """Adaptive projected guidance (Sadat et al. 2024), which avoids the burnt colours of strong guidance."""
+
+    parallel: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Factor on the part of the update along the guided picture, which saturates colours; 1 keeps it."""
+    momentum: Annotated[float, Field(gt=-1, lt=1)] = 0.0
+    """Weight of earlier updates; negative: each step corrects the one before."""
+    radius: Annotated[float, Field(gt=0)] | None = None
+    """Largest root mean square of the update, before the weight. None: no limit."""
 
 
 class SamplingConfig(Settings):
@@ -33,6 +44,15 @@ class SamplingConfig(Settings):
     """Weight of classifier-free guidance, 1 = none."""
     guidance_interval: tuple[float, float] | None = None
     """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far guidance's increase of contrast is undone, picture by picture (Lin et al. 2023)."""
+    guidance_schedule: tuple[tuple[float, float], ...] | None = None
+    """Points (log SNR, factor on guidance - 1), with straight lines in between. None: the factor is 1."""
+    projection: ProjectionConfig | None = None
+    """Adaptive projected guidance. None: off."""
+    autoguidance: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of guidance away from a weaker version of the stage, if there is one, in place of `guidance` (Karras et
+    al. 2024). 1: off."""
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["clip"] | None = "clip"
     """Dynamic thresholding at a quantile such as 0.995 (Imagen), static `clip` to [-1, 1], or none."""
     threshold_maximum: Annotated[float, Field(ge=1)] | None = None
@@ -52,8 +72,24 @@ class SamplingConfig(Settings):
         if not isinstance(values, dict):
             return values
         # pydantic no longer treats a validator's result as JSON, and its strict tuples then reject lists.
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        plain = {name: _as_tuples(value) for name, value in values.items()}
         return with_sampler_section(plain)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings that are newer than some pictures and off, so that those pictures' recipes stay the same."""
+        values: dict[str, Any] = write(self)
+        newer = {"guidance_rescale": 0.0, "guidance_schedule": None, "projection": None, "autoguidance": 1.0}
+        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> Self:
+        points = self.guidance_schedule
+        if points is not None and (not points or any(b[0] <= a[0] for a, b in pairwise(points))):
+            raise ValueError("guidance_schedule: expected points in increasing order of log SNR")
+        if points is not None and self.projection is not None:
+            raise ValueError("guidance_schedule and projection exclude each other; remove one")
+        return self
 
     @model_validator(mode="after")
     def _descending(self) -> Self:
@@ -69,6 +105,10 @@ class SamplingConfig(Settings):
             low, high = self.guidance_interval
             raise ValueError(f"guidance_interval [{low:g}, {high:g}] is empty; give the smaller log SNR first")
         return self
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 class PresetConfig(Settings):

@@ -30,17 +30,27 @@ class ConditionalDenoiser(Protocol[_Seen]):
         """The denoiser for these conditions; values that do not change between steps are computed here, once."""
 
 
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_cond, x_null, log SNR (B, 1, 1, 1)) -> x_hat: how guidance combines two estimates."""
+
+
+def linear(weight: float | Tensor) -> Rule:
+    """The usual rule: x_null + weight (x_cond - x_null)."""
+    return lambda x_cond, x_null, _log_snr: x_null + weight * (x_cond - x_null)
+
+
 def guide(
     model: ConditionalDenoiser[Conditions],
     cond: Conditions,
     null: Conditions,
-    weight: float | Tensor,
+    weight: float | Tensor | Rule,
     interval: tuple[float, float] | None = None,
 ) -> Denoiser:
     """Classifier-free guidance: x_null + weight (x_cond - x_null), both halves in one batch.
 
     A variance that the model returns with x_hat is taken from `cond`, unguided, as in DeepFloyd IF.
-    weight: 1 = none; a number, or (B, 1, 1, 1), one for each picture.
+    weight: 1 = none; a number, or (B, 1, 1, 1), one for each picture; or another rule, see
+    `cascade.diffusion.guidance`.
     null: the conditions under the null text, or a negative prompt in its place.
     interval: log SNR range in which guidance acts; outside it only `cond` is evaluated, at half the cost.
     Source: Ho & Salimans (2022) eq. 6, for x in place of eps (the two are equal, since both are linear in the
@@ -53,7 +63,7 @@ def guide(
     def guided(z: Tensor, log_snr: Tensor) -> Estimate:
         estimate = both(torch.cat([z, z]), torch.cat([log_snr, log_snr]))
         x_cond, x_null = x_of(estimate).chunk(2)
-        x_hat = x_null + weight * (x_cond - x_null)
+        x_hat = weight(x_cond, x_null, log_snr) if callable(weight) else x_null + weight * (x_cond - x_null)
         return (x_hat, estimate[1][: len(z)]) if isinstance(estimate, tuple) else x_hat
 
     if interval is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade.conditioning import Conditioning
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
+from cascade.diffusion.guidance import Act, Part, within
 from cascade.diffusion.noise import noise_like
 from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, flatten, to_float
@@ -35,11 +36,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """One prompt of each picture in a batch: embeddings with a row each, weights, and regions.
+
+    weight: (B, 1, 1, 1), or (B, 1, h, w). region: (B, 1, h, w), None for a prompt of the whole picture.
+    """
+
+    text: TextEmbeddings
+    weight: Tensor
+    region: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Texts:
-    """Embeddings, one row for each `Picture.text`: of the prompts, and of their negative prompts or the null text."""
+    """Embeddings, one row for each `Picture.text`: of the prompts, and of their negative prompts or the null text.
+
+    scenes: instead, (share of the steps, prompts, negative prompts) of each phase.
+    """
 
     own: TextEmbeddings
     null: TextEmbeddings
+    scenes: Sequence[tuple[float, Sequence[Spoken], Sequence[Spoken]]] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +92,26 @@ def draw_batch(
     null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
     known = None if inputs.known is None else inputs.known.to(device)
     z = _start(stage, inputs, device)
-    x = stage.knowing(known).sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step)
+    drawing = stage.knowing(known).following(_acts(inputs.texts, cond, z))
+    x = drawing.sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step)
     x = flatten(x, settings.flatten)
     x = x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
     return x if known is None or known.mask is None else torch.lerp(known.x, x, known.mask)
+
+
+def _acts(texts: Texts, cond: Conditioning, eps: Tensor) -> list[Act[Conditioning]]:
+    """The scenes of a batch as conditions. eps: (B, C, H, W), noise around regions."""
+    device = cond.text.device
+
+    def part(spoken: Spoken) -> Part[Conditioning]:
+        text = cond.with_text(on_device(spoken.text.tokens, device), on_device(spoken.text.mask, device))
+        weight = on_device(spoken.weight, device)
+        if spoken.region is None or cond.low_res is not None:  # a smaller picture already has everything in its place
+            return Part(text, weight)
+        region = on_device(spoken.region, device)
+        return Part(text, weight, lambda denoise: within(denoise, region, eps))
+
+    return [Act(start, [part(one) for one in own], [part(one) for one in null]) for start, own, null in texts.scenes]
 
 
 def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[torch.Generator]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor
 from cascade.diffusion.editing import Known
 from cascade.errors import CascadeError
 from cascade.images import downsample, to_float, to_uint8, upsample
+
+if TYPE_CHECKING:
+    from cascade.drawing.recipe import Region
 
 _CONTEXT = 1.5
 """Side of the drawn part relative to the mask: the network must see the surroundings that the new part should fit."""
@@ -129,6 +133,25 @@ def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom:
     canvas = F.pad(image[None].float(), sides, mode="replicate")[0].to(torch.uint8)
     mask = F.pad(torch.zeros(image.shape[-2:]), sides, value=1.0)
     return canvas, mask
+
+
+def region_mask(region: Region, masks: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """A region at the size of a picture: (h, w) in [0, 1]; edges of a box between two pixels are soft.
+
+    masks: (H, W) in [0, 1], by digest.
+    """
+    height, width = size
+    if region.box is None:
+        return resized(masks[region.mask][None, None], size).clamp(0, 1)[0, 0]
+    left, top, right, bottom = region.box
+    return _covered(top, bottom, height)[:, None] * _covered(left, right, width)
+
+
+def _covered(start: float, end: float, count: int) -> Tensor:
+    """How much of each of `count` equal parts of [0, 1] lies between start and end."""
+    edges = torch.arange(count + 1, dtype=torch.float64)
+    inside = (edges[1:].clamp(max=end * count) - edges[:-1].clamp(min=start * count)).clamp(min=0)
+    return inside.float()
 
 
 def digest_of(pixels: Tensor) -> str:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cascade.diffusion.editing import Known
 from cascade.drawing.batch_size import BatchSize, BatchSizes
-from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
+from cascade.drawing.batches import Inputs, Picture, draw_batch
+from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
-from cascade.drawing.texts import Encode, RecentTexts
+from cascade.drawing.texts import Encode, RecentTexts, Rows, form_of
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
 from cascade.slots import StageSlot, check_memory, not_finite, running
@@ -47,9 +48,6 @@ class _Work:
 
     task: Task
     seconds: float
-
-
-Rows = Callable[[Sequence[Task]], Texts]
 
 
 class Engine:
@@ -166,7 +164,7 @@ class Engine:
             drawing.settings,
             (height, width),
             [_picture(row, task, position) for row, task in enumerate(full)],
-            texts(full),
+            texts(full, (height, width)),
             low,
             _known(full, drawing),
         )
@@ -244,6 +242,7 @@ def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list
         start = task.start if position == 0 else None
         shape = None if start is None else tuple(start.shape)
         edit = None if task.edit is None else (task.edit.mask is not None, own.strength, task.recipe.resampling)
-        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit)
+        form = form_of(script_of(task.recipe))
+        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit, form)
         groups.setdefault(key, (own, []))[1].append(work)
     yield from groups.values()

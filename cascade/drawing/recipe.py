@@ -18,6 +18,17 @@ _GROUPED = (*_SIZE, "stages")
 """Fields that JSON groups in a section `settings`, together with the machine's settings."""
 
 
+class Region(Settings):
+    """A part of the picture with its own prompt."""
+
+    prompt: str
+    """Description of this part."""
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, right and bottom edge, as shares of the picture's width and height."""
+    mask: str = ""
+    """Instead of a box, SHA-256 of a mask; white is the region."""
+
+
 class Recipe(Settings):
     """Everything that decides a picture: two pictures of one model with equal recipes are equal.
 
@@ -53,6 +64,10 @@ class Recipe(Settings):
     """How far each stage's initial noise lies on the way to that of `variation_seed`, in [0, 1]."""
     variation_seed: int = 0
     """Not used if `variation` is 0."""
+    language: bool = False
+    """Whether the prompts are in the prompt language; see `cascade.text.language`."""
+    regions: tuple[Region, ...] = ()
+    """Parts of the picture with their own prompts; a later one lies above."""
 
     adapters: dict[str, dict[str, float]] = Field(default={})
     """By stage, the scale of each low-rank adapter, which is named by 16 digits of the SHA-256 of its weights."""

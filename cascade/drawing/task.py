@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -40,7 +40,7 @@ class Task:
     the first pass is a base stage's.
     edit: the picture to change; the recipe has its digests.
     text: embeddings of one prompt that replace the recipe's. name: tells the task from others with the same recipe when
-    half-drawn pictures are stored on disk.
+    half-drawn pictures are stored on disk. masks: (H, W) in [0, 1], of the recipe's regions, by digest.
     """
 
     recipe: Recipe
@@ -49,6 +49,7 @@ class Task:
     edit: Edit | None = None
     text: TextEmbeddings | None = None
     name: str = ""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.start is None) == (not self.recipe.source), "a recipe names the picture that it starts from"

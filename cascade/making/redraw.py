@@ -87,7 +87,8 @@ def write_redrawn(
     for number, batch in enumerate(_batches(source, side, rng)):
         truth = to_float(torch.stack([picture for picture, _ in batch])).to(stages[0].device)
         captions = [rng.choice(record.captions) for _, record in batch]
-        texts = Texts(*(text.encode(words).to(stages[0].device) for words in (captions, [""] * len(batch))))
+        own, null = (text.encode(words).to(stages[0].device) for words in (captions, [""] * len(batch)))
+        texts = Texts(own, null)
         low = redrawn_by_base(stages[0], truth, texts, rng.uniform(*LEVELS), _STEPS, number * _BATCH)
         for stage in stages[1:]:
             low = _enlarged(stage, low, texts, number * _BATCH)

@@ -145,6 +145,14 @@ def _each_stage(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return checked
 
 
+def _several_texts(column: str, value: Any) -> tuple[str, ...]:
+    """A list of texts, or one text with semicolons between them."""
+    parts = value.split(";") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise BadLineError(f"{column}: expected texts, found {_shown(value)}")
+    return tuple(text for text in (_text(column, part) for part in parts) if text)
+
+
 def _at_least_one(column: str, value: Any) -> int:
     return _whole(column, value, 1, _MOST)
 
@@ -160,6 +168,7 @@ _COLUMNS: dict[str, Callable[[str, Any], Any]] = {
     "image": _text,
     "mask": _text,
     "strength": _each_stage(_share),
+    "regions": lambda column, value: _several_texts(column, value),
 }
 
 COLUMNS = tuple(_COLUMNS)

@@ -29,6 +29,7 @@ class PromptRecord:
     image: str | None = None
     mask: str | None = None
     strength: float | dict[str, float] | None = None
+    regions: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

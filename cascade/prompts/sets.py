@@ -1,0 +1,66 @@
+"""Sets of prompts from one text: alternatives, wildcards from files, and frames from one prompt to another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+from cascade.errors import CascadeError
+from cascade.files.text import NotTextError, read_text
+from cascade.quoting import quoted
+from cascade.text.language import escaped
+
+MOST = 100_000
+"""Upper bound of prompts from one text."""
+_PIECES = re.compile(r"\\([{}|_\\])|\{([^{}]*)\}|__([A-Za-z0-9][A-Za-z0-9 .-]*?)__|(\{|\})")
+
+
+def prompts_of_set(text: str, folder: str | Path = ".") -> Iterator[str]:
+    """The prompts of `{red|green} car, __style__`: every choice of alternatives and of lines of style.txt, in order.
+
+    The last alternative changes fastest. folder: of the wildcards' files. A backslash takes the meaning from a letter
+    of {, }, | and _. Raises CascadeError for a brace alone, a file that is missing or empty, or too many prompts.
+    """
+    choices, place, count = list[list[str]](), 0, 1
+    for match in _PIECES.finditer(text):
+        choices.append([text[place : match.start()]])
+        place = match.end()
+        letter, alternatives, name, alone = match.groups()
+        if alone:
+            raise CascadeError(f"prompt: {quoted(text)} has a {alone} alone; write \\{alone} for the letter")
+        if letter is not None:
+            choices.append([letter])
+        elif name is not None:
+            choices.append(_lines(Path(folder) / f"{name}.txt"))
+        else:
+            choices.append([each.strip() for each in alternatives.split("|")])
+        count *= len(choices[-1])
+    if count > MOST:
+        raise CascadeError(f"prompt: {quoted(text)} stands for {count:,} prompts; at most {MOST:,} are possible")
+    return ("".join(chosen) for chosen in product(*choices, [text[place:]]))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a wildcard's file, without empty ones and comments."""
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except OSError as error:
+        raise CascadeError(f"{path}: wildcard cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise CascadeError(f"{path}: no lines in it; write one alternative per line")
+    return found
+
+
+def way_between(first: str, last: str, frames: int) -> list[str]:
+    """Prompts in the prompt language from one to another, in equal steps of their weights; the ends are these alone."""
+    if frames < 2:
+        raise CascadeError(f"frames: {frames}; expected at least 2")
+    shares = [frame / (frames - 1) for frame in range(frames)]
+    ends = escaped(first), escaped(last)
+    between = [f"{ends[0]}:{1 - share:.6f} AND {ends[1]}:{share:.6f}" for share in shares[1:-1]]
+    return [ends[0], *between, ends[1]]
