@@ -90,7 +90,7 @@ def parse_yaml(text: str) -> Any:
         _count_values(node, 0, {})
         return loader.construct_document(node)
     except RecursionError:
-        raise ValueError("too many brackets within brackets") from None
+        raise ValueError("brackets are nested too deep") from None
     except _NOT_YAML as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     finally:
@@ -106,7 +106,7 @@ def _count_values(node: yaml.Node, depth: int, counted: dict[yaml.Node, int]) ->
     if node in counted and not counted[node]:
         raise ValueError(f"line {node.start_mark.line + 1}: holds itself")
     if depth > _DEEPEST:
-        raise ValueError("too many brackets within brackets")
+        raise ValueError("brackets are nested too deep")
     if node not in counted:
         counted[node] = 0  # under way
         inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value

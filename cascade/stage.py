@@ -240,12 +240,14 @@ class Stage:
         if self.weaker is not None and settings.autoguidance != 1:
             return autoguide(self, self.weaker, cond, settings.autoguidance)
         if not self.acts:
-            return denoisers.guide(self, cond, null, guidance_rule(settings) or 1, interval)
+            return denoisers.guide(self, cond, null, guidance_rule(settings), interval)
+        weight = guidance_rule(settings)
+        rule = weight if callable(weight) else denoisers.linear(weight) if weight != 1 else None
         return switch(
             [
                 (
                     float(levels[round(act.start * (len(levels) - 1))]),
-                    compose(self, act.parts, act.nulls, guidance_rule(settings), interval),
+                    compose(self, act.parts, act.nulls, rule, interval),
                 )
                 for act in self.acts
             ]
@@ -289,18 +291,20 @@ def limit(denoise: Denoiser, settings: SamplingConfig) -> Denoiser:
     return denoisers.threshold(denoise, settings.threshold, maximum)
 
 
-def guidance_rule(settings: SamplingConfig) -> denoisers.Rule | None:
-    """A new object for the rule in the settings; None: no guidance."""
+def guidance_rule(settings: SamplingConfig) -> denoisers.Rule | float:
+    """A new object for the rule in the settings; a number: the usual rule with this weight, 1: no guidance."""
     weight = settings.guidance
+    rule: denoisers.Rule | None = None
     if weight == 1:
-        return None
-    rule = denoisers.linear(weight)
+        return weight
     if settings.guidance_schedule is not None:
         rule = by_level(settings.guidance_schedule, weight)
     if settings.projection is not None:
         own = settings.projection
         rule = Projected(weight, own.parallel, own.momentum, own.radius)
-    return rescaled(rule, settings.guidance_rescale) if settings.guidance_rescale else rule
+    if settings.guidance_rescale:
+        rule = rescaled(rule or denoisers.linear(weight), settings.guidance_rescale)
+    return weight if rule is None else rule
 
 
 def run_sampler(

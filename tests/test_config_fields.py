@@ -111,6 +111,20 @@ def drawn(config: TrainConfig) -> object:
 
 
 @torch.inference_mode()
+def drawn_beside_a_weaker_stage(config: TrainConfig) -> object:
+    """Two pictures of a stage with a worse version of itself."""
+    stage = filled_stage(config)
+    weaker = filled_stage(config)
+    for weight in weaker.network.parameters():
+        weight.mul_(0.9)
+    stage.weaker = weaker
+    cond = some_conditions(stage)
+    rng = [torch.Generator().manual_seed(index) for index in range(2)]
+    z = torch.stack([torch.randn(3, 8, 8, generator=generator) for generator in rng])
+    return digest({"pictures": stage.sample(cond, cond.with_text(*some_text(5)), z, rng)})
+
+
+@torch.inference_mode()
 def enlarged(config: TrainConfig) -> object:
     """A picture drawn from a smaller one."""
     stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
@@ -288,6 +302,9 @@ class Row:
     """In place of `field=value`, where a field cannot change alone."""
 
 
+PROJECTED = ("stage.sampling.guidance=3.0", "stage.sampling.projection={parallel: 0.0}")
+
+
 def mixed(source: str) -> tuple[str, ...]:
     return (source.removesuffix("]") + SCENES_BESIDE,)
 
@@ -386,6 +403,12 @@ ROWS: dict[str, Row] = {
     "stage.sampling.threshold_maximum": Row("1.0", drawn, ("stage.sampling.threshold=0.9",)),
     "stage.sampling.guidance": Row("3.0", drawn),
     "stage.sampling.guidance_interval": Row("[-1.0, 1.0]", drawn, ("stage.sampling.guidance=3.0",)),
+    "stage.sampling.guidance_rescale": Row("0.7", drawn, ("stage.sampling.guidance=3.0",)),
+    "stage.sampling.guidance_schedule": Row("[[-5.0, 0.0], [5.0, 1.0]]", drawn, ("stage.sampling.guidance=3.0",)),
+    "stage.sampling.projection.parallel": Row("0.5", drawn, PROJECTED),
+    "stage.sampling.projection.momentum": Row("-0.5", drawn, PROJECTED),
+    "stage.sampling.projection.radius": Row("0.01", drawn, PROJECTED),
+    "stage.sampling.autoguidance": Row("2.0", drawn_beside_a_weaker_stage),
     "stage.sampling.threshold": Row("null", drawn),
     "stage.sampling.aug_level": Row("0.3", sample_sheet, SUPER_RESOLUTION),
     "stage.sampling.consistency": Row("2", enlarged, SUPER_RESOLUTION),

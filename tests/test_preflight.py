@@ -44,7 +44,7 @@ def table_without_captions(folder: Path, _patch: Patch) -> None:
 
 def metadata_without_captions(folder: Path, _patch: Patch) -> None:
     pictures = write_pictures(folder / "pictures", {"red": Image.new("RGB", (8, 8), "red")})
-    (pictures / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "red", "size": 3}\n')
+    (pictures / "metadata.jsonl").write_text('{"file_name": "0.png", "words": "red", "size": 3}\n')
 
 
 def small_tiles(folder: Path, _patch: Patch) -> None:
@@ -125,7 +125,7 @@ CASES = [
     Case(
         "no captions column in metadata",
         (FOLDER,),
-        "no column 'caption'; the columns are file_name, size, text",
+        "no column 'caption'; the columns are file_name, size, words",
         metadata_without_captions,
     ),
     Case(

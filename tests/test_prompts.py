@@ -80,7 +80,7 @@ BAD_JSON = {
     '{"prompt": "a", "seed": true}': "seed: expected a whole number",
     '{"prompt": "a", "seed": -1}': "seed: expected a whole number",
     '{"prompt": "a", "num_images": 0}': "num_images: expected a whole number in 1..",
-    '{"prompt": "a", "guidance": NaN}': "not valid JSON: NaN is no number of JSON",
+    '{"prompt": "a", "guidance": NaN}': "not valid JSON: NaN is not a JSON number",
     '{"prompt": "a", "steps": {"base": "x"}}': 'steps.base: expected a whole number in 1..1000000, found "x"',
     '{"prompt": "a", "id": ""}': "id: is empty",
     '{"prompt": "a", "id": [1]}': "id: expected text, found [1]",

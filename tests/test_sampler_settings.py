@@ -99,6 +99,7 @@ MAY_NAME_SAMPLERS = {
     "diffusion/samplers.py",  # where they are
     "config/samplers.py",  # the default, and the settings of earlier versions
     "deepfloyd.py",  # what DeepFloyd IF's own settings say
+    "making/sizes.py",  # the settings of its stages, as in configs/
     "server/a1111.py",  # what another program's clients call ours
 }
 

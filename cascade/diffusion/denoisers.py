@@ -58,13 +58,12 @@ def guide(
     """
     if not isinstance(weight, Tensor) and weight == 1:
         return model.prepare(cond)
-    rule = linear(weight) if isinstance(weight, (int, float, Tensor)) else weight
     both = model.prepare(cond.joined(null))
 
     def guided(z: Tensor, log_snr: Tensor) -> Estimate:
         estimate = both(torch.cat([z, z]), torch.cat([log_snr, log_snr]))
         x_cond, x_null = x_of(estimate).chunk(2)
-        x_hat = rule(x_cond, x_null, log_snr)
+        x_hat = weight(x_cond, x_null, log_snr) if callable(weight) else x_null + weight * (x_cond - x_null)
         return (x_hat, estimate[1][: len(z)]) if isinstance(estimate, tuple) else x_hat
 
     if interval is None:
