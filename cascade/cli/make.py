@@ -17,7 +17,7 @@ DEFAULT_HOURS = 10.0
 @path_argument("pictures")
 @path_option("--out", required=True, metavar="FOLDER", help="Folder for the settings, the runs and the model.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=DEFAULT_HOURS, show_default=True)
-@click.option("--from", "start", metavar="MODEL", help="Start from a model's weights: bundled, a folder or a hub id.")
+@path_option("--from", "start", metavar="MODEL", help="Start from a model's weights: bundled, a folder or a hub id.")
 @click.option("--whole", is_flag=True, help="With --from: train all weights, not a low-rank adapter.")
 @click.option("--name", help="Name of the cascade; default: that of the folder.")
 @click.option("--license", default="unstated", show_default=True, help="Licence of the weights, such as CC-BY-4.0.")

@@ -28,7 +28,7 @@ _OTHER_PORTS = 20  # that `studio` tries; a program expects the API at the port 
 _OPTIONS = (
     path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade."),
     path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the gallery."),
-    click.option(
+    path_option(
         "--lora", multiple=True, metavar="[STAGE=]FOLDER[:SCALE]", help="A low-rank adapter to add, such as mascot:0.8."
     ),
     path_option("--models", metavar="FOLDER", help="Further models to choose from on the page: its subfolders."),
