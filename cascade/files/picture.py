@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from cascade.errors import CascadeError
+from cascade.files.text import check_regular
 from cascade.quoting import quoted
 
 MOST_PIXELS = "CASCADE_MAX_PIXELS"
@@ -48,6 +49,8 @@ def open_picture(
 
 def _opened(source: str | Path | BinaryIO, limit: int | None, formats: tuple[str, ...] | None) -> Image.Image:
     """limit: pixels above which Pillow warns, which is suppressed; at twice as many it raises an error."""
+    if isinstance(source, (str, Path)):
+        check_regular(Path(source))
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         before = Image.MAX_IMAGE_PIXELS

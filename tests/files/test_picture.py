@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image, ImageCms
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
-from cascade.files.picture import _OPENING, open_picture, picture_errors, straight
+from cascade.files.picture import _OPENING, open_picture, picture_errors, read_rgb, straight
 from cascade.images import from_pil
 from cascade.upscaling import read_picture
 
@@ -213,3 +214,10 @@ def test_only_the_formats_that_are_named_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
     with pytest.raises(CascadeError, match="not a readable picture"), picture_errors("a"):
         open_picture(tmp_path / "a.bmp", formats=("PNG",)).__enter__()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_in_a_picture_s_place_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CascadeError, match=r"^pipe\.png: not a readable picture: .*a pipe or a device"):
+        read_rgb(tmp_path / "pipe.png", "pipe.png")
