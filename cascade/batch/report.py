@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from PIL import Image
+
 from cascade.files.picture import read_rgb
 from cascade.files.text import json_text
 from cascade.images import contact_sheet
+from cascade.pixels import RGB, PictureFormat
+from cascade.rasters import read_given, shown
 from cascade.text.captions import well_formed
 
 T = TypeVar("T")
@@ -76,18 +80,32 @@ def _escaped(text: str) -> str:
 FRAME_MILLISECONDS = 80
 
 
-def write_animation(entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path) -> None:
+def _shown(content: bytes, name: str, form: PictureFormat) -> Image.Image:
+    """The picture in a file as RGB to look at. Raises CascadeError for a damaged one."""
+    return read_rgb(io.BytesIO(content), name) if form.is_rgb else shown(read_given(content, form, name), form)
+
+
+def write_animation(
+    entries: Iterable[Mapping[str, Any]],
+    read: Callable[[str], bytes | None],
+    path: Path,
+    form: PictureFormat = RGB,
+) -> None:
     """The pictures of a run as an animated WebP, lossless, in order of their prompts, there and back."""
     ordered = sorted(entries, key=lambda entry: (entry["index"], entry["number"]))
     contents = [(entry["file"], read(entry["file"])) for entry in ordered]
-    frames = [read_rgb(io.BytesIO(content), file) for file, content in contents if content is not None]
+    frames = [_shown(content, file, form) for file, content in contents if content is not None]
     if frames:
         first, *more = [*frames, *reversed(frames[1:-1])]
         first.save(path, "WEBP", save_all=True, append_images=more, duration=FRAME_MILLISECONDS, loop=0, lossless=True)
 
 
 def write_grid(
-    entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
+    entries: Iterable[Mapping[str, Any]],
+    read: Callable[[str], bytes | None],
+    path: Path,
+    columns: int | None = None,
+    form: PictureFormat = RGB,
 ) -> None:
     """A contact sheet of the first pictures, PNG. read: returns the content of a file in the manifest, or None.
 
@@ -97,7 +115,7 @@ def write_grid(
     for entry in islice(entries, GRID_PICTURES):
         content = read(entry["file"])
         if content is not None:
-            thumbnail = read_rgb(io.BytesIO(content), entry["file"])
+            thumbnail = _shown(content, entry["file"], form)
             thumbnail.thumbnail((GRID_CELL, GRID_CELL))
             images.append(thumbnail)
             labels.append(" ".join(entry["prompt"].split())[:60])
