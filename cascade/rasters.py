@@ -135,8 +135,8 @@ def _read_tiff(source: bytes | Path, format: PictureFormat) -> Tensor:
     with tifffile.TiffFile(_file(source)) as file:
         page, series = file.pages[0], file.series[0]
         assert isinstance(page, tifffile.TiffPage)
-        _check_size(page.imagelength * page.imagewidth)
-        if series.size > (format.channels + 1) * page.imagelength * page.imagewidth and series.ndim > 2:
+        _check_size(series.size // format.channels)
+        if series.ndim > 3:
             found = " x ".join(map(str, series.shape))
             raise WrongFormatError(f"has {found} values; expected one picture of {format}")
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:

@@ -340,7 +340,7 @@ ROWS: dict[str, Row] = {
     "stage.name": Row("other", sample_sheet),
     "stage.resolution": Row("16", views),
     "stage.low_resolution": Row("4", weights),
-    "stage.channels": Row("rgba", weights),
+    "stage.channels": Row("rgba", weights, (FOLDER,)),
     "stage.values": Row("uint16", views, (FOLDER,)),
     "stage.range.quantiles": Row("[0.2, 0.8]", measured_range, (FOLDER, "stage.range={quantiles: [0, 1]}")),
     "stage.path": Row("residual", log, (*SUPER_RESOLUTION, "stage.path=picture")),
