@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.files.picture import most_pixels, open_picture, picture_errors, straight, upright
+from cascade.files.picture import most_pixels, open_picture, picture_errors, read_rgb, straight, upright
 from cascade.files.text import check_regular
 from cascade.images import from_pil, over
 from cascade.pixels import NAMED, RGB, RGBA, PictureFormat, as_stored
@@ -264,6 +264,13 @@ def shown(stored: Tensor, format: PictureFormat, background: Background = "check
         return as_pil(stored, RGB)
     levels = RGB.from_float(format.to_float(stored))
     return as_pil(levels[list(_visible(format))], RGB)
+
+
+def shown_file(content: bytes, name: str, format: PictureFormat) -> Image.Image:
+    """`shown` of the picture in a file. Raises CascadeError for a damaged one; its message begins with `name`."""
+    if format.is_rgb:
+        return read_rgb(io.BytesIO(content), name)
+    return shown(read_given(content, format, name), format)
 
 
 def _visible(format: PictureFormat) -> tuple[int, int, int]:

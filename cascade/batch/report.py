@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -10,13 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from PIL import Image
-
-from cascade.files.picture import read_rgb
 from cascade.files.text import json_text
 from cascade.images import contact_sheet
 from cascade.pixels import RGB, PictureFormat
-from cascade.rasters import read_given, shown
+from cascade.rasters import shown_file
 from cascade.text.captions import well_formed
 
 T = TypeVar("T")
@@ -80,11 +76,6 @@ def _escaped(text: str) -> str:
 FRAME_MILLISECONDS = 80
 
 
-def _shown(content: bytes, name: str, form: PictureFormat) -> Image.Image:
-    """The picture in a file as RGB to look at. Raises CascadeError for a damaged one."""
-    return read_rgb(io.BytesIO(content), name) if form.is_rgb else shown(read_given(content, form, name), form)
-
-
 def write_animation(
     entries: Iterable[Mapping[str, Any]],
     read: Callable[[str], bytes | None],
@@ -94,7 +85,7 @@ def write_animation(
     """The pictures of a run as an animated WebP, lossless, in order of their prompts, there and back."""
     ordered = sorted(entries, key=lambda entry: (entry["index"], entry["number"]))
     contents = [(entry["file"], read(entry["file"])) for entry in ordered]
-    frames = [_shown(content, file, form) for file, content in contents if content is not None]
+    frames = [shown_file(content, file, form) for file, content in contents if content is not None]
     if frames:
         first, *more = [*frames, *reversed(frames[1:-1])]
         first.save(path, "WEBP", save_all=True, append_images=more, duration=FRAME_MILLISECONDS, loop=0, lossless=True)
@@ -115,7 +106,7 @@ def write_grid(
     for entry in islice(entries, GRID_PICTURES):
         content = read(entry["file"])
         if content is not None:
-            thumbnail = _shown(content, entry["file"], form)
+            thumbnail = shown_file(content, entry["file"], form)
             thumbnail.thumbnail((GRID_CELL, GRID_CELL))
             images.append(thumbnail)
             labels.append(" ".join(entry["prompt"].split())[:60])

@@ -51,11 +51,11 @@ class Edit:
     box: Box
     form: PictureFormat = RGB
 
-    def known(self, size: tuple[int, int], strength: float, rounds: int) -> Known:
+    def known(self, size: tuple[int, int], strength: float, rounds: int, clean: bool = False) -> Known:
         """The picture's part as input of a stage that draws `size`; a batch of one, on the CPU."""
         x = resized(self.form.to_float(self.box.cut(self.image))[None], size).clamp(-1, 1)
         mask = None if self.mask is None else resized(self.box.cut(self.mask)[None, None], size).clamp(0, 1)
-        return Known(x, mask, strength, rounds)
+        return Known(x, mask, strength, rounds, clean)
 
     def finished(self, drawn: Tensor) -> Tensor:
         """The whole picture, (C, H, W) as stored, with the drawn part (C, h, w) blended in."""
