@@ -12,16 +12,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import Tensor
+from PIL import Image
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records
 from cascade.data.order import Key, Mixture, SceneSource, ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records
+from cascade.data.transforms import decode
 from cascade.errors import CascadeError
 from cascade.files.picture import size_of_picture
+from cascade.pixels import RGB, PictureFormat
 from cascade.seeds import derive_seed
 
 logger = logging.getLogger("cascade.data")
@@ -61,13 +64,18 @@ def nearest(size: Size, buckets: Sequence[Size]) -> int:
     return min(range(len(buckets)), key=lambda place: abs(math.log(buckets[place][1] / buckets[place][0]) - aspect))
 
 
-def size_of(record: Record) -> Size | None:
-    """Height and width of a record's picture, upright, from its header; None if it cannot be read."""
-    if record.image is None:
+def size_of(record: Record, form: PictureFormat = RGB) -> Size | None:
+    """Height and width of a record's picture, upright; None if it cannot be read.
+
+    Of `rgb` from the picture's header; pictures of other formats are decoded, since they may be arrays.
+    """
+    if form.is_rgb and isinstance(record.image, bytes | Path | Image.Image):
+        return size_of_picture(record.image)
+    try:
+        pixels = decode(record, form)
+    except BadRecordError:
         return None
-    if isinstance(record.image, Tensor):
-        return record.image.shape[-2], record.image.shape[-1]
-    return size_of_picture(record.image)
+    return pixels.shape[-2], pixels.shape[-1]
 
 
 class Subset:
@@ -133,8 +141,8 @@ class Buckets:
             return
         if isinstance(config, HubSource) and config.streaming:
             raise CascadeError("data.buckets: the pictures of a stream have unknown sizes; set streaming to false")
-        records = open_records(config)
-        for place, indices in enumerate(self._sorted(records)):
+        records = open_records(config, stage.pictures)
+        for place, indices in enumerate(self._sorted(records, stage.pictures)):
             if not indices:
                 continue
             share = len(indices) / len(records)
@@ -146,12 +154,12 @@ class Buckets:
             else:
                 yield place, ShuffledSource(subset, own), weight, len(indices)
 
-    def _sorted(self, records: Records) -> list[list[int]]:
+    def _sorted(self, records: Records, form: PictureFormat) -> list[list[int]]:
         """The indices of each bucket's records; one that cannot be read is found to be bad when it is used."""
         found: list[list[int]] = [[] for _ in self.sizes]
         for index in range(len(records)):
             try:
-                size = size_of(records[index])
+                size = size_of(records[index], form)
             except BadRecordError:
                 size = None
             found[nearest(size or (1, 1), self.sizes)].append(index)
