@@ -28,7 +28,8 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
 
 def build_network(config: StageConfig) -> Network:
     """The network of a stage, with fresh weights."""
-    return config.model.build(config.channels, 0 if config.low_resolution is None else config.channels)
+    channels = config.pictures.channels
+    return config.model.build(channels, 0 if config.low_resolution is None else channels)
 
 
 def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:

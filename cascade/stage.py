@@ -214,7 +214,7 @@ class Stage:
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """The picture from which r is measured: zero, or the upsampled smaller picture, its signal scaled back to 1."""
         if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
-            return torch.zeros(len(cond), self.config.channels, *size, device=cond.text.device)
+            return torch.zeros(len(cond), self.config.pictures.channels, *size, device=cond.text.device)
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
@@ -280,7 +280,7 @@ def blank_call(
     side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
     """
     side = side or config.resolution
-    z, level = torch.zeros(pictures, config.channels, side, side), torch.zeros(pictures, 1, 1, 1)
+    z, level = torch.zeros(pictures, config.pictures.channels, side, side), torch.zeros(pictures, 1, 1, 1)
     text = torch.zeros(pictures, text_tokens, config.model.text_dim)
     cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool))
     return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)

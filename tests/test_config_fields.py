@@ -38,6 +38,7 @@ from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
+from cascade.data.survey import with_range
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
@@ -170,6 +171,11 @@ def views(config: TrainConfig) -> object:
     except CascadeError:
         return "error"
     return seen
+
+
+def measured_range(config: TrainConfig) -> object:
+    """The range of the data as numbers."""
+    return with_range(config.stage, config.data).pictures.limits
 
 
 def held_out_views(config: TrainConfig) -> object:
@@ -338,6 +344,9 @@ ROWS: dict[str, Row] = {
     "stage.name": Row("other", sample_sheet),
     "stage.resolution": Row("16", views),
     "stage.low_resolution": Row("4", weights),
+    "stage.channels": Row("rgba", weights, (FOLDER,)),
+    "stage.values": Row("uint16", views, (FOLDER,)),
+    "stage.range.quantiles": Row("[0.2, 0.8]", measured_range, (FOLDER, "stage.range={quantiles: [0, 1]}")),
     "stage.path": Row("residual", log, (*SUPER_RESOLUTION, "stage.path=picture")),
     "stage.residual_scale": Row("0.5", log, SUPER_RESOLUTION),
     "stage.parameterization": Row("v", log),

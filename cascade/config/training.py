@@ -192,6 +192,11 @@ class TrainConfig(Settings):
         if self.training.distill is not None:
             _check_few_steps(self.training.distill, self.stage.sampling)
         crop = self.data.crop
+        if not self.stage.pictures.is_rgb and any(source.kind == "scenes" for source in self.data.sources):
+            raise ValueError(f"data.sources: drawn scenes are rgb of uint8, not {self.stage.pictures}; give files")
+        learns = self.stage.model.predicts_variance and self.training.loss.variance_weight
+        if learns and self.stage.values != "uint8":
+            raise ValueError("training.loss.variance_weight counts the levels of 8 bits; set it 0 for other values")
         if self.stage.low_resolution is None and own_lows(self.data.sources):
             raise ValueError("low_column is for super-resolution stages; this stage has no low_resolution")
         if crop is not None:

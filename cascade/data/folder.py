@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, config: FolderSource) -> None:
+    def __init__(self, config: FolderSource, suffixes: Collection[str] = PICTURE_SUFFIXES) -> None:
         folder, caption_column, split = Path(config.path), config.caption_column, config.split
         self._names = config.names
         found = files_of(folder)
@@ -52,13 +52,13 @@ class FolderRecords:
             for path in (path for path in found.files if path.name == name):
                 for picture, captions in _read_metadata(path, caption_column):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
-        pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
+        pictures = {path for path in found.files if path.suffix.lower() in suffixes}
         everything = sorted(pictures | self._listed.keys())
         self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = _by_stem(path for path in (*found.files, *found.others) if path.suffix in SIDECARS)
         if not everything:
-            raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
+            raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(suffixes))}")
         if not self._paths:
             raise CascadeError(
                 f"data source {folder}: split: {split} leaves none of {len(everything)} pictures; use all"

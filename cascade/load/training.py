@@ -13,6 +13,7 @@ from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.data import TextConfig, TextReading
+from cascade.config.stage import MeasuredRange, StageConfig
 from cascade.config.training import TrainConfig
 from cascade.data.sources import check_places
 from cascade.errors import CascadeError
@@ -59,6 +60,19 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 
+def with_measured_range(config: TrainConfig) -> TrainConfig:
+    """The settings with a stated range of values: that of the run's earlier part, or else measured over the data."""
+    from cascade.data.survey import with_range
+
+    if not isinstance(config.stage.range, MeasuredRange):
+        return config
+    begun = _begun(config.output)
+    if begun is not None and isinstance(begun["stage"].get("range"), list):
+        known = {**config.stage.model_dump(mode="json"), "range": begun["stage"]["range"]}
+        return config.model_copy(update={"stage": parse(StageConfig, known, "stage")})
+    return config.model_copy(update={"stage": with_range(config.stage, config.data)})
+
+
 def _begun(output: object) -> dict[str, Any] | None:
     """The settings in the folder of a run that has a checkpoint; None for any other folder."""
     from cascade.training.state import checkpoints
@@ -98,7 +112,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     check_places(
         [*config.data.sources, *(held_out.sources if held_out else ())]
     )  # before a hub is asked for an encoder
-    config = settled(config)
+    config = with_measured_range(settled(config))
     check_run(config, *expected_processes())
     with shortage_as_error("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)

@@ -226,7 +226,7 @@ class Trainer:
         """
         size = self.config.training.batch_size
         first = batch.samples[0] - batch.samples[0] % size
-        return training_batch(batch, self.text, self.accelerator.device, first, size)
+        return training_batch(batch, self.text, self.accelerator.device, first, size, self.config.stage.pictures)
 
     def _clip(self) -> Tensor:
         """Clip the gradient if so configured; returns its norm before clipping."""

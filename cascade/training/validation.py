@@ -68,7 +68,7 @@ class Validation:
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
             before_batch()
-            ready = training_batch(batch, text, device, first=0, batch_size=total)
+            ready = training_batch(batch, text, device, 0, total, self._stage_config.pictures)
             loss, level = self.objective(stage, stage.network, ready)
             losses.append(loss.float())
             levels.append(level.flatten())
