@@ -104,7 +104,7 @@ class Stage:
         rng: one generator per picture, for samplers that add noise in between. on_step receives x_hat as pictures.
         """
         settings = settings or self.config.sampling
-        base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
+        base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self.residual_scale
         guided = self._guided(cond, null, settings)
         differs = self.config.path == "residual"  # else r is the picture
         picture = limit(denoisers.to_picture(guided, base, scale) if differs else guided, settings)
@@ -140,7 +140,7 @@ class Stage:
     ) -> Tensor:
         """Training loss of each picture x (B, C, H, W): (B,). `network` is this stage's, perhaps wrapped."""
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
-        r = (x - base) / self._residual_scale
+        r = (x - base) / self.residual_scale
         seen = self.enlarge(cond)
         kind = self.config.parameterization
         step = self.schedule.reverse_step(log_snr) if isinstance(self.schedule, DiscreteSchedule) else None
@@ -267,7 +267,8 @@ class Stage:
         )
 
     @property
-    def _residual_scale(self) -> float:
+    def residual_scale(self) -> float:
+        """Factor from the diffused variable to pictures; 1 where it is the picture itself."""
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 
 

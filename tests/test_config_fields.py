@@ -308,6 +308,10 @@ class Row:
     """In place of `field=value`, where a field cannot change alone."""
 
 
+DISTILLED = (
+    "stage.sampling={sampler: ddim, steps: 2, guidance: 1.0}",
+    "training.distill={teacher: WORLD/stage, teacher_steps: 8}",
+)
 PROJECTED = ("stage.sampling.guidance=3.0", "stage.sampling.projection={parallel: 0.0}")
 
 
@@ -474,6 +478,7 @@ ROWS: dict[str, Row] = {
     "data.crop": Row("4", views, SUPER_RESOLUTION),
     "data.tiles": Row("true", views, CROPS),
     "data.aspect": Row("crop", views, (FOLDER,)),
+    "data.buckets": Row("[1, 2]", views, (FOLDER,)),
     "data.flip": Row("1.0", views, (FOLDER,)),
     "data.jitter": Row("0.2", views, (FOLDER,)),
     "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),
@@ -511,6 +516,8 @@ ROWS: dict[str, Row] = {
     "training.optimizer.clip_norm": Row("0.01", trained_weights),
     "training.ema.half_life_images": Row("2", averaged_weights),
     "training.ema.warmup": Row("false", averaged_weights),
+    "training.distill.teacher": Row("WORLD/other_stage", log, DISTILLED),
+    "training.distill.teacher_steps": Row("16", log, DISTILLED),
     "training.frozen": Row("[stem]", trained_weights),
     "training.validation.every": Row("3", log, (HELD_OUT,)),
     "training.validation.batches": Row("2", log, (HELD_OUT,)),
@@ -647,6 +654,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "arrow")
         trainer(micro_config(world / "trained", "training.steps=1")).run()
         (world / "trained" / "stage").rename(world / "stage")
+        trainer(micro_config(world / "retrained", "training.seed=1", "training.steps=1")).run()
+        (world / "retrained" / "stage").rename(world / "other_stage")
         yield world
 
 

@@ -28,39 +28,46 @@ MAX_ASPECT = 20
 
 
 def training_pair(
-    record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+    record: Record, data: DataConfig, stage: StageConfig, rng: random.Random, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The picture of one view: (C, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
 
     For super-resolution this is the large picture; the smaller one is its area mean and needs no file. If the record
     has its own, such as one drawn by the previous stage, the same part of it is second: (C, S / scale, S / scale).
+    size: height and width in place of the stage's square, of a bucket.
     """
-    return prepared_pair(decode(record, stage.pictures), record, data, stage, rng)
+    return prepared_pair(decode(record, stage.pictures), record, data, stage, rng, size)
 
 
 def prepared_pair(
-    picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+    picture: Tensor,
+    record: Record,
+    data: DataConfig,
+    stage: StageConfig,
+    rng: random.Random,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`training_pair` of a record whose picture is already decoded."""
+    size = size or (stage.resolution, stage.resolution)
     check_strip(record, picture, data.aspect)
     form = stage.pictures
     moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
-        picture = square(picture, data.aspect, form)
+        picture = shaped(picture, data.aspect, size, form)
         # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
-        picture = picture if moves else resize(picture, stage.resolution, form)
+        picture = picture if moves else resize(picture, size, form)
     flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = mirrored(picture) if flipped else picture
     if moves:
         picture = jitter(picture, data.jitter, rng, form)
     if not data.tiles:
-        picture = resize(picture, stage.resolution, form)
+        picture = resize(picture, size, form)
     scale = stage.resolution // (stage.low_resolution or stage.resolution)
     low = None if record.low is None else _own_low(record, picture, scale, flipped, form)
     if data.crop is not None:
         if min(picture.shape[-2:]) < data.crop:
-            size = f"{picture.shape[-1]}x{picture.shape[-2]}"
-            raise BadRecordError(record.origin, f"the tile of {size} is smaller than data.crop {data.crop}")
+            found = f"{picture.shape[-1]}x{picture.shape[-2]}"
+            raise BadRecordError(record.origin, f"the tile of {found} is smaller than data.crop {data.crop}")
         top, left = crop_corner(picture, data.crop, scale, rng)
         picture = window(picture, top, left, data.crop)
         low = None if low is None else window(low, top // scale, left // scale, data.crop // scale)
@@ -124,21 +131,47 @@ def square(picture: Tensor, aspect: Literal["crop", "pad"], form: PictureFormat 
     if height == width:
         return picture
     size = min(height, width) if aspect == "crop" else max(height, width)
+    return padded(picture, (size, size), form)
+
+
+def padded(picture: Tensor, size: tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """The picture with the format's `fill` around it; its centre where a side of `size` is smaller."""
+    height, width = picture.shape[-2:]
     # Negative padding crops; an odd pixel goes to the right and the bottom.
-    left, top = (size - width) // 2, (size - height) // 2
-    sides = (left, size - width - left, top, size - height - top)
+    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    sides = (left, size[1] - width - left, top, size[0] - height - top)
     if len(set(form.fill)) == 1:
         return F.pad(picture, sides, value=form.fill[0])
     return torch.cat([F.pad(band[None], sides, value=fill) for band, fill in zip(picture, form.fill, strict=True)])
 
 
-def resize(picture: Tensor, size: int, form: PictureFormat = RGB) -> Tensor:
-    """A square picture at `size`: exact area mean of a larger one; a smaller one is enlarged bicubically."""
-    current = picture.shape[-1]
-    if current == size:
+def shaped(picture: Tensor, aspect: Literal["crop", "pad"], size: tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """The largest central part with the aspect ratio of `size`, or the whole picture padded to it."""
+    if size[0] == size[1]:
+        return square(picture, aspect, form)
+    height, width = picture.shape[-2:]
+    of_width, of_height = round(width * size[0] / size[1]), round(height * size[1] / size[0])
+    if aspect == "crop":
+        return padded(picture, (min(height, max(1, of_width)), min(width, max(1, of_height))), form)
+    return padded(picture, (max(height, of_width), max(width, of_height)), form)
+
+
+def resize(picture: Tensor, size: int | tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """A picture at `size`: exact area mean of a larger one; a smaller one is enlarged bicubically.
+
+    size: height and width, or one number for both. Where only one side is larger, it is reduced first.
+    """
+    target = (size, size) if isinstance(size, int) else size
+    height, width = picture.shape[-2:]
+    if (height, width) == target:
         return picture
-    change = downsample if current > size else upsample
-    return form.from_float(change(form.to_float(picture)[None], size))[0]
+    smaller = (min(height, target[0]), min(width, target[1]))
+    changed = form.to_float(picture)[None]
+    if smaller != (height, width):
+        changed = downsample(changed, smaller)
+    if smaller != target:
+        changed = upsample(changed, target)
+    return form.from_float(changed)[0]
 
 
 def crop_corner(picture: Tensor, size: int, align: int, rng: random.Random) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.reading import read_reading, warn_of_other_reading
-from cascade.load.stage import read_config, read_weights
+from cascade.load.stage import load_stage, read_config, read_weights
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
 from cascade.text.cache import EmbeddingCache
@@ -129,11 +129,18 @@ def _load_trainer(config: TrainConfig) -> Trainer:
             f" embeddings of width {text.dim}; set stage.model.text_dim={text.dim}"
         )
     stage = build_stage(config.stage, seed=config.training.seed)
-    if config.training.init_from is not None and not checkpoints(Path(config.output)):
-        source = find_stage(config.training.init_from)
+    distill, start = config.training.distill, config.training.init_from
+    teacher = None
+    if distill is not None:
+        folder = find_stage(distill.teacher)
+        teacher = load_stage(folder)
+        start = start or (distill.teacher if teacher.config.model == config.stage.model else None)
+        warn_of_other_reading(folder, config.text.reading)
+    if start is not None and not checkpoints(Path(config.output)):
+        source = find_stage(start)
         load_weights(stage.network, *read_weights(source))
         warn_of_other_reading(source, config.text.reading)
-    return Trainer(config, stage, text)
+    return Trainer(config, stage, text, teacher)
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:
