@@ -22,6 +22,7 @@ from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.server.enlarged import EnlargedJob
 from cascade.server.sources import Sources
 from cascade.settings import Settings
+from cascade.text.captions import Styles
 from cascade.upscaling import read_picture
 from cascade.values import SETTINGS
 
@@ -59,6 +60,8 @@ class Asked(Settings):
     """Description of the pictures."""
     negative_prompt: Text = ""
     """Description of what the pictures should not show."""
+    default_style: Text | None = None
+    """Style words if the prompt has none; default the model's own; "none" adds nothing."""
     seed: Seed | None = None
     """Equal seeds give equal pictures; a number, or its digits as text. None: a random seed, which is reported."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=MOST_PICTURES)
@@ -117,6 +120,7 @@ class Asked(Settings):
             width=self.width,
             sampling={name: getattr(self, name) for name in SETTINGS},
             preset=self.preset,
+            default_style=self.default_style,
         )
 
     def plan(self, pipeline: CascadePipeline, index: int, sources: Sources) -> Plan:
@@ -177,10 +181,11 @@ class Asked(Settings):
         return {**values, "prompt": self.prompt} | ({} if self.seed is None else {"seed": str(self.seed)})
 
 
-def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str, Any]:
+def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Styles | None = None) -> dict[str, Any]:
     """`Asked.to_json` of a picture, from its line of a manifest or its own metadata.
 
-    stages: of the model; their default values are left out. Raises CascadeError if cascade did not draw the picture.
+    stages, styles: of the model; default values of the stages are left out. Raises CascadeError if cascade did not
+    draw the picture.
     """
     recipe = Recipe.from_json(said, "picture")
     sampling: dict[str, dict[str, Any]] = {name: {} for name in SETTINGS}
@@ -194,6 +199,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
     asked = {
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
+        "default_style": "none" if styles is not None and styles.added(recipe.prompt) != recipe.prompt else None,
         "seed": str(recipe.seed),
         "num_images_per_prompt": said["num_images"],
         "number": recipe.number if said["num_images"] > 1 else None,
