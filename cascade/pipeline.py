@@ -15,6 +15,7 @@ from cascade.arguments import (
     check_chain,
     check_result,
     check_text_widths,
+    conditions_of,
     integer,
     negatives_of,
     one_text,
@@ -25,6 +26,7 @@ from cascade.arguments import (
 )
 from cascade.bounds import PICTURES
 from cascade.card import Card
+from cascade.conditions import recorded, restored, settled
 from cascade.config.data import Captions
 from cascade.config.sampling import SamplingConfig
 from cascade.device import choose_device
@@ -157,6 +159,8 @@ class CascadePipeline:
         variation: tuple[int, float] | None = None,
         prompt_language: bool = False,
         regions: GivenRegions | None = None,
+        conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        guidance_of: Mapping[str, float] | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -170,17 +174,20 @@ class CascadePipeline:
         image: a picture to change; mask: white where it is redrawn, elsewhere every bit stays; strength, extend,
         resampling, variation: see `cascade.drawing.changes`. prompt_language: prompts may have weights and phases, see
         `cascade.text.language`. regions: parts with their own prompts, [(box or mask, prompt)], a box being (left, top,
-        right, bottom) as shares of width and height.
+        right, bottom) as shares of width and height. conditions: {"age": 41, "layout": picture}, for models that read
+        more than text, for all prompts or one mapping for each; guidance_of: a weight of guidance for single ones, see
+        `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
         """
         check_output_arguments(output_type, callback)
-        prompts = prompts_of(prompt, prompt_embeds)
+        prompts = prompts_of(prompt, prompt_embeds, conditions is not None)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
         sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
         sampling |= {"threshold": threshold, "guidance_rescale": guidance_rescale, "projection": projection}
+        sampling |= {"guidance_of": guidance_of}
         settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation)
@@ -191,6 +198,8 @@ class CascadePipeline:
         if prompt_embeds is not None and (prompt_language or parts.entries):
             raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
         entries |= {"language": prompt_language, "regions": parts.entries}
+        read = [config.conditions for config in configs]
+        values = [settled(read, given) for given in conditions_of(conditions, len(prompts))]
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size)
@@ -206,11 +215,13 @@ class CascadePipeline:
                     width=size[1],
                     stages=stages,
                     adapters=adapters_in(slots),
+                    conditions=recorded(values[index]),
                     **entries,
                 ),
                 embeds[index],
                 edit,
                 parts.masks,
+                values[index],
             )
             for index in range(len(prompts))
             for number in numbers
@@ -232,6 +243,7 @@ class CascadePipeline:
         image: ImageLike,
         *,
         prompt: str = "",
+        conditions: Mapping[str, Any] | None = None,
         to: int | None = None,
         tile: int | None = None,
         seed: int | None = None,
@@ -248,9 +260,10 @@ class CascadePipeline:
         """Enlarge a picture of any size with the super-resolution stages in `enlargers`; its aspect ratio is kept.
 
         image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparent parts become white. prompt: a
-        description of it. to: longer side of the result, default the last stage's. `cascade.upscaling.route` gives the
-        sequence of stages; a result larger than `to` is averaged down. tile: side of the square tiles in which the
-        network draws, see `Stage.tiled`; results above 4 megapixels always use tiles, of 1024 by default.
+        description of it. conditions: those of the stages in use, as for drawing. to: longer side of the result,
+        default the last stage's. `cascade.upscaling.route` gives the sequence of stages; a result larger than `to` is
+        averaged down. tile: side of the square tiles in which the network draws, see `Stage.tiled`; results above
+        4 megapixels always use tiles, of 1024 by default.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
         check_output_arguments(output_type, callback)
@@ -261,7 +274,7 @@ class CascadePipeline:
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        task = self.upscale_task(pixels[0], text, own_seed, settings, to, tile)
+        task = self.upscale_task(pixels[0], text, own_seed, settings, to, tile, conditions)
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
             (drawn,) = engine.draw_all([task])
@@ -321,15 +334,18 @@ class CascadePipeline:
         text: TextEmbeddings | None = None,
         edit: Edit | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> Task:
-        """A recipe as a task for the engine. text, edit, masks: see `Task`.
+        """A recipe as a task for the engine. text, edit, masks, conditions: see `Task`.
 
         Raises CascadeError if no stage can draw it, and for a mistake in the prompt language.
         """
         script_of(recipe)
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text, masks=masks or {})
+        values = restored([slot.config.conditions for slot in slots], recipe.conditions, conditions or {})
+        ways = passes(slots, sizes, recipe)
+        return Task(recipe, ways, edit=edit, text=text, masks=masks or {}, conditions=values)
 
     def upscale_task(
         self,
@@ -339,6 +355,7 @@ class CascadePipeline:
         settings: Mapping[str, SamplingConfig],
         to: int | None = None,
         tile: int | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> Task:
         """Task that enlarges a picture, (3, h, w) uint8; see `upscale`.
 
@@ -359,6 +376,7 @@ class CascadePipeline:
             scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
             side = tile_of(tile, scaled, slot.config)
             ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
+        values = settled([configs[place].conditions for place in places], conditions or {})
         recipe = Recipe(
             prompt=prompt,
             negative_prompt="",
@@ -369,8 +387,9 @@ class CascadePipeline:
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
             source=digest_of(picture),
             adapters=adapters_in({drawing.slot.config.name: drawing.slot for drawing in ways}.values()),
+            conditions=recorded(values),
         )
-        return Task(recipe, ways, start=picture)
+        return Task(recipe, ways, start=picture, conditions=values)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """An engine that draws tasks with this pipeline's stages on their current device."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
 from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
+from cascade.prompts.record import Failure, PromptRecord
 from cascade.prompts.sets import prompts_of_set, way_between
 from cascade.prompts.sources import count_prompts
 from cascade.quoting import quoted
 from cascade.values import SETTINGS
 
-_GUIDANCE = ("guidance_rescale", "projection")
+_GUIDANCE = ("guidance_rescale", "projection", "guidance_of")
 """Sampling settings that only drawing into a folder and the pipeline take from the caller."""
 
 
@@ -101,6 +102,8 @@ class BatchRequest:
     variation: tuple[int, float] | None = None
     prompt_language: bool = False
     regions: GivenRegions | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    guidance_of: Mapping[str, float] | None = None
     prompt_sets: bool = False
     wildcards: str = "."
     travel: tuple[str, str] | None = None
@@ -125,7 +128,7 @@ class BatchRequest:
             pipeline_in = cache(self._pipeline)
             settled = output.begin(self._settings(), lambda settled: self._check_drawable(settled, pipeline_in))
             run_seed = settled["seed"]
-            records = read_prompts(self.file, run_seed) if self.file else given_prompts(self._texts(), run_seed)
+            records = self._records(run_seed)
             pipeline = pipeline_in(settled["dtype"])
             progress.begin(self._total(output))
             summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
@@ -138,16 +141,25 @@ class BatchRequest:
             raise CascadeError("extend: expected sides and pixels, such as left=64,top=32")
         return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
 
+    def _records(self, run_seed: int) -> Iterator[PromptRecord | Failure]:
+        if not self.file:
+            return given_prompts(self._texts(), run_seed)
+        names = {name for folder in read_index(self.model).stages for name in read_config(folder).conditions}
+        return read_prompts(self.file, run_seed, names)
+
     def _texts(self) -> Sequence[str]:
         """The prompts of the call, with sets written out."""
         if self.travel is not None:
             return way_between(*self.travel, self.frames)
+        if self.conditions and not self.prompts:
+            return [""]
         if not self.prompt_sets:
             return self.prompts
         return [prompt for text in self.prompts for prompt in prompts_of_set(text, self.wildcards)]
 
     def _check(self) -> None:
-        if sum((bool(self.prompts), bool(self.file), self.travel is not None)) != 1:
+        sources = sum((bool(self.prompts), bool(self.file), self.travel is not None))
+        if sources != 1 and not (sources == 0 and self.conditions):
             raise CascadeError("give either prompts or --prompts FILE (or --travel A B)")
         if self.prompt_sets and not self.prompts:
             raise CascadeError("--prompt-sets: is for prompts of the command line; write the prompts of a file out")
@@ -242,6 +254,7 @@ class BatchRequest:
             changes=self.changes(),
             language=self.prompt_language or self.travel is not None,
             regions=regions_of(self.regions),
+            conditions=self.conditions,
             strict=self.strict,
             low_memory=self.low_memory,
         )
@@ -289,7 +302,7 @@ def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **optio
     `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call continues after a stop or a kill.
     Raises CascadeError if nothing can be drawn; single prompts that fail are listed in `failures.jsonl`.
     """
-    names = [field.name for field in fields(BatchRequest) if field.name not in ("out", "prompts", "file")]
+    names = [each.name for each in fields(BatchRequest) if each.name not in ("out", "prompts", "file")]
     for name in options:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)

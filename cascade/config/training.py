@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cascade.bounds import COUNT, WIDTH, Batches, Pictures, PositiveInt
+from cascade.conditions import ClassCondition, NumberCondition, PictureCondition
 from cascade.config.common import PathText
-from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
+from cascade.config.data import DataConfig, FolderSource, ScenesSource, SourceConfig, TextConfig, own_lows
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
@@ -112,6 +113,8 @@ class TrainingConfig(Settings):
     """Initial weights: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that are not trained, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
+    trained: tuple[str, ...] = ()
+    """Parts that are trained although `frozen` or `lora_rank` freezes them, such as `conditions`."""
     lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
     """Train only a low-rank adapter of this rank (needs the extra `peft`); the finished stage includes it, the folder
     `adapter` holds it separately. 0: train all weights."""
@@ -156,6 +159,27 @@ class TrainingConfig(Settings):
         return self
 
 
+def _check_conditions(stage: StageConfig, data: DataConfig) -> None:
+    """Raises ValueError for conditions that the data cannot have."""
+    conditions = stage.conditions
+    pictures = [name for name, config in conditions.items() if isinstance(config, PictureCondition)]
+    if pictures and (data.jitter or data.tiles):
+        way = "jitter: 0" if data.jitter else "tiles: false"
+        raise ValueError(f"data: condition {pictures[0]} is a picture and must lie on the other; set data.{way}")
+    if conditions and data.decoded is not None:
+        raise ValueError("data.decoded stores pictures and captions alone; leave it out with stage.conditions")
+    read = [name for name, config in conditions.items() if not (isinstance(config, NumberCondition) and config.measure)]
+    for source in data.sources:
+        folder = source.folder_condition if isinstance(source, FolderSource) else None
+        if folder is not None and not isinstance(conditions.get(folder), ClassCondition):
+            raise ValueError(f"folder_condition: {folder} is not a condition of kind class in stage.conditions")
+        if isinstance(source, ScenesSource) and read:
+            raise ValueError(f"drawn scenes have no value of condition {read[0]}; use other data sources")
+        for name in getattr(source, "columns", {}):
+            if name not in read:
+                raise ValueError(f"columns: {name} is not a condition in stage.conditions that is read from a column")
+
+
 class TrainConfig(Settings):
     """One stage's training run: a YAML file of `configs/`."""
 
@@ -175,6 +199,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         crop = self.data.crop
+        _check_conditions(self.stage, self.data)
         if self.stage.low_resolution is None and own_lows(self.data.sources):
             raise ValueError("low_column is for super-resolution stages; this stage has no low_resolution")
         if crop is not None:
@@ -183,7 +208,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = math.lcm(scale, self.stage.geometry.divisor)
+            step = math.lcm(scale, self.stage.geometry.divisor, *map(self.stage.detail, self.stage.conditions))
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
@@ -20,11 +21,13 @@ from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.reading import read_reading, warn_of_other_reading
 from cascade.load.stage import read_config, read_weights
+from cascade.models.conditions import key_of
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
+from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
-from cascade.text.embeddings import TextEncoderProtocol
+from cascade.text.embeddings import NoText, TextEncoderProtocol
 from cascade.text.t5 import TextEncoder
 
 if TYPE_CHECKING:
@@ -108,7 +111,8 @@ def _load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.state import checkpoints
     from cascade.training.trainer import Trainer
 
-    text = load_text_encoder(config.text)
+    reads = config.stage.model.reads_text
+    text = load_text_encoder(config.text) if reads else NoText(config.stage.model.text_dim)
     if config.stage.model.reads_text and config.stage.model.text_dim != text.dim:
         raise CascadeError(
             f"stage.model.text_dim is {config.stage.model.text_dim}, but {config.text.encoder} gives"
@@ -117,9 +121,17 @@ def _load_trainer(config: TrainConfig) -> Trainer:
     stage = build_stage(config.stage, seed=config.training.seed)
     if config.training.init_from is not None and not checkpoints(Path(config.output)):
         source = find_stage(config.training.init_from)
-        load_weights(stage.network, *read_weights(source))
+        tensors, origin = read_weights(source)
+        load_weights(stage.network, {**_new_conditions(stage, source), **tensors}, origin)
         warn_of_other_reading(source, config.text.reading)
     return Trainer(config, stage, text)
+
+
+def _new_conditions(stage: Stage, source: Path) -> dict[str, Tensor]:
+    """The fresh weights of conditions that the stage in `source` does not read yet."""
+    known = read_config(source).conditions
+    new = tuple(f"conditions.{key_of(name)}." for name in stage.config.conditions if name not in known)
+    return {name: weight for name, weight in stage.network.state_dict().items() if new and name.startswith(new)}
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:

@@ -14,6 +14,7 @@ class PromptRecord:
     """One prompt to draw, and the settings of its line; None: the call's setting.
 
     index: its position among the prompts of the file, bad lines included, so that fixing one moves no other.
+    conditions: values of the model's conditions, not yet checked.
     origin: `file:line`, for messages.
     """
 
@@ -30,6 +31,7 @@ class PromptRecord:
     mask: str | None = None
     strength: float | dict[str, float] | None = None
     regions: tuple[str, ...] | None = None
+    conditions: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
