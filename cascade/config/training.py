@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -159,7 +160,7 @@ class TrainingConfig(Settings):
         return self
 
 
-def _check_conditions(stage: StageConfig, data: DataConfig) -> None:
+def _check_conditions(stage: StageConfig, data: DataConfig, sources: Sequence[SourceConfig]) -> None:
     """Raises ValueError for conditions that the data cannot have."""
     conditions = stage.conditions
     pictures = [name for name, config in conditions.items() if isinstance(config, PictureCondition)]
@@ -169,7 +170,7 @@ def _check_conditions(stage: StageConfig, data: DataConfig) -> None:
     if conditions and data.decoded is not None:
         raise ValueError("data.decoded stores pictures and captions alone; leave it out with stage.conditions")
     read = [name for name, config in conditions.items() if not (isinstance(config, NumberCondition) and config.measure)]
-    for source in data.sources:
+    for source in sources:
         folder = source.folder_condition if isinstance(source, FolderSource) else None
         if folder is not None and not isinstance(conditions.get(folder), ClassCondition):
             raise ValueError(f"folder_condition: {folder} is not a condition of kind class in stage.conditions")
@@ -199,7 +200,9 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         crop = self.data.crop
-        _check_conditions(self.stage, self.data)
+        validation = self.training.validation
+        sources = (*self.data.sources, *(validation.sources if validation else ()))
+        _check_conditions(self.stage, self.data, sources)
         if self.stage.low_resolution is None and own_lows(self.data.sources):
             raise ValueError("low_column is for super-resolution stages; this stage has no low_resolution")
         if crop is not None:

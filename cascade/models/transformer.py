@@ -167,7 +167,7 @@ class Transformer(ConditionedNetwork):
         turns = rotations(where, self.config.head_dim)
         h = self.widen(self.narrow(patches.flatten(2).mT))  # (B, N, C)
         h = h + self.place(places(where, rows, columns).to(h.dtype))
-        h = h if seen.features is None else h + seen.features.flatten(2).mT
+        h = h if seen.features is None else h + seen.features.flatten(2).mT.contiguous()
         for block, text in zip(self.blocks, seen.text, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, embedding, turns, text, seen.visible, use_reentrant=False)
