@@ -332,7 +332,9 @@ def settled(each: Iterable[Conditions], given: Mapping[str, object], folder: Pat
     Raises CascadeError for an unknown name, a wrong value, or one that is missing, and names what is known.
     """
     stages = list(each)
-    known = {name: config for conditions in reversed(stages) for name, config in conditions.items()}
+    known: dict[str, ConditionConfig] = {}
+    for conditions in stages:
+        known |= {name: config for name, config in conditions.items() if name not in known}
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)

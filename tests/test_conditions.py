@@ -174,10 +174,11 @@ def rows(*given: Mapping[str, Any]) -> dict[str, Given]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_condition_added_to_a_trained_stage_changes_no_bit_before_it_is_trained(kind: str, tmp_path: Path) -> None:
     stage = micro_stage(kind, tmp_path)
+    new = conditioned(stage, ALL)
     with torch.inference_mode():
         before = stage.network(*noise(), text(2))
         cond = replace(text(2), given=rows(GIVEN, {**GIVEN, "shape": "none"}))
-        assert torch.equal(conditioned(stage, ALL).network(*noise(), cond), before)
+        assert torch.equal(new.network(*noise(), cond), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +237,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     refused("stage.conditions={a: {kind: picture}}", folder, "data.jitter=0.1", match="set data.jitter: 0")
     refused("stage.conditions={a: {kind: vector, dim: 2}}", match="drawn scenes have no value of condition a")
     refused("stage.conditions={a: {kind: vectr}}", match="'vectr' is not one of class, number, vector, picture")
-    refused("stage.sampling.guidance_of={a: 2.0}", match="guidance_of: a; this stage reads text")
+    refused("stage.sampling.guidance_of={a: 2.0}", match="guidance_of: a is not read by this stage, but text")
     refused("data.sources=[{kind: folder, path: x, columns: {a: b}}]", match="columns: a is not a condition")
     refused("data.sources=[{kind: folder, path: x, folder_condition: a}]", match="a is not a condition of kind class")
     refused("stage.sampling={guidance_of: {text: 2.0}, guidance_rescale: 0.5}", match="guidance_of excludes")
