@@ -53,6 +53,13 @@ def one_text(name: str, value: Any) -> str:
     return texts[0]
 
 
+def one_of(name: str, value: Any, possible: Sequence[str]) -> str:
+    """A text that is one of `possible`."""
+    if value not in possible:
+        raise CascadeError(f"{name}: {quoted(value)}; expected one of {', '.join(possible)}")
+    return str(value)
+
+
 def texts_of(name: str, value: Any) -> list[str]:
     """A list of strings, from one string or several."""
     several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))

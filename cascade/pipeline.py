@@ -18,6 +18,7 @@ from cascade.arguments import (
     conditions_of,
     integer,
     negatives_of,
+    one_of,
     one_text,
     positive,
     prompts_of,
@@ -34,7 +35,7 @@ from cascade.drawing.batch_size import default_batch_size
 from cascade.drawing.changes import Changes
 from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.engine import Conduct, Engine
-from cascade.drawing.recipe import Recipe
+from cascade.drawing.recipe import LONG_PROMPTS, Recipe
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
@@ -156,8 +157,11 @@ class CascadePipeline:
         strength: PerStage[float] = None,
         extend: Mapping[str, int] | None = None,
         resampling: int = 1,
+        known: str = "noised",
         variation: tuple[int, float] | None = None,
+        variation_noise: str = "start",
         prompt_language: bool = False,
+        long_prompts: str = "cut",
         regions: GivenRegions | None = None,
         conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         guidance_of: Mapping[str, float] | None = None,
@@ -172,11 +176,12 @@ class CascadePipeline:
         the last stage to run. height, width: of that stage, in pixels. threshold: a quantile, "clip" or "none" (None:
         the stage's default). guidance_rescale, projection: see `SamplingConfig`. preset: "fast", "default" or "best".
         image: a picture to change; mask: white where it is redrawn, elsewhere every bit stays; strength, extend,
-        resampling, variation: see `cascade.drawing.changes`. prompt_language: prompts may have weights and phases, see
-        `cascade.text.language`. regions: parts with their own prompts, [(box or mask, prompt)], a box being (left, top,
-        right, bottom) as shares of width and height. conditions: {"age": 41, "layout": picture}, for models that read
-        more than text, for all prompts or one mapping for each; guidance_of: a weight of guidance for single ones, see
-        `SamplingConfig`.
+        resampling, known, variation, variation_noise: see `cascade.drawing.changes`. prompt_language: prompts may have
+        weights and phases, see `cascade.text.language`. long_prompts: beyond the encoder's limit a prompt is "cut", or
+        read in windows ("chunk"). regions: parts with their own prompts, [(box or mask, prompt)], a box being (left,
+        top, right, bottom) as shares of width and height. conditions: {"age": 41, "layout": picture}, for models that
+        read more than text, for all prompts or one mapping for each; guidance_of: a weight of guidance for single ones,
+        see `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
         arguments that do not fit.
@@ -190,7 +195,7 @@ class CascadePipeline:
         sampling |= {"guidance_of": guidance_of}
         settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
-        changes = Changes(image, mask, strength, extend, resampling, variation)
+        changes = Changes(image, mask, strength, extend, resampling, variation, known, variation_noise)
         asked = height is not None or width is not None
         edit, size, entries = changes.resolve(configs, stage_sizes(configs, height, width)[-1], asked)
         negative = negatives_of(negative_prompt, len(prompts))
@@ -198,6 +203,7 @@ class CascadePipeline:
         if prompt_embeds is not None and (prompt_language or parts.entries):
             raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
         entries |= {"language": prompt_language, "regions": parts.entries}
+        entries["long_prompts"] = one_of("long_prompts", long_prompts, LONG_PROMPTS)
         read = [config.conditions for config in configs]
         values = [settled(read, given) for given in conditions_of(conditions, len(prompts))]
         embeds = self._rows(prompt_embeds, len(prompts))
@@ -393,7 +399,7 @@ class CascadePipeline:
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """An engine that draws tasks with this pipeline's stages on their current device."""
-        return Engine(self.encode, self.device, conduct, shelf)
+        return Engine(self.encode, self.device, conduct, shelf, lambda text: self.text_encoder.windows(text))
 
     def _rows(self, embeds: TextEmbeddings | None, count: int) -> list[TextEmbeddings] | list[None]:
         """The given embeddings, one row per prompt, or None for each. Raises CascadeError for another width."""

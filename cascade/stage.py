@@ -13,7 +13,15 @@ from cascade.conditions import TEXT, blank
 from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
-from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
+from cascade.diffusion.editing import (
+    Known,
+    is_redrawn,
+    keep_known,
+    levels_from,
+    sample_repaint,
+    see_known,
+    start_from,
+)
 from cascade.diffusion.guidance import (
     Act,
     Projected,
@@ -118,14 +126,19 @@ class Stage:
             if len(log_snrs) == 1:
                 return known.x
             z = start_from(known, (known.x - base) / scale, z, log_snrs[:1, None, None, None].to(z.device))
-            picture = picture if known.mask is None else keep_known(picture, known.x, known.mask)
+            picture = picture if known.mask is None or known.clean else keep_known(picture, known.x, known.mask)
         denoise = denoisers.to_residual(picture, base, scale) if differs else picture
+        kept = None if known is None or not known.clean else known.mask
+        if known is not None and kept is not None:
+            denoise = see_known(denoise, (known.x - base) / scale, kept)
         report = on_step or _ignore
         if differs:
             report = _as_pictures(report, base, scale)
         if known is not None and known.rounds > 1:
-            return base + scale * sample_repaint(denoise, z, log_snrs, rng, report, known.rounds)
-        return base + scale * run_sampler(settings, denoise, z, log_snrs, rng, report)
+            x = base + scale * sample_repaint(denoise, z, log_snrs, rng, report, known.rounds)
+        else:
+            x = base + scale * run_sampler(settings, denoise, z, log_snrs, rng, report)
+        return x if known is None or kept is None else torch.where(is_redrawn(kept), x, known.x)
 
     def loss(
         self,

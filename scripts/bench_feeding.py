@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,12 @@ def as_diffusers(paths: Sequence[Path], size: int) -> Any:
     from datasets import Image as Pictures
 
     table = Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Pictures())
-    return table.with_transform(lambda rows: {"pixel_values": [transformed(image, size) for image in rows["image"]]})
+    return table.with_transform(partial(transformed_rows, size=size))
+
+
+def transformed_rows(rows: Any, size: int) -> dict[str, list[Tensor]]:
+    """Rows of a table; not a lambda, which a reading process that is spawned could not be given."""
+    return {"pixel_values": [transformed(image, size) for image in rows["image"]]}
 
 
 def stacked(rows: Sequence[Any]) -> Tensor:

@@ -12,6 +12,7 @@ from helpers_text import make_tiny_t5
 from torch import Tensor
 
 from cascade.conditioning import Conditioning
+from cascade.diffusion.editing import Known
 from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
 
@@ -19,10 +20,27 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what a peer's import deprecates is not ours
     diffusers = pytest.importorskip("diffusers")
     from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
-    from diffusers.pipelines.deepfloyd_if import pipeline_if, pipeline_if_superresolution
+    from diffusers.pipelines.deepfloyd_if import (
+        pipeline_if,
+        pipeline_if_img2img,
+        pipeline_if_img2img_superresolution,
+        pipeline_if_inpainting,
+        pipeline_if_inpainting_superresolution,
+        pipeline_if_superresolution,
+    )
     from diffusers.schedulers import scheduling_ddpm
 
 TEXT_DIM = 32
+MODULES = (
+    pipeline_if,
+    pipeline_if_img2img,
+    pipeline_if_img2img_superresolution,
+    pipeline_if_inpainting,
+    pipeline_if_inpainting_superresolution,
+    pipeline_if_superresolution,
+    scheduling_ddpm,
+)
+"""Where diffusers draws noise."""
 
 
 def make_unet(super_resolution: bool, **changes: Any) -> Any:
@@ -111,14 +129,14 @@ def draw_float32_noise(shape: Any, generator: Any = None, device: Any = None, dt
 def peer_picture(peer: Any, low: Tensor | None = None, **how: Any) -> Tensor:
     """What a pipeline of diffusers draws for PROMPT and against NEGATIVE, in ten steps unless `how` says otherwise.
 
-    low: (1, 3, h, w), for the second stage. Returns float32 (1, 3, H, W) in about [-1, 1]. The networks calculate in
-    float64, as in `own_picture`: guidance enlarges round-off so far that in float32 diffusers differs by 1e-4 from
-    itself with another number of threads.
+    low: (1, 3, h, w), for the second stage. how: also the arguments of a pipeline that edits. Returns float32
+    (1, 3, H, W) in about [-1, 1]. The networks calculate in float64, as in `own_picture`: guidance enlarges round-off
+    so far that in float32 diffusers differs by 1e-4 from itself with another number of threads.
     """
     steps = {} if "timesteps" in how else {"num_inference_steps": 10}
     second = {} if low is None else {"image": low, "noise_level": 250}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pipeline_if, pipeline_if_superresolution, scheduling_ddpm):
+        for module in MODULES:
             patch.setattr(module, "randn_tensor", draw_float32_noise)
         peer.to(torch.float64)
         try:
@@ -138,10 +156,12 @@ def peer_picture(peer: Any, low: Tensor | None = None, **how: Any) -> Tensor:
     return drawn.float()
 
 
-def own_picture(stage: Stage, text_encoder: Path, low: Tensor | None = None, **changes: Any) -> Tensor:
+def own_picture(
+    stage: Stage, text_encoder: Path, low: Tensor | None = None, known: Known | None = None, **changes: Any
+) -> Tensor:
     """What a stage of ours draws in its place: the noise comes from the generator in the same order.
 
-    Its network stays in float64.
+    Its network stays in float64. known: the picture to edit.
     """
     stage.network.double()
     encoder = TextEncoder.from_pretrained(text_encoder, max_length=77, padded=True, captions="lower")
@@ -153,4 +173,4 @@ def own_picture(stage: Stage, text_encoder: Path, low: Tensor | None = None, **c
     z = torch.randn(1, 3, size, size, generator=rng)
     if low is not None:
         cond = stage.see(cond, low, torch.tensor([settings.aug_level]), torch.randn(1, 3, size, size, generator=rng))
-    return stage.sample(cond, cond.with_text(null.text, null.text_mask), z, [rng], settings)
+    return stage.knowing(known).sample(cond, cond.with_text(null.text, null.text_mask), z, [rng], settings)

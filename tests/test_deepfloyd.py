@@ -25,6 +25,7 @@ from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.convert import convert
 from cascade.deepfloyd import read_stage, read_weights
+from cascade.diffusion.editing import Known
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
 from cascade.errors import CascadeError
 from cascade.load.index import read_index
@@ -223,6 +224,34 @@ def test_a_guided_picture_of_the_second_stage_equals_diffusers(peers: dict[bool,
     low = noise(1, 3, 8, 8).clamp(-1, 1)
     ours = own_picture(load_stage(folder), folder / "text_encoder", low)
     torch.testing.assert_close(ours, peer_picture(peer, low), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enlarges", [False, True], ids=["base", "super-resolution"])
+@pytest.mark.parametrize("masked", [False, True], ids=["image to image", "inpainting"])
+@torch.inference_mode()
+def test_a_changed_picture_equals_that_of_diffusers_pipelines_for_changing_pictures(
+    peers: dict[bool, tuple[Path, Any]], enlarges: bool, masked: bool
+) -> None:
+    """From the same noise: the second stage draws that of its start before that of the smaller picture."""
+    from diffusers.pipelines import deepfloyd_if
+
+    folder, peer = peers[enlarges]
+    kind = f"IF{'Inpainting' if masked else 'Img2Img'}{'SuperResolution' if enlarges else ''}Pipeline"
+    changing = getattr(deepfloyd_if, kind)(**peer.components, requires_safety_checker=False)
+    changing.set_progress_bar_config(disable=True)
+    size = 32 if enlarges else 8
+    x, low = noise(1, 3, size, size, seed=3).clamp(-1, 1), noise(1, 3, 8, 8).clamp(-1, 1) if enlarges else None
+    mask = torch.zeros(1, 1, size, size)
+    mask[..., size // 4 : size * 3 // 4, size // 2 :] = 1
+    given: dict[str, Any] = {"original_image" if enlarges else "image": x, "strength": 0.7}
+    theirs = peer_picture(changing, low, **given, **({"mask_image": mask.clone()} if masked else {}))
+    known = Known(x, mask if masked else None, strength=0.7, clean=True)
+    ours = own_picture(load_stage(folder), folder / "text_encoder", low, known)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    redrawn = (mask if masked else torch.ones_like(mask)).expand_as(x) > 0
+    assert torch.equal(ours[~redrawn], x[~redrawn])
+    assert (ours - x)[redrawn].abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("name", SECTIONS)

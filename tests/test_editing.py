@@ -84,10 +84,19 @@ HOLE = Box(10, 12, 9, 7)
 def test_outside_the_mask_every_bit_stays_and_inside_it_changes(pipeline: CascadePipeline) -> None:
     given = picture()
     white = mask(32, 32, HOLE)
-    for more in ({}, {"resampling": 3}, {"strength": 0.7}, {"sampler": "ddpm"}):
+    for more in ({}, {"resampling": 3}, {"strength": 0.7}, {"sampler": "ddpm"}, {"known": "clean"}):
         changed = drawn(pipeline, image=given, mask=white, **more)
         assert np.array_equal(changed[white == 0], given[white == 0])
         assert distance(changed[white > 0], given[white > 0]) > 10
+
+
+def test_a_network_that_sees_kept_pixels_clean_draws_another_picture_from_the_same_noise(
+    pipeline: CascadePipeline,
+) -> None:
+    given, white = picture(), mask(32, 32, HOLE)
+    ways = [drawn(pipeline, image=given, mask=white, known=known) for known in ("noised", "clean")]
+    assert np.array_equal(drawn(pipeline, image=given, mask=white), ways[0])
+    assert 0 < distance(*ways) < distance(ways[1], picture())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 90), (33, 70), (500, 40)])
@@ -167,6 +176,11 @@ def test_a_variation_leads_from_one_seed_to_the_other(pipeline: CascadePipeline)
         ({"image": picture(), "mask": np.zeros((32, 32), np.uint8)}, "mask: is black everywhere"),
         ({"image": picture(), "mask": np.ones((16, 32), bool)}, "mask: 32x16; expected 32x32"),
         ({"image": picture(), "mask": np.ones((32, 32), np.float32)}, r"mask: an array float32 of shape \(32, 32\)"),
+        ({"image": picture(), "known": "clean"}, "known: is for the pixels outside a mask; give a mask, or extend"),
+        (
+            {"image": picture(), "mask": np.ones((32, 32), bool), "known": "clear"},
+            "known: 'clear'; expected one of noi",
+        ),
         ({"image": picture(), "resampling": 0}, "resampling: 0; expected at least 1"),
         ({"image": "none.png"}, "none.png: no such file"),
         ({"variation": (3, 1.5)}, r"variation: \(3, 1.5\); expected a seed, and a share"),
@@ -208,10 +222,11 @@ def pixels_of(path: Path) -> np.ndarray[Any, Any]:
 
 
 def test_the_command_changes_a_picture_and_says_from_what(model: Path, files: Path) -> None:
-    call = ["a fox", "--seed", 3, "--image", files / "picture.png", "--mask", files / "mask.png"]
+    call = ["a fox", "--seed", 3, "--image", files / "picture.png", "--mask", files / "mask.png", "--known", "clean"]
     status, line = generate(model, files, *call)
     assert status == 0
     assert len(line["image"]) == len(line["mask"]) == 64
+    assert line["known"] == "clean"
     given, white = pixels_of(files / "picture.png"), pixels_of(files / "mask.png")
     changed = pixels_of(files / "out" / line["file"])
     assert np.array_equal(changed[white == 0], given[white == 0])

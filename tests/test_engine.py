@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers_model import make_tiny_cascade
 from torch import Tensor
 
-from cascade import CascadePipeline
+from cascade import CascadeError, CascadePipeline
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn, Step, Task, enlarging
 from cascade.sampling import resolve_sampling
+from cascade.text.embeddings import TextEmbeddings
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,37 @@ def test_a_picture_of_any_size_is_enlarged_and_cut_to_its_multiple(pipeline: Cas
     low = torch.full((3, 7, 5), 200, dtype=torch.uint8)
     (drawn,) = pipeline.engine().draw_all([enlarging(slot, low, "", slot.config.sampling)])
     assert pixels(drawn).shape == (3, 7 * slot.config.scale, 5 * slot.config.scale)
+
+
+def long_prompt(pipeline: CascadePipeline) -> str:
+    """Three windows."""
+    prompt = "a red fox of the apple " * 20
+    assert len(pipeline.text_encoder.windows(prompt)) == 3
+    return prompt
+
+
+def test_a_long_prompt_is_read_in_windows_whose_embeddings_are_joined(pipeline: CascadePipeline) -> None:
+    prompt = long_prompt(pipeline)
+    rows = [row for text in pipeline.text_encoder.windows(prompt) for row in pipeline.encode([text]).rows()]
+    joined = TextEmbeddings.from_rows([torch.cat(rows)]).padded(3 * pipeline.text_encoder.max_length)
+    how: dict[str, Any] = {"seed": 1, "until": 8, "output_type": "pt"}
+    read = pipeline(prompt, long_prompts="chunk", **how).images
+    assert torch.equal(read, pipeline(prompt_embeds=joined, **how).images)
+    with pytest.warns(UserWarning, match="cut after"):
+        assert not torch.equal(read, pipeline(prompt, **how).images)
+    short = [pipeline("a fox", long_prompts=way, **how).images for way in ("cut", "chunk")]
+    assert torch.equal(*short)
+
+
+def test_a_picture_does_not_depend_on_the_lengths_of_other_prompts(pipeline: CascadePipeline) -> None:
+    """Which share no batch, since sums over more tokens may differ in their last bits."""
+    prompts = ["a fox", long_prompt(pipeline), "a (red:1.5) box"]
+    how: dict[str, Any] = {"long_prompts": "chunk", "prompt_language": True, "until": 8, "output_type": "pt"}
+    together = pipeline(prompts, seed=[1, 2, 3], batch_size=2, **how).images
+    for seed, prompt in enumerate(prompts, start=1):
+        assert torch.equal(pipeline(prompt, seed=seed, batch_size=2, **how).images[0], together[seed - 1])
+
+
+def test_an_unknown_way_with_long_prompts_is_refused(pipeline: CascadePipeline) -> None:
+    with pytest.raises(CascadeError, match="long_prompts: 'split'; expected one of cut, chunk"):
+        pipeline("a fox", long_prompts="split")

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_origin
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -35,7 +35,11 @@ _TEXTS = {
     "model",
     "license",
     "cascade",
-    *(name for name, field in Recipe.model_fields.items() if field.annotation is str),
+    *(
+        name
+        for name, field in Recipe.model_fields.items()
+        if field.annotation is str or get_origin(field.annotation) is Literal
+    ),
 }
 """Entries that are plain text in PNG chunks; all others are JSON."""
 _JPEG_QUALITY, _WEBP_QUALITY = 95, 95

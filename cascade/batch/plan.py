@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -43,9 +43,11 @@ class DrawOptions:
     run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
     batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
-    language, regions: see `Recipe`; a line may have its own regions. conditions: values by name, to which a line adds.
+    language, long_prompts, regions: see `Recipe`; a line may have its own regions. conditions: values by name, to which
+    a line adds.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
+    adapted: the stages with their low-rank adapters' scales times a factor, for lines with one.
     """
 
     run_seed: int
@@ -61,10 +63,12 @@ class DrawOptions:
     save_stages: bool = False
     changes: Changes = field(default_factory=Changes)
     language: bool = False
+    long_prompts: str = "cut"
     regions: Regions = field(default_factory=Regions)
     conditions: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     low_memory: bool = False
+    adapted: Callable[[float], Sequence[StageSlot]] | None = None
 
     def conduct(self, **more: Any) -> Conduct:
         """The engine's settings. more: further fields of `Conduct`."""
@@ -160,12 +164,13 @@ class Planner:
         self._read = [slot.config.conditions for slot in self.slots]
         self._given = given_values(self._read, options.conditions)
         self._last: tuple[dict[str, Any], Change] = ({}, self._called)
+        self._adapted: dict[float, Sequence[StageSlot]] = {}
 
     def job(self, record: PromptRecord) -> Job:
         """The job of a prompt. Raises CascadeError for settings of its own that this cascade cannot satisfy."""
-        options, own = self._options, {"steps": record.steps, "guidance": record.guidance}
+        options, own = self._options, {"steps": record.steps, "guidance": record.guidance, **record.sampling}
         overrides = {**options.sampling, **{name: value for name, value in own.items() if value is not None}}
-        settings = resolve_sampling(self._configs, options.preset, overrides)
+        settings = resolve_sampling(self._configs, record.preset or options.preset, overrides)
         negative = options.negative_prompt if record.negative_prompt is None else record.negative_prompt
         count = record.num_images or options.num_images
         edit, size, entries = self._changes(record)
@@ -174,15 +179,26 @@ class Planner:
             sizes = stage_sizes([slot.config for slot in self.slots], *size)
         parts = options.regions if record.regions is None else regions_of(record.regions)
         entries = {**entries, "language": options.language, "regions": parts.entries}
+        entries["long_prompts"] = options.long_prompts
+        slots = self._slots(record.adapter_factor)
         values = settled(self._read, {**self._given, **(record.conditions or {})})
-        job = Job(record, negative or "", count, self.slots, sizes, settings, edit, entries, parts.masks, values)
+        job = Job(record, negative or "", count, slots, sizes, settings, edit, entries, parts.masks, values)
         script_of(Target(job, 0).recipe)  # a mistake in the prompt fails this line alone
         return job
+
+    def _slots(self, factor: float | None) -> Sequence[StageSlot]:
+        """The stages, with their adapters' scales times a factor; one object per factor, so that batches are shared."""
+        if factor is None or self._options.adapted is None:
+            return self.slots
+        if factor not in self._adapted:
+            self._adapted[factor] = self._options.adapted(factor)[: len(self.slots)]
+        return self._adapted[factor]
 
     def _changes(self, record: PromptRecord) -> Change:
         """The line's changes if it has any, else the call's; a picture that several lines name is read once."""
         every = {name: getattr(record, name) for name in ("image", "mask", "strength")}
         own = {name: value for name, value in every.items() if value is not None}
+        own |= {"variation": record.variation, "variation_noise": "all"} if record.variation else {}
         if own != self._last[0]:
             self._last = (own, self._resolved(replace(self._options.changes, **own))) if own else ({}, self._called)
         return self._last[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from cascade.arguments import PerStage
+from cascade.arguments import PerStage, one_of
 from cascade.batch.identity import model_identity, versions
 from cascade.batch.layout import WEBDATASET, Layout
+from cascade.batch.matrix import Matrix, write_sheet
 from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.progress import Progress
@@ -22,16 +23,18 @@ from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
 from cascade.device import choose_device
 from cascade.drawing.batch_size import BatchSize
 from cascade.drawing.changes import Changes
+from cascade.drawing.recipe import LONG_PROMPTS
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.errors import CascadeError
 from cascade.load.adapters import adapters_for, read_adapter
 from cascade.load.index import read_index
+from cascade.load.pipeline import with_adapters_scaled
 from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
 from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
 from cascade.prompts.record import Failure, PromptRecord
-from cascade.prompts.sets import prompts_of_set, way_between
+from cascade.prompts.sets import between_seeds, prompts_of_set, way_between
 from cascade.prompts.sources import count_prompts
 from cascade.quoting import quoted
 from cascade.values import SETTINGS
@@ -99,8 +102,10 @@ class BatchRequest:
     strength: PerStage[float] = None
     extend: Mapping[str, int] | None = None
     resampling: int = 1
+    known: str = "noised"
     variation: tuple[int, float] | None = None
     prompt_language: bool = False
+    long_prompts: str = "cut"
     regions: GivenRegions | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
     guidance_of: Mapping[str, float] | None = None
@@ -108,6 +113,8 @@ class BatchRequest:
     wildcards: str = "."
     travel: tuple[str, str] | None = None
     frames: int = 24
+    travel_seed: int | None = None
+    matrix: Sequence[str] = ()
     grid: bool = False
     device: str | None = None
     dtype: str | None = None
@@ -128,10 +135,12 @@ class BatchRequest:
             pipeline_in = cache(self._pipeline)
             settled = output.begin(self._settings(), lambda settled: self._check_drawable(settled, pipeline_in))
             run_seed = settled["seed"]
-            records = self._records(run_seed)
+            lines = None if self.matrix else self._lines(run_seed)
             pipeline = pipeline_in(settled["dtype"])
+            options = self._options(run_seed, pipeline)
+            records = self._cells(run_seed, Planner(pipeline, options)) if lines is None else lines
             progress.begin(self._total(output))
-            summary = run_batch(pipeline, records, self._options(run_seed), output, progress, stop=stop)
+            summary = run_batch(pipeline, records, options, output, progress, stop=stop)
             progress.end()
             return self._finish(output, summary, run_seed)
 
@@ -139,18 +148,41 @@ class BatchRequest:
         """The picture to change, and how."""
         if self.extend is not None and not isinstance(self.extend, Mapping):
             raise CascadeError("extend: expected sides and pixels, such as left=64,top=32")
-        return Changes(self.image, self.mask, self.strength, self.extend, self.resampling, self.variation)
+        changes = self.strength, self.extend, self.resampling, self.variation, self.known
+        return Changes(self.image, self.mask, *changes)
 
-    def _records(self, run_seed: int) -> Iterator[PromptRecord | Failure]:
-        if not self.file:
-            return given_prompts(self._texts(), run_seed)
-        names = {name for folder in read_index(self.model).stages for name in read_config(folder).conditions}
-        return read_prompts(self.file, run_seed, names)
+    def _cells(self, run_seed: int, planner: Planner) -> Iterable[PromptRecord | Failure]:
+        """The cells of the matrix. Raises CascadeError for a value that cannot be drawn."""
+        matrix, prompt = Matrix.read(self.matrix), self._prompt_of_matrix()
+        for record in matrix.first_of_each(prompt, run_seed):
+            try:
+                planner.job(record)
+            except CascadeError as error:
+                raise CascadeError(f"{record.origin}: {error}") from None
+        return matrix.records(prompt, run_seed)
+
+    def _lines(self, run_seed: int) -> Iterable[PromptRecord | Failure]:
+        """The lines to draw."""
+        if self.file:
+            names = {name for folder in read_index(self.model).stages for name in read_config(folder).conditions}
+            return read_prompts(self.file, run_seed, names)
+        lines = given_prompts(self._texts(), run_seed)
+        return lines if self.travel_seed is None else between_seeds(list(lines), self.travel_seed)
+
+    def _prompt_of_matrix(self) -> str:
+        return self.prompts[0] if self.prompts else ""
+
+    @property
+    def _travels(self) -> bool:
+        """Whether the pictures are frames from one picture to another."""
+        return self.travel is not None or self.travel_seed is not None
 
     def _texts(self) -> Sequence[str]:
         """The prompts of the call, with sets written out."""
         if self.travel is not None:
             return way_between(*self.travel, self.frames)
+        if self.travel_seed is not None:
+            return list(self.prompts) * self.frames
         if self.conditions and not self.prompts:
             return [""]
         if not self.prompt_sets:
@@ -159,14 +191,33 @@ class BatchRequest:
 
     def _check(self) -> None:
         sources = sum((bool(self.prompts), bool(self.file), self.travel is not None))
-        if sources != 1 and not (sources == 0 and self.conditions):
+        if self.matrix:
+            self._check_matrix(Matrix.read(self.matrix))
+        elif sources != 1 and not (sources == 0 and self.conditions):
             raise CascadeError("give either prompts or --prompts FILE (or --travel A B)")
+        if self.travel_seed is not None and (self.matrix or self.prompt_sets or len(self.prompts) > 1 or self.file):
+            raise CascadeError("--travel-seed: leads from one picture to another; give one prompt, or --travel A B")
         if self.prompt_sets and not self.prompts:
             raise CascadeError("--prompt-sets: is for prompts of the command line; write the prompts of a file out")
-        if self.travel is not None and (self.format == WEBDATASET or self.shard[1] > 1):
-            raise CascadeError("--travel: its frames are one sequence; leave out --shard and tar shards")
+        if self._travels and (self.format == WEBDATASET or self.shard[1] > 1):
+            raise CascadeError("--travel: the frames are one sequence; leave out --shard and tar shards")
         if self.html and self.format == WEBDATASET:
             raise CascadeError("--html: a page cannot show pictures inside tar shards; choose another --format")
+
+    def _check_matrix(self, matrix: Matrix) -> None:
+        other = {"--prompts": self.file, "--travel": self.travel, "--prompt-sets": self.prompt_sets or None}
+        for name, value in other.items():
+            if value is not None:
+                raise CascadeError(f"--matrix: cannot be combined with {name}; an axis can hold prompts, prompt=A|B")
+        if len(self.prompts) != (0 if matrix.has_prompts else 1):
+            expected = "no other prompt than those of its axis" if matrix.has_prompts else "one prompt"
+            raise CascadeError(f"--matrix: {len(self.prompts)} prompts; expected {expected}")
+        if self.num_images_per_prompt > 1:
+            raise CascadeError("--matrix: has one picture per cell; leave out -n, or give an axis of seeds, seed=1..4")
+        if self.format == WEBDATASET or self.shard[1] > 1:
+            raise CascadeError("--matrix: is one sheet; leave out --shard and tar shards")
+        if matrix.has_adapters and not self.lora:
+            raise CascadeError("--matrix lora: there is no adapter to scale; name it with --lora")
 
     def _check_drawable(self, settled: Mapping[str, Any], pipeline_in: Callable[[str], CascadePipeline]) -> None:
         """Raises CascadeError for what would end the run before its first picture, when an older one goes for it."""
@@ -178,7 +229,8 @@ class BatchRequest:
         """Additional files to write, as (stem, ending)."""
         asked = {
             ("grid", ".png"): self.grid,
-            ("travel", ".webp"): self.travel is not None,
+            ("travel", ".webp"): self._travels,
+            ("matrix", ".png"): bool(self.matrix),
             ("manifest", ".parquet"): self.manifest == "parquet",
         }
         return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
@@ -198,6 +250,7 @@ class BatchRequest:
         device = choose_device(self.device)
         own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
         newer = {name: value for name in _GUIDANCE if (value := getattr(self, name)) is not None}
+        newer |= {"matrix": list(self.matrix)} if self.matrix else {}
         stored = ("batch_size", "format", "save_stages")
         return {
             "versions": versions(),
@@ -238,7 +291,8 @@ class BatchRequest:
         digests = {name: {one.digest: one.scale for one in several} for name, several in found.items()}
         return {"adapters": digests} if digests else {}
 
-    def _options(self, run_seed: int) -> DrawOptions:
+    def _options(self, run_seed: int, pipeline: CascadePipeline | None = None) -> DrawOptions:
+        adapters = self.adapters() if self.matrix and pipeline is not None else {}
         return DrawOptions(
             run_seed=run_seed,
             num_images=self.num_images_per_prompt,
@@ -253,14 +307,18 @@ class BatchRequest:
             save_stages=self.save_stages,
             changes=self.changes(),
             language=self.prompt_language or self.travel is not None,
+            long_prompts=one_of("long_prompts", self.long_prompts, LONG_PROMPTS),
             regions=regions_of(self.regions),
             conditions=self.conditions,
             strict=self.strict,
             low_memory=self.low_memory,
+            adapted=with_adapters_scaled(pipeline, self.model, adapters) if adapters and pipeline is not None else None,
         )
 
     def _total(self, output: Output) -> int | None:
         """Approximate number of pictures of this process."""
+        if self.matrix:
+            return len(Matrix.read(self.matrix))
         prompts = count_prompts(self.file) if self.file else len(self._texts())
         if prompts is None:
             return None
@@ -286,8 +344,11 @@ class BatchRequest:
         if self.grid:
             columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
             output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
-        if self.travel is not None:
+        if self._travels:
             output.write_with("travel", ".webp", lambda path: write_animation(entries(), output.read, path))
+        if self.matrix:
+            matrix, title = Matrix.read(self.matrix), self._prompt_of_matrix()
+            output.write_with("matrix", ".png", lambda path: write_sheet(matrix, entries(), output.read, path, title))
         if self.manifest == "parquet":
             output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
         if self.html:

@@ -131,10 +131,24 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @for_stages("--extend", whole_number, "Draw beyond the picture, in pixels, such as left=64,top=32.", "SIDE=PIXELS,...")
 @click.option("--resampling", type=_POSITIVE, default=1, show_default=True, help="With a mask: rounds of each step.")
 @click.option(
+    "--known",
+    type=click.Choice(("noised", "clean")),
+    default="noised",
+    show_default=True,
+    help="With a mask: how the network sees what stays; clean: as DeepFloyd IF's own inpainting.",
+)
+@click.option(
     "--variation", nargs=2, type=(int, float), metavar="SEED SHARE", help="Mix in this share of another seed's noise."
 )
 @click.option(
     "--prompt-language", is_flag=True, help="Read (word:1.3), [from:to:0.4] and a AND b, see docs/editing.md."
+)
+@click.option(
+    "--long-prompts",
+    type=click.Choice(("cut", "chunk")),
+    default="cut",
+    show_default=True,
+    help="A prompt beyond the encoder's limit: cut, or read in windows.",
 )
 @click.option(
     "--region", "regions", multiple=True, metavar="PLACE: PROMPT", help="A part's own prompt: 0,0,0.5,1: a red ring."
@@ -156,7 +170,13 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option("--prompt-sets", is_flag=True, help="Write out {red|green} car and __file__, one line of file.txt each.")
 @path_option("--wildcards", default=".", metavar="FOLDER", help="Folder of the files of --prompt-sets.")
 @click.option("--travel", nargs=2, metavar="PROMPT PROMPT", help="Frames from one prompt to another; travel.webp.")
-@click.option("--frames", type=click.IntRange(min=2), default=24, show_default=True, help="Frames of --travel.")
+@click.option("--travel-seed", type=click.IntRange(0, MAX_SEED), help="Frames from the noise of --seed to this seed's.")
+@click.option(
+    "--frames", type=click.IntRange(min=2), default=24, show_default=True, help="Frames of --travel and --travel-seed."
+)
+@click.option(
+    "--matrix", multiple=True, metavar="SETTING=A,B,...", help="A sheet over one setting, or two; see docs/editing.md."
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 @click.option(
     "--dtype",

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,8 @@ class DecodedRecords:
         """(name for messages, captions, problem or None)."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         line = self._lines[start : int(self._ends[index])].tobytes()
+        with suppress(ValueError):  # a name that is not UTF-8 is written as lone surrogates, which this parser refuses
+            return _LINE.validate_json(line)
         try:
             return _LINE.validate_python(parse_json(line), strict=False)
         except ValueError:

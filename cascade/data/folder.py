@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class FolderRecords:
         everything = sorted((self._values.keys() if wanted.columns else pictures) | self._listed.keys())
         self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
-        self._sidecars = {path for path in (*found.files, *found.others) if path.suffix in SIDECARS}
+        self._sidecars = _by_stem(path for path in (*found.files, *found.others) if path.suffix in SIDECARS)
         if not everything:
             raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
         if not self._paths:
@@ -91,10 +91,22 @@ class FolderRecords:
     def _captions_of(self, path: Path) -> tuple[str, ...]:
         if path in self._listed:
             return self._listed[path]
-        beside = (path.with_suffix(ending) for ending in SIDECARS)
-        texts = (_sidecar(file) for file in beside if file in self._sidecars)
+        texts = map(_sidecar, self._sidecars.get(_stem(path), ()))
         variants = tuple(dict.fromkeys(variant for text in texts for variant in caption_variants(text.split("\n"))))
         return variants or (() if self._names == "none" else caption_variants(caption_of_name(path, self._names)))
+
+
+def _by_stem(sidecars: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
+    """Caption files by their paths without endings, in the order of `SIDECARS`."""
+    found: dict[str, tuple[Path, ...]] = {}
+    for path in sorted(sidecars, key=lambda path: SIDECARS.index(path.suffix)):
+        found[_stem(path)] = (*found.get(_stem(path), ()), path)
+    return found
+
+
+def _stem(path: Path) -> str:
+    """The path without its ending, as text: hashing a `Path` takes longer than reading a small file."""
+    return os.path.splitext(path)[0]  # noqa: PTH122 - ten times as fast
 
 
 def is_held_out(picture: Path, folder: Path) -> bool:

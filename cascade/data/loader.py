@@ -240,6 +240,10 @@ class BadRecords:
                 f" data.max_bad_share {self._max_share:g}: {first}; repair them or raise the limit"
             )
 
+    def add_good(self, views: int) -> None:
+        """Count views before which no bad record was tried."""
+        self._seen += views
+
     def _too_many(self) -> bool:
         # A margin of two standard deviations: 2 of the first 20 are often bad when 1 in 100 is.
         expected = self._seen * self._max_share
@@ -296,8 +300,11 @@ def _checked(shares: Generator[_Share, None, None], bad_records: BadRecords) -> 
                 if what not in said:
                     said.add(what)
                     logger.warning("some records have no %s; they are trained as if it were dropped", what)
-            for bad in share.bad:
-                bad_records.add(bad)
+            if any(share.bad):
+                for bad in share.bad:
+                    bad_records.add(bad)
+            else:
+                bad_records.add_good(len(share.bad))
             yield share.batch
 
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cascade.data import scenes
@@ -39,7 +40,7 @@ class ShuffledSource:
         self._records = records
         self._key = key
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = np.empty(0, np.int64)  # of NumPy, whose single elements are read ten times as fast as torch's
 
     @property
     def count(self) -> int:
@@ -52,7 +53,7 @@ class ShuffledSource:
             return self._records[_any_index(count, (*self._key, use, attempt))]
         epoch, position = divmod(use, count)
         if epoch != self._epoch:
-            self._order = torch.randperm(count, generator=generator(*self._key, "epoch", epoch))
+            self._order = torch.randperm(count, generator=generator(*self._key, "epoch", epoch)).numpy()
             self._epoch = epoch
         return self._records[int(self._order[position])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing import queues
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cascade.errors import CascadeError
@@ -24,6 +27,7 @@ logger = logging.getLogger("cascade.data")
 
 T = TypeVar("T")
 
+_ALIGNED = 64  # bytes; views of other types need a multiple of their size
 _AHEAD = 3  # items of a process in shared memory at most: two waiting, one in progress
 
 
@@ -74,8 +78,77 @@ class _Piped:
     content: bytes
 
 
-class _Handed(Dataset["T | _Piped"], Generic[T]):
-    """Items in the form in which they are passed on: unchanged, or as bytes if shared memory is small.
+@dataclass(frozen=True)
+class _Packed:
+    """An item whose tensors lie in one block of shared memory, as each tensor sent takes a connection of its own.
+
+    content: the item, pickled, with numbers in place of tensors. block: uint8. places: of each tensor, its first byte,
+    dtype and shape.
+    """
+
+    content: bytes
+    block: Tensor
+    places: list[tuple[int, torch.dtype, torch.Size]]
+
+    @classmethod
+    def of(cls, item: object) -> _Packed | None:
+        """The item, packed; None if it has no two tensors or cannot be pickled."""
+        file = io.BytesIO()
+        pickler = _WithoutTensors(file, pickle.HIGHEST_PROTOCOL)
+        try:
+            pickler.dump(item)
+        except Exception:  # the process that sends it will meet the same error, and end
+            return None
+        if len(pickler.tensors) < 2:
+            return None
+        places, end = [], 0
+        for tensor in pickler.tensors:
+            places.append((end, tensor.dtype, tensor.shape))
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(end))
+        packed = cls(file.getvalue(), block, places)
+        for place, tensor in zip(places, pickler.tensors, strict=True):
+            packed._at(place).copy_(tensor)
+        return packed
+
+    def item(self) -> Any:
+        """The item; its tensors share the block's memory."""
+        return _WithTensors(io.BytesIO(self.content), [self._at(place) for place in self.places]).load()
+
+    def _at(self, place: tuple[int, torch.dtype, torch.Size]) -> Tensor:
+        start, dtype, shape = place
+        return self.block[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+class _WithoutTensors(pickle.Pickler):
+    """A pickler that sets tensors in memory aside, in the order in which it meets them."""
+
+    tensors: list[Tensor]
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors = []
+
+    def persistent_id(self, value: object) -> int | None:
+        if type(value) is not Tensor or value.device.type != "cpu" or value.is_sparse or value.requires_grad:
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _WithTensors(pickle.Unpickler):
+    """Reads what `_WithoutTensors` wrote, with the tensors in their places."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: Any) -> Tensor:
+        return self.tensors[number]
+
+
+class _Handed(Dataset["T | _Piped | _Packed"], Generic[T]):
+    """Items in the form in which they are passed on: unchanged, packed, or as bytes if shared memory is small.
 
     Tensors are passed in shared memory; a process that finds no room there dies or waits for ever.
     """
@@ -84,16 +157,21 @@ class _Handed(Dataset["T | _Piped"], Generic[T]):
         self._items, self._workers = items, workers
         self._size: int | None = None  # of one item; all have about the same size
 
-    def __getitem__(self, place: Any) -> T | _Piped:
+    def __getitem__(self, place: Any) -> T | _Piped | _Packed:
         item = self._items[place]
         if self._size is None:
             self._size = len(pickle.dumps(item))
-        return item if self._size * _AHEAD * self._workers < _free_bytes() else _Piped(pickle.dumps(item))
+        if self._size * _AHEAD * self._workers >= _free_bytes():
+            return _Piped(pickle.dumps(item))
+        return _Packed.of(item) or item
 
 
-def _taken(loaded: Iterator[T | _Piped]) -> Iterator[T]:
+def _taken(loaded: Iterator[T | _Piped | _Packed]) -> Iterator[T]:
     told = False
     for item in loaded:
+        if isinstance(item, _Packed):
+            yield item.item()
+            continue
         if not isinstance(item, _Piped):
             yield item
             continue

@@ -12,6 +12,7 @@ from cascade.diffusion.denoisers import with_changed
 from cascade.diffusion.noise import (
     CLEAN,
     Denoiser,
+    Estimate,
     alpha,
     diffuse,
     noise_like,
@@ -30,13 +31,15 @@ class Known:
 
     x: (B, C, H, W) in [-1, 1]. mask: (B, 1, H, W) in [0, 1], 1 where the picture is redrawn, 0 where x is kept; None:
     all of it is redrawn. strength: in [0, 1], the time t whose noise is added to x at the start; 1: pure noise, so that
-    x is ignored where the picture is redrawn. rounds: see `sample_repaint`; 1: the stage's own sampler.
+    x is ignored where the picture is redrawn. rounds: see `sample_repaint`; 1: the stage's own sampler. clean: the
+    network sees the known pixels without noise, see `see_known`; default: at the noise level of each step.
     """
 
     x: Tensor
     mask: Tensor | None = None
     strength: float = 1.0
     rounds: int = 1
+    clean: bool = False
 
     def to(self, device: torch.device) -> Known:
         """The same pixels on another device."""
@@ -51,6 +54,26 @@ def keep_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
     started with, DDPM's draws them from q(z_s | z_t, x).
     """
     return with_changed(denoise, lambda x_hat: torch.lerp(x, x_hat, mask))
+
+
+def see_known(denoise: Denoiser, x: Tensor, mask: Tensor) -> Denoiser:
+    """The denoiser that sees the known picture x, without noise, where the mask is below 1/2.
+
+    Whatever a sampler makes of these pixels is thus replaced before the next call. x: as the process diffuses it.
+    Source: `IFInpaintingPipeline` of diffusers, which draws with DeepFloyd IF in this way. It suits a network that has
+    learned to continue clean pixels; others take them for a picture that is nearly finished.
+    """
+    redrawn = is_redrawn(mask)
+
+    def seeing(z: Tensor, log_snr: Tensor) -> Estimate:
+        return denoise(torch.where(redrawn, z, x.to(z.dtype)), log_snr)
+
+    return seeing
+
+
+def is_redrawn(mask: Tensor) -> Tensor:
+    """The pixels that `see_known` leaves to the sampler: bool, of the mask's shape."""
+    return mask >= 0.5
 
 
 def levels_from(schedule: NoiseSchedule, log_snrs: Tensor, strength: float) -> Tensor:

@@ -6,7 +6,9 @@ here is float32 of shape (B, 1, 1, 1). `one_minus_alpha` exists because in float
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,12 +113,40 @@ def predicted_eps(x_hat: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
     return (z - alpha(log_snr).sqrt() * x_hat) / one_minus_alpha(log_snr).sqrt()
 
 
-def noise_like(z: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
+@dataclass(frozen=True)
+class NoiseBetween:
+    """A source of noise between two others, on the arc of the sphere between them, so that its variance stays 1.
+
+    share: in [0, 1], how far to go. Source: slerp (Shoemake 1985), for vectors that are nearly orthogonal.
+    """
+
+    first: torch.Generator
+    last: torch.Generator
+    share: float
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next noise: float32, on the CPU."""
+        angle = self.share * math.pi / 2
+        return math.cos(angle) * normal(shape, self.first) + math.sin(angle) * normal(shape, self.last)
+
+
+NoiseSource = torch.Generator | NoiseBetween
+"""The source of all noise of one picture."""
+
+
+def normal(shape: Sequence[int], source: NoiseSource) -> Tensor:
+    """Standard normal noise from a source: float32, on the CPU."""
+    if isinstance(source, NoiseBetween):
+        return source.draw(shape)
+    return torch.randn(tuple(shape), generator=source, dtype=torch.float32)
+
+
+def noise_like(z: Tensor, rng: Sequence[NoiseSource]) -> Tensor:
     """Standard normal noise shaped like z (B, C, H, W): picture b draws only from rng[b], in float32 on the CPU.
 
     A picture's noise is therefore equal in bits in any batch and on any device.
     """
     if len(rng) != z.shape[0]:
         raise ValueError(f"{len(rng)} generators for {z.shape[0]} pictures; pass one per picture")
-    noise = [torch.randn(z.shape[1:], generator=g, dtype=torch.float32) for g in rng]
+    noise = [normal(z.shape[1:], source) for source in rng]
     return on_device(torch.stack(noise), z.device).to(z.dtype)

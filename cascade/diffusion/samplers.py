@@ -24,6 +24,7 @@ from cascade.diffusion.noise import (
     CLEAN,
     Denoiser,
     Estimate,
+    NoiseSource,
     alpha,
     noise_like,
     note_number,
@@ -36,7 +37,7 @@ from cascade.diffusion.noise import (
 )
 from cascade.transfer import on_device
 
-Generators = Sequence[torch.Generator]
+Generators = Sequence[NoiseSource]
 OnStep = Callable[[int, Tensor], None]
 Sampler = Callable[..., Tensor]
 """(denoise, z, log_snrs, rng, on_step, *, its own settings) -> the result."""

@@ -13,7 +13,7 @@ from cascade.conditioning import Conditioning, Given
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
 from cascade.diffusion.guidance import Act, Part, within
-from cascade.diffusion.noise import noise_like
+from cascade.diffusion.noise import NoiseBetween, NoiseSource, noise_like
 from cascade.diffusion.samplers import OnStep
 from cascade.images import back_project, flatten, to_float
 from cascade.seeds import generator
@@ -26,13 +26,15 @@ from cascade.transfer import on_device
 class Picture:
     """One picture to draw: the row of its text, and (seed, number), which determine all its noise.
 
-    other: another seed, and a share in [0, 1]: the initial noise lies this far on the way to that seed's noise.
+    other: another seed, and a share in [0, 1]: the initial noise (everywhere: all noise) lies this far on the way to
+    that seed's noise.
     """
 
     text: int
     seed: int
     number: int
     other: tuple[int, float] | None = None
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,16 @@ def _acts(texts: Texts, cond: Conditioning, eps: Tensor) -> list[Act[Conditionin
     ]
 
 
-def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[torch.Generator]:
-    return [generator(picture.seed, picture.number, stage, purpose) for picture in pictures]
+def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[NoiseSource]:
+    return [_source(stage, picture, purpose) for picture in pictures]
+
+
+def _source(stage: str, picture: Picture, purpose: str) -> NoiseSource:
+    own = generator(picture.seed, picture.number, stage, purpose)
+    if picture.other is None or not picture.everywhere:
+        return own
+    seed, share = picture.other
+    return NoiseBetween(own, generator(seed, picture.number, stage, purpose), share)
 
 
 def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor) -> Conditioning:
@@ -141,7 +151,7 @@ def _start(stage: Stage, inputs: Inputs, device: torch.device) -> Tensor:
     shape = torch.empty(len(inputs.pictures), stage.config.channels, *inputs.size, device=device)
     z = noise_like(shape, _rng(stage.name, inputs.pictures, "start"))
     for row, picture in enumerate(inputs.pictures):
-        if picture.other is not None:
+        if picture.other is not None and not picture.everywhere:
             seed, share = picture.other
             there = noise_like(shape[:1], [generator(seed, picture.number, stage.name, "start")])[0]
             angle = share * math.pi / 2

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cascade.arguments import PerStage, common_step, integer, positive
+from cascade.arguments import PerStage, common_step, integer, one_of, positive
 from cascade.bounds import ROUNDS
 from cascade.config.stage import StageConfig
 from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
@@ -24,6 +24,14 @@ REDRAWN = 0.7
 the old shapes would show through a larger stage that started with them; below it they keep the picture's detail."""
 
 
+KNOWN = ("noised", "clean")
+"""Ways of showing a network the pixels outside a mask."""
+
+
+VARIATION_NOISE = ("start", "all")
+"""What a variation moves: the initial noise, or all noise."""
+
+
 @dataclass(frozen=True)
 class Changes:
     """A picture to change, and how.
@@ -31,8 +39,9 @@ class Changes:
     image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4). mask: white where it is redrawn. extend: instead of a
     mask, pixels to add at its sides `left`, `top`, `right` and `bottom`, as {"left": 64}. strength: in [0, 1], of the
     first stage, from which that of the others follows, or {stage: value}: 0 returns the picture, 1 ignores it.
-    resampling: repetitions of each step where a mask keeps a part. variation: (seed, share in [0, 1]): other initial
-    noise, and how far to go towards it; needs no picture.
+    resampling: repetitions of each step where a mask keeps a part. known: "noised" or "clean", how the network sees
+    that part, see `Recipe.known`. variation: (seed, share in [0, 1]): other initial noise, and how far to go towards
+    it; needs no picture. variation_noise: "start", or "all" for all noise.
     """
 
     image: ImageLike | None = None
@@ -41,6 +50,8 @@ class Changes:
     extend: Mapping[str, int] | None = None
     resampling: int = 1
     variation: tuple[int, float] | None = None
+    known: str = "noised"
+    variation_noise: str = "start"
 
     def resolve(
         self, stages: Sequence[StageConfig], size: tuple[int, int], asked: bool
@@ -63,6 +74,7 @@ class Changes:
             "mask": "" if mask is None else digest_of(mask),
             "strength": self._strengths([stage.name for stage in stages]),
             "resampling": positive("resampling", self.resampling, ROUNDS),
+            "known": self._known(),
         }
         return edit, size, entries
 
@@ -82,7 +94,14 @@ class Changes:
         seed, share = integer("variation", self.variation[0]), self.variation[1]
         if not 0 <= seed <= MAX_SEED or not 0 <= share <= 1:
             raise CascadeError(f"variation: ({seed}, {share:g}); expected a seed, and a share from 0 to 1")
-        return {"variation": float(share), "variation_seed": seed}
+        noise = one_of("variation_noise", self.variation_noise, VARIATION_NOISE)
+        return {"variation": float(share), "variation_seed": seed, "variation_noise": noise}
+
+    def _known(self) -> str:
+        known = one_of("known", self.known, KNOWN)
+        if known != "noised" and self.mask is None and self.extend is None:
+            raise CascadeError("known: is for the pixels outside a mask; give a mask, or extend")
+        return known
 
     def _strengths(self, stages: Sequence[str]) -> dict[str, float]:
         """Strength by stage, without stages of full strength."""

@@ -49,11 +49,11 @@ class Edit:
     mask: Tensor | None
     box: Box
 
-    def known(self, size: tuple[int, int], strength: float, rounds: int) -> Known:
+    def known(self, size: tuple[int, int], strength: float, rounds: int, clean: bool = False) -> Known:
         """The picture's part as input of a stage that draws `size`; a batch of one, on the CPU."""
         x = resized(to_float(self.box.cut(self.image))[None], size).clamp(-1, 1)
         mask = None if self.mask is None else resized(self.box.cut(self.mask)[None, None], size).clamp(0, 1)
-        return Known(x, mask, strength, rounds)
+        return Known(x, mask, strength, rounds, clean)
 
     def finished(self, drawn: Tensor) -> Tensor:
         """The whole picture, (3, H, W) uint8, with the drawn part (3, h, w) uint8 blended in."""

@@ -15,7 +15,7 @@ from cascade.drawing.batches import Inputs, Picture, draw_batch
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn, given_of
-from cascade.drawing.texts import Encode, RecentTexts, Rows, form_of
+from cascade.drawing.texts import Encode, RecentTexts, Rows, Windows, form_of
 from cascade.errors import CascadeError
 from cascade.images import to_uint8
 from cascade.slots import StageSlot, check_memory, not_finite, running
@@ -59,11 +59,17 @@ class Engine:
     """
 
     def __init__(
-        self, encode: Encode, device: torch.device, conduct: Conduct | None = None, shelf: Shelf | None = None
+        self,
+        encode: Encode,
+        device: torch.device,
+        conduct: Conduct | None = None,
+        shelf: Shelf | None = None,
+        windows: Windows | None = None,
     ) -> None:
-        """encode: encodes texts. device: device of the stages. shelf: storage of pictures between stages."""
+        """encode: encodes texts. device: device of the stages. shelf: storage of pictures between stages. windows: see
+        `RecentTexts`."""
         self._device, self._conduct = device, conduct or Conduct()
-        self._texts, self._shelf = RecentTexts(encode), shelf or Shelf()
+        self._texts, self._shelf = RecentTexts(encode, windows), shelf or Shelf()
         self.batch_sizes = BatchSizes(self._conduct.batch_size, device)
         self.network_seconds = 0.0
 
@@ -121,7 +127,7 @@ class Engine:
         self, stage: Stage, position: int, todo: Sequence[_Work], texts: Rows
     ) -> Iterator[tuple[Sequence[_Work], list[Tensor | None]]]:
         """(works, their pixels, None for a picture that is not finite), in batches of equal settings."""
-        for drawing, group in _by_pass(todo, position):
+        for drawing, group in _by_pass(todo, position, texts):
             rest = group
             while rest:
                 size = self.batch_sizes.of(drawing)
@@ -199,13 +205,13 @@ class Engine:
 def _picture(row: int, task: Task, position: int) -> Picture:
     recipe = task.recipe
     other = (recipe.variation_seed, recipe.variation) if recipe.variation else None
-    return Picture(row, recipe.seed, task.passes[position].number, other)
+    return Picture(row, recipe.seed, task.passes[position].number, other, recipe.variation_noise == "all")
 
 
 def _known(tasks: Sequence[Task], drawing: Pass) -> Known | None:
     """The known pixels of a batch, whose pictures are either all edits or all new."""
     each = [
-        task.edit.known(drawing.size, drawing.strength, task.recipe.resampling)
+        task.edit.known(drawing.size, drawing.strength, task.recipe.resampling, task.recipe.known == "clean")
         for task in tasks
         if task.edit is not None
     ]
@@ -234,7 +240,7 @@ def _by_slot(works: Iterable[_Work], position: int) -> list[tuple[StageSlot, lis
     return list(groups.values())
 
 
-def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list[_Work]]]:
+def _by_pass(works: Iterable[_Work], position: int, texts: Rows) -> Iterator[tuple[Pass, list[_Work]]]:
     """Works grouped by passes that agree in all but the number, in order of first occurrence."""
     groups: dict[object, tuple[Pass, list[_Work]]] = {}
     for work in works:
@@ -242,8 +248,17 @@ def _by_pass(works: Iterable[_Work], position: int) -> Iterator[tuple[Pass, list
         task = work.task
         start = task.start if position == 0 else None
         shape = None if start is None else tuple(start.shape)
-        edit = None if task.edit is None else (task.edit.mask is not None, own.strength, task.recipe.resampling)
+        edit = (
+            None
+            if task.edit is None
+            else (
+                task.edit.mask is not None,
+                own.strength,
+                task.recipe.resampling,
+                task.recipe.known,
+            )
+        )
         form = form_of(script_of(task.recipe))
-        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit, form)
+        key = (own.size, own.settings.model_dump_json(), own.tile, shape, edit, form, texts.width(task))
         groups.setdefault(key, (own, []))[1].append(work)
     yield from groups.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -16,6 +16,10 @@ from cascade.settings import Settings, parse
 _SIZE = ("height", "width")
 _GROUPED = (*_SIZE, "stages")
 """Fields that JSON groups in a section `settings`, together with the machine's settings."""
+
+
+LONG_PROMPTS = ("cut", "chunk")
+"""What happens to a prompt beyond the encoder's limit."""
 
 
 class Region(Settings):
@@ -60,12 +64,19 @@ class Recipe(Settings):
     """By stage, how much noise is added to the picture to start from; 1 for a stage that is not listed."""
     resampling: int = 1
     """Repetitions of each step where a mask keeps a part; see `sample_repaint`."""
+    known: Literal["noised", "clean"] = "noised"
+    """How the network sees pixels outside a mask: at the noise level of each step, or clean, as DeepFloyd IF's
+    inpainting pipelines in diffusers show them."""
     variation: float = 0.0
     """How far each stage's initial noise lies on the way to that of `variation_seed`, in [0, 1]."""
     variation_seed: int = 0
     """Not used if `variation` is 0."""
+    variation_noise: Literal["start", "all"] = "start"
+    """Whether `variation` moves the initial noise alone, or all: that on smaller pictures and of each step too."""
     language: bool = False
     """Whether the prompts are in the prompt language; see `cascade.text.language`."""
+    long_prompts: Literal["cut", "chunk"] = "cut"
+    """A prompt beyond the encoder's limit is cut there, or read in windows whose embeddings are joined."""
     regions: tuple[Region, ...] = ()
     """Parts of the picture with their own prompts; a later one lies above."""
 

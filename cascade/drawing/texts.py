@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,50 +19,36 @@ KEPT = 256
 Encode = Callable[[Sequence[str]], TextEmbeddings]
 """Texts -> their embeddings, all padded to one length: sums over more tokens may differ in the last bits, and a picture
 must not depend on the length of other pictures' texts."""
-Rows = Callable[[Sequence[Task], tuple[int, int]], Texts]
-"""(a batch of tasks with scripts of one form, height and width of their pictures) -> its texts."""
+Windows = Callable[[str], list[str]]
+"""A text -> its parts within the encoder's limit; see `TextEncoder.windows`."""
+Key = str | tuple[str] | Task
+"""A text, a text that is read in windows, or a task with embeddings of its own."""
 
 
 class RecentTexts:
     """Recently used embeddings, so that a series of equal prompts is encoded once."""
 
-    def __init__(self, encode: Encode) -> None:
-        self._encode = encode
+    def __init__(self, encode: Encode, windows: Windows | None = None) -> None:
+        """windows: for recipes whose `long_prompts` is "chunk"."""
+        self._encode, self._windows = encode, windows
         self._known: dict[str, TextEmbeddings] = {}
 
     def of(self, tasks: Sequence[Task]) -> Rows:
-        """Encode the new texts of `tasks`; returns a function from a batch of them to its rows."""
-        texts = dict.fromkeys(text for task in tasks for text in _read(task))
-        self._learn(texts)
-        known: dict[str | Task, TextEmbeddings] = {text: self._known[text] for text in texts}
+        """Encode the new texts of `tasks`; returns the rows of any batch of them."""
+        keys = dict.fromkeys(_key(task, text) for task in tasks for text in _read(task))
+        parts = {key: self._parts(key) for key in keys}
+        self._learn(dict.fromkeys(part for each in parts.values() for part in each))
+        known: dict[Key, TextEmbeddings] = {key: _joined([self._known[part] for part in parts[key]]) for key in keys}
         known |= {task: task.text for task in tasks if task.text is not None}
-        table, row = join(list(known.values())), {key: place for place, key in enumerate(known)}
         for text in list(self._known)[: max(0, len(self._known) - KEPT)]:
             del self._known[text]
+        return Rows(known)
 
-        def rows(batch: Sequence[Task], size: tuple[int, int]) -> Texts:
-            scripts = [script_of(task.recipe) for task in batch]
-            first = [script[0].own[0].text for script in scripts]
-            keys = [row[text if task.text is None else task] for task, text in zip(batch, first, strict=True)]
-            own, null = table.select(keys), table.select([row[script[0].null[0].text] for script in scripts])
-            if form_of(scripts[0]) is None:
-                return Texts(own, null)
-            maps = [_maps(task, size) for task in batch]
-
-            def spoken(lines: Sequence[Line]) -> Spoken:
-                return _spoken(lines, table.select([row[line.text] for line in lines]), maps)
-
-            scenes = [
-                (
-                    each[0].start,
-                    [spoken(lines) for lines in zip(*(scene.own for scene in each), strict=True)],
-                    [spoken(lines) for lines in zip(*(scene.null for scene in each), strict=True)],
-                )
-                for each in zip(*scripts, strict=True)
-            ]
-            return Texts(own, null, scenes)
-
-        return rows
+    def _parts(self, key: str | tuple[str]) -> list[str]:
+        if isinstance(key, str):
+            return [key]
+        assert self._windows is not None, "this engine reads no text in windows"
+        return self._windows(key[0])
 
     def _learn(self, texts: Iterable[str]) -> None:
         """Encode unknown texts, and mark all of `texts` as the most recently used."""
@@ -71,6 +57,63 @@ class RecentTexts:
             embeddings = self._encode(missing)
             self._known |= {text: embeddings.select([row]) for row, text in enumerate(missing)}
         self._known |= {text: self._known.pop(text) for text in texts}
+
+
+class Rows:
+    """The texts of batches of tasks."""
+
+    def __init__(self, known: Mapping[Key, TextEmbeddings]) -> None:
+        self._table, self._row = join(list(known.values())), {key: place for place, key in enumerate(known)}
+        self._widths = {key: each.tokens.shape[1] for key, each in known.items()}
+
+    def width(self, task: Task) -> int:
+        """Padded number of tokens of a task's longest text: equal within a batch, whatever else is drawn."""
+        if task.text is not None:
+            return self._table.tokens.shape[1]
+        return max(self._widths[_key(task, text)] for text in _read(task))
+
+    def __call__(self, batch: Sequence[Task], size: tuple[int, int]) -> Texts:
+        """The texts of tasks with scripts of one form and one `width`. size: height and width of their pictures."""
+        width = self.width(batch[0])
+        scripts = [script_of(task.recipe) for task in batch]
+        first = [_key(task, script[0].own[0].text) for task, script in zip(batch, scripts, strict=True)]
+        own = self._select([key if task.text is None else task for task, key in zip(batch, first, strict=True)], width)
+        null = self._select(
+            [_key(task, script[0].null[0].text) for task, script in zip(batch, scripts, strict=True)], width
+        )
+        if form_of(scripts[0]) is None:
+            return Texts(own, null)
+        maps = [_maps(task, size) for task in batch]
+
+        def spoken(lines: Sequence[Line]) -> Spoken:
+            keys = [_key(task, line.text) for task, line in zip(batch, lines, strict=True)]
+            return _spoken(lines, self._select(keys, width), maps)
+
+        scenes = [
+            (
+                each[0].start,
+                [spoken(lines) for lines in zip(*(scene.own for scene in each), strict=True)],
+                [spoken(lines) for lines in zip(*(scene.null for scene in each), strict=True)],
+            )
+            for each in zip(*scripts, strict=True)
+        ]
+        return Texts(own, null, scenes)
+
+    def _select(self, keys: Sequence[Key], width: int) -> TextEmbeddings:
+        chosen = self._table.select([self._row[key] for key in keys])
+        return TextEmbeddings(chosen.tokens[:, :width], chosen.mask[:, :width])
+
+
+def _key(task: Task, text: str) -> str | tuple[str]:
+    return (text,) if task.recipe.long_prompts == "chunk" else text
+
+
+def _joined(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    """The windows of one text, one after the other, padded to the sum of their lengths."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = TextEmbeddings.from_rows([torch.cat([part.rows()[0] for part in parts])])
+    return joined.padded(sum(part.tokens.shape[1] for part in parts))
 
 
 def form_of(script: Script) -> object | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from cascade.errors import CascadeError
 from cascade.files.text import check_regular
@@ -134,6 +134,8 @@ def _scale_transparency(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # about truncated EXIF
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                return image  # `exif_transpose` would copy it
             return ImageOps.exif_transpose(image)
     except SyntaxError:  # damaged EXIF, orientation unknown
         return image

@@ -46,7 +46,11 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def check_regular(path: Path) -> Path:
     """The path, if it is a file or free. Raises NoFileError for a pipe or a device: to open one might wait for ever."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError):
+        return path
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise NoFileError(errno.EINVAL, "a pipe or a device, no file", str(path))
     return path
 

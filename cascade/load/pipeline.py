@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -21,6 +21,8 @@ from cascade.load.stage import fits, load_stage, read_config, slot_of
 from cascade.pipeline import CascadePipeline
 from cascade.probe import settled_dtype
 from cascade.quoting import quoted
+from cascade.slots import StageSlot
+from cascade.stage import Stage
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import text_weights
 
@@ -87,6 +89,42 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
     )
     pipeline.device, pipeline.dtype = target, number_format
     return pipeline
+
+
+def with_adapters_scaled(
+    pipeline: CascadePipeline, model: str | Path | None, adapters: Mapping[str, AdapterLike]
+) -> Callable[[float], list[StageSlot]]:
+    """A function of a factor: the stages of `pipeline`, with the scales of their adapters times this factor.
+
+    Stages without adapters are the pipeline's own. Of the others, the one that was used last stays in memory.
+    """
+    stages = _with_adapters(read_index(model).stages, adapters)
+    newest = [_Newest() for _ in stages]
+
+    def slot(place: int, factor: float) -> StageSlot:
+        folder, several = stages[place]
+        if not several:
+            return pipeline.slots[place]
+        scaled = tuple(replace(one, scale=round(one.scale * factor, 9)) for one in several)
+        load = partial(load_stage, folder, pipeline.device, pipeline.dtype, scaled)
+        scales = {one.digest: one.scale for one in scaled}
+        return StageSlot(read_config(folder), lambda: newest[place].load(factor, load), adapters=scales)
+
+    return lambda factor: [slot(place, factor) for place in range(len(stages))]
+
+
+class _Newest:
+    """One stage in memory, released before another one is loaded."""
+
+    def __init__(self) -> None:
+        self._factor: float | None = None
+        self._stage: Stage | None = None
+
+    def load(self, factor: float, load: Callable[[], Stage]) -> Stage:
+        if self._stage is None or factor != self._factor:
+            self._stage = None
+            self._stage, self._factor = load(), factor
+        return self._stage
 
 
 def assemble(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from cascade.errors import CascadeError
 from cascade.files.text import NotTextError, read_text
+from cascade.prompts.record import PromptRecord
 from cascade.quoting import quoted
+from cascade.seeds import MAX_SEED
 from cascade.text.language import escaped
 
 MOST = 100_000
@@ -64,3 +67,17 @@ def way_between(first: str, last: str, frames: int) -> list[str]:
     ends = escaped(first), escaped(last)
     between = [f"{ends[0]}:{1 - share:.6f} AND {ends[1]}:{share:.6f}" for share in shares[1:-1]]
     return [ends[0], *between, ends[1]]
+
+
+def between_seeds(frames: Sequence[PromptRecord], last: int) -> list[PromptRecord]:
+    """The frames with noise that leads, in equal steps along the sphere, from that of their seed to that of `last`.
+
+    The first frame has its own noise and the last one that of `last`, in every bit.
+    """
+    if len(frames) < 2:
+        raise CascadeError(f"frames: {len(frames)}; expected at least 2")
+    if not 0 <= last <= MAX_SEED:
+        raise CascadeError(f"travel_seed: {last}; expected a whole number in 0..{MAX_SEED}")
+    shares = [frame / (len(frames) - 1) for frame in range(1, len(frames) - 1)]
+    between = [replace(frame, variation=(last, share)) for frame, share in zip(frames[1:-1], shares, strict=True)]
+    return [frames[0], *between, replace(frames[-1], seed=last)]

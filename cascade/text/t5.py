@@ -34,6 +34,8 @@ from cascade.text.t5_files import (
 from cascade.transfer import on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
+MOST_WINDOWS = 32
+"""Upper bound of the parts of a prompt that is read in windows."""
 
 
 class Reading(TypedDict, total=False):
@@ -184,6 +186,36 @@ class TextEncoder:
             nothing = self._tokenize("")
             rows = {prompt: row * 0 if ids[prompt] == nothing else row for prompt, row in rows.items()}
         return TextEmbeddings.from_rows([rows[prompt] for prompt in prompts])
+
+    def windows(self, prompt: str) -> list[str]:
+        """The prompt in parts of at most `max_length` tokens each, </s> included, cut between words.
+
+        A prompt within the limit is its only part. A single longer word is a part of its own, which `encode` cuts. Of a
+        very long prompt the first `MOST_WINDOWS` parts remain, with a warning.
+        """
+        text = prepare_caption(prompt, self.captions)
+        if self._count(text) < self.max_length:
+            return [prompt]
+        parts, used = [list[str]()], 0
+        for word in text.split():
+            count = self._count(word)
+            if parts[-1] and used + count >= self.max_length:
+                parts.append([])
+                used = 0
+            parts[-1].append(word)
+            used += count
+        windows = [" ".join(words) for words in parts]
+        if len(windows) > MOST_WINDOWS:
+            warnings.warn(
+                f"the prompt {quoted(_shorten(prompt))} has {len(windows)} windows of {self.max_length} tokens:"
+                f" the first {MOST_WINDOWS} are read",
+                stacklevel=2,
+            )
+        return windows[:MOST_WINDOWS]
+
+    def _count(self, text: str) -> int:
+        """Number of tokens of a text that is not cut, without its </s>."""
+        return len(self._tokenizer(well_formed(text), verbose=False)["input_ids"]) - 1
 
     def spans(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
         """The text that is read for a prompt, and the place of each of its tokens in it: (first letter, one past last).

@@ -75,7 +75,7 @@ def training_batch(
         text=on_device(embeddings.tokens, device).to(torch.float32),
         text_mask=on_device(embeddings.mask, device),
         samples=batch.samples,
-        positions=torch.tensor([sample - first for sample in batch.samples]),
+        positions=torch.tensor(batch.samples) - first,
         batch_size=batch_size,
         lows={place: to_float(on_device(low, device)) for place, low in batch.lows.items()},
         given={
@@ -128,9 +128,9 @@ def _drawn_there(
     device: torch.device,
 ) -> Draw:
     """`draw_noise` on a GPU: keyed by the views' seeds, below 2^63; u and aug_level are computed from their bits."""
-    seeds = [derive_seed(source.seed, sample, source.purpose) for sample in samples]
-    keys = on_device(torch.tensor(seeds), device)
-    u, level = (torch.tensor([(seed >> shift) % _UNIT for seed in seeds]) / _UNIT for shift in (0, 24))
+    seeds = torch.tensor([derive_seed(source.seed, sample, source.purpose) for sample in samples])
+    keys = on_device(seeds, device)
+    u, level = ((seeds >> shift & _UNIT - 1).to(torch.float32) / _UNIT for shift in (0, 24))
     aug_eps = None if small is None else counted_noise(~keys, small)
     return Draw(u, counted_noise(keys, large), source.aug_levels(level), aug_eps)
 

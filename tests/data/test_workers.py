@@ -103,3 +103,32 @@ def test_without_any_shared_memory_the_process_reads_itself(
     monkeypatch.setattr(multiprocessing, "Lock", refuse)
     assert numbers(2) == list(range(20))
     assert "/dev/shm cannot be written, so no reading processes can start; the main process reads" in caplog.text
+
+
+@dataclass
+class Pair:
+    """Tensors of several types beside other values."""
+
+    images: Tensor
+    names: list[str]
+    more: dict[int, Tensor]
+
+
+class Pairs(Dataset[Pair]):
+    def __getitem__(self, number: int) -> Pair:
+        rng = torch.Generator().manual_seed(number)
+        odd = torch.randint(0, 255, (3, 5, 7), generator=rng, dtype=torch.uint8)
+        return Pair(odd, [str(number)], {4: torch.randn(3, generator=rng).to(torch.bfloat16), 5: torch.empty(0, 2)})
+
+
+def test_tensors_of_an_item_arrive_in_one_block_with_their_values_types_and_shapes() -> None:
+    for number, item in enumerate(read_by_workers(Pairs(), range(5), 2)):
+        expected = Pairs()[number]
+        assert item.names == expected.names
+        assert torch.equal(item.images, expected.images)
+        assert item.more.keys() == expected.more.keys()
+        for key, tensor in item.more.items():
+            assert tensor.dtype == expected.more[key].dtype
+            assert torch.equal(tensor, expected.more[key])
+        blocks = {tensor.untyped_storage().data_ptr() for tensor in (item.images, item.more[4])}
+        assert len(blocks) == 1

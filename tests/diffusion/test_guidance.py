@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -235,14 +236,14 @@ def test_a_rule_serves_guide_as_a_weight_does() -> None:
     assert torch.equal(by_rule, guide(Halves(), Joined(0.0), NULL, 2.5)(z, level(-1.0)))
 
 
-# --- a weight for each of several conditions ---------------------------------------------------------------------------
+# --- a weight for each of several conditions ------------------------------------------------------------------
 
 
 def test_chained_guidance_of_gaussian_data_shifts_the_mean_by_the_weighted_steps() -> None:
     """E[x | z] is affine in the mean for one variance, so eq. 3 is exact guidance towards one Gaussian."""
     means, weights = (0.1, 0.3, -0.2, 0.6), (2.0, 0.5, 3.0)
     conds = [Gaussian(mean) for mean in means]
-    steps = (after - before for before, after in zip(means, means[1:], strict=False))
+    steps = [after - before for before, after in pairwise(means)]
     shifted = Gaussian(means[0] + sum(weight * step for weight, step in zip(weights, steps, strict=True)))
     z, log_snrs = noisy(), torch.linspace(-12, 12, 400, dtype=torch.float64)
     rng = [torch.Generator()] * 2

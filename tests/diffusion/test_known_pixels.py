@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, start_from
+from cascade.diffusion.editing import Known, keep_known, levels_from, sample_repaint, see_known, start_from
 from cascade.diffusion.noise import CLEAN, Denoiser, alpha, one_minus_alpha
 from cascade.diffusion.samplers import sample_ddim, sample_ddpm, sample_heun
 from cascade.diffusion.schedules import CosineSchedule, log_snr_grid
@@ -89,6 +89,25 @@ def test_known_pixels_are_at_their_noise_level_at_every_step(sample: object) -> 
     assert torch.equal(x[..., 0], KNOWN[..., 0])
     for found, expected in seen:
         assert found == pytest.approx(expected, rel=0.1)  # the standard deviation of 800 samples
+
+
+@pytest.mark.parametrize("sample", [sample_ddim, sample_ddpm, sample_heun])
+def test_a_network_that_continues_clean_pixels_draws_the_conditional_distribution(sample: object) -> None:
+    """The best denoiser for clean known pixels has x_right ~ N(0.9 x_left, 1 - 0.9^2) as its prior."""
+    seen: list[bool] = []
+
+    def continuing(z: Tensor, log_snr: Tensor) -> Tensor:
+        seen.append(torch.equal(z[..., 0], KNOWN[..., 0]))
+        a, noise = alpha(log_snr), one_minus_alpha(log_snr)
+        left, right = z[..., :1], z[..., 1:]
+        gain = STD**2 * a.sqrt() / (a * STD**2 + noise)
+        return torch.cat([left, CORRELATION * left + gain * (right - a.sqrt() * CORRELATION * left)], dim=-1)
+
+    x = sample(see_known(continuing, KNOWN, MASK), start(), GRID, rngs())  # type: ignore[operator]
+    assert all(seen)
+    error = 4 * STD / COUNT**0.5
+    assert x[..., 1].mean().item() == pytest.approx(MEAN, abs=error + 0.03)
+    assert x[..., 1].std().item() == pytest.approx(STD, abs=error + 0.05)  # of 25 steps
 
 
 def test_a_soft_mask_lies_between() -> None:

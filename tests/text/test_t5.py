@@ -98,6 +98,32 @@ def test_a_long_prompt_is_cut_and_the_warning_says_where(folder: Path) -> None:
     assert torch.equal(cut.tokens, encoder.encode(["a red apple"]).tokens)
 
 
+@pytest.mark.parametrize(
+    ("text", "windows"),
+    [
+        ("a red apple", ["a red apple"]),
+        ("a red apple of the fox", ["a red apple", "of the fox"]),
+        ("  a red  apple\nof the fox ", ["a red apple", "of the fox"]),
+        ("", [""]),
+    ],
+)
+def test_windows_are_within_the_limit_split_between_words_and_lose_none(
+    folder: Path, text: str, windows: list[str]
+) -> None:
+    encoder = TextEncoder.from_pretrained(folder, max_length=4)
+    assert encoder.windows(text) == windows
+    encoder.encode(encoder.windows(text))  # none is cut, which would be a warning
+
+
+def test_a_word_beyond_the_limit_is_a_window_of_its_own_and_of_endless_text_the_first_ones_are_read(
+    folder: Path,
+) -> None:
+    encoder = TextEncoder.from_pretrained(folder, max_length=4)
+    assert encoder.windows("a xyzxyzxyz fox") == ["a", "xyzxyzxyz", "fox"]
+    with pytest.warns(UserWarning, match="has 100 windows of 4 tokens: the first 32 are read"):
+        assert encoder.windows("a red apple " * 100) == ["a red apple"] * 32
+
+
 def test_a_prompt_of_exactly_max_length_is_whole(folder: Path) -> None:
     encoder = TextEncoder.from_pretrained(folder, max_length=4)  # pytest turns a warning into an error
     assert encoder.encode(["a red apple"]).mask.sum() == 4
