@@ -39,7 +39,7 @@ from cascade.drawing.recipe import LONG_PROMPTS, Recipe
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Pass, Task, passes
+from cascade.drawing.task import Pass, Task, passes, with_conditions
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
@@ -192,7 +192,7 @@ class CascadePipeline:
         slots = self.slots_until(until)
         sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
         sampling |= {"threshold": threshold, "guidance_rescale": guidance_rescale, "projection": projection}
-        sampling |= {"guidance_of": guidance_of}
+        sampling["guidance_of"] = guidance_of
         settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation, known, variation_noise)
@@ -204,8 +204,7 @@ class CascadePipeline:
             raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
         entries |= {"language": prompt_language, "regions": parts.entries}
         entries["long_prompts"] = one_of("long_prompts", long_prompts, LONG_PROMPTS)
-        read = [config.conditions for config in configs]
-        values = [settled(read, given) for given in conditions_of(conditions, len(prompts))]
+        values = [settled([c.conditions for c in configs], one) for one in conditions_of(conditions, len(prompts))]
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size)
@@ -280,7 +279,7 @@ class CascadePipeline:
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        task = self.upscale_task(pixels[0], text, own_seed, settings, to, tile, conditions)
+        task = with_conditions(self.upscale_task(pixels[0], text, own_seed, settings, to, tile), conditions or {})
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
             (drawn,) = engine.draw_all([task])
@@ -361,7 +360,6 @@ class CascadePipeline:
         settings: Mapping[str, SamplingConfig],
         to: int | None = None,
         tile: int | None = None,
-        conditions: Mapping[str, Any] | None = None,
     ) -> Task:
         """Task that enlarges a picture, (3, h, w) uint8; see `upscale`.
 
@@ -382,7 +380,6 @@ class CascadePipeline:
             scaled = (scaled[0] * slot.config.scale, scaled[1] * slot.config.scale)
             side = tile_of(tile, scaled, slot.config)
             ways.append(Pass(slot, scaled, settings[slot.config.name], places[:step].count(place), tile=side))
-        values = settled([configs[place].conditions for place in places], conditions or {})
         recipe = Recipe(
             prompt=prompt,
             negative_prompt="",
@@ -393,9 +390,8 @@ class CascadePipeline:
             stages={drawing.slot.config.name: drawing.settings for drawing in ways},
             source=digest_of(picture),
             adapters=adapters_in({drawing.slot.config.name: drawing.slot for drawing in ways}.values()),
-            conditions=recorded(values),
         )
-        return Task(recipe, ways, start=picture, conditions=values)
+        return Task(recipe, ways, start=picture)
 
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """An engine that draws tasks with this pipeline's stages on their current device."""

@@ -33,6 +33,7 @@ from cascade.config.sampling import SamplingConfig
 from cascade.cost import StageCost
 from cascade.data.loader import batches
 from cascade.load.stage import load_stage
+from cascade.load.training import load_train_config
 from cascade.prompts.columns import COLUMNS
 from cascade.stage import Stage, calls_at_once, links
 
@@ -419,6 +420,14 @@ def test_a_missing_column_is_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(CascadeError, match=r"no column 'age'; the columns are caption, file_name; name the column of"):
         next(batches(config.data, config.stage, 0, batch_size=4))
+
+
+def test_a_stage_s_settings_may_be_taken_from_another_and_changed(tmp_path: Path) -> None:
+    config = load_train_config(Path("configs/fine-tune/layout.yaml"), [f"output={tmp_path / 'run'}"])
+    base = load_train_config(Path("configs/fine-tune/base.yaml")).stage
+    assert config.stage == base.model_copy(update={"conditions": config.stage.conditions})
+    assert list(config.stage.conditions) == ["layout"]
+    assert config.text.reading == load_train_config(Path("configs/fine-tune/base.yaml")).text.reading
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -121,7 +121,6 @@ def enlarging(
     settings: SamplingConfig,
     seed: int = 0,
     number: int = 0,
-    conditions: Mapping[str, Value] | None = None,
 ) -> Task:
     """A task for one super-resolution stage: start, (3, h, w) uint8, enlarged by the stage's scale."""
     height, width = (side * slot.config.scale for side in start.shape[-2:])
@@ -134,9 +133,15 @@ def enlarging(
         width=width,
         stages={slot.config.name: settings},
         source=digest_of(start),
-        conditions=recorded(conditions or {}),
     )
-    return Task(recipe, [Pass(slot, (height, width), settings, number)], start=start, conditions=conditions or {})
+    return Task(recipe, [Pass(slot, (height, width), settings, number)], start=start)
+
+
+def with_conditions(task: Task, given: Mapping[str, object]) -> Task:
+    """The task with conditions of its stages. Raises CascadeError; see `settled`."""
+    values = settled([way.slot.config.conditions for way in task.passes], given)
+    recipe = task.recipe.model_copy(update={"conditions": recorded(values)})
+    return replace(task, recipe=recipe, conditions=values)
 
 
 def given_of(

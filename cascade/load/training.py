@@ -39,6 +39,8 @@ logger = logging.getLogger("cascade.training")
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file; its `stage` may be the name of a stage, such as bundled/base, for all its settings.
 
+    Or a section with that name as `from`, next to settings that replace those of the named stage.
+
     assignments: `section.name=value`, which override it; `stage=MODEL/base` is applied before settings within a stage.
 
     Unless the file has settings in `text`, text is read as that stage's training did. A run with a checkpoint has both
@@ -48,6 +50,10 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
     settings = override(read_yaml(path), [text for text in assignments if text.partition("=")[0] == "stage"])
     assignments = [text for text in assignments if text.partition("=")[0] != "stage"]
     check_format(path, settings.get("format", FORMAT_VERSION))
+    own: dict[str, Any] = {}
+    if isinstance(settings.get("stage"), dict) and "from" in settings["stage"]:
+        own = dict(settings["stage"])
+        settings["stage"] = str(own.pop("from"))
     if isinstance(settings.get("stage"), str):
         begun, folder = _begun(override(settings | {"stage": {}}, assignments).get("output")), None
         try:
@@ -58,7 +64,7 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
                 raise CascadeError(f"{path}: stage: {error}") from None
             logger.warning("%s: stage: %s; using the run's own copy of its settings", path, error)
             stage = begun["stage"]
-        settings = _with_reading(settings | {"stage": stage}, begun, folder)
+        settings = _with_reading(settings | {"stage": stage | own}, begun, folder)
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from PIL import Image
 from torch import Tensor
 
-from cascade.conditions import Value, recorded
+from cascade.conditions import NONE, Value
 from cascade.config.data import DataConfig
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
@@ -17,7 +17,7 @@ from cascade.data.loader import Batch, Views, batches
 from cascade.diffusion.samplers import OnStep
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.task import Pass, Result, Task, Undrawn, enlarging
+from cascade.drawing.task import Pass, Result, Task, Undrawn, enlarging, with_conditions
 from cascade.images import contact_sheet, downsample, to_float, to_pil, to_uint8
 from cascade.slots import StageSlot
 from cascade.stage import Stage
@@ -81,6 +81,11 @@ def _undropped(config: TrainConfig) -> tuple[DataConfig, StageConfig]:
     return config.data.model_copy(update=changes), config.stage.undropped()
 
 
+def _as_given(values: Mapping[str, Value]) -> dict[str, object]:
+    """Values of a record as a caller gives them; those that it lacks are left open."""
+    return {name: NONE if value is None else value for name, value in values.items()}
+
+
 def _label(prompt: str, values: Mapping[str, Value] | None) -> str:
     """A caption, and the conditions that fit into a line."""
     shown = [f"{name} {one}" for name, one in (values or {}).items() if isinstance(one, (str, float))]
@@ -107,10 +112,9 @@ def _base_grid(
             height=side,
             width=side,
             stages={stage.name: settings},
-            conditions=recorded(values[number] if values else {}),
         )
-        own = values[number] if values else {}
-        tasks.append(Task(recipe, [Pass(slot, (side, side), settings, number)], conditions=own))
+        task = Task(recipe, [Pass(slot, (side, side), settings, number)])
+        tasks.append(with_conditions(task, _as_given(values[number])) if values else task)
     pictures = _drawn(stage, text, tasks, on_step)
     labels = [_label(task.recipe.prompt, task.conditions) for task in tasks]
     return contact_sheet(pictures, columns=min(8, len(prompts)), labels=labels, cell=max(96, side))
@@ -127,9 +131,11 @@ def _super_resolution_grid(
     slot, settings = StageSlot.holding(stage), stage.config.sampling
     lows = _smaller(stage, first)
     tasks = [
-        enlarging(slot, low, caption, settings, config.training.seed, number, values[number] if values else None)
+        enlarging(slot, low, caption, settings, config.training.seed, number)
         for number, (low, caption) in enumerate(zip(lows, first.captions, strict=True))
     ]
+    if values:
+        tasks = [with_conditions(task, _as_given(own)) for task, own in zip(tasks, values, strict=True)]
     pictures = _drawn(stage, text, tasks, on_step)
     cells = [image for trio in zip(to_pil(lows), pictures, to_pil(first.images), strict=True) for image in trio]
     labels = [label for caption in first.captions for label in ("low", caption, "truth")]
