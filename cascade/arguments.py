@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cascade.bounds import COUNT, SIDE, AtMost
-from cascade.config.stage import PICTURE_CHANNELS, StageConfig
+from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError, ShortageError
 from cascade.machine import free_bytes
 from cascade.quoting import quoted
@@ -149,9 +149,9 @@ def stage_sizes(stages: Sequence[StageConfig], height: int | None, width: int | 
     return sizes
 
 
-def check_result(pictures: int, size: tuple[int, int]) -> None:
+def check_result(pictures: int, size: tuple[int, int], pixel_bytes: int) -> None:
     """Raises ShortageError when `pictures` pictures of size (height, width) do not fit into memory together."""
-    needed, free = pictures * size[0] * size[1] * PICTURE_CHANNELS, free_bytes(torch.device("cpu"))
+    needed, free = pictures * size[0] * size[1] * pixel_bytes, free_bytes(torch.device("cpu"))
     if pictures > 1 and needed > free:  # the stages themselves count the memory of a single picture
         raise ShortageError(
             f"{pictures:,} pictures of {size[0]}x{size[1]} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are"
@@ -176,12 +176,22 @@ def check_chain(stages: Sequence[StageConfig], text_dim: int) -> None:
     if len(set(names)) != len(names):
         raise CascadeError(f"stages {', '.join(names)}: every stage needs a different name")
     for before, after in pairwise(stages):
+        if after.pictures != before.pictures:
+            raise CascadeError(
+                f"stage {after.name} enlarges pictures of {_described(after)}, but stage {before.name} before it draws"
+                f" {_described(before)}; set channels, values and range of both alike"
+            )
         if after.low_resolution != before.resolution:
             raise CascadeError(
                 f"stage {after.name} starts from {after.low_resolution} px, but stage {before.name} before it draws"
                 f" {before.resolution} px; choose stages whose sizes chain"
             )
     check_text_widths(stages, text_dim)
+
+
+def _described(stage: StageConfig) -> str:
+    limits = ", ".join(f"{low:g} to {high:g}" for low, high in stage.pictures.limits)
+    return f"{stage.pictures}, {limits}"
 
 
 def check_text_widths(stages: Sequence[StageConfig], text_dim: int) -> None:

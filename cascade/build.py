@@ -28,7 +28,8 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
 
 def build_network(config: StageConfig) -> Network:
     """The network of a stage, with fresh weights."""
-    network = config.model.build(config.channels, 0 if config.low_resolution is None else config.channels)
+    channels = config.pictures.channels
+    network = config.model.build(channels, 0 if config.low_resolution is None else channels)
     if config.conditions:  # last, so that they change none of the other fresh weights
         network.add_conditions(config.conditions)
     return network

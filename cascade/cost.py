@@ -68,7 +68,7 @@ class StageCost:
         geometry, at_once = self.config.geometry, math.prod(size)
         if tile is not None:
             at_once = min(at_once, (tile + 2 * (geometry.receptive_radius or 0)) ** 2)
-        picture = self.config.channels * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
+        picture = self.config.pictures.channels * _WHOLE_TENSORS * math.prod(size) * torch.float32.itemsize
         return picture + at_once * geometry.least_activations * dtype.itemsize
 
     def likely_bytes(self, size: tuple[int, int]) -> float:

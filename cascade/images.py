@@ -20,6 +20,9 @@ _FLATTEN_RADIUS = 2
 _FLATTEN_ROUNDS = 2
 _LABEL_HEIGHT = 14
 _GAP = 2
+_SQUARE = 8
+_CHECKER = (204, 255)
+"""Levels of gray of the two kinds of squares behind transparent pictures, as in most editors."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -145,13 +148,33 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
         left, top = index % columns * pitch_x, index // columns * pitch_y
-        fitted = (
-            image.convert("RGB") if max(image.size) == cell else ImageOps.contain(image.convert("RGB"), (cell, cell))
-        )
+        image = opaque(image)
+        fitted = image if max(image.size) == cell else ImageOps.contain(image, (cell, cell))
         sheet.paste(fitted, (left + (cell - fitted.width) // 2, top + (cell - fitted.height) // 2))
         if labels:
             pen.text((left + 1, top + cell + 1), _shortened(labels[index], cell, pen), fill="black")
     return sheet
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """RGB of a picture to look at: transparent parts on a checkerboard, of 16-bit gray the upper 8 bits."""
+    if image.mode in ("RGBA", "LA"):
+        return over(image.convert("RGBA"), "checker")
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def over(image: Image.Image, background: str) -> Image.Image:
+    """RGB of an RGBA picture over `white`, or over a `checker` of light squares, 8 pixels wide or an eighth of it."""
+    width, height = image.size
+    behind = Image.new("RGBA", image.size, "white")
+    if background == "checker":
+        side = max(1, min(_SQUARE, min(width, height) // 8))
+        rows, columns = np.mgrid[:height, :width] // side
+        levels = np.where((rows + columns) % 2, *_CHECKER).astype(np.uint8)
+        behind = Image.fromarray(levels).convert("RGBA")
+    return Image.alpha_composite(behind, image).convert("RGB")
 
 
 def _shortened(label: str, width: int, pen: ImageDraw.ImageDraw) -> str:

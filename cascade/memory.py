@@ -156,6 +156,7 @@ def training_memory(config: TrainConfig, processes: int = 1, sharded: bool = Fal
     one, two = (_pass_peak(stage, config, count) for count in (1, 2))
     activations = (two - one) * pictures * (0.5 if training.precision != "fp32" else 1.0)
     weights = round(weights / (processes if sharded else 1))
+    weights += 0 if training.distill is None else trained.whole  # the teacher, taken to be as large, in each process
     return TrainingMemory(weights, round(activations), _text_bytes(config.text))
 
 

@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 
 from cascade.drawing.task import Step
 from cascade.errors import CascadeError
-from cascade.images import contact_sheet, to_float, to_pil
+from cascade.images import contact_sheet
+from cascade.pixels import RGB, PictureFormat
 from cascade.quoting import quoted
+from cascade.rasters import as_pil, has_pil_mode
 
 _COLUMNS = 4
 _SHOWN = 1024
@@ -59,29 +61,38 @@ class CascadeOutput:
         return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}"><ul>{entries}</ul>'
 
     @classmethod
-    def of(cls, drawn: Mapping[int, Tensor], output_type: str, seeds: list[int], prompts: list[str]) -> Self:
-        """An output from the pictures of each stage, uint8 (B, 3, H, W), the largest last."""
-        stages = {resolution: as_type(pixels, output_type) for resolution, pixels in drawn.items()}
+    def of(
+        cls,
+        drawn: Mapping[int, Tensor],
+        output_type: str,
+        seeds: list[int],
+        prompts: list[str],
+        form: PictureFormat = RGB,
+    ) -> Self:
+        """An output from the pictures of each stage, stored values (B, C, H, W) of `form`, the largest last."""
+        stages = {resolution: as_type(pixels, output_type, form) for resolution, pixels in drawn.items()}
         return cls(stages[max(stages)], stages, seeds, prompts)
 
 
-def as_type(pixels: Tensor, output_type: str) -> Any:
-    """uint8 (B, 3, H, W) as PIL pictures, NumPy (B, H, W, 3) uint8, or torch float32 in [-1, 1]."""
+def as_type(pixels: Tensor, output_type: str, form: PictureFormat = RGB) -> Any:
+    """Stored values (B, C, H, W) as PIL pictures, NumPy (B, H, W, C) of the same type, or torch float32 in [-1, 1]."""
     match output_type:
         case "pil":
-            return to_pil(pixels)
+            return [as_pil(picture, form) for picture in pixels]
         case "np":
             return pixels.permute(0, 2, 3, 1).contiguous().numpy()
         case _:
-            return to_float(pixels)
+            return form.to_float(pixels)
 
 
-def check_output_arguments(output_type: str, callback: Callback | None) -> None:
-    """Raises CascadeError for an unknown output type, and for a callback that cannot be called."""
+def check_output_arguments(output_type: str, callback: Callback | None, form: PictureFormat = RGB) -> None:
+    """Raises CascadeError for an output type that is unknown or cannot hold `form`, and for a callback that is none."""
     if callback is not None and not callable(callback):
         raise CascadeError(f"callback: {quoted(callback)}; expected a function (stage, step, steps, x_hat)")
     if output_type not in ("pil", "np", "pt"):
         raise CascadeError(f'output_type: {quoted(output_type)}; expected "pil", "np" or "pt"')
+    if output_type == "pil" and not has_pil_mode(form):
+        raise CascadeError(f'output_type: "pil" cannot hold {form}; choose "np" or "pt"')
 
 
 class Watcher:

@@ -43,6 +43,7 @@ from cascade.drawing.task import Pass, Task, passes, with_conditions
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
+from cascade.pixels import PictureFormat
 from cascade.probe import settled_dtype
 from cascade.sampling import resolve_sampling
 from cascade.save import Parts, model_for_hub, write_model
@@ -128,6 +129,11 @@ class CascadePipeline:
         return [slot.config.name for slot in self.slots]
 
     @property
+    def pictures(self) -> PictureFormat:
+        """The channels and values of its pictures."""
+        return self.slots[0].config.pictures
+
+    @property
     def default_batch_size(self) -> int:
         """Pictures per network call if the caller gives no batch size."""
         return default_batch_size(self.device)
@@ -183,10 +189,11 @@ class CascadePipeline:
         read more than text, for all prompts or one mapping for each; guidance_of: a weight of guidance for single ones,
         see `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
-        output_type: PIL, NumPy (B, H, W, 3) uint8, or torch (B, 3, H, W) float32 in [-1, 1]. Raises CascadeError for
+        output_type: PIL, NumPy (B, H, W, C) in the data's own type, uint8 for `rgb`, or torch (B, C, H, W) float32 in
+        [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for
         arguments that do not fit.
         """
-        check_output_arguments(output_type, callback)
+        check_output_arguments(output_type, callback, self.pictures)
         prompts = prompts_of(prompt, prompt_embeds, conditions is not None)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
@@ -207,7 +214,7 @@ class CascadePipeline:
         values = [settled([c.conditions for c in configs], one) for one in conditions_of(conditions, len(prompts))]
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
-        check_result(len(prompts) * len(numbers), size)
+        check_result(len(prompts) * len(numbers), size, self.pictures.bytes_per_pixel)
         stages = {slot.config.name: settings[slot.config.name] for slot in slots}
         tasks = [
             self.task(
@@ -239,7 +246,11 @@ class CascadePipeline:
             for place, slot in enumerate(slots)
         }
         return CascadeOutput.of(
-            pixels, output_type, [task.recipe.seed for task in tasks], [task.recipe.prompt for task in tasks]
+            pixels,
+            output_type,
+            [task.recipe.seed for task in tasks],
+            [task.recipe.prompt for task in tasks],
+            self.pictures,
         )
 
     @torch.inference_mode()
@@ -271,8 +282,9 @@ class CascadePipeline:
         4 megapixels always use tiles, of 1024 by default.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
-        check_output_arguments(output_type, callback)
-        pixels = read_picture(image)
+        form = self.enlargers[-1].config.pictures
+        check_output_arguments(output_type, callback, form)
+        pixels = read_picture(image, form)
         text, (own_seed,) = one_text("prompt", prompt), seeds_of(seed, 1)
         settings = resolve_sampling(
             [slot.config for slot in self.enlargers],
@@ -284,9 +296,9 @@ class CascadePipeline:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
             (drawn,) = engine.draw_all([task])
         pictures = [picture[None] for picture in drawn.pixels]
-        pictures[-1] = fitted(pictures[-1], (task.recipe.height, task.recipe.width))
+        pictures[-1] = fitted(pictures[-1], (task.recipe.height, task.recipe.width), form)
         stages = {max(picture.shape[-2:]): picture for picture in pictures}
-        return CascadeOutput.of(stages, output_type, [own_seed], [text])
+        return CascadeOutput.of(stages, output_type, [own_seed], [text], form)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
         """Write one folder: cascade.json, text_encoder/, one folder per stage in safetensors, and a card; atomically.
@@ -361,7 +373,7 @@ class CascadePipeline:
         to: int | None = None,
         tile: int | None = None,
     ) -> Task:
-        """Task that enlarges a picture, (3, h, w) uint8; see `upscale`.
+        """Task that enlarges a picture, (C, h, w) as stored; see `upscale`.
 
         settings: for each stage in `enlargers`. The recipe holds the requested size; the last stage may draw a larger
         picture, which the caller averages down. Raises CascadeError for a size that cannot be drawn.

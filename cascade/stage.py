@@ -115,7 +115,7 @@ class Stage:
         rng: one generator per picture, for samplers that add noise in between. on_step receives x_hat as pictures.
         """
         settings = settings or self.config.sampling
-        base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self._residual_scale
+        base, scale = self.origin(cond, (z.shape[-2], z.shape[-1])), self.residual_scale
         guided = self._guided(cond, null, settings)
         differs = self.config.path == "residual"  # else r is the picture
         picture = limit(denoisers.to_picture(guided, base, scale) if differs else guided, settings)
@@ -151,7 +151,7 @@ class Stage:
     ) -> Tensor:
         """Training loss of each picture x (B, C, H, W): (B,). `network` is this stage's, perhaps wrapped."""
         base = self.origin(cond, (x.shape[-2], x.shape[-1]))
-        r = (x - base) / self._residual_scale
+        r = (x - base) / self.residual_scale
         seen = self.enlarge(cond)
         kind = self.config.parameterization
         step = self.schedule.reverse_step(log_snr) if isinstance(self.schedule, DiscreteSchedule) else None
@@ -225,7 +225,7 @@ class Stage:
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """The picture from which r is measured: zero, or the upsampled smaller picture, its signal scaled back to 1."""
         if self.config.path == "picture" or cond.low_res is None or cond.low_res_log_snr is None:
-            return torch.zeros(len(cond), self.config.channels, *size, device=cond.text.device)
+            return torch.zeros(len(cond), self.config.pictures.channels, *size, device=cond.text.device)
         return upsample(cond.low_res.float(), size) / alpha(cond.low_res_log_snr).sqrt()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Stage:
@@ -286,7 +286,8 @@ class Stage:
         )
 
     @property
-    def _residual_scale(self) -> float:
+    def residual_scale(self) -> float:
+        """Factor from the diffused variable to pictures; 1 where it is the picture itself."""
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 
 
@@ -324,7 +325,7 @@ def blank_call(
     side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
     """
     side = side or config.resolution
-    z, level = torch.zeros(pictures, config.channels, side, side), torch.zeros(pictures, 1, 1, 1)
+    z, level = torch.zeros(pictures, config.pictures.channels, side, side), torch.zeros(pictures, 1, 1, 1)
     text = torch.zeros(pictures, text_tokens, config.model.text_dim)
     given = blank(config.conditions, pictures, (side, side))
     cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool), given=given)

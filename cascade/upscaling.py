@@ -18,7 +18,9 @@ from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
 from cascade.files.picture import open_picture, picture_errors
-from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.images import downsample, from_pil
+from cascade.pixels import RGB, PictureFormat
+from cascade.rasters import read_given
 
 LARGEST_WHOLE = 2048**2
 """Pixels of the largest result that is drawn in one piece by default."""
@@ -28,14 +30,19 @@ DEFAULT_TILE = 1024
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray[Any, Any]
 
 
-def read_picture(image: ImageLike) -> Tensor:
+def read_picture(image: ImageLike, form: PictureFormat = RGB) -> Tensor:
     """A picture, its file, or NumPy uint8 (H, W, 3 or 4) -> uint8 (1, 3, H, W), upright, transparency over white.
+
+    form: the format to read; other ones than `rgb` of 8 bits take arrays (H, W, C) of their own values.
 
     Raises CascadeError for anything else, and for a file that cannot be read.
     """
+    if isinstance(image, Image.Image) and 0 in image.size:
+        raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
+    if not form.is_rgb and isinstance(image, (Image.Image, np.ndarray, str, os.PathLike)):
+        given = image if isinstance(image, (Image.Image, np.ndarray)) else expanded(os.fsdecode(image))
+        return read_given(given, form, "image")[None]
     if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise CascadeError(f"image: a picture of {image.width}x{image.height} has no pixels")
         with picture_errors("image"):
             return from_pil(image)[None]
     if isinstance(image, np.ndarray):
@@ -108,11 +115,11 @@ def padded(pixels: Tensor, stage: StageConfig) -> Tensor:
     return F.pad(pixels.float(), (0, right, 0, bottom), mode="replicate").to(pixels.dtype)
 
 
-def fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (1, 3, H, W) as area means at `size`, which is not larger."""
+def fitted(pixels: Tensor, size: tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """Stored values (1, C, H, W) as area means at `size`, which is not larger."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
-    return to_uint8(downsample(to_float(pixels), size))
+    return form.from_float(downsample(form.to_float(pixels), size))
 
 
 def tile_of(tile: int | None, size: tuple[int, int], stage: StageConfig) -> int | None:

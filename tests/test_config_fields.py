@@ -38,6 +38,7 @@ from cascade.build import build_stage
 from cascade.conditioning import Conditioning, Given
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
+from cascade.data.survey import with_range
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.drawing.engine import Engine
@@ -174,6 +175,11 @@ def views(config: TrainConfig) -> object:
     except CascadeError:
         return "error"
     return seen
+
+
+def measured_range(config: TrainConfig) -> object:
+    """The range of the data as numbers."""
+    return with_range(config.stage, config.data).pictures.limits
 
 
 def held_out_views(config: TrainConfig) -> object:
@@ -321,6 +327,10 @@ class Row:
     """In place of `field=value`, where a field cannot change alone."""
 
 
+DISTILLED = (
+    "stage.sampling={sampler: ddim, steps: 2, guidance: 1.0}",
+    "training.distill={teacher: WORLD/stage, teacher_steps: 8}",
+)
 PROJECTED = ("stage.sampling.guidance=3.0", "stage.sampling.projection={parallel: 0.0}")
 
 
@@ -436,6 +446,9 @@ ROWS: dict[str, Row] = {
     "stage.name": Row("other", sample_sheet),
     "stage.resolution": Row("16", views),
     "stage.low_resolution": Row("4", weights),
+    "stage.channels": Row("rgba", weights, (FOLDER,)),
+    "stage.values": Row("uint16", views, (FOLDER,)),
+    "stage.range.quantiles": Row("[0.2, 0.8]", measured_range, (FOLDER, "stage.range={quantiles: [0, 1]}")),
     "stage.path": Row("residual", log, (*SUPER_RESOLUTION, "stage.path=picture")),
     "stage.residual_scale": Row("0.5", log, SUPER_RESOLUTION),
     "stage.parameterization": Row("v", log),
@@ -612,6 +625,8 @@ ROWS: dict[str, Row] = {
     "training.optimizer.clip_norm": Row("0.01", trained_weights),
     "training.ema.half_life_images": Row("2", averaged_weights),
     "training.ema.warmup": Row("false", averaged_weights),
+    "training.distill.teacher": Row("WORLD/other_stage", log, DISTILLED),
+    "training.distill.teacher_steps": Row("16", log, DISTILLED),
     "training.frozen": Row("[stem]", trained_weights),
     "training.trained": Row("[head]", trained_weights, ("training.frozen=[stem, head]",)),
     "training.validation.every": Row("3", log, (HELD_OUT,)),
@@ -754,6 +769,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "arrow")
         trainer(micro_config(world / "trained", "training.steps=1")).run()
         (world / "trained" / "stage").rename(world / "stage")
+        trainer(micro_config(world / "retrained", "training.seed=1", "training.steps=1")).run()
+        (world / "retrained" / "stage").rename(world / "other_stage")
         yield world
 
 

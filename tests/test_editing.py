@@ -277,7 +277,7 @@ def test_a_picture_is_read_once_for_all_lines_that_name_it(
 ) -> None:
     reads: list[object] = []
     real = changes.read_picture
-    monkeypatch.setattr(changes, "read_picture", lambda image: (reads.append(image), real(image))[1])
+    monkeypatch.setattr(changes, "read_picture", lambda image, form: (reads.append(image), real(image, form))[1])
     row = {"image": str(files / "picture.png"), "strength": 0.5}
     (files / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a fox {n}", **row}) + "\n" for n in range(4)))
     assert generate(model, files, "--prompts", files / "p.jsonl", "--seed", 3)[0] == 0

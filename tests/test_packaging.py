@@ -63,7 +63,9 @@ def test_every_extra_that_the_code_asks_for_is_one():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cascade").rglob("*.py"))
     asked = re.findall(r"pip install ('?)cascade-diffusion\[(\w+)\]('?)", text)
     assert all(quote == other == "'" for quote, _, other in asked)  # some shells read the brackets as a pattern
-    assert {extra for _, extra, _ in asked} == {"metrics", "peft", "plot", "quantized", "ray", "studio", "tensorboard"}
+    assert {extra for _, extra, _ in asked} == {
+        *("dicom", "metrics", "peft", "plot", "quantized", "ray", "studio", "tensorboard", "tiff")
+    }
     assert {extra for _, extra, _ in asked} <= extras.keys()
 
 

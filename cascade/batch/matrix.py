@@ -6,7 +6,6 @@ Its cells are ordinary records of a run; only the sheet knows that they belong t
 from __future__ import annotations
 
 import difflib
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cascade.errors import CascadeError
-from cascade.files.picture import read_rgb
+from cascade.pixels import RGB, PictureFormat
 from cascade.prompts.record import PromptRecord
 from cascade.quoting import quoted
+from cascade.rasters import shown_file
 from cascade.seeds import MAX_SEED
 from cascade.text.captions import well_formed
 from cascade.values import PRESETS, number, per_stage, threshold_value, whole_number
@@ -209,6 +209,7 @@ def write_sheet(
     read: Callable[[str], bytes | None],
     path: Path,
     title: str,
+    form: PictureFormat = RGB,
 ) -> None:
     """The sheet of a matrix, PNG: the title, a label above each column and left of each row; gray: no picture.
 
@@ -238,7 +239,7 @@ def write_sheet(
         content = read(entry["file"])
         if content is None or not 0 <= entry["index"] < len(matrix):
             continue
-        picture = ImageOps.contain(read_rgb(io.BytesIO(content), entry["file"]), (cell, cell))
+        picture = ImageOps.contain(shown_file(content, entry["file"], form), (cell, cell))
         row, column = divmod(entry["index"], columns)
         shift = (cell - picture.width) // 2, (cell - picture.height) // 2
         sheet.paste(picture, (left + column * pitch + shift[0], top + row * pitch + shift[1]))

@@ -6,13 +6,14 @@ import io
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_origin
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
+from torch import Tensor
 
 from cascade._version import __version__
 from cascade.batch.plan import DrawOptions, Target
@@ -23,10 +24,12 @@ from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
 from cascade.files.picture import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
+from cascade.pixels import PictureFormat
+from cascade.rasters import ARRAY_FORMATS, Background, array_format, array_text, as_pil, shown, write_array
 from cascade.settings import Noted
 from cascade.text.captions import well_formed
 
-FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg"}
+FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg", **ARRAY_FORMATS}
 """File formats and their file name endings."""
 
 _ORIGIN = ("num_images", "index", "model", "license", "cascade")
@@ -72,6 +75,8 @@ class Describer:
 
     pipeline: CascadePipeline
     options: DrawOptions
+    output: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the picture files that decide their bytes, in addition to the recipe."""
 
     def __call__(self, target: Target, drawn: Drawn) -> dict[str, Any]:
         """The entries of the manifest's line about how the picture was drawn."""
@@ -84,6 +89,7 @@ class Describer:
             "device": pipeline.device.type,
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "stages": recipe["settings"]["stages"],
+            **self.output,
         }
         return {
             "index": record.index,
@@ -98,8 +104,24 @@ class Describer:
         }
 
 
-def encode(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[bytes, bytes | None]:
-    """The bytes of a picture file with its metadata, and the metadata as a second file if they do not fit into it."""
+def encode(
+    picture: Tensor, form: PictureFormat, entry: Mapping[str, Any], format: str, background: Background = "none"
+) -> tuple[bytes, bytes | None]:
+    """The bytes of a picture file with its metadata, and the metadata as a second file if they do not fit into it.
+
+    picture: (C, H, W), stored values of `form`. background: behind its transparent parts.
+    """
+    if format in ARRAY_FORMATS:
+        buffer, text = io.BytesIO(), json.dumps(_inside(entry))
+        write_array(buffer, picture, form, format, text)
+        return buffer.getvalue(), text.encode() if format == "npy" else None
+    if form.alpha and background != "none":
+        return encode_image(shown(picture, form, background), entry, format)
+    return encode_image(as_pil(picture, form), entry, format)
+
+
+def encode_image(image: Image.Image, entry: Mapping[str, Any], format: str) -> tuple[bytes, bytes | None]:
+    """`encode` of a PIL picture as png, webp or jpeg."""
     buffer = io.BytesIO()
     text = json.dumps(_inside(entry))
     if format == "png":
@@ -143,6 +165,10 @@ def sidecar(file: str) -> str:
 def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
     """(metadata that `encode` wrote into a picture, its format). Raises NoRecipeError if there is none."""
     path = picture if isinstance(picture, (str, Path)) else "picture"
+    if (format := array_format(picture)) is not None:
+        with picture_errors(str(path)):
+            text = {"all": array_text(picture) if format == "tiff" else ""}
+        return _described(Path(path), text), format
     with picture_errors(str(path)), open_picture(picture) as image:
         format = str(image.format).lower()
         if format == "png":
@@ -150,8 +176,12 @@ def read_metadata(picture: str | Path | BinaryIO) -> tuple[dict[str, Any], str]:
             text = getattr(image, "text", {})
         else:
             text = {"all": str(image.getexif().get(_DESCRIPTION, ""))}
+    return _described(Path(path), text), format
+
+
+def _described(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
     try:
-        return _parsed(Path(path), text), format
+        return _parsed(path, text)
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NoRecipeError(
             f"{path}: does not record how it was drawn; expected a `cascade generate` picture"

@@ -15,7 +15,6 @@ from cascade.batch.plan import Target
 from cascade.batch.stores import Store, sha256
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
-from cascade.images import to_pil
 
 _OF_THE_FILE = ("file", "stages", "stages_sha256", "sha256", "seconds")
 
@@ -69,13 +68,14 @@ class Pictures:
         index, count = target.job.record.index, target.job.num_images
         files: dict[str, bytes] = {}
         kept: dict[str, str] = {}
-        *smaller, image = [to_pil(pixels[None])[0] for pixels in finished.drawn.pixels]
+        *smaller, image = finished.drawn.pixels
+        form, background = target.job.slots[-1].config.pictures, self._layout.background
         for slot, picture in zip(target.job.slots, smaller, strict=False):
             name = self._stage_name(index, target.stem, slot.config.resolution, ending, count)
             kept[str(slot.config.resolution)] = name
-            files[name] = encode(picture, entry, self._layout.picture_format)[0]
+            files[name] = encode(picture, form, entry, self._layout.picture_format, background)[0]
         file = self._store.name(index, target.stem, ending, count)
-        content, separate = encode(image, entry, self._layout.picture_format)
+        content, separate = encode(image, form, entry, self._layout.picture_format, background)
         if separate is not None:
             files[sidecar(file)] = separate
         files |= self._companions({**entry, "file": file})

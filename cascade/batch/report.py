@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from cascade.files.picture import read_rgb
 from cascade.files.text import json_text
 from cascade.images import contact_sheet
+from cascade.pixels import RGB, PictureFormat
+from cascade.rasters import shown_file
 from cascade.text.captions import well_formed
 
 T = TypeVar("T")
@@ -76,18 +76,27 @@ def _escaped(text: str) -> str:
 FRAME_MILLISECONDS = 80
 
 
-def write_animation(entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path) -> None:
+def write_animation(
+    entries: Iterable[Mapping[str, Any]],
+    read: Callable[[str], bytes | None],
+    path: Path,
+    form: PictureFormat = RGB,
+) -> None:
     """The pictures of a run as an animated WebP, lossless, in order of their prompts, there and back."""
     ordered = sorted(entries, key=lambda entry: (entry["index"], entry["number"]))
     contents = [(entry["file"], read(entry["file"])) for entry in ordered]
-    frames = [read_rgb(io.BytesIO(content), file) for file, content in contents if content is not None]
+    frames = [shown_file(content, file, form) for file, content in contents if content is not None]
     if frames:
         first, *more = [*frames, *reversed(frames[1:-1])]
         first.save(path, "WEBP", save_all=True, append_images=more, duration=FRAME_MILLISECONDS, loop=0, lossless=True)
 
 
 def write_grid(
-    entries: Iterable[Mapping[str, Any]], read: Callable[[str], bytes | None], path: Path, columns: int | None = None
+    entries: Iterable[Mapping[str, Any]],
+    read: Callable[[str], bytes | None],
+    path: Path,
+    columns: int | None = None,
+    form: PictureFormat = RGB,
 ) -> None:
     """A contact sheet of the first pictures, PNG. read: returns the content of a file in the manifest, or None.
 
@@ -97,7 +106,7 @@ def write_grid(
     for entry in islice(entries, GRID_PICTURES):
         content = read(entry["file"])
         if content is not None:
-            thumbnail = read_rgb(io.BytesIO(content), entry["file"])
+            thumbnail = shown_file(content, entry["file"], form)
             thumbnail.thumbnail((GRID_CELL, GRID_CELL))
             images.append(thumbnail)
             labels.append(" ".join(entry["prompt"].split())[:60])

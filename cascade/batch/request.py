@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ from cascade.load.index import read_index
 from cascade.load.pipeline import with_adapters_scaled
 from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
+from cascade.pixels import RGB, PictureFormat
 from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
 from cascade.prompts.record import Failure, PromptRecord
 from cascade.prompts.sets import between_seeds, prompts_of_set, way_between
 from cascade.prompts.sources import count_prompts
 from cascade.quoting import quoted
+from cascade.rasters import ARRAY_FORMATS, BACKGROUNDS, Background, file_formats
 from cascade.values import SETTINGS
 
 _GUIDANCE = ("guidance_rescale", "projection", "guidance_of")
@@ -67,7 +69,8 @@ class BatchRequest:
     """The arguments of `cascade generate`, with the names and meanings of its options.
 
     prompts: texts to draw; file: a prompt file instead. lora: adapters, `[STAGE=]FOLDER[:SCALE]`. manifest:
-    "parquet" for a table in addition to the JSON lines.
+    "parquet" for a table in addition to the JSON lines. format: None: png, or tiff where png cannot hold the pictures.
+    background: behind transparent parts.
     """
 
     out: str
@@ -77,7 +80,8 @@ class BatchRequest:
     model: str | None = None
     lora: Sequence[str] = ()
     overwrite: bool = False
-    format: str = "png"
+    format: str | None = None
+    background: Background = "none"
     tar_size: int = 1000
     manifest: str = "jsonl"
     html: bool = False
@@ -236,7 +240,33 @@ class BatchRequest:
         return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
     def _layout(self) -> Layout:
-        return Layout(self.format, self.tar_size, self.shard)
+        return Layout(self._format(), self.tar_size, self.shard, self.background, self._held_by()[0])
+
+    @cached_property
+    def _form(self) -> PictureFormat:
+        """The format of the model's pictures."""
+        return read_config(read_index(self.model).stages[0]).pictures
+
+    def _held_by(self) -> tuple[str, ...]:
+        """The file formats that hold the pictures. Raises CascadeError for a background behind opaque ones."""
+        if self.background not in BACKGROUNDS:
+            raise CascadeError(f"background: {quoted(self.background)}; expected one of {', '.join(BACKGROUNDS)}")
+        if self.background == "none":
+            return file_formats(self._form)
+        if not self._form.alpha:
+            raise CascadeError("--background: this model's pictures have no transparency; leave it out")
+        return file_formats(RGB)
+
+    def _format(self) -> str:
+        """The file format. Raises CascadeError for one that does not hold the pictures."""
+        held_by = self._held_by()
+        format = self.format or held_by[0]
+        if format != WEBDATASET and format not in held_by:
+            hint = ", or give --background white" if self._form.alpha else ""
+            raise CascadeError(f"--format {format}: cannot hold {self._form}; choose one of {', '.join(held_by)}{hint}")
+        if self.html and format in ARRAY_FORMATS:
+            raise CascadeError(f"--html: a page cannot show {format} files; choose another --format")
+        return format
 
     def _check_split(self, output: Output) -> None:
         """Raises CascadeError unless several processes or shards can read the same prompts and have the same seed."""
@@ -257,6 +287,8 @@ class BatchRequest:
             "model": model_identity(read_index(self.model)),
             **self._adapter_digests(),
             **{name: getattr(self, name) for name in (*own, *stored)},
+            "format": self._format(),
+            **({} if self.background == "none" else {"background": self.background}),
             **newer,
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,
@@ -338,17 +370,17 @@ class BatchRequest:
         return Outcome(output.folder, run_seed, *counts, stopped)
 
     def _write_extras(self, output: Output) -> None:
-        entries = output.manifest.entries
+        entries, read, form = output.manifest.entries, output.read, self._form
         if output.manifest.count() == 0:
             return
         if self.grid:
             columns = self.num_images_per_prompt if self.num_images_per_prompt > 1 else None
-            output.write_with("grid", ".png", lambda path: write_grid(entries(), output.read, path, columns))
+            output.write_with("grid", ".png", lambda path: write_grid(entries(), read, path, columns, form))
         if self._travels:
-            output.write_with("travel", ".webp", lambda path: write_animation(entries(), output.read, path))
+            output.write_with("travel", ".webp", lambda path: write_animation(entries(), read, path, form))
         if self.matrix:
             matrix, title = Matrix.read(self.matrix), self._prompt_of_matrix()
-            output.write_with("matrix", ".png", lambda path: write_sheet(matrix, entries(), output.read, path, title))
+            output.write_with("matrix", ".png", lambda path: write_sheet(matrix, entries(), read, path, title, form))
         if self.manifest == "parquet":
             output.write_with("manifest", ".parquet", lambda path: write_parquet(entries(), path))
         if self.html:

@@ -58,7 +58,8 @@ def run_batch(
     engine = pipeline.engine(conduct, Shelf(output.shelf) if options.low_memory else None)
     window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        run = _Run(planner, engine, Describer(pipeline, options), output, writer, reports, options.strict)
+        describe = Describer(pipeline, options, output.layout.described)
+        run = _Run(planner, engine, describe, output, writer, reports, options.strict)
         try:
             for unit, lines in _units(records, output, window):
                 if stop():

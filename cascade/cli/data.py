@@ -45,7 +45,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
     from cascade.files.replaceable import SOFTWARE, check_png
-    from cascade.load.training import load_train_config, text_encoder_source
+    from cascade.load.training import load_train_config, text_encoder_source, with_measured_range
     from cascade.text.tokens import TokenCounter
 
     check_png(Path(sheet), _PROGRAM)
@@ -55,6 +55,7 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     with writing(Path(sheet)):
         Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(sheet).parent).close()
+    settings = with_measured_range(settings)
     surveys = surveys_of(settings, limit)
     for found in surveys:
         say("\n".join(describe(found, settings.data, settings.stage)))

@@ -104,7 +104,14 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 )
 @path_option("--out", default="out", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @click.option("--overwrite", is_flag=True, help="Remove the pictures of an earlier run in FOLDER and start again.")
-@click.option("--format", type=click.Choice(("png", "webp", "jpeg", "webdataset")), default="png", show_default=True)
+@click.option(
+    "--format",
+    type=click.Choice(("png", "webp", "jpeg", "tiff", "npy", "webdataset")),
+    help="Default: png, or tiff for pictures that png cannot hold.",
+)
+@click.option(
+    "--background", type=click.Choice(("white", "checker", "none")), default="none", help="Behind transparency."
+)
 @click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts per webdataset shard.")
 @click.option("--manifest", type=click.Choice(("jsonl", "parquet")), default="jsonl", help="Parquet: in addition.")
 @click.option("--html", is_flag=True, help="Also write a page of pictures and prompts, FOLDER/index.html.")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from cascade._version import __version__
 from cascade.cli.say import say
 from cascade.errors import CascadeError, StorageError
-from cascade.files.picture import open_picture
 from cascade.quoting import quoted
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from cascade.drawing.recipe import Recipe
     from cascade.drawing.task import Task
     from cascade.pipeline import CascadePipeline
+    from cascade.rasters import Background
 
 
 def redraw(picture: str, request: BatchRequest) -> int:
@@ -55,8 +55,8 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     from cascade.drawing.engine import Conduct
     from cascade.drawing.recipe import Recipe
     from cascade.drawing.task import Drawn
-    from cascade.images import to_pil
     from cascade.pipeline import CascadePipeline
+    from cascade.rasters import BACKGROUNDS, size_of
     from cascade.slots import adapters_in
 
     recipe = Recipe.from_json(metadata, picture)
@@ -72,16 +72,17 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
         raise CascadeError(
             f"{picture}: was drawn by the model {quoted(metadata['model'])}; name its folder with --model"
         )
-    with open_picture(picture, limited=False) as image:
-        size = image.size
+    size = size_of(picture)
     engine = pipeline.engine(Conduct(settings["batch_size"], keep_stages=True))
     (result,) = engine.draw([_task(recipe, pipeline, picture, request)])
     if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
-    images = [to_pil(pixels[None])[0] for pixels in result.pixels]
-    chosen = next((image for image in images if image.size == size), images[-1])
+    chosen = next((one for one in result.pixels if (one.shape[-1], one.shape[-2]) == size), result.pixels[-1])
+    behind = settings.get("background")
+    background: Background = next((one for one in BACKGROUNDS if one == behind), "none")
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-    return encode(chosen, {**metadata, "cascade": __version__, "settings": {**settings, **used}}, format)[0]
+    entry = {**metadata, "cascade": __version__, "settings": {**settings, **used}}
+    return encode(chosen, pipeline.pictures, entry, format, background)[0]
 
 
 def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: BatchRequest) -> Task:

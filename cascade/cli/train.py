@@ -105,7 +105,7 @@ def _captions(config: TrainConfig) -> Iterator[str]:
 
     validation = config.training.validation
     sources = (*config.data.sources, *(validation.sources if validation else ()))
-    return chain(config.training.sample_prompts, captions_of(sources))
+    return chain(config.training.sample_prompts, captions_of(sources, config.stage.pictures))
 
 
 def find_config(name: str) -> Path:

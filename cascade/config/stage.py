@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -15,10 +16,45 @@ from cascade.config.sampling import PresetConfig, SamplingConfig
 from cascade.diffusion.parameterization import Kind
 from cascade.models.network import Geometry
 from cascade.models.unet import UNetConfig
+from cascade.pixels import NAMED, PictureFormat, ValueType
+from cascade.quoting import quoted
 from cascade.settings import Settings
 
-PICTURE_CHANNELS = 3
-"""Red, green and blue, in a stage's pictures and in the smaller pictures that it enlarges."""
+_BAND = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_MOST_BANDS = 1024
+
+
+def _check_channels(value: str | tuple[str, ...]) -> None:
+    """Raise ValueError for anything but a known name, or different names of bands."""
+    if isinstance(value, str):
+        if value not in NAMED:
+            names = ", ".join(NAMED)
+            raise ValueError(f"channels: {quoted(value)} is not one of {names}; bands are a list: [blue, green, nir]")
+        return
+    wrong = [band for band in value if not _BAND.fullmatch(band)]
+    if wrong or not 1 <= len(value) <= _MOST_BANDS or len(set(value)) < len(value):
+        reason = f"{quoted(wrong[0])} is not a name" if wrong else f"{len(value)} names, or two that are the same"
+        raise ValueError(
+            f"channels: {reason}; expected 1 to {_MOST_BANDS} different names of letters, digits, `_`, `.` and `-`"
+        )
+
+
+class MeasuredRange(Settings):
+    """A range measured once, when training begins, over the values of the data; the stage then has it as numbers."""
+
+    quantiles: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.001, 0.999)
+    """Shares of the values that are below the lowest and below the highest value of the range."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.quantiles[0] >= self.quantiles[1]:
+            raise ValueError(
+                f"quantiles: {self.quantiles[0]} is not below {self.quantiles[1]}; give the lower one first"
+            )
+        return self
+
+
+Range: TypeAlias = tuple[float, float] | tuple[tuple[float, float], ...] | MeasuredRange | None
 
 
 class StageConfig(Settings):
@@ -30,6 +66,14 @@ class StageConfig(Settings):
     """Default height and width of its pictures, in pixels."""
     low_resolution: Side | None = None
     """Super-resolution: size of the smaller picture that it enlarges. None: a base stage."""
+    channels: str | tuple[str, ...] = "rgb"
+    """Channels of its pictures: `rgb`, `gray`, `rgba` (with transparency), or the names of bands such as
+    `[blue, green, red, nir]`; the same for all stages of a cascade."""
+    values: ValueType = "uint8"
+    """Type of the values in the data and in what is drawn."""
+    range: Range = None
+    """Values that become -1 and 1: `[0, 65535]`, one such pair for each band, or `quantiles` to measure. Values beyond
+    are clipped. None: the whole range of the type."""
     path: Literal["picture", "residual"] = "picture"
     """The diffused variable: the picture, or (super-resolution) its difference from the upsampled smaller one."""
     residual_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -51,7 +95,8 @@ class StageConfig(Settings):
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without settings that are newer than some stages and off, so that those stages' files stay the same."""
         values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name != "conditions" or value}
+        newer: dict[str, Any] = {"channels": "rgb", "values": "uint8", "range": None, "conditions": {}}
+        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
 
     @model_validator(mode="after")
     def _consistent_conditions(self) -> Self:
@@ -78,6 +123,8 @@ class StageConfig(Settings):
     def _consistent(self) -> Self:
         if self.name in ("text_encoder", "cascade"):
             raise ValueError(f"name {self.name} is taken by another part of a cascade's folder; choose another")
+        _check_channels(self.channels)
+        self._check_range()
         if self.low_resolution is not None and self.low_resolution >= self.resolution:
             raise ValueError(f"low_resolution {self.low_resolution} must be smaller than resolution {self.resolution}")
         if self.low_resolution is not None and self.resolution % self.low_resolution:
@@ -105,10 +152,31 @@ class StageConfig(Settings):
                 " not; choose posterior, beta or between"
             )
 
+    def _check_range(self) -> None:
+        """Raise ValueError for a range that does not fit the channels and the type of values."""
+        if self.range is None:
+            if self.values == "float32":
+                raise ValueError("values: float32 needs a range, such as [0, 1], or range.quantiles to measure one")
+            return
+        if self.channels == "rgba":
+            raise ValueError("range: pictures with transparency have the whole range of their type; leave it out")
+        if isinstance(self.range, MeasuredRange):
+            return
+        limits, channels = _pairs(self.range), PictureFormat.of(self.channels).channels
+        if len(limits) not in (1, channels):
+            raise ValueError(f"range: {len(limits)} pairs for {channels} channels; give one, or one for each")
+        most = {"uint8": 255, "uint16": 65535}.get(self.values)
+        for low, high in limits:
+            if low >= high:
+                raise ValueError(f"range: {low:g} is not below {high:g}; give the lowest value first")
+            if most is not None and not (low >= 0 and high <= most):
+                raise ValueError(f"range: {low:g} to {high:g} is beyond values: {self.values}, 0 to {most}")
+
     @property
-    def channels(self) -> int:
-        """Number of channels of its pictures, the only place that defines it."""
-        return PICTURE_CHANNELS
+    def pictures(self) -> PictureFormat:
+        """The format of its pictures, the only place that defines it; with the type's range until one is measured."""
+        stated = self.range is not None and not isinstance(self.range, MeasuredRange)
+        return PictureFormat.of(self.channels, self.values, _pairs(self.range) if stated else None)
 
     @property
     def guided(self) -> tuple[str, ...]:
@@ -128,9 +196,15 @@ class StageConfig(Settings):
     @property
     def geometry(self) -> Geometry:
         """The network's requirements on picture sizes, and its receptive field."""
-        return self.model.geometry(self.channels)
+        return self.model.geometry(self.pictures.channels)
 
     @property
     def scale(self) -> int:
         """Factor from the smaller picture to this one, 1 for a base stage."""
         return self.resolution // (self.low_resolution or self.resolution)
+
+
+def _pairs(stated: object) -> tuple[tuple[float, float], ...]:
+    """One pair, or one for each channel, as pairs."""
+    assert isinstance(stated, tuple)
+    return stated if isinstance(stated[0], tuple) else (stated,)

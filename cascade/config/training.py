@@ -12,6 +12,7 @@ from cascade.bounds import COUNT, WIDTH, Batches, Pictures, PositiveInt
 from cascade.conditions import ClassCondition, NumberCondition, PictureCondition
 from cascade.config.common import PathText
 from cascade.config.data import DataConfig, FolderSource, ScenesSource, SourceConfig, TextConfig, own_lows
+from cascade.config.sampling import SamplingConfig, StepCount
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
 from cascade.settings import Settings
@@ -85,6 +86,18 @@ class EMAConfig(Settings):
     """Shorten the half-life to a fifth of the pictures seen so far, so that early weights are forgotten."""
 
 
+class DistillConfig(Settings):
+    """Learn to draw in stage.sampling.steps steps from a trained stage that takes more (multistep consistency
+    distillation, Heek et al. 2024)."""
+
+    teacher: PathText
+    """The trained stage: a stage folder, such as MODEL/base of a model, or a run's folder. Its sampling settings,
+    guidance and threshold included, are what is learned. Without init_from the run starts from its weights, if it has
+    the same model."""
+    teacher_steps: StepCount = 64
+    """Steps of the teacher's path, a multiple of stage.sampling.steps."""
+
+
 class ValidationConfig(Settings):
     """The averaged weights' loss on held-out pictures, always with the same noise."""
 
@@ -131,6 +144,8 @@ class TrainingConfig(Settings):
     """The optimizer."""
     ema: EMAConfig = EMAConfig()
     """The weight average."""
+    distill: DistillConfig | None = None
+    """Distillation of a trained stage. None: train on the pictures themselves."""
     validation: ValidationConfig | None = None
     """A validation loss. None: no validation."""
     log_every: PositiveInt = 50
@@ -199,10 +214,17 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.training.distill is not None:
+            _check_few_steps(self.training.distill, self.stage.sampling)
         crop = self.data.crop
         validation = self.training.validation
         sources = (*self.data.sources, *(validation.sources if validation else ()))
         _check_conditions(self.stage, self.data, sources)
+        if not self.stage.pictures.is_rgb and any(source.kind == "scenes" for source in self.data.sources):
+            raise ValueError(f"data.sources: drawn scenes are rgb of uint8, not {self.stage.pictures}; give files")
+        learns = self.stage.model.predicts_variance and self.training.loss.variance_weight
+        if learns and self.stage.values != "uint8":
+            raise ValueError("training.loss.variance_weight counts the levels of 8 bits; set it 0 for other values")
         if self.stage.low_resolution is None and own_lows(self.data.sources):
             raise ValueError("low_column is for super-resolution stages; this stage has no low_resolution")
         if crop is not None:
@@ -215,3 +237,24 @@ class TrainConfig(Settings):
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self
+
+
+def _check_few_steps(distill: DistillConfig, sampling: SamplingConfig) -> None:
+    """Raise ValueError unless the stage is drawn as it is taught: in whole steps of the path, without guidance."""
+    if distill.teacher_steps % sampling.steps:
+        raise ValueError(
+            f"training.distill: teacher_steps {distill.teacher_steps} is not a multiple of stage.sampling.steps"
+            f" {sampling.steps}, the steps to learn"
+        )
+    wrong = {
+        "sampler": sampling.sampler.kind != "ddim" or bool(sampling.sampler.own.get("eta")),
+        "guidance": sampling.guidance != 1,
+        "timesteps": sampling.timesteps is not None,
+        "spacing": sampling.spacing in ("leading", "trailing"),
+    }
+    names = [name for name, is_wrong in wrong.items() if is_wrong]
+    if names:
+        raise ValueError(
+            f"stage.sampling.{names[0]}: a distilled stage is drawn with stage.sampling: {{sampler: ddim,"
+            f" steps: {sampling.steps}, guidance: 1, spacing: t}}; its teacher's guidance is part of what it learns"
+        )

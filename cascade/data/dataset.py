@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +21,8 @@ PICTURE_SUFFIXES = frozenset(
 """File endings of pictures. A picture that this Pillow cannot read is a bad record, which is counted and logged."""
 
 
-EncodedPicture = bytes | Path | Image.Image | Tensor | None
-"""Bytes or path of a file, a PIL picture, or an already decoded uint8 (3, H, W)."""
+EncodedPicture = bytes | Path | Image.Image | Tensor | np.ndarray[Any, Any] | list[Any] | None
+"""Bytes or path of a file, a PIL picture, an array of values, also as nested lists, or stored values (C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def caption_variants(value: object) -> tuple[str, ...]:
 
 
 def encoded_picture(value: object) -> EncodedPicture:
-    """A picture's value in `datasets` or Parquet -> bytes, a path or a PIL picture; None for anything else."""
+    """A picture's value in `datasets` or Parquet -> bytes, a path, a PIL picture or an array; else None."""
     if isinstance(value, dict):
         # `datasets` stores a struct: the bytes, or else the path.
         value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
-    return value if isinstance(value, (bytes, Path, Image.Image)) else None
+    return value if isinstance(value, (bytes, Path, Image.Image, np.ndarray, list)) else None

@@ -1,8 +1,8 @@
 """Finite records with their pictures decoded once, square and at the stage's resolution, in one memory-mapped file.
 
-For each source, resolution and aspect a folder holds `NAME.pixels`, uint8 (N, 3, R, R), `NAME.records`, one line of
-JSON per record, and `NAME.json`, which describes their origin and is written last. All are replaced atomically. Any
-number of processes map the same file, of which the system holds one copy in memory.
+For each source, resolution and aspect a folder holds `NAME.pixels`, stored values (N, C, R, R), `NAME.records`, one
+line of JSON per record, and `NAME.json`, which describes their origin and is written last. All are replaced atomically.
+Any number of processes map the same file, of which the system holds one copy in memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
 from cascade.locks import lock_file
+from cascade.pixels import RGB, PictureFormat
 from cascade.settings import Noted, parse
 
 logger = logging.getLogger("cascade.data")
@@ -50,12 +51,14 @@ class Making:
     aspect: Literal["crop", "pad"]
     workers: int
     of: dict[str, Any]
+    form: PictureFormat = RGB
 
     @property
     def name(self) -> str:
         """The name of the source's folder."""
         digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
-        return f"{digest[:16]}-{self.resolution}-{self.aspect}"
+        kind = "" if self.form.is_rgb else f"-{self.form.channels}-{self.form.values}"
+        return f"{digest[:16]}-{self.resolution}-{self.aspect}{kind}"
 
 
 class _Said(Noted):
@@ -69,20 +72,20 @@ _LINE = TypeAdapter(tuple[str, list[str], str | None])
 
 
 class DecodedRecords:
-    """The records of a source, each picture uint8 (3, R, R). Only the files of the folder are read."""
+    """The records of a source, each picture (C, R, R) as stored. Only the files of the folder are read."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, folder: Path, name: str, form: PictureFormat = RGB) -> None:
+        self._folder, self._name, self._form = folder, name, form
         said = parse(_Said, read_json(folder / f"{name}.json"), str(folder / f"{name}.json"))
-        shape = (said.count, 3, said.resolution, said.resolution)
+        shape = (said.count, form.channels, said.resolution, said.resolution)
         path = folder / f"{name}.pixels"
-        if not path.is_file() or path.stat().st_size != math.prod(shape):
+        if not path.is_file() or path.stat().st_size != math.prod(shape) * form.dtype.itemsize:
             raise CascadeError(f"{path}: its size differs from the one in {name}.json; delete {folder} and start again")
         lines = folder / f"{name}.records"
         if not lines.is_file() or not lines.stat().st_size:
             raise CascadeError(f"{lines}: missing or empty; delete {folder} and start again")
         # A plain array: slicing numpy's memmap class takes ten times as long.
-        self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=shape))
+        self._pixels = np.asarray(np.memmap(path, form.values, "r", shape=shape))
         self._lines = np.asarray(np.memmap(lines, np.uint8, "r"))
         self._ends = np.flatnonzero(self._lines == ord("\n"))
         if len(self._ends) != said.count:
@@ -116,7 +119,7 @@ class DecodedRecords:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a path: another process maps the same files."""
-        return type(self), (self._folder, self._name)
+        return type(self), (self._folder, self._name, self._form)
 
 
 def decoded(records: Records, making: Making) -> DecodedRecords:
@@ -128,7 +131,7 @@ def decoded(records: Records, making: Making) -> DecodedRecords:
     with lock_file(folder / f".{name}.lock"):
         if not _is_current(making, len(records)):
             _make(records, making)
-    return DecodedRecords(folder, name)
+    return DecodedRecords(folder, name, making.form)
 
 
 def _is_current(making: Making, count: int) -> bool:
@@ -137,12 +140,13 @@ def _is_current(making: Making, count: int) -> bool:
 
 
 def _description(making: Making, count: int) -> dict[str, Any]:
-    return {"format": FORMAT_VERSION, "count": count, "resolution": making.resolution, "of": making.of}
+    form = {} if making.form.is_rgb else {"pictures": [str(making.form), [list(pair) for pair in making.form.limits]]}
+    return {"format": FORMAT_VERSION, "count": count, "resolution": making.resolution, "of": making.of, **form}
 
 
 def _make(records: Records, making: Making) -> None:
     count, side = len(records), making.resolution
-    size = count * 3 * side**2
+    size = count * making.form.bytes_per_pixel * side**2
     free = shutil.disk_usage(making.folder).free
     if size > free:
         raise CascadeError(
@@ -159,7 +163,7 @@ def _make(records: Records, making: Making) -> None:
         lines.open("w", encoding="utf-8", newline="\n") as lines_file,
         closing(_made(_Squares(records, making), count, making.workers)) as made,
     ):
-        nothing = bytes(3 * side**2)
+        nothing = bytes(making.form.bytes_per_pixel * side**2)
         for origin, captions, reason, picture in made:
             pixels_file.write(nothing if picture is None else picture.numpy().tobytes())
             lines_file.write(json.dumps([origin, captions, reason]) + "\n")
@@ -179,9 +183,10 @@ class _Squares(Dataset[_Square]):
     def __getitem__(self, index: int) -> _Square:
         try:
             record = self._records[index]
-            picture = decode(record)
+            picture = decode(record, self._making.form)
             check_strip(record, picture, self._making.aspect)
-            picture = resize(square(picture, self._making.aspect), self._making.resolution)
+            making = self._making
+            picture = resize(square(picture, making.aspect, making.form), making.resolution, making.form)
         except BadRecordError as error:
             return error.origin, (), error.reason, None
         return record.origin, record.captions, None, picture

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, config: FolderSource, wanted: Wanted = ALL) -> None:
+    def __init__(
+        self, config: FolderSource, suffixes: Collection[str] = PICTURE_SUFFIXES, wanted: Wanted = ALL
+    ) -> None:
         folder, caption_column, split = Path(config.path), config.caption_column, config.split
         self._names, self._wanted = config.names, wanted
         found = files_of(folder)
@@ -55,7 +57,7 @@ class FolderRecords:
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
                     if wanted.columns:
                         self._values[picture] = ({**self._values.get(picture, ({},))[0], **values}, path.parent)
-        pictures = {path for path in found.files if path.suffix.lower() in PICTURE_SUFFIXES}
+        pictures = {path for path in found.files if path.suffix.lower() in suffixes}
         if wanted.columns and not self._values:
             raise CascadeError(
                 f"data source {folder}: no metadata.jsonl or metadata.csv with the columns of the stage's conditions,"
@@ -67,7 +69,7 @@ class FolderRecords:
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = _by_stem(path for path in (*found.files, *found.others) if path.suffix in SIDECARS)
         if not everything:
-            raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
+            raise CascadeError(f"data source {folder}: no pictures; looked for {', '.join(sorted(suffixes))}")
         if not self._paths:
             raise CascadeError(
                 f"data source {folder}: split: {split} leaves none of {len(everything)} pictures; use all"

@@ -38,6 +38,7 @@ from cascade.data.transforms import choose_caption, condition_values, decode, dr
 from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
+from cascade.pixels import RGB, PictureFormat
 from cascade.seeds import derive_seed, generator
 
 logger = logging.getLogger("cascade.data")
@@ -54,8 +55,8 @@ PATIENCE = 20
 class View:
     """One picture with one caption.
 
-    image: uint8 (3, S, S).  sample: its number in the run.  bad: the problem of each bad record that was tried first
-    for this view.  low: uint8 (3, s, s), its smaller picture where that is not the area mean.  values: of the stage's
+    image: (C, S, S) as stored.  sample: its number in the run.  bad: the problem of each bad record that was tried
+    first for this view.  low: (C, s, s), its smaller picture where that is not the area mean.  values: of the stage's
     conditions, after dropout.  lacks: what its record lacks, the caption or conditions; it counts as dropped.
     """
 
@@ -70,9 +71,9 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B, 3, S, S).  captions: "" where dropped.  samples: their numbers in the run.
+    """images: (B, C, S, S) as stored.  captions: "" where dropped.  samples: their numbers in the run.
 
-    lows: uint8 (3, s, s), by index in the batch: smaller pictures that are not the area mean.
+    lows: (C, s, s), by index in the batch: smaller pictures that are not the area mean.
     of_captions: the result of the caller's function of the captions, computed in the process that read them.
     given: the stage's conditions, by name.
     """
@@ -166,7 +167,9 @@ class Views(Dataset[View]):
         self._stage = stage
         self._seed = seed
         self._sources = [
-            open_source(source, stage.resolution, (seed, "source", index), data, Wanted.of(source, stage))
+            open_source(
+                source, stage.resolution, (seed, "source", index), data, stage.pictures, Wanted.of(source, stage)
+            )
             for index, source in enumerate(data.sources)
         ]
         self._mixture = Mixture([_weight(*pair) for pair in zip(data.sources, self._sources, strict=True)], seed)
@@ -338,10 +341,11 @@ class _Shares(Dataset["_Share | CascadeError"]):
             return error
 
 
-def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
+def captions_of(sources: Iterable[SourceConfig], form: PictureFormat = RGB) -> Iterator[str]:
     """Every caption variant of finite sources, in order of appearance, with repetitions; no picture is decoded.
 
-    Drawn scenes and shuffled tags are endless: their captions are encoded during training.
+    Drawn scenes and shuffled tags are endless: their captions are encoded during training. form: of the
+    pictures; it decides which files of a folder count.
     """
     for source in sources:
         if isinstance(source, ScenesSource):
@@ -349,12 +353,14 @@ def captions_of(sources: Iterable[SourceConfig]) -> Iterator[str]:
         if has_endless_wordings(source.wording):
             logger.warning("captions of shuffled or dropped tags are not encoded beforehand, but during training")
             continue
-        for variant in itertools.chain.from_iterable(_variants_of(source)):
+        for variant in itertools.chain.from_iterable(_variants_of(source, form)):
             yield from wordings(variant, source.wording)
 
 
-def _variants_of(source: FolderSource | ParquetSource | WebDatasetSource | HubSource) -> Iterator[tuple[str, ...]]:
+def _variants_of(
+    source: FolderSource | ParquetSource | WebDatasetSource | HubSource, form: PictureFormat
+) -> Iterator[tuple[str, ...]]:
     if not (isinstance(source, HubSource) and source.streaming):
-        return open_records(source).captions()
+        return open_records(source, form).captions()
     logger.info("data source %s: reading the whole stream once, for its captions", source.name)
     return (record.captions for record in open_stream(source)(0))

@@ -14,7 +14,7 @@ from cascade.config.data import (
     SourceConfig,
     WebDatasetSource,
 )
-from cascade.data.dataset import ALL, Records, Wanted
+from cascade.data.dataset import ALL, PICTURE_SUFFIXES, Records, Wanted
 from cascade.data.decoded import Making, decoded, stamp_of_files
 from cascade.data.folder import FolderRecords, files_of
 from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
@@ -22,16 +22,24 @@ from cascade.data.tables import open_hub_table, open_parquet, open_stream
 from cascade.data.tars import TarRecords
 from cascade.errors import CascadeError
 from cascade.files.patterns import matching
+from cascade.pixels import RGB, PictureFormat
+from cascade.rasters import ARRAY_SUFFIXES
 
 FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
 
 def open_source(
-    config: SourceConfig, resolution: int, key: Key, data: DataConfig | None = None, wanted: Wanted = ALL
+    config: SourceConfig,
+    resolution: int,
+    key: Key,
+    data: DataConfig | None = None,
+    form: PictureFormat = RGB,
+    wanted: Wanted = ALL,
 ) -> Source:
     """The source that `config` describes, with its order keyed by `key`; `resolution`: of drawn scenes.
 
-    data: if its `decoded` is set, pictures of finite sources are read from that folder, at `resolution`.
+    data: if its `decoded` is set, pictures of finite sources are read from that folder, at `resolution`. form: of the
+    pictures; it decides which files of a folder are pictures.
     """
     if isinstance(config, ScenesSource):
         return SceneSource(config.held_out, resolution, key)
@@ -39,17 +47,21 @@ def open_source(
         return StreamSource(open_stream(config, wanted), config.shuffle_buffer, config.name, key)
     if isinstance(config, WebDatasetSource):
         tars = _open_tars(config, wanted)
-        return ShardedSource(_perhaps_decoded(tars, config, data, resolution), tars.starts, config.shuffle_block, key)
-    return ShuffledSource(_perhaps_decoded(open_records(config, wanted), config, data, resolution), key)
+        return ShardedSource(
+            _perhaps_decoded(tars, config, data, resolution, form), tars.starts, config.shuffle_block, key
+        )
+    return ShuffledSource(_perhaps_decoded(open_records(config, form, wanted), config, data, resolution, form), key)
 
 
-def _perhaps_decoded(records: Records, config: FiniteSource, data: DataConfig | None, resolution: int) -> Records:
+def _perhaps_decoded(
+    records: Records, config: FiniteSource, data: DataConfig | None, resolution: int, form: PictureFormat
+) -> Records:
     if data is None or data.decoded is None:
         return records
     unused = {"weight", "repeats", "wording", "shuffle_block", "columns", "folder_condition"}
     source = config.model_dump(mode="json", exclude=unused)
     of = {"source": source, "stamp": _stamp(config, records)}
-    return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of))
+    return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of, form))
 
 
 def _stamp(config: FiniteSource, records: Records) -> str:
@@ -61,10 +73,11 @@ def _stamp(config: FiniteSource, records: Records) -> str:
     return stamp_of_files(matching_files(config.files))
 
 
-def open_records(config: FiniteSource, wanted: Wanted = ALL) -> Records:
+def open_records(config: FiniteSource, form: PictureFormat = RGB, wanted: Wanted = ALL) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
-        return FolderRecords(config, wanted)
+        suffixes = PICTURE_SUFFIXES if form.is_rgb else PICTURE_SUFFIXES | ARRAY_SUFFIXES
+        return FolderRecords(config, suffixes, wanted)
     if isinstance(config, ParquetSource):
         return open_parquet(config, matching_files(config.files), wanted)
     if isinstance(config, WebDatasetSource):

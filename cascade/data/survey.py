@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig
-from cascade.config.stage import StageConfig
+from cascade.config.stage import MeasuredRange, StageConfig
 from cascade.data.dataset import BadRecordError, Record, Records, Wanted
 from cascade.data.folder import FolderRecords
 from cascade.data.loader import Views
@@ -22,10 +25,19 @@ from cascade.data.sources import open_records
 from cascade.data.tables import open_stream
 from cascade.data.transforms import condition_values, decode, prepared
 from cascade.data.workers import read_by_workers
-from cascade.images import contact_sheet, downsample, to_float, to_pil
+from cascade.errors import CascadeError
+from cascade.images import contact_sheet, downsample
+from cascade.pixels import PictureFormat
+from cascade.rasters import shown
+from cascade.settings import parse
+
+logger = logging.getLogger("cascade.data")
 
 ENDLESS_LIMIT = 1000
 """Records examined in a source of infinite or unknown length, unless another limit is given."""
+MOST_MEASURED = 1000
+"""Records of a source whose values are measured; of more, these are evenly spread."""
+_VALUES_EACH = 4096
 _CELL = 192
 
 
@@ -85,7 +97,7 @@ def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: in
     if isinstance(source, HubSource) and source.streaming:
         stream = open_stream(source, Wanted.of(source, stage))
         return _sum(Survey(f"stream {source.name}", None), _first(stream(0), look, limit))
-    finite = open_records(source, Wanted.of(source, stage))
+    finite = open_records(source, stage.pictures, Wanted.of(source, stage))
     chosen = range(len(finite)) if limit is None else _spread(len(finite), limit)
     examined = _Examined(finite, look)
     findings = read_by_workers(examined, chosen, data.workers) if data.workers else map(examined.__getitem__, chosen)
@@ -94,10 +106,57 @@ def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: in
     return found
 
 
+def with_range(stage: StageConfig, data: DataConfig) -> StageConfig:
+    """The stage with the range of the data as numbers; unchanged unless its range is to be measured.
+
+    Each named band has its own range; the channels of `rgb` share one, so that no colour shifts. Up to `MOST_MEASURED`
+    records of each source are read, the same whatever the seed and the resolution, so that the stages of a cascade
+    agree. Raises CascadeError for data without readable pictures, and for a band with a single value.
+    """
+    if not isinstance(stage.range, MeasuredRange):
+        return stage
+    form = stage.pictures
+    values = [part for source in data.sources for part in _values(source, form)]
+    if not values:
+        raise CascadeError("stage.range: no picture could be read to measure it; give it as numbers")
+    bands = np.concatenate(values, axis=1)
+    together = bands if form.kind == "bands" else bands.reshape(1, -1)
+    lows, highs = np.quantile(together, stage.range.quantiles, axis=1)
+    if form.values != "float32":
+        lows, highs = np.floor(lows), np.ceil(highs)
+    for band, low, high in zip(form.bands, lows, highs, strict=False):
+        if low >= high:
+            raise CascadeError(f"stage.range: band {band} has the value {low:g} almost everywhere; give it as numbers")
+    limits = [[float(low), float(high)] for low, high in zip(lows, highs, strict=True)]
+    logger.info("range of the data: %s", ", ".join(f"{low:g} to {high:g}" for low, high in limits))
+    return parse(StageConfig, {**stage.model_dump(mode="json"), "range": limits}, "stage")
+
+
+def _values(source: SourceConfig, form: PictureFormat) -> Iterator[np.ndarray[Any, Any]]:
+    """(C, n) values of each readable record, evenly spread over the source and the picture."""
+    if isinstance(source, ScenesSource):
+        return
+    if isinstance(source, HubSource) and source.streaming:
+        records: Iterable[Record] = itertools.islice(open_stream(source)(0), MOST_MEASURED)
+    else:
+        finite = open_records(source, form)
+        records = (finite[index] for index in _spread(len(finite), MOST_MEASURED))
+    records = iter(records)
+    while True:
+        try:
+            picture = decode(next(records), form)
+        except StopIteration:
+            return
+        except BadRecordError:  # counted and named when training reads it
+            continue
+        flat = picture.flatten(1).numpy()
+        yield flat[:, :: -(-flat.shape[1] // _VALUES_EACH)].astype(np.float64)
+
+
 def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:
     """Build a view of one record, as in training."""
     try:
-        pixels = decode(record)
+        pixels = decode(record, stage.pictures)
     except BadRecordError as error:
         return Finding(record.origin, record.captions, str(error))
     needed = stage.model.reads_text and data.uncaptioned == "skip"
@@ -124,12 +183,13 @@ def view_sheet(
     labels: list[str] = []
     for number in range(count):
         view = views[number]
-        large = view.image[None]
+        large, form = view.image[None], stage.pictures
         if stage.low_resolution is not None:
             size = large.shape[-1] * stage.low_resolution // stage.resolution
-            cells += to_pil(downsample(to_float(large), size) if view.low is None else to_float(view.low[None]))
+            low = form.from_float(downsample(form.to_float(large), size))[0] if view.low is None else view.low
+            cells.append(shown(low, form))
             labels.append(f"{size} px" if view.low is None else f"{size} px, its own")
-        cells += to_pil(to_float(large))
+        cells.append(shown(view.image, form))
         labels.append(as_read(view.caption) or "(null text)")
     columns = min(6, len(cells))
     return contact_sheet([_enlarged(cell) for cell in cells], columns, labels, max(_CELL, stage.resolution))

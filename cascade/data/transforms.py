@@ -1,8 +1,7 @@
-"""Training pictures from records. Pictures are uint8 (3, H, W); random generators are arguments."""
+"""Training pictures from records. Pictures are stored values (C, H, W); random generators are arguments."""
 
 from __future__ import annotations
 
-import io
 import math
 import random
 import re
@@ -22,9 +21,13 @@ from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.wording import PLAIN, worded
 from cascade.errors import CascadeError
-from cascade.files.picture import MOST_PIXELS, open_picture
-from cascade.images import WHITE, downsample, from_pil, to_float, to_uint8, upsample
+from cascade.files.picture import MOST_PIXELS
+from cascade.images import downsample, upsample
+from cascade.pixels import RGB, PictureFormat, mirrored
+from cascade.rasters import WrongFormatError, read_stored
 
+_GROUND = PictureFormat.of(("condition",))
+"""A format that pads with zeros, in which pictures of conditions have nothing."""
 MAX_ASPECT = 20
 """Longer strips are bad records: padded to a square they are almost all white, and may not fit into memory."""
 
@@ -32,12 +35,12 @@ MAX_ASPECT = 20
 def training_pair(
     record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
 ) -> tuple[Tensor, Tensor | None]:
-    """The picture of one view: (3, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
+    """The picture of one view: (C, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
 
     For super-resolution this is the large picture; the smaller one is its area mean and needs no file. If the record
-    has its own, such as one drawn by the previous stage, the same part of it is second: (3, S / scale, S / scale).
+    has its own, such as one drawn by the previous stage, the same part of it is second: (C, S / scale, S / scale).
     """
-    return prepared_pair(decode(record), record, data, stage, rng)
+    return prepared_pair(decode(record, stage.pictures), record, data, stage, rng)
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,20 @@ def prepared_pair(
 def prepared(picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random) -> Shown:
     """A record's decoded picture, smaller picture and picture conditions for one view. Raises BadRecordError."""
     check_strip(record, picture, data.aspect)
-    original = (picture.shape[-2], picture.shape[-1])
+    original, form = (picture.shape[-2], picture.shape[-1]), stage.pictures
     moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
-        picture = square(picture, data.aspect)
+        picture = square(picture, data.aspect, form)
         # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
-        picture = picture if moves else resize(picture, stage.resolution)
+        picture = picture if moves else resize(picture, stage.resolution, form)
     flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
-    picture = picture.flip(-1) if flipped else picture
+    picture = mirrored(picture) if flipped else picture
     if moves:
-        picture = jitter(picture, data.jitter, rng)
+        picture = jitter(picture, data.jitter, rng, form)
     if not data.tiles:
-        picture = resize(picture, stage.resolution)
+        picture = resize(picture, stage.resolution, form)
     scale = stage.resolution // (stage.low_resolution or stage.resolution)
-    low = None if record.low is None else _own_low(record, picture, scale, flipped)
+    low = None if record.low is None else _own_low(record, picture, scale, flipped, form)
     pictures = {
         name: _own_picture(record, name, original, data, stage, flipped)
         for name, config in stage.conditions.items()
@@ -126,7 +129,7 @@ def _own_picture(
         raise BadRecordError(
             record.origin, f"condition {name} has {own[1]}x{own[0]}, the picture {width}x{height}: another shape"
         )
-    value = square(value, data.aspect, 0)
+    value = square(value, data.aspect, _GROUND)
     value = config.fitted(value, (stage.resolution, stage.resolution), stage.detail(name))
     return value.flip(-1) if flipped else value
 
@@ -167,14 +170,14 @@ def check_strip(record: Record, picture: Tensor, aspect: Literal["crop", "pad"])
         raise BadRecordError(record.origin, f"a strip of {width}x{height}, beyond {MAX_ASPECT}:1, too narrow to pad")
 
 
-def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool) -> Tensor:
+def _own_low(record: Record, picture: Tensor, scale: int, flipped: bool, form: PictureFormat) -> Tensor:
     """The record's own smaller picture. Raises BadRecordError unless it is `scale` times smaller."""
-    low = decode(replace(record, image=record.low))
+    low = decode(replace(record, image=record.low), form)
     (height, width), (large_height, large_width) = low.shape[-2:], picture.shape[-2:]
     if (scale * height, scale * width) != (large_height, large_width):
         sizes = f"{width}x{height} and the picture {large_width}x{large_height}"
         raise BadRecordError(record.origin, f"its smaller picture has {sizes}; expected a ratio of {scale}")
-    return low.flip(-1) if flipped else low
+    return mirrored(low) if flipped else low
 
 
 _SIDES = re.compile(r"\b(left|right|clockwise|counter-?clockwise|flags?|letters?|text|word)\b", re.IGNORECASE)
@@ -196,40 +199,42 @@ def choose_caption(record: Record, dropout: float, rng: random.Random, wording: 
     return NULL_TEXT if rng.random() < dropout else worded(caption, wording, rng)
 
 
-def decode(record: Record) -> Tensor:
-    """The stored picture -> uint8 (3, H, W), upright, on white. Raises BadRecordError."""
+def decode(record: Record, form: PictureFormat = RGB) -> Tensor:
+    """The stored picture (C, H, W), upright; of 8-bit `rgb` on white. Raises BadRecordError."""
     if record.image is None:
         raise BadRecordError(record.origin, "no picture")
     if isinstance(record.image, Tensor):
         return record.image
     try:
-        if isinstance(record.image, Image.Image):
-            return from_pil(record.image)
-        with open_picture(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
-            return from_pil(image)
+        return read_stored(record.image, form)
+    except WrongFormatError as error:
+        raise BadRecordError(record.origin, str(error)) from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
         hint = f"; {MOST_PIXELS} allows more" if isinstance(error, Image.DecompressionBombError) else ""
         raise BadRecordError(record.origin, f"broken picture: {error}{hint}") from error
 
 
-def square(picture: Tensor, aspect: Literal["crop", "pad"], ground: int = WHITE) -> Tensor:
-    """The central square, or the whole picture padded with white (or another value) to a square."""
+def square(picture: Tensor, aspect: Literal["crop", "pad"], form: PictureFormat = RGB) -> Tensor:
+    """The central square, or the whole picture padded to a square with the format's `fill`, white for `rgb`."""
     height, width = picture.shape[-2:]
     if height == width:
         return picture
     size = min(height, width) if aspect == "crop" else max(height, width)
     # Negative padding crops; an odd pixel goes to the right and the bottom.
     left, top = (size - width) // 2, (size - height) // 2
-    return F.pad(picture, (left, size - width - left, top, size - height - top), value=ground)
+    sides = (left, size - width - left, top, size - height - top)
+    if len(set(form.fill)) == 1:
+        return F.pad(picture, sides, value=form.fill[0])
+    return torch.cat([F.pad(band[None], sides, value=fill) for band, fill in zip(picture, form.fill, strict=True)])
 
 
-def resize(picture: Tensor, size: int) -> Tensor:
+def resize(picture: Tensor, size: int, form: PictureFormat = RGB) -> Tensor:
     """A square picture at `size`: exact area mean of a larger one; a smaller one is enlarged bicubically."""
     current = picture.shape[-1]
     if current == size:
         return picture
     change = downsample if current > size else upsample
-    return to_uint8(change(to_float(picture)[None], size))[0]
+    return form.from_float(change(form.to_float(picture)[None], size))[0]
 
 
 def crop_corner(picture: Tensor, size: int, align: int, rng: random.Random) -> tuple[int, int]:
@@ -248,14 +253,16 @@ def window(picture: Tensor, top: int, left: int, size: int) -> Tensor:
     return picture[..., top : top + size, left : left + size]
 
 
-def jitter(picture: Tensor, amount: float, rng: random.Random) -> Tensor:
-    """Zoom by 1 +- `amount` and shift by up to `amount` of the size along each axis, with white around."""
+def jitter(picture: Tensor, amount: float, rng: random.Random, form: PictureFormat = RGB) -> Tensor:
+    """Zoom by 1 +- `amount`, shift by up to `amount` of the size along each axis, with the format's `fill` around."""
     zoom, shift_x, shift_y = (rng.uniform(-amount, amount) for _ in range(3))
     scale = 1 / (1 + zoom)
     # affine_grid maps positions in the result to positions in the picture, in [-1, 1]: a shift by the size is 2.
     matrix = torch.tensor([[scale, 0, 2 * shift_x], [0, scale, 2 * shift_y]])
-    # The negative, because grid_sample pads with zeros and the padding should be white.
-    negative = WHITE - picture[None].to(torch.float32)
+    # The difference from the fill, because grid_sample pads with zeros.
+    fill = torch.tensor(form.fill)[:, None, None]
+    negative = fill - form.linear(picture)[None]
     grid = F.affine_grid(matrix[None], list(negative.shape), align_corners=False)
     moved = F.grid_sample(negative, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-    return (WHITE - moved[0]).round().clamp(0, WHITE).to(torch.uint8)
+    low, high = (torch.tensor(ends)[:, None, None] for ends in zip(*form.limits, strict=True))
+    return form.stored((fill - moved[0]).clamp(low, high))

@@ -15,7 +15,7 @@ from cascade.diffusion.editing import Known
 from cascade.diffusion.guidance import Act, Part, within
 from cascade.diffusion.noise import NoiseBetween, NoiseSource, noise_like
 from cascade.diffusion.samplers import OnStep
-from cascade.images import back_project, flatten, to_float
+from cascade.images import back_project, flatten
 from cascade.seeds import generator
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
@@ -65,7 +65,7 @@ class Texts:
 class Inputs:
     """The inputs of one batch of one stage.
 
-    size: height and width. low: (B, 3, h, w) uint8, the smaller pictures; None for a base stage. known: pictures to
+    size: height and width. low: (B, C, h, w), the smaller pictures as stored; None for a base stage. known: pictures to
     start from, and their pixels that must stay. given: the stage's conditions, a row for each picture.
     """
 
@@ -81,16 +81,16 @@ class Inputs:
 def draw_batch(
     stage: Stage, inputs: Inputs, on_step: OnStep | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Draw one batch with one stage: (B, 3, H, W) float32, in about [-1, 1].
+    """Draw one batch with one stage: (B, C, H, W) float32, in about [-1, 1].
 
     device: device to compute on, default the weights' own; weights that are read layer by layer have none.
     """
-    device, settings, low = device or stage.device, inputs.settings, inputs.low
+    device, settings, low, form = device or stage.device, inputs.settings, inputs.low, stage.config.pictures
     rows = [picture.text for picture in inputs.pictures]
     own, null = inputs.texts.own.select(rows), inputs.texts.null.select(rows)
     cond = Conditioning(own.tokens, own.mask, given=inputs.given)
     if low is not None:
-        cond = _with_smaller(stage, cond, inputs, to_float(low))
+        cond = _with_smaller(stage, cond, inputs, form.to_float(low))
     cond = cond.to(device)
     null_cond = cond.without().with_text(on_device(null.tokens, device), on_device(null.mask, device))
     known = None if inputs.known is None else inputs.known.to(device)
@@ -98,7 +98,7 @@ def draw_batch(
     drawing = stage.knowing(known).following(_acts(inputs.texts, cond, z))
     x = drawing.sample(cond, null_cond, z, _rng(stage.name, inputs.pictures, "step"), settings, on_step)
     x = flatten(x, settings.flatten)
-    x = x if low is None else back_project(x, to_float(on_device(low, x.device)), settings.consistency)
+    x = x if low is None else back_project(x, form.to_float(on_device(low, x.device)), settings.consistency)
     return x if known is None or known.mask is None else torch.lerp(known.x, x, known.mask)
 
 
@@ -134,8 +134,8 @@ def _source(stage: str, picture: Picture, purpose: str) -> NoiseSource:
 
 
 def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor) -> Conditioning:
-    """The conditions with the smaller pictures (B, 3, h, w) in [-1, 1], noised."""
-    noised = stage.noised_shape((stage.config.channels, *inputs.size))
+    """The conditions with the smaller pictures (B, C, h, w) in [-1, 1], noised."""
+    noised = stage.noised_shape((stage.config.pictures.channels, *inputs.size))
     assert noised is not None, "a base stage sees no smaller picture"
     rng = _rng(stage.name, inputs.pictures, "augment")
     eps = noise_like(torch.empty(len(low), *noised), rng)
@@ -143,12 +143,12 @@ def _with_smaller(stage: Stage, cond: Conditioning, inputs: Inputs, low: Tensor)
 
 
 def _start(stage: Stage, inputs: Inputs, device: torch.device) -> Tensor:
-    """The initial noise of the pictures: (B, 3, H, W).
+    """The initial noise of the pictures: (B, C, H, W).
 
     Noise between two seeds lies on the arc of the sphere between them, so that its variance stays 1 (slerp, Shoemake
     1985, for vectors that are nearly orthogonal).
     """
-    shape = torch.empty(len(inputs.pictures), stage.config.channels, *inputs.size, device=device)
+    shape = torch.empty(len(inputs.pictures), stage.config.pictures.channels, *inputs.size, device=device)
     z = noise_like(shape, _rng(stage.name, inputs.pictures, "start"))
     for row, picture in enumerate(inputs.pictures):
         if picture.other is not None and not picture.everywhere:

@@ -13,6 +13,7 @@ from cascade.bounds import ROUNDS
 from cascade.config.stage import StageConfig
 from cascade.drawing.edit import SIDES, Edit, digest_of, edit_of, extended
 from cascade.errors import CascadeError
+from cascade.pixels import PictureFormat
 from cascade.sampling import check_stages
 from cascade.seeds import MAX_SEED
 from cascade.upscaling import ImageLike, read_mask, read_picture
@@ -66,9 +67,10 @@ class Changes:
                 if getattr(self, name) is not None:
                     raise CascadeError(f"{name}: there is no picture to change; give one as image")
             return None, size, entries
-        image, mask = self._pictures(self.image)
+        form = stages[-1].pictures
+        image, mask = self._pictures(self.image, form)
         fitting = fitting_size(stages, (image.shape[-2], image.shape[-1]))
-        edit, size = edit_of(image, mask, [size] if asked else [size, fitting])
+        edit, size = edit_of(image, mask, [size] if asked else [size, fitting], form)
         entries |= {
             "image": digest_of(image),
             "mask": "" if mask is None else digest_of(mask),
@@ -78,9 +80,9 @@ class Changes:
         }
         return edit, size, entries
 
-    def _pictures(self, given: ImageLike) -> tuple[Tensor, Tensor | None]:
-        """The picture (3, H, W) uint8 and its mask (H, W), including the canvas that `extend` adds."""
-        image = read_picture(given)[0]
+    def _pictures(self, given: ImageLike, form: PictureFormat) -> tuple[Tensor, Tensor | None]:
+        """The picture (C, H, W) as stored, and its mask (H, W), including the canvas that `extend` adds."""
+        image = read_picture(given, form)[0]
         if self.extend is None:
             return image, None if self.mask is None else read_mask(self.mask)
         if self.mask is not None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cascade.diffusion.editing import Known
 from cascade.errors import CascadeError
-from cascade.images import downsample, to_float, to_uint8, upsample
+from cascade.images import downsample, upsample
+from cascade.pixels import RGB, PictureFormat
 
 if TYPE_CHECKING:
     from cascade.drawing.recipe import Region
@@ -41,45 +42,49 @@ class Box:
 class Edit:
     """A picture to change.
 
-    image: (3, H, W) uint8. mask: (H, W) float32 in [0, 1], 1 where it is redrawn, 0 where every bit stays; None: all of
-    it is redrawn. box: the part of the picture that is drawn; the rest is not used.
+    image: (C, H, W) stored values of `form`. mask: (H, W) float32 in [0, 1], 1 where it is redrawn, 0 where every bit
+    stays; None: all of it is redrawn. box: the part of the picture that is drawn; the rest is not used.
     """
 
     image: Tensor
     mask: Tensor | None
     box: Box
+    form: PictureFormat = RGB
 
     def known(self, size: tuple[int, int], strength: float, rounds: int, clean: bool = False) -> Known:
         """The picture's part as input of a stage that draws `size`; a batch of one, on the CPU."""
-        x = resized(to_float(self.box.cut(self.image))[None], size).clamp(-1, 1)
+        x = resized(self.form.to_float(self.box.cut(self.image))[None], size).clamp(-1, 1)
         mask = None if self.mask is None else resized(self.box.cut(self.mask)[None, None], size).clamp(0, 1)
         return Known(x, mask, strength, rounds, clean)
 
     def finished(self, drawn: Tensor) -> Tensor:
-        """The whole picture, (3, H, W) uint8, with the drawn part (3, h, w) uint8 blended in."""
+        """The whole picture, (C, H, W) as stored, with the drawn part (C, h, w) blended in."""
         if self.mask is None:
             return drawn
         part, mask = self.box.cut(self.image), self.box.cut(self.mask)
-        size = (self.box.height, self.box.width)
-        new = drawn if tuple(drawn.shape[-2:]) == size else to_uint8(resized(to_float(drawn)[None], size)[0])
-        blended = torch.lerp(part.float(), new.float(), mask).round().to(torch.uint8)
+        size, form = (self.box.height, self.box.width), self.form
+        fits = tuple(drawn.shape[-2:]) == size
+        new = drawn if fits else form.from_float(resized(form.to_float(drawn)[None], size)[0])
+        blended = form.stored(torch.lerp(form.linear(part), form.linear(new), mask))
         whole = self.image.clone()
         self.box.cut(whole)[:] = torch.where(mask > 0, blended, part)
         return whole
 
 
-def edit_of(image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]]) -> tuple[Edit, tuple[int, int]]:
+def edit_of(
+    image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]], form: PictureFormat = RGB
+) -> tuple[Edit, tuple[int, int]]:
     """An edit, and the (height, width) to draw for it.
 
-    image: (3, H, W) uint8. mask: (H, W) in [0, 1]. sizes: sizes that may be drawn, the preferred one first. If the
-    picture is larger than the drawn size and the mask is small, only the mask's neighbourhood is drawn, in the shape of
-    the first size with room for it; otherwise the whole picture, at the last size. Raises CascadeError for a mask of
-    another size, and for an empty one.
+    image: (C, H, W) stored values of `form`. mask: (H, W) in [0, 1]. sizes: sizes that may be drawn, the preferred one
+    first. If the picture is larger than the drawn size and the mask is small, only the mask's neighbourhood is drawn,
+    in the shape of the first size with room for it; otherwise the whole picture, at the last size. Raises
+    CascadeError for a mask of another size, and for an empty one.
     """
     height, width = image.shape[-2:]
     whole = Box(0, 0, height, width)
     if mask is None:
-        return Edit(image, None, whole), sizes[-1]
+        return Edit(image, None, whole, form), sizes[-1]
     if tuple(mask.shape) != (height, width):
         raise CascadeError(f"mask: {mask.shape[1]}x{mask.shape[0]}; expected {width}x{height}, the picture's size")
     places = mask.nonzero()
@@ -88,11 +93,11 @@ def edit_of(image: Tensor, mask: Tensor | None, sizes: Sequence[tuple[int, int]]
     (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
     for size in sizes:
         if size == (height, width):
-            return Edit(image, mask, whole), size
+            return Edit(image, mask, whole, form), size
         box = _around((top, left, bottom, right), (height, width), size)
         if box is not None:
-            return Edit(image, mask, box), size
-    return Edit(image, mask, whole), sizes[-1]
+            return Edit(image, mask, box, form), size
+    return Edit(image, mask, whole, form), sizes[-1]
 
 
 def _around(mask: tuple[int, int, int, int], picture: tuple[int, int], size: tuple[int, int]) -> Box | None:
@@ -122,7 +127,7 @@ SIDES = ("left", "top", "right", "bottom")
 
 
 def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
-    """A larger canvas around a picture (3, H, W) uint8, and the mask of its new part: (3, H', W'), (H', W').
+    """A larger canvas around a picture (C, H, W), and the mask of its new part: (C, H', W'), (H', W').
 
     left, ...: pixels to add. The new part repeats the picture's edge, which shows through the mask's soft side.
     Raises CascadeError for negative numbers, and if all are zero.
@@ -130,7 +135,7 @@ def extended(image: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom:
     sides = (left, right, top, bottom)
     if min(sides) < 0 or not any(sides):
         raise CascadeError(f"extend: {left}, {top}, {right}, {bottom}; expected pixels to add, at least on one side")
-    canvas = F.pad(image[None].float(), sides, mode="replicate")[0].to(torch.uint8)
+    canvas = F.pad(image[None].float(), sides, mode="replicate")[0].to(image.dtype)
     mask = F.pad(torch.zeros(image.shape[-2:]), sides, value=1.0)
     return canvas, mask
 

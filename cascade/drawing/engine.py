@@ -17,7 +17,6 @@ from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn, given_of
 from cascade.drawing.texts import Encode, RecentTexts, Rows, Windows, form_of
 from cascade.errors import CascadeError
-from cascade.images import to_uint8
 from cascade.slots import StageSlot, check_memory, not_finite, running
 from cascade.stage import Stage
 from cascade.upscaling import padded
@@ -178,11 +177,11 @@ class Engine:
         x = draw_batch(stage.tiled(drawing.tile), inputs, on_step, self._device)
         x = x[: len(batch), :, : drawing.size[0], : drawing.size[1]]
         finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
-        pixels = to_uint8(x).cpu()
+        pixels = stage.config.pictures.from_float(x).cpu()
         return [picture if good else None for picture, good in zip(pixels, finite, strict=True)]
 
     def _smaller(self, tasks: Sequence[Task], position: int) -> Tensor | None:
-        """The smaller pictures to start from: (B, 3, h, w) uint8, None for a base stage."""
+        """The smaller pictures to start from: (B, C, h, w) as stored, None for a base stage."""
         if position:
             return torch.stack([self._shelf.get(shelf_key(task, position - 1)) for task in tasks])
         starts = [task.start for task in tasks if task.start is not None]

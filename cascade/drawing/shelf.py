@@ -28,7 +28,7 @@ class Shelf:
         return key in self._held if self._folder is None else self._path(key).exists()
 
     def put(self, key: str, pixels: Tensor) -> None:
-        """Store a picture. pixels: (3, H, W) uint8."""
+        """Store a picture. pixels: (C, H, W) as stored."""
         if self._folder is None:
             self._held[key] = pixels
         else:
@@ -36,7 +36,7 @@ class Shelf:
                 np.save(file, pixels.numpy())
 
     def get(self, key: str) -> Tensor:
-        """A stored picture, (3, H, W) uint8."""
+        """A stored picture, (C, H, W)."""
         return self._held[key] if self._folder is None else _read(self._path(key))
 
     def drop(self, key: str) -> None:
@@ -55,7 +55,7 @@ def _read(path: Path) -> Tensor:
     try:
         with open_regular(path) as file:
             pixels = torch.from_numpy(np.load(file, allow_pickle=False))
-        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+        if pixels.dtype not in (torch.uint8, torch.uint16, torch.float32) or pixels.ndim != 3:
             raise ValueError("no picture")
     except (OSError, ValueError, EOFError) as error:
         with suppress(OSError):

@@ -41,8 +41,8 @@ class Pass:
 class Task:
     """One picture to draw. It has no file; a task equals only itself.
 
-    start: (3, h, w) uint8, the smaller picture that the first pass enlarges; the recipe's `source` is its digest. None:
-    the first pass is a base stage's.
+    start: (C, h, w) as stored, the smaller picture that the first pass enlarges; the recipe's `source` is its digest.
+    None: the first pass is a base stage's.
     edit: the picture to change; the recipe has its digests.
     text: embeddings of one prompt that replace the recipe's. name: tells the task from others with the same recipe when
     half-drawn pictures are stored on disk. masks: (H, W) in [0, 1], of the recipe's regions, by digest. conditions:
@@ -67,7 +67,7 @@ class Task:
 class Drawn:
     """A finished picture.
 
-    pixels: (3, H, W) uint8 of each pass, in order; only of the last unless stages are kept. seconds: its share of the
+    pixels: (C, H, W) of each pass, in order; only of the last unless stages are kept. seconds: its share of the
     time. batch_sizes: by stage; together with the recipe, the model and the machine they decide the bytes.
     """
 
@@ -93,7 +93,7 @@ class Step:
     """A sampling step that is done.
 
     step: from 0, of `steps`. batch: from 0, of the stage's `batches` in this call. tasks: the tasks of the pictures.
-    x_hat: (B, 3, H, W), one for each task: the network's current estimate of the clean pictures, in about [-1, 1].
+    x_hat: (B, C, H, W), one for each task: the network's current estimate of the clean pictures, in about [-1, 1].
     """
 
     stage: str
@@ -122,7 +122,7 @@ def enlarging(
     seed: int = 0,
     number: int = 0,
 ) -> Task:
-    """A task for one super-resolution stage: start, (3, h, w) uint8, enlarged by the stage's scale."""
+    """A task for one super-resolution stage: start, (C, h, w) as stored, enlarged by the stage's scale."""
     height, width = (side * slot.config.scale for side in start.shape[-2:])
     recipe = Recipe(
         prompt=prompt,

@@ -121,7 +121,7 @@ class TracedStage(Stage):
     def origin(self, cond: Conditioning, size: tuple[int, int]) -> Tensor:
         """See `Stage.origin`; sampling calls it once, at its start."""
         base = super().origin(cond, size)
-        self.recorder.begin(self, base, self._residual_scale)
+        self.recorder.begin(self, base, self.residual_scale)
         return base
 
     def prepare(self, cond: Conditioning) -> Denoiser:

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,7 +15,8 @@ from torch import Tensor
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.drawing.edit import resized
 from cascade.drawing.trace import StageTrace
-from cascade.images import to_pil
+from cascade.pixels import PictureFormat
+from cascade.rasters import shown as visible
 
 QUANTITIES = {
     "noised": "forward",
@@ -49,13 +51,14 @@ def shown_steps(trace: StageTrace) -> list[Shown]:
     differences = [moment.guidance for moment in trace.moments if moment.guidance is not None]
     gain = _reciprocal(max((float(_top(each)) for each in differences), default=0.0))
     steps = []
+    pil = partial(_pil, form=trace.stage.config.pictures)
     for moment in trace.moments:
-        shown = {"noised": _pil(trace.noised(moment)), "z": _pil(moment.z), "x_hat": _pil(moment.x_hat)}
+        shown = {"noised": pil(trace.noised(moment)), "z": pil(moment.z), "x_hat": pil(moment.x_hat)}
         if moment.guidance is not None:
-            shown["guidance"] = _pil(moment.guidance * gain)
+            shown["guidance"] = pil(moment.guidance * gain)
         if moment.attention is not None:
             for word, each in enumerate(moment.attention):
-                shown[f"attention-{word}"] = _pil(_lit(moment.x_hat, each * _reciprocal(float(each.max()))))
+                shown[f"attention-{word}"] = pil(_lit(moment.x_hat, each * _reciprocal(float(each.max()))))
         steps.append(shown)
     return steps
 
@@ -221,5 +224,5 @@ def _reciprocal(value: float) -> float:
     return 1 / value if value > 0 else 0.0
 
 
-def _pil(picture: Tensor) -> Image.Image:
-    return to_pil(picture[None])[0]
+def _pil(picture: Tensor, form: PictureFormat) -> Image.Image:
+    return visible(form.from_float(picture), form)

@@ -103,7 +103,7 @@ def straight(image: Image.Image) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     _scale_transparency(image)
-    image = _upright(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     return _srgb(image, profile) if isinstance(profile, bytes) and profile else _plain(image)
@@ -131,7 +131,8 @@ def _scale_transparency(image: Image.Image) -> None:
     image.info["transparency"] = scaled if isinstance(colour, tuple) else scaled[0]
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation shows it; damaged EXIF is ignored."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about truncated EXIF
             if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:

@@ -14,11 +14,11 @@ from cascade.batch.metadata import Describer, encode
 from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.drawing.task import Result, Undrawn
 from cascade.errors import CascadeError
-from cascade.images import to_pil
 from cascade.pipeline import CascadePipeline
 from cascade.prompts.columns import COLUMNS, checked, without_nulls
 from cascade.prompts.record import BadLineError, record_of
 from cascade.quoting import quoted
+from cascade.rasters import file_formats
 from cascade.values import SETTINGS
 
 if TYPE_CHECKING:
@@ -71,8 +71,10 @@ class Drawer:
         labels = {"number": target.number, "seed": target.job.record.seed}
         if isinstance(result, Undrawn):
             return _failed(result.reason) | labels
-        image = to_pil(result.pixels[-1][None])[0]
-        return {**labels, "image": encode(image, self._describe(target, result), "png")[0], "error": None}
+        form = target.job.slots[-1].config.pictures
+        format = file_formats(form)[0]
+        content = encode(result.pixels[-1], form, self._describe(target, result), format)[0]
+        return {**labels, "image": content, "error": None}
 
 
 def generate(

@@ -14,13 +14,14 @@ from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
 from cascade.config.common import FORMAT_VERSION
 from cascade.config.data import TextConfig, TextReading
+from cascade.config.stage import MeasuredRange, StageConfig
 from cascade.config.training import TrainConfig
 from cascade.data.sources import check_places
 from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.reading import read_reading, warn_of_other_reading
-from cascade.load.stage import read_config, read_weights
+from cascade.load.stage import load_stage, read_config, read_weights
 from cascade.models.conditions import key_of
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
@@ -68,6 +69,19 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 
+def with_measured_range(config: TrainConfig) -> TrainConfig:
+    """The settings with a stated range of values: that of the run's earlier part, or else measured over the data."""
+    from cascade.data.survey import with_range
+
+    if not isinstance(config.stage.range, MeasuredRange):
+        return config
+    begun = _begun(config.output)
+    if begun is not None and isinstance(begun["stage"].get("range"), list):
+        known = {**config.stage.model_dump(mode="json"), "range": begun["stage"]["range"]}
+        return config.model_copy(update={"stage": parse(StageConfig, known, "stage")})
+    return config.model_copy(update={"stage": with_range(config.stage, config.data)})
+
+
 def _begun(output: object) -> dict[str, Any] | None:
     """The settings in the folder of a run that has a checkpoint; None for any other folder."""
     from cascade.training.state import checkpoints
@@ -107,7 +121,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     check_places(
         [*config.data.sources, *(held_out.sources if held_out else ())]
     )  # before a hub is asked for an encoder
-    config = settled(config)
+    config = with_measured_range(settled(config))
     check_run(config, *expected_processes())
     with shortage_as_error("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)
@@ -125,12 +139,19 @@ def _load_trainer(config: TrainConfig) -> Trainer:
             f" embeddings of width {text.dim}; set stage.model.text_dim={text.dim}"
         )
     stage = build_stage(config.stage, seed=config.training.seed)
-    if config.training.init_from is not None and not checkpoints(Path(config.output)):
-        source = find_stage(config.training.init_from)
+    distill, start = config.training.distill, config.training.init_from
+    teacher = None
+    if distill is not None:
+        folder = find_stage(distill.teacher)
+        teacher = load_stage(folder)
+        start = start or (distill.teacher if teacher.config.model == config.stage.model else None)
+        warn_of_other_reading(folder, config.text.reading)
+    if start is not None and not checkpoints(Path(config.output)):
+        source = find_stage(start)
         tensors, origin = read_weights(source)
         load_weights(stage.network, {**_new_conditions(stage, source), **tensors}, origin)
         warn_of_other_reading(source, config.text.reading)
-    return Trainer(config, stage, text)
+    return Trainer(config, stage, text, teacher)
 
 
 def _new_conditions(stage: Stage, source: Path) -> dict[str, Tensor]:

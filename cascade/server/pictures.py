@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cascade.batch.metadata import encode
+from cascade.batch.metadata import encode_image
 from cascade.errors import CascadeError
 from cascade.files.picture import open_picture, over_white, picture_errors, straight
 
@@ -60,4 +60,4 @@ def as_sent(content: bytes, said: Mapping[str, Any], size: tuple[int, int] | Non
     if plain.size != wanted:
         smaller = wanted[0] <= plain.width and wanted[1] <= plain.height
         plain = plain.resize(wanted, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
-    return encode(plain, said, format)[0]
+    return encode_image(plain, said, format)[0]

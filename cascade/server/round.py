@@ -14,6 +14,8 @@ from cascade.drawing.engine import shelf_key
 from cascade.drawing.shelf import Shelf
 from cascade.drawing.task import Drawn, Step, Task
 from cascade.drawing.trace import Recorder, traced
+from cascade.images import from_pil
+from cascade.rasters import shown
 from cascade.server.events import Event, Hub
 from cascade.server.jobs import Progress
 from cascade.server.pace import Pace, steps_of
@@ -90,7 +92,7 @@ class Round:
         task, position = self._places[key]
         self._smaller[task] = (position, pixels)
         steps = steps_of(task.passes[position])
-        preview = self._preview(task, pixels)
+        preview = self._preview(task, pixels, stored=True)
         self._say(task, self._progress(task, position, steps - 1, steps, preview))
 
     def left_over(self, task: Task, sizes: BatchSizes) -> tuple[Target, Drawn] | None:
@@ -107,10 +109,13 @@ class Round:
         used = {own.slot.config.name: sizes.of(own) for own in drawn.passes}
         return smaller, Drawn(drawn, [pixels], self._pace.seconds(drawn.passes), used)
 
-    def _preview(self, task: Task, picture: Tensor) -> str:
-        """A preview of a picture (3, H, W), with a mask in its surroundings; "" without watchers."""
+    def _preview(self, task: Task, picture: Tensor, stored: bool = False) -> str:
+        """A preview of a picture (C, H, W), x_hat or stored, with a mask in its surroundings; "" without watchers."""
         if not self._hub.watched:
             return ""
+        form = task.passes[0].slot.config.pictures
+        if not form.is_rgb:
+            return data_url(from_pil(shown(picture if stored else form.from_float(picture), form)))
         scene = self._scenes.get(task)
         return data_url(picture if scene is None else scene.with_part(picture))
 

@@ -19,6 +19,7 @@ from cascade.drawing.task import Drawn, Result, Step, Undrawn
 from cascade.drawing.trace import Recorder
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
+from cascade.rasters import file_formats
 from cascade.server.enlarged import EnlargedTarget
 from cascade.server.events import Event, Hub
 from cascade.server.gallery import Gallery
@@ -76,7 +77,7 @@ class Worker:
         while not self._closing:
             loading = self.pipeline
             try:
-                loading.set_result(self._load())
+                loading.set_result(_showable(self._load()))
             except Exception as error:  # raised in every request
                 logger.error("%s", error)
                 loading.set_exception(error)
@@ -164,3 +165,12 @@ class Worker:
     def _put(self, key: str, pixels: Tensor) -> None:
         assert self._round is not None, "the engine draws rounds"
         self._round.smaller(key, pixels)
+
+
+def _showable(pipeline: CascadePipeline) -> CascadePipeline:
+    """`pipeline`. Raises CascadeError if a browser cannot show its pictures."""
+    if "png" not in file_formats(pipeline.pictures):
+        raise CascadeError(
+            f"model {pipeline.name}: draws {pipeline.pictures}, which the page cannot show; use `cascade generate`"
+        )
+    return pipeline

@@ -46,6 +46,7 @@ EFFECTS: dict[str, Effect] = {
     "data.decoded": Effect.SAME_RESULT,
     "training": Effect.OTHER_RESULT,
     "training.init_from": Effect.SAME_RESULT,  # read only at the start
+    "training.distill.teacher": Effect.SAME_RESULT,  # the same stage may have moved
     "training.lora_rank": Effect.OTHER_RUN,
     "training.lora_layers": Effect.OTHER_RUN,
     "training.optimizer.kind": Effect.OTHER_RUN,

@@ -18,7 +18,8 @@ from cascade.diffusion.samplers import OnStep
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Pass, Result, Task, Undrawn, enlarging, with_conditions
-from cascade.images import contact_sheet, downsample, to_float, to_pil, to_uint8
+from cascade.images import contact_sheet, downsample
+from cascade.rasters import shown
 from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
@@ -137,15 +138,18 @@ def _super_resolution_grid(
     if values:
         tasks = [with_conditions(task, _as_given(own)) for task, own in zip(tasks, values, strict=True)]
     pictures = _drawn(stage, text, tasks, on_step)
-    cells = [image for trio in zip(to_pil(lows), pictures, to_pil(first.images), strict=True) for image in trio]
+    form = stage.config.pictures
+    small, true = ([shown(picture, form) for picture in each] for each in (lows, first.images))
+    cells = [image for trio in zip(small, pictures, true, strict=True) for image in trio]
     labels = [label for caption in first.captions for label in ("low", caption, "truth")]
     return contact_sheet([_enlarged(cell) for cell in cells], columns=6, labels=labels, cell=_CELL)
 
 
 def _smaller(stage: Stage, first: Batch) -> Tensor:
-    """(B, 3, h, w) uint8: the smaller pictures of views, the record's own or area means."""
+    """(B, C, h, w) as stored: the smaller pictures of views, the record's own or area means."""
     height, width = (side // stage.scale for side in first.images.shape[-2:])
-    lows = to_uint8(downsample(to_float(first.images), (height, width)))
+    form = stage.config.pictures
+    lows = form.from_float(downsample(form.to_float(first.images), (height, width)))
     for place, low in first.lows.items():
         lows[place] = low
     return lows
@@ -167,7 +171,7 @@ def _image(result: Result) -> Image.Image:
     if isinstance(result, Undrawn):
         logger.warning("sample grid: %s", result.reason)
         return Image.new("RGB", (result.task.recipe.width, result.task.recipe.height), "white")
-    return to_pil(result.pixels[-1][None])[0]
+    return shown(result.pixels[-1], result.task.passes[-1].slot.config.pictures)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -14,7 +14,8 @@ from cascade.config.common import AugSpread
 from cascade.config.training import LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
 from cascade.diffusion.loss import Weighting, logit_normal_levels, stratify, uniform_levels
-from cascade.images import downsample, to_float
+from cascade.images import downsample
+from cascade.pixels import RGB, PictureFormat
 from cascade.seeds import derive_seed, generator
 from cascade.stage import NetworkCall, Stage
 from cascade.text.embeddings import TextEmbeddings, TextEncoderProtocol
@@ -60,24 +61,30 @@ class Draw:
 
 
 def training_batch(
-    batch: Batch, text: TextEncoderProtocol, device: torch.device, first: int, batch_size: int
+    batch: Batch,
+    text: TextEncoderProtocol,
+    device: torch.device,
+    first: int,
+    batch_size: int,
+    pictures: PictureFormat = RGB,
 ) -> TrainingBatch:
     """A loaded batch on the device, pictures in [-1, 1] and captions as embeddings.
 
     first: number of the first view of the step of `batch_size`; the batch may be one process' share of one pass.
+    pictures: the format of the batch.
     """
     if isinstance(batch.of_captions, TextEmbeddings):
         embeddings = batch.of_captions
     else:
         embeddings = text.encode(batch.captions, batch_size=len(batch.captions))
     return TrainingBatch(
-        x=to_float(on_device(batch.images, device)),
+        x=pictures.to_float(on_device(batch.images, device)),
         text=on_device(embeddings.tokens, device).to(torch.float32),
         text_mask=on_device(embeddings.mask, device),
         samples=batch.samples,
         positions=torch.tensor(batch.samples) - first,
         batch_size=batch_size,
-        lows={place: to_float(on_device(low, device)) for place, low in batch.lows.items()},
+        lows={place: pictures.to_float(on_device(low, device)) for place, low in batch.lows.items()},
         given={
             name: Given(on_device(one.value, device), on_device(one.present, device))
             for name, one in batch.given.items()

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from cascade.training.accelerator import (
     start_trackers,
 )
 from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, is_due
+from cascade.training.distill import Distillation
 from cascade.training.ema import EMA
 from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings, mark_begun
 from cascade.training.frozen import freeze
@@ -75,8 +77,12 @@ class Trainer:
     weights, bit for bit, as an uninterrupted one.
     """
 
-    def __init__(self, config: TrainConfig, stage: Stage, text: TextEncoderProtocol) -> None:
-        """stage: with its initial weights. text: the frozen encoder, or a `CachedTextEncoder`."""
+    def __init__(
+        self, config: TrainConfig, stage: Stage, text: TextEncoderProtocol, teacher: Stage | None = None
+    ) -> None:
+        """stage: with its initial weights. text: the frozen encoder, or a `CachedTextEncoder`. teacher: the stage of
+        `training.distill`, if that is set.
+        """
         config = settled(config)
         self.config, self.stage, self.text = config, stage, text
         self.output = Path(config.output)
@@ -89,7 +95,11 @@ class Trainer:
         self.ema = EMA(stage.network, settings.ema)
         data, device = config.data, self.accelerator.device
         source = NoiseSource(settings.seed, data.max_aug_level, data.aug_spread, device=device)
-        self.objective = Objective(settings.loss, source)
+        self.objective: Objective | Distillation = Objective(settings.loss, source)
+        if settings.distill is not None:
+            assert teacher is not None, "training.distill needs its teacher"
+            taught = Distillation.of(stage, teacher.to(device), settings.distill, settings.loss, source, text)
+            self.objective = replace(taught, autocast=self.accelerator.autocast)
         self.actions = self._actions()
         self.meter, self.watch = Meter(), Watch()
         self._unread: list[Unread] = []
@@ -216,7 +226,7 @@ class Trainer:
         """
         size = self.config.training.batch_size
         first = batch.samples[0] - batch.samples[0] % size
-        return training_batch(batch, self.text, self.accelerator.device, first, size)
+        return training_batch(batch, self.text, self.accelerator.device, first, size, self.config.stage.pictures)
 
     def _clip(self) -> Tensor:
         """Clip the gradient if so configured; returns its norm before clipping."""
@@ -263,7 +273,7 @@ class Trainer:
         settings, place = self.config.training, (self.accelerator.process_index, self.accelerator.num_processes)
         actions: list[Action] = [LogEntry(settings.log_every, self._summary)]
         if settings.validation:
-            validation = Validation(self.config, settings.validation, *place)
+            validation = Validation(self.config, settings.validation, *place, objective=self.objective)
             actions.append(Validate(settings.validation.every, validation, self.text, self.accelerator))
         grid = SampleGrid(self.config, self.text)
         return (*actions, Grid(settings.sample_every, grid, self.output / "samples", self.accelerator))

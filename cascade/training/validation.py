@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -13,6 +14,7 @@ from cascade.config.training import TrainConfig, ValidationConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEncoderProtocol
+from cascade.training.distill import Distillation
 from cascade.training.step import NoiseSource, Objective, training_batch
 
 SEED = 0
@@ -22,8 +24,16 @@ SEED = 0
 class Validation:
     """The held-out views of one process, and their losses."""
 
-    def __init__(self, config: TrainConfig, settings: ValidationConfig, process: int = 0, processes: int = 1) -> None:
-        """Read the views, which are the same each time, and keep them in memory.
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: ValidationConfig,
+        process: int = 0,
+        processes: int = 1,
+        objective: Objective | Distillation | None = None,
+    ) -> None:
+        """Read the views, which are the same each time, and keep them in memory. objective: the run's own, if not
+        algorithm 18.1.
 
         Mistakes thus show before the first step, and a large folder is listed once. A batch of uint8 pictures is small
         compared with the activations of its pass. Raises CascadeError when they cannot be read.
@@ -35,7 +45,7 @@ class Validation:
         # Noise levels spread evenly over all views have the least variance for this number of views.
         loss = config.training.loss.model_copy(update={"stratified": True})
         source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")
-        self.objective = Objective(loss, source)
+        self.objective = replace(objective or Objective(loss, source), settings=loss, source=source)
         self._pass_size = config.training.batch_size // config.training.accumulation
         self._process, self._processes = process, processes
         with closing(self._views()) as views:
@@ -58,7 +68,7 @@ class Validation:
         total = len(self._batches) * self._pass_size
         for batch in self._batches:
             before_batch()
-            ready = training_batch(batch, text, device, first=0, batch_size=total)
+            ready = training_batch(batch, text, device, 0, total, self._stage_config.pictures)
             loss, level = self.objective(stage, stage.network, ready)
             losses.append(loss.float())
             levels.append(level.flatten())

@@ -161,9 +161,12 @@ def _entry() -> dict[str, Any]:
 
 def _make_pictures(folder: Path) -> None:
     from cascade.batch.metadata import FORMATS, encode
+    from cascade.images import from_pil
+    from cascade.pixels import RGB
 
     for format, ending in FORMATS.items():
-        (folder / f"a.{ending}").write_bytes(encode(Image.new("RGB", (8, 8), "red"), _entry(), format)[0])
+        red = from_pil(Image.new("RGB", (8, 8), "red"))
+        (folder / f"a.{ending}").write_bytes(encode(red, RGB, _entry(), format)[0])
     frames = [Image.new("RGBA", (8, 8), (shade, 0, 0, shade)) for shade in (9, 99, 199)]
     for ending in ("gif", "tiff", "webp"):
         frames[0].save(folder / f"moving.{ending}", save_all=True, append_images=frames[1:], duration=40)
