@@ -39,7 +39,7 @@ from cascade.drawing.recipe import LONG_PROMPTS, Recipe
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Pass, Task, passes, with_conditions
+from cascade.drawing.task import Drawn, Pass, Task, passes, with_conditions
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
@@ -190,8 +190,7 @@ class CascadePipeline:
         see `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, C) in the data's own type, uint8 for `rgb`, or torch (B, C, H, W) float32 in
-        [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for
-        arguments that do not fit.
+        [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for arguments that do not fit.
         """
         check_output_arguments(output_type, callback, self.pictures)
         prompts = prompts_of(prompt, prompt_embeds, conditions is not None)
@@ -241,17 +240,19 @@ class CascadePipeline:
         count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size, PICTURES)
         with Watcher(progress, callback) as watcher:
             drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
+        return self._output(slots, drawn, output_type)
+
+    def _output(
+        self, slots: Sequence[StageSlot], drawn: Sequence[Drawn], output_type: Literal["pil", "np", "pt"]
+    ) -> CascadeOutput:
+        """The pictures of every stage, in the requested type."""
         pixels = {
             slot.config.resolution: torch.stack([result.pixels[place] for result in drawn])
             for place, slot in enumerate(slots)
         }
-        return CascadeOutput.of(
-            pixels,
-            output_type,
-            [task.recipe.seed for task in tasks],
-            [task.recipe.prompt for task in tasks],
-            self.pictures,
-        )
+        recipes = [result.task.recipe for result in drawn]
+        seeds, prompts = ([getattr(recipe, name) for recipe in recipes] for name in ("seed", "prompt"))
+        return CascadeOutput.of(pixels, output_type, seeds, prompts, self.pictures)
 
     @torch.inference_mode()
     def upscale(
