@@ -1,10 +1,10 @@
-"""Trains a stage on drawn shapes with four conditions, and reads from its pictures whether it follows them.
+"""Trains stages on drawn shapes with conditions, and reads from their pictures whether they follow them.
 
 python scripts/check_conditions.py --out build/conditions [--sheet docs/conditions.png]
 
-One stage of 32 px learns two classes (`shape`, `colour`), a number (`size`) and a picture (`outline`), each left out in
-part of the views, so that each can be given alone. The scenes reader (`cascade.evaluation.scene_reader`) reads the
-pictures; it sees no condition.
+One stage of 32 px learns two classes (`shape`, `colour`) and a number (`size`), another a picture (`outline`) and the
+class `colour`, each left out in part of the views, so that each can be given alone. Neither reads text. The scenes
+reader (`cascade.evaluation.scene_reader`) reads the pictures; it sees no condition.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import io
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
 from cascade import CascadePipeline
@@ -40,10 +40,34 @@ SIZES = (0.16, 0.4)
 _INK = 40  # distance from white, per channel, from which a pixel belongs to a shape
 
 
-def random_shape(rng: random.Random) -> SceneObject:
-    """One shape anywhere in the picture."""
+@dataclass(frozen=True)
+class Lesson:
+    """A stage: its conditions, the shapes' distance from the middle, training steps, and what is given in the end."""
+
+    conditions: tuple[str, ...]
+    spread: float
+    steps: int
+    dropout: float
+    given: tuple[tuple[str, ...], ...]
+
+
+LESSONS = {
+    "labels": Lesson(
+        ("shape", "colour", "size"),
+        0.02,
+        3000,
+        0.25,
+        (("shape",), ("size",), ("shape", "size"), ("shape", "size", "colour")),
+    ),
+    "outlines": Lesson(("outline", "colour"), 1.0, 1500, 0.15, (("outline",), ("outline", "colour"))),
+}
+
+
+def random_shape(rng: random.Random, spread: float) -> SceneObject:
+    """One shape; spread: its greatest distance from the middle, as a share of the width, but inside the picture."""
     radius = rng.uniform(*SIZES)
-    x, y = (rng.uniform(radius, 1 - radius) for _ in range(2))
+    free = min(spread, 0.5 - radius)
+    x, y = (0.5 + rng.uniform(-free, free) for _ in range(2))
     return SceneObject(rng.choice(SHAPES), rng.choice(COLOURS), "medium", x, y, radius)
 
 
@@ -71,14 +95,14 @@ def conditions_of(shape: SceneObject) -> dict[str, Any]:
     return {"shape": shape.shape, "colour": shape.colour, "size": shape.radius, "outline": outline}
 
 
-def write_data(path: Path, count: int, seed: int) -> None:
+def write_data(path: Path, lesson: Lesson, count: int) -> None:
     """Captionless pictures with their conditions as columns."""
     import datasets
 
-    rng = random.Random(seed)
-    shapes = [random_shape(rng) for _ in range(count)]
+    rng = random.Random(0)
+    shapes = [random_shape(rng, lesson.spread) for _ in range(count)]
     rows: dict[str, list[Any]] = {"image": [_png(picture_of(shape)) for shape in shapes]}
-    for name in ("shape", "colour", "size", "outline"):
+    for name in lesson.conditions:
         values = [conditions_of(shape)[name] for shape in shapes]
         rows[name] = [_png(value) if isinstance(value, Image.Image) else value for value in values]
     datasets.Dataset.from_dict(rows).to_parquet(path)
@@ -90,9 +114,9 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def settings(out: Path, steps: int) -> TrainConfig:
-    """The training run."""
-    shared = {"dropout": 0.4}
+def settings(out: Path, name: str, lesson: Lesson, steps: int) -> TrainConfig:
+    """The training run of a lesson."""
+    shared = {"dropout": lesson.dropout}
     conditions = {
         "shape": {"kind": "class", "labels": list(SHAPES), "default": "none", **shared},
         "colour": {"kind": "class", "labels": list(COLOURS), "default": "none", **shared},
@@ -100,12 +124,12 @@ def settings(out: Path, steps: int) -> TrainConfig:
         "outline": {"kind": "picture", "default": "none", **shared},
     }
     values = {
-        "output": str(out / "run"),
+        "output": str(out / name),
         "stage": {
             "name": "base",
             "resolution": SIDE,
             "parameterization": "x",
-            "conditions": conditions,
+            "conditions": {one: conditions[one] for one in lesson.conditions},
             "model": {
                 "text": "none",
                 "text_dim": 192,
@@ -120,7 +144,7 @@ def settings(out: Path, steps: int) -> TrainConfig:
             },
             "sampling": {"steps": 20, "guidance": 2.0},
         },
-        "data": {"sources": [{"kind": "parquet", "files": [str(out / "shapes.parquet")]}], "joint_dropout": 0.05},
+        "data": {"sources": [{"kind": "parquet", "files": [str(out / f"{name}.parquet")]}], "joint_dropout": 0.05},
         "training": {
             "steps": steps,
             "batch_size": 16,
@@ -173,16 +197,14 @@ def measured(wanted: Sequence[SceneObject], drawn: Sequence[Image.Image], names:
     return figures
 
 
-GIVEN = (("shape",), ("size",), ("outline",), ("shape", "size"), ("outline", "colour"), ("shape", "size", "colour"))
-"""The conditions of each row of the table; the others are left out."""
-
-
-def judge(pipeline: CascadePipeline, count: int) -> tuple[list[dict[str, Any]], list[tuple[Image.Image, str]]]:
-    """(a row of figures for each of `GIVEN`, some pictures of each with their labels)."""
+def judge(
+    pipeline: CascadePipeline, lesson: Lesson, count: int
+) -> tuple[list[dict[str, Any]], list[tuple[Image.Image, str]]]:
+    """(a row of figures for each choice of conditions, some pictures of each with their labels)."""
     rows, cells = [], list[tuple[Image.Image, str]]()
-    for number, names in enumerate(GIVEN):
+    for number, names in enumerate(lesson.given):
         rng = random.Random(1000 + number)
-        wanted = [random_shape(rng) for _ in range(count)]
+        wanted = [random_shape(rng, lesson.spread) for _ in range(count)]
         drawn = pipeline(
             [""] * count,
             conditions=[{name: conditions_of(shape)[name] for name in names} for shape in wanted],
@@ -191,7 +213,7 @@ def judge(pipeline: CascadePipeline, count: int) -> tuple[list[dict[str, Any]], 
         ).images
         images = [picture for picture in drawn if isinstance(picture, Image.Image)]
         rows.append({"given": ", ".join(names), **measured(wanted, images, names)})
-        for shape, picture in zip(wanted[:4], images, strict=False):
+        for shape, picture in zip(wanted[: 4 if "outline" in names else 8], images, strict=False):
             if "outline" in names:
                 cells.append((outline_of(picture_of(shape)).convert("RGB"), "outline"))
             cells.append((picture, _label(shape, names)))
@@ -204,30 +226,32 @@ def _label(shape: SceneObject, names: Sequence[str]) -> str:
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of data, run and figures.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of data, runs and figures.")
+@click.option("--lesson", "chosen", type=click.Choice(list(LESSONS)), multiple=True, help="Default: all.")
 @click.option("--records", default=6000, show_default=True, help="Pictures to draw for training.")
-@click.option("--steps", default=3000, show_default=True, help="Training steps of 16 pictures.")
+@click.option("--share", default=1.0, show_default=True, help="Share of the training steps to make.")
 @click.option("--count", default=200, show_default=True, help="Pictures to judge for each row.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet.")
-def main(out: Path, records: int, steps: int, count: int, sheet: Path | None) -> None:
-    """Train unless the stage exists, draw, read, and print a table."""
+def main(out: Path, chosen: tuple[str, ...], records: int, share: float, count: int, sheet: Path | None) -> None:
+    """Train each stage unless it exists, draw, read, and print a table."""
     out.mkdir(parents=True, exist_ok=True)
-    config = settings(out, steps)
-    if not (out / "run" / "stage").exists():
-        if not (out / "shapes.parquet").exists():
-            write_data(out / "shapes.parquet", records, seed=0)
-        load_trainer(config).run()
-    stage = load_stage(out / "run" / "stage")
-    pipeline = CascadePipeline(TextEncoder.from_pretrained(BUNDLED / "text_encoder"), [stage])
-    with torch.inference_mode():
-        rows, cells = judge(pipeline, count)
-    for row in rows:
-        print(" | ".join(f"{name}: {value:.3f}" if isinstance(value, float) else value for name, value in row.items()))
-    (out / "figures.json").write_text(json.dumps(rows, indent=2))
+    cells = list[tuple[Image.Image, str]]()
+    for name in chosen or LESSONS:
+        lesson = LESSONS[name]
+        if not (out / name / "stage").exists():
+            write_data(out / f"{name}.parquet", lesson, records)
+            load_trainer(settings(out, name, lesson, max(60, round(share * lesson.steps)))).run()
+        stage = load_stage(out / name / "stage")
+        pipeline = CascadePipeline(TextEncoder.from_pretrained(BUNDLED / "text_encoder"), [stage])
+        rows, drawn = judge(pipeline, lesson, count)
+        cells += drawn
+        for row in rows:
+            print(" | ".join(f"{what}: {one:.3f}" if isinstance(one, float) else one for what, one in row.items()))
+        (out / f"{name}.json").write_text(json.dumps(rows, indent=2))
     if sheet is not None:
         images, labels = zip(*cells, strict=True)
         large = [image.resize((96, 96), Image.Resampling.NEAREST) for image in images]
-        contact_sheet(large, columns=8, labels=labels, cell=96).save(sheet)
+        contact_sheet(large, columns=8, labels=labels, cell=96).quantize(64).save(sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -588,6 +588,7 @@ ROWS: dict[str, Row] = {
     "data.crop": Row("4", views, SUPER_RESOLUTION),
     "data.tiles": Row("true", views, CROPS),
     "data.aspect": Row("crop", views, (FOLDER,)),
+    "data.buckets": Row("[1, 2]", views, (FOLDER,)),
     "data.flip": Row("1.0", views, (FOLDER,)),
     "data.jitter": Row("0.2", views, (FOLDER,)),
     "data.max_aug_level": Row("0.9", log, SUPER_RESOLUTION),

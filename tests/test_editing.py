@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_model import make_tiny_cascade
+from measure_seams import hole_of, measured, seam
 from PIL import Image
 
 from cascade import CascadeError, CascadePipeline
@@ -149,6 +150,25 @@ def test_the_edge_of_the_mask_is_no_seam(pipeline: CascadePipeline) -> None:
     across = np.abs(np.diff(changed, axis=1))
     edge, inside = across[8:24, [7, 23]].mean(), across[8:24, 8:23].mean()
     assert edge < 3 * inside + 20
+
+
+def test_the_measure_of_a_seam_is_one_for_an_edge_like_its_neighbours_and_large_for_a_paste() -> None:
+    hole = hole_of(32)
+    ramp = np.repeat(np.arange(32, dtype=np.uint8)[None, :, None], 32, axis=0).repeat(3, axis=2)
+    both = ramp + ramp.swapaxes(0, 1)
+    assert seam([both], hole) == pytest.approx(1)
+    pasted = np.where(hole[..., None], both + 60, both).astype(np.uint8)
+    assert 10 < seam([pasted], hole) < 61  # a step of about 60 among steps of 1, and of the paste's own corners
+
+
+@pytest.mark.slow
+def test_the_bundled_cascade_draws_into_a_hole_without_the_seam_of_a_paste() -> None:
+    """The figures of docs/editing.md, with half of its pictures."""
+    found = measured(CascadePipeline.from_pretrained(device="cpu"), 4)
+    assert 0.8 < found["untouched"] < 1.2
+    assert found["4 rounds of resampling"] < 1.7
+    assert found["4 rounds of resampling"] < 0.75 * found["pasted"]
+    assert max(found["one round"], found["known pixels clean"]) < found["pasted"]
 
 
 # --- variations ----------------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     for found in surveys:
         say("\n".join(describe(found, settings.data, settings.stage)))
     say("\n".join(reading.describe({caption for found in surveys for caption in found.captions})))
-    picture = view_sheet(settings.data, settings.stage, settings.training.seed, views, reading.label)
+    picture = view_sheet(
+        settings.data, settings.stage, settings.training.seed, views, reading.label, settings.training.batch_size
+    )
     with atomic_file(Path(sheet)) as temporary:
         text = PngInfo()
         text.add_text(SOFTWARE, _PROGRAM)

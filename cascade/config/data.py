@@ -206,6 +206,10 @@ class DataConfig(Settings):
     """Super-resolution: the pictures are tiles cut from pictures of `resolution`; they are cropped, never resized."""
     aspect: Literal["crop", "pad"] = "pad"
     """Pictures that are not square are centre-cropped, or padded with white."""
+    buckets: Annotated[tuple[Annotated[float, Field(ge=0.05, le=20)], ...], Field(min_length=1)] | None = None
+    """Aspect ratios, width / height, such as [1, 0.67, 1.5]: each batch holds pictures of one ratio, of about the area
+    of `resolution`, and a picture belongs to the nearest one; `aspect` then concerns the little that is left. Not for
+    streams. None: squares."""
     flip: Fraction = 0.0
     """Probability of mirroring; never for drawn scenes, nor for a picture with a caption that mentions left, right, a
     flag or letters."""
@@ -236,6 +240,8 @@ class DataConfig(Settings):
             raise ValueError("jitter resamples whole pictures; leave it 0 with tiles: true")
         if self.decoded is not None and (self.tiles or self.jitter or own_lows(self.sources)):
             raise ValueError("decoded stores pictures at one size; leave it out with tiles, jitter or a low_column")
+        if self.buckets is not None and (self.crop is not None or self.decoded is not None or own_lows(self.sources)):
+            raise ValueError("buckets are for whole pictures; leave out crop, tiles, decoded and a low_column")
         if self.jitter and own_lows(self.sources):
             raise ValueError("jitter would move a picture away from its low_column; leave it 0")
         return self

@@ -30,8 +30,9 @@ from cascade.config.data import (
     WordingConfig,
 )
 from cascade.config.stage import StageConfig
+from cascade.data.buckets import Buckets, Place
 from cascade.data.dataset import BadRecordError, Record, Wanted
-from cascade.data.order import ShardedSource, ShuffledSource, Source
+from cascade.data.order import Mixture, ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, condition_values, decode, dropped, prepared
@@ -39,12 +40,10 @@ from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.pixels import RGB, PictureFormat
-from cascade.seeds import derive_seed, generator
+from cascade.seeds import derive_seed
 
 logger = logging.getLogger("cascade.data")
 
-CYCLE = 1000
-"""Number of views in which every source has exactly its share."""
 MAX_ATTEMPTS = 50
 """Records tried for one view before giving up."""
 PATIENCE = 20
@@ -55,9 +54,10 @@ PATIENCE = 20
 class View:
     """One picture with one caption.
 
-    image: (C, S, S) as stored.  sample: its number in the run.  bad: the problem of each bad record that was tried
-    first for this view.  low: (C, s, s), its smaller picture where that is not the area mean.  values: of the stage's
-    conditions, after dropout.  lacks: what its record lacks, the caption or conditions; it counts as dropped.
+    image: (C, S, S) as stored, or (C, H, W) of its bucket.  sample: its number in the run.  bad: the problem of each
+    bad record that was tried first for this view.  low: (C, s, s), its smaller picture where that is not the area mean.
+    values: of the stage's conditions, after dropout.  lacks: what its record lacks, the caption or conditions; it
+    counts as dropped.
     """
 
     image: Tensor
@@ -71,9 +71,10 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, C, S, S) as stored.  captions: "" where dropped.  samples: their numbers in the run.
+    """images: (B, C, S, S) as stored, or (B, C, H, W) of one bucket.  captions: "" where dropped.
 
-    lows: (C, s, s), by index in the batch: smaller pictures that are not the area mean.
+    samples: their numbers in the run.  lows: (C, s, s), by index in the batch: smaller pictures that are not the area
+    mean.
     of_captions: the result of the caller's function of the captions, computed in the process that read them.
     given: the stage's conditions, by name.
     """
@@ -120,52 +121,19 @@ class _Share:
         return cls(batch, [view.bad for view in views], tuple(lacks))
 
 
-class Mixture:
-    """The source of view n, and how many times that source was used before.
-
-    Every cycle of views contains each source in proportion to its weight (at least once), shuffled by a generator
-    keyed by (seed, cycle). The number of uses before n is therefore arithmetic, and known immediately on resume.
-    """
-
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
-        self._counts = torch.tensor(_shares(weights, max(CYCLE, len(weights))))
-        self._length = int(self._counts.sum())
-        self._seed = seed
-        self._cycle = -1
-        self._places: list[tuple[int, int]] = []
-
-    def locate(self, view: int) -> tuple[int, int]:
-        """(index of the source, number of its earlier uses) of a view."""
-        cycle, position = divmod(view, self._length)
-        if cycle != self._cycle:
-            ordered = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
-            order = torch.randperm(self._length, generator=generator(self._seed, "mixture", cycle))
-            sources = ordered[order].tolist()
-            uses = [cycle * count for count in self._counts.tolist()]
-            self._places, self._cycle = [], cycle
-            for source in sources:
-                self._places.append((source, uses[source]))
-                uses[source] += 1
-        return self._places[position]
-
-
-def _shares(weights: Sequence[float], length: int) -> list[int]:
-    """Whole numbers, at least 1, that sum to about `length` in proportion to `weights`."""
-    exact = [weight / sum(weights) * length for weight in weights]
-    counts = [max(1, int(share)) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: max(0, length - sum(counts))]:
-        counts[index] += 1
-    return counts
-
-
 class Views(Dataset[View]):
     """All views of a run: `views[n]` for any n >= 0. Opening reads the sources' listings, no pictures."""
 
-    def __init__(self, data: DataConfig, stage: StageConfig, seed: int) -> None:
+    def __init__(self, data: DataConfig, stage: StageConfig, seed: int, unit: int = 1) -> None:
+        """unit: with `data.buckets`, views that share a shape; see `Buckets`."""
         self._data = data
         self._stage = stage
         self._seed = seed
+        self._wordings = [getattr(source, "wording", WordingConfig()) for source in data.sources]
+        if data.buckets is not None:
+            self._locate = Buckets(data, stage, seed, unit).locate
+            return
+        self._locate = self._in_squares
         self._sources = [
             open_source(
                 source, stage.resolution, (seed, "source", index), data, stage.pictures, Wanted.of(source, stage)
@@ -173,10 +141,14 @@ class Views(Dataset[View]):
             for index, source in enumerate(data.sources)
         ]
         self._mixture = Mixture([_weight(*pair) for pair in zip(data.sources, self._sources, strict=True)], seed)
-        self._wordings = [getattr(source, "wording", WordingConfig()) for source in data.sources]
+
+    def _in_squares(self, view: int) -> Place:
+        """The place of a view of a run without buckets."""
+        number, use = self._mixture.locate(view)
+        return Place(number, self._sources[number], use, (self._stage.resolution, self._stage.resolution))
 
     def __getitem__(self, sample: int) -> View:
-        source, use = self._mixture.locate(sample)
+        place = self._locate(sample)
         bad: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             # Two generators, so that a caption setting does not change the pictures.
@@ -184,9 +156,10 @@ class Views(Dataset[View]):
                 random.Random(derive_seed(self._seed, purpose, sample)) for purpose in ("picture", "caption")
             )
             try:
-                record = self._sources[source].record(use, attempt)
-                caption = self._caption(record, caption_rng, self._wordings[source])
-                shown = prepared(decode(record), record, self._data, self._stage, picture_rng)
+                record = place.source.record(place.use, attempt)
+                caption = self._caption(record, caption_rng, self._wordings[place.number])
+                pixels = decode(record, self._stage.pictures)
+                shown = prepared(pixels, record, self._data, self._stage, picture_rng, place.size)
                 values = condition_values(record, shown, self._stage)
             except BadRecordError as error:
                 bad.append(str(error))
@@ -255,11 +228,15 @@ class BadRecords:
 
 @dataclass(frozen=True)
 class Portion:
-    """The part of the batches that a process reads: its number, the number of processes, and the first batch."""
+    """The part of the batches that a process reads: its number, the number of processes, and the first batch.
+
+    unit: with `data.buckets`, views of all processes that share a shape, a multiple of the batch; None: a batch.
+    """
 
     process: int = 0
     processes: int = 1
     first_batch: int = 0
+    unit: int | None = None
 
 
 def batches(
@@ -283,7 +260,8 @@ def batches(
     if rest:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {portion.processes} processes")
     numbers = _sample_numbers(batch_size, count, portion.first_batch, portion.process)
-    shares = _loaded(_Shares(Views(data, stage, seed), of_captions, stage), numbers, data.workers)
+    views = Views(data, stage, seed, portion.unit or batch_size)
+    shares = _loaded(_Shares(views, of_captions, stage), numbers, data.workers)
     return _checked(shares, BadRecords(data.max_bad_share))
 
 

@@ -21,6 +21,8 @@ from cascade.errors import CascadeError
 from cascade.seeds import derive_seed, generator
 
 Key = tuple[int | str, ...]
+CYCLE = 1000
+"""Number of views in which every source has exactly its share."""
 
 
 class Source(Protocol):
@@ -185,3 +187,42 @@ class SceneSource:
 
 def _any_index(count: int, key: Key) -> int:
     return random.Random(derive_seed(*key)).randrange(count)
+
+
+class Mixture:
+    """The source of view n, and how many times that source was used before.
+
+    Every cycle of views contains each source in proportion to its weight (at least once), shuffled by a generator
+    keyed by (seed, cycle). The number of uses before n is therefore arithmetic, and known immediately on resume.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self._counts = torch.tensor(_shares(weights, max(CYCLE, len(weights))))
+        self._length = int(self._counts.sum())
+        self._seed = seed
+        self._cycle = -1
+        self._places: list[tuple[int, int]] = []
+
+    def locate(self, view: int) -> tuple[int, int]:
+        """(index of the source, number of its earlier uses) of a view."""
+        cycle, position = divmod(view, self._length)
+        if cycle != self._cycle:
+            ordered = torch.repeat_interleave(torch.arange(len(self._counts)), self._counts)
+            order = torch.randperm(self._length, generator=generator(self._seed, "mixture", cycle))
+            sources = ordered[order].tolist()
+            uses = [cycle * count for count in self._counts.tolist()]
+            self._places, self._cycle = [], cycle
+            for source in sources:
+                self._places.append((source, uses[source]))
+                uses[source] += 1
+        return self._places[position]
+
+
+def _shares(weights: Sequence[float], length: int) -> list[int]:
+    """Whole numbers, at least 1, that sum to about `length` in proportion to `weights`."""
+    exact = [weight / sum(weights) * length for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: max(0, length - sum(counts))]:
+        counts[index] += 1
+    return counts

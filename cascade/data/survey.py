@@ -171,24 +171,24 @@ def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:
 
 
 def view_sheet(
-    data: DataConfig, stage: StageConfig, seed: int, count: int, as_read: Callable[[str], str] = str
+    data: DataConfig, stage: StageConfig, seed: int, count: int, as_read: Callable[[str], str] = str, unit: int = 1
 ) -> Image.Image:
     """The first `count` views of a run as the network will see them: cropped, resized, with the caption drawn.
 
     For super-resolution each view is next to its smaller picture (before noise), the record's own or the area mean,
-    enlarged by repeating pixels. as_read: maps a caption to the text that the encoder reads.
+    enlarged by repeating pixels. as_read: maps a caption to the text that the encoder reads. unit: see `Views`.
     """
-    views = Views(data.model_copy(update={"decoded": None}), stage, seed)  # nothing is stored for a preview
+    views = Views(data.model_copy(update={"decoded": None}), stage, seed, unit)  # nothing is stored for a preview
     cells: list[Image.Image] = []
     labels: list[str] = []
     for number in range(count):
         view = views[number]
         large, form = view.image[None], stage.pictures
         if stage.low_resolution is not None:
-            size = large.shape[-1] * stage.low_resolution // stage.resolution
+            size = (large.shape[-2] // stage.scale, large.shape[-1] // stage.scale)
             low = form.from_float(downsample(form.to_float(large), size))[0] if view.low is None else view.low
             cells.append(shown(low, form))
-            labels.append(f"{size} px" if view.low is None else f"{size} px, its own")
+            labels.append(f"{max(size)} px" if view.low is None else f"{max(size)} px, its own")
         cells.append(shown(view.image, form))
         labels.append(as_read(view.caption) or "(null text)")
     columns = min(6, len(cells))

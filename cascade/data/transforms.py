@@ -33,14 +33,15 @@ MAX_ASPECT = 20
 
 
 def training_pair(
-    record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+    record: Record, data: DataConfig, stage: StageConfig, rng: random.Random, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The picture of one view: (C, S, S), S = data.crop or stage.resolution. Raises BadRecordError.
 
     For super-resolution this is the large picture; the smaller one is its area mean and needs no file. If the record
     has its own, such as one drawn by the previous stage, the same part of it is second: (C, S / scale, S / scale).
+    size: height and width in place of the stage's square, of a bucket.
     """
-    return prepared_pair(decode(record, stage.pictures), record, data, stage, rng)
+    return prepared_pair(decode(record, stage.pictures), record, data, stage, rng, size)
 
 
 @dataclass(frozen=True)
@@ -57,40 +58,54 @@ class Shown:
 
 
 def prepared_pair(
-    picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random
+    picture: Tensor,
+    record: Record,
+    data: DataConfig,
+    stage: StageConfig,
+    rng: random.Random,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`training_pair` of a record whose picture is already decoded."""
-    shown = prepared(picture, record, data, stage, rng)
+    shown = prepared(picture, record, data, stage, rng, size)
     return shown.picture, shown.low
 
 
-def prepared(picture: Tensor, record: Record, data: DataConfig, stage: StageConfig, rng: random.Random) -> Shown:
+def prepared(
+    picture: Tensor,
+    record: Record,
+    data: DataConfig,
+    stage: StageConfig,
+    rng: random.Random,
+    size: tuple[int, int] | None = None,
+) -> Shown:
     """A record's decoded picture, smaller picture and picture conditions for one view. Raises BadRecordError."""
+    size = size or (stage.resolution, stage.resolution)
     check_strip(record, picture, data.aspect)
     original, form = (picture.shape[-2], picture.shape[-1]), stage.pictures
     moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
-        picture = square(picture, data.aspect, form)
+        picture = shaped(picture, data.aspect, size, form)
         # Resized before mirroring, as in the files of `data.decoded`, so that both are equal in bits.
-        picture = picture if moves else resize(picture, stage.resolution, form)
+        picture = picture if moves else resize(picture, size, form)
     flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = mirrored(picture) if flipped else picture
     if moves:
         picture = jitter(picture, data.jitter, rng, form)
     if not data.tiles:
-        picture = resize(picture, stage.resolution, form)
+        picture = resize(picture, size, form)
     scale = stage.resolution // (stage.low_resolution or stage.resolution)
     low = None if record.low is None else _own_low(record, picture, scale, flipped, form)
     pictures = {
-        name: _own_picture(record, name, original, data, stage, flipped)
+        name: _own_picture(record, name, original, data, stage, size)
         for name, config in stage.conditions.items()
         if isinstance(config, PictureCondition) and not is_missing(record.values.get(name))
     }
-    top, left = _cut_off(original, data, stage)
+    pictures = {name: own.flip(-1) if flipped else own for name, own in pictures.items()}
+    top, left = _cut_off(original, data, size)
     if data.crop is not None:
         if min(picture.shape[-2:]) < data.crop:
-            size = f"{picture.shape[-1]}x{picture.shape[-2]}"
-            raise BadRecordError(record.origin, f"the tile of {size} is smaller than data.crop {data.crop}")
+            found = f"{picture.shape[-1]}x{picture.shape[-2]}"
+            raise BadRecordError(record.origin, f"the tile of {found} is smaller than data.crop {data.crop}")
         align = math.lcm(scale, *(stage.detail(name) for name in pictures))
         down, right = crop_corner(picture, data.crop, align, rng)
         picture = window(picture, down, right, data.crop)
@@ -107,19 +122,19 @@ def prepared(picture: Tensor, record: Record, data: DataConfig, stage: StageConf
     )
 
 
-def _cut_off(original: tuple[int, int], data: DataConfig, stage: StageConfig) -> tuple[float, float]:
-    """(pixels above, pixels to the left) of the central square, at the stage's size; 0 unless pictures are cropped."""
+def _cut_off(original: tuple[int, int], data: DataConfig, size: tuple[int, int]) -> tuple[float, float]:
+    """(pixels above, pixels to the left) of the central part, at the view's size; 0 unless pictures are cropped."""
     if data.tiles or data.aspect == "pad":
         return 0.0, 0.0
-    size = min(original)
-    top, left = ((side - size) // 2 * stage.resolution / size for side in original)
+    scale = max(wanted / side for wanted, side in zip(size, original, strict=True))
+    top, left = ((side - round(wanted / scale)) // 2 * scale for wanted, side in zip(size, original, strict=True))
     return top, left
 
 
 def _own_picture(
-    record: Record, name: str, original: tuple[int, int], data: DataConfig, stage: StageConfig, flipped: bool
+    record: Record, name: str, original: tuple[int, int], data: DataConfig, stage: StageConfig, size: tuple[int, int]
 ) -> Tensor:
-    """A picture condition, square and at the stage's size, like the picture. Raises BadRecordError."""
+    """A picture condition, of the view's shape and size like the picture. Raises BadRecordError."""
     config = stage.conditions[name]
     assert isinstance(config, PictureCondition)
     value = _checked(record, name, stage)
@@ -129,9 +144,8 @@ def _own_picture(
         raise BadRecordError(
             record.origin, f"condition {name} has {own[1]}x{own[0]}, the picture {width}x{height}: another shape"
         )
-    value = square(value, data.aspect, _GROUND)
-    value = config.fitted(value, (stage.resolution, stage.resolution), stage.detail(name))
-    return value.flip(-1) if flipped else value
+    value = shaped(value, data.aspect, size, _GROUND)
+    return config.fitted(value, size, stage.detail(name))
 
 
 def _checked(record: Record, name: str, stage: StageConfig) -> Value:
@@ -220,21 +234,47 @@ def square(picture: Tensor, aspect: Literal["crop", "pad"], form: PictureFormat 
     if height == width:
         return picture
     size = min(height, width) if aspect == "crop" else max(height, width)
+    return padded(picture, (size, size), form)
+
+
+def padded(picture: Tensor, size: tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """The picture with the format's `fill` around it; its centre where a side of `size` is smaller."""
+    height, width = picture.shape[-2:]
     # Negative padding crops; an odd pixel goes to the right and the bottom.
-    left, top = (size - width) // 2, (size - height) // 2
-    sides = (left, size - width - left, top, size - height - top)
+    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    sides = (left, size[1] - width - left, top, size[0] - height - top)
     if len(set(form.fill)) == 1:
         return F.pad(picture, sides, value=form.fill[0])
     return torch.cat([F.pad(band[None], sides, value=fill) for band, fill in zip(picture, form.fill, strict=True)])
 
 
-def resize(picture: Tensor, size: int, form: PictureFormat = RGB) -> Tensor:
-    """A square picture at `size`: exact area mean of a larger one; a smaller one is enlarged bicubically."""
-    current = picture.shape[-1]
-    if current == size:
+def shaped(picture: Tensor, aspect: Literal["crop", "pad"], size: tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """The largest central part with the aspect ratio of `size`, or the whole picture padded to it."""
+    if size[0] == size[1]:
+        return square(picture, aspect, form)
+    height, width = picture.shape[-2:]
+    of_width, of_height = round(width * size[0] / size[1]), round(height * size[1] / size[0])
+    if aspect == "crop":
+        return padded(picture, (min(height, max(1, of_width)), min(width, max(1, of_height))), form)
+    return padded(picture, (max(height, of_width), max(width, of_height)), form)
+
+
+def resize(picture: Tensor, size: int | tuple[int, int], form: PictureFormat = RGB) -> Tensor:
+    """A picture at `size`: exact area mean of a larger one; a smaller one is enlarged bicubically.
+
+    size: height and width, or one number for both. Where only one side is larger, it is reduced first.
+    """
+    target = (size, size) if isinstance(size, int) else size
+    height, width = picture.shape[-2:]
+    if (height, width) == target:
         return picture
-    change = downsample if current > size else upsample
-    return form.from_float(change(form.to_float(picture)[None], size))[0]
+    smaller = (min(height, target[0]), min(width, target[1]))
+    changed = form.to_float(picture)[None]
+    if smaller != (height, width):
+        changed = downsample(changed, smaller)
+    if smaller != target:
+        changed = upsample(changed, target)
+    return form.from_float(changed)[0]
 
 
 def crop_corner(picture: Tensor, size: int, align: int, rng: random.Random) -> tuple[int, int]:

@@ -67,6 +67,26 @@ def read_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
         return over_white(straight(image))
 
 
+def size_of_picture(source: bytes | Path | Image.Image) -> tuple[int, int] | None:
+    """Height and width of a picture that is shown upright, from its header; None if that cannot be read."""
+    try:
+        if isinstance(source, Image.Image):
+            return _upright_size(source)
+        with open_picture(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _upright_size(image)
+    except (*_UNREADABLE, CascadeError, Image.DecompressionBombError):
+        return None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except SyntaxError:  # damaged EXIF
+        turned = False
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def most_pixels() -> int:
     """Maximum pixels of a picture to read. Raises CascadeError if the environment variable is not a number."""
     text = os.environ.get(MOST_PIXELS, "")

@@ -71,7 +71,7 @@ def first_views(config: TrainConfig) -> Batch:
 def first_values(config: TrainConfig) -> list[Mapping[str, Value]]:
     """The conditions of `first_views`."""
     data, stage = _undropped(config)
-    views = Views(data, stage, config.training.seed)
+    views = Views(data, stage, config.training.seed, config.training.sample_count)
     return [views[number].values for number in range(config.training.sample_count)]
 
 

@@ -421,7 +421,10 @@ class Trainer:
             settings.seed,
             batch_size=self._pass_size,
             portion=Portion(
-                self.accelerator.process_index, self.accelerator.num_processes, first_step * settings.accumulation
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                first_step * settings.accumulation,
+                settings.batch_size,
             ),
             # Looked up by the processes that read the pictures, so that this thread does no work on text.
             of_captions=self.text.cache.find if isinstance(self.text, CachedTextEncoder) else None,

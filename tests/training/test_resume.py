@@ -257,3 +257,32 @@ def wait_for(log: Path, process: "subprocess.Popen[bytes]") -> None:
     while not (log.exists() and log.read_text()):
         assert process.poll() is None, "the run ended before its first step"
         time.sleep(0.02)
+
+
+def write_shapes(folder: Path) -> Path:
+    """Pictures of three shapes, with captions."""
+    folder.mkdir()
+    for number in range(24):
+        size = ((8, 8), (16, 8), (8, 16))[number % 3]
+        Image.new("RGB", size, (10 * number, 90, 200)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"picture {number}")
+    return folder
+
+
+def test_a_run_of_pictures_in_buckets_resumes_bit_for_bit(tmp_path: Path) -> None:
+    changes = (
+        f"data.sources=[{{kind: folder, path: {write_shapes(tmp_path / 'pictures')}}}]",
+        "data.buckets=[1, 2, 0.5]",
+        "training.accumulation=2",
+    )
+    whole = config_of(tmp_path / "whole", 10, *changes)
+    assert train(whole)
+    parts = config_of(tmp_path / "parts", 5, *changes)
+    assert train(parts)
+    parts = config_of(tmp_path / "parts", 10, *changes)
+    assert train(parts, resume=True)
+    assert_same_run(whole, parts)
+    squares = config_of(tmp_path / "squares", 10, *changes[:1], changes[2])
+    assert train(squares)
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, squares)
