@@ -54,16 +54,17 @@ def tiny_stage(config: StageConfig, seed: int = 0) -> Stage:
     return stage
 
 
-def tiny_configs() -> list[StageConfig]:
-    """The stages of the tiny cascade, in order."""
+def tiny_configs(**changes: object) -> list[StageConfig]:
+    """The stages of the tiny cascade, in order. changes: settings of every stage."""
     lower = (None, *RESOLUTIONS)
-    return [tiny_stage_config(name, size, low) for name, size, low in zip(STAGES, RESOLUTIONS, lower, strict=False)]
+    each = zip(STAGES, RESOLUTIONS, lower, strict=False)
+    return [tiny_stage_config(name, size, low, **changes) for name, size, low in each]
 
 
-def make_tiny_cascade(folder: str | Path) -> Path:
+def make_tiny_cascade(folder: str | Path, **changes: object) -> Path:
     """Write a tiny cascade into `folder`, which `CascadePipeline.from_pretrained` loads, and return it."""
     folder = Path(folder)
     encoder = TextEncoder.from_pretrained(make_tiny_t5(folder.with_name(f"{folder.name}-t5"), TEXT_DIM), max_length=48)
-    stages = [tiny_stage(config, seed) for seed, config in enumerate(tiny_configs())]
+    stages = [tiny_stage(config, seed) for seed, config in enumerate(tiny_configs(**changes))]
     CascadePipeline(encoder, stages, name="tiny", license="CC0-1.0").save_pretrained(folder)
     return folder

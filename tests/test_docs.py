@@ -52,6 +52,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -87,6 +88,25 @@ def test_links_between_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_picture_of_the_documentation_says_how_it_is_drawn():
+    """`python scripts/draw_docs.py` lists them."""
+    drawings = script("draw_docs").DRAWINGS
+    pictures = [picture for drawing in drawings.values() for picture in drawing.pictures]
+    assert sorted(pictures) == sorted(path.name for path in (ROOT / "docs").glob("*.png"))
+    for drawing in drawings.values():
+        assert bool(drawing.draw) != bool(drawing.how)
+        page = (ROOT / "docs" / drawing.page).read_text(encoding="utf-8")
+        assert all(picture in page for picture in drawing.pictures), drawing.page
+
+
+@pytest.mark.slow
+def test_the_lecture_runs_as_it_stands_and_draws_its_pictures(tmp_path: Path):
+    run(f"{sys.executable} {ROOT / 'scripts' / 'draw_docs.py'} lecture --out {tmp_path}", tmp_path)
+    drawn = sorted(path.name for path in tmp_path.glob("lecture-*.png"))
+    assert len(drawn) == 6
+    assert all(size(tmp_path / name)[0] > 400 for name in drawn)
 
 
 @pytest.mark.slow

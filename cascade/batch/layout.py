@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cascade.rasters import Background
+from cascade.finish import Finish
 
 WEBDATASET = "webdataset"
 
@@ -14,24 +14,19 @@ class Layout:
     """The storage format of the output.
 
     format: png, webp, jpeg, tiff, npy, or webdataset: tar shards of `tar_size` prompts. shard: (number, count).
-    background: behind transparent parts; `none` keeps them transparent. member: format of the pictures in tars.
+    finish: what is done to pictures before they are written. member: format of the pictures in tars.
     """
 
     format: str = "png"
     tar_size: int = 1000
     shard: tuple[int, int] = (0, 1)
-    background: Background = "none"
+    finish: Finish = field(default_factory=Finish)
     member: str = "png"
 
     @property
     def in_tars(self) -> bool:
         """Whether pictures are stored in tars."""
         return self.format == WEBDATASET
-
-    @property
-    def described(self) -> dict[str, str]:
-        """The entries of a picture's metadata on its file; none where it is as usual."""
-        return {} if self.background == "none" else {"background": self.background}
 
     @property
     def picture_format(self) -> str:

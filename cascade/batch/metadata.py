@@ -25,7 +25,7 @@ from cascade.files.parsed import parse_json
 from cascade.files.picture import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
 from cascade.pixels import PictureFormat
-from cascade.rasters import ARRAY_FORMATS, Background, array_format, array_text, as_pil, shown, write_array
+from cascade.rasters import ARRAY_FORMATS, array_format, array_text, as_pil, write_array
 from cascade.settings import Noted
 from cascade.text.captions import well_formed
 
@@ -104,19 +104,15 @@ class Describer:
         }
 
 
-def encode(
-    picture: Tensor, form: PictureFormat, entry: Mapping[str, Any], format: str, background: Background = "none"
-) -> tuple[bytes, bytes | None]:
+def encode(picture: Tensor, form: PictureFormat, entry: Mapping[str, Any], format: str) -> tuple[bytes, bytes | None]:
     """The bytes of a picture file with its metadata, and the metadata as a second file if they do not fit into it.
 
-    picture: (C, H, W), stored values of `form`. background: behind its transparent parts.
+    picture: (C, H, W), stored values of `form`.
     """
     if format in ARRAY_FORMATS:
         buffer, text = io.BytesIO(), json.dumps(_inside(entry))
         write_array(buffer, picture, form, format, text)
         return buffer.getvalue(), text.encode() if format == "npy" else None
-    if form.alpha and background != "none":
-        return encode_image(shown(picture, form, background), entry, format)
     return encode_image(as_pil(picture, form), entry, format)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,14 @@ class Pictures:
         files: dict[str, bytes] = {}
         kept: dict[str, str] = {}
         *smaller, image = finished.drawn.pixels
-        form, background = target.job.slots[-1].config.pictures, self._layout.background
+        drawn, finish = target.job.slots[-1].config.pictures, self._layout.finish
+        form, plain = finish.result(drawn), replace(finish, palette=None, scale=1)
         for slot, picture in zip(target.job.slots, smaller, strict=False):
             name = self._stage_name(index, target.stem, slot.config.resolution, ending, count)
             kept[str(slot.config.resolution)] = name
-            files[name] = encode(picture, form, entry, self._layout.picture_format, background)[0]
+            files[name] = encode(plain(picture, drawn), form, entry, self._layout.picture_format)[0]
         file = self._store.name(index, target.stem, ending, count)
-        content, separate = encode(image, form, entry, self._layout.picture_format, background)
+        content, separate = encode(finish(image, drawn), form, entry, self._layout.picture_format)
         if separate is not None:
             files[sidecar(file)] = separate
         files |= self._companions({**entry, "file": file})

@@ -26,19 +26,20 @@ from cascade.drawing.changes import Changes
 from cascade.drawing.recipe import LONG_PROMPTS
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.errors import CascadeError
+from cascade.finish import Finish, read_palette
 from cascade.load.adapters import adapters_for, read_adapter
 from cascade.load.index import read_index
 from cascade.load.pipeline import with_adapters_scaled
 from cascade.load.stage import read_config
 from cascade.pipeline import CascadePipeline
-from cascade.pixels import RGB, PictureFormat
+from cascade.pixels import PictureFormat
 from cascade.probe import settled_dtype
 from cascade.prompts.reading import given_prompts, read_prompts
 from cascade.prompts.record import Failure, PromptRecord
 from cascade.prompts.sets import between_seeds, prompts_of_set, way_between
 from cascade.prompts.sources import count_prompts
 from cascade.quoting import quoted
-from cascade.rasters import ARRAY_FORMATS, BACKGROUNDS, Background, file_formats
+from cascade.rasters import ARRAY_FORMATS, Background, file_formats
 from cascade.values import SETTINGS
 
 _GUIDANCE = ("guidance_rescale", "projection", "guidance_of")
@@ -70,7 +71,8 @@ class BatchRequest:
 
     prompts: texts to draw; file: a prompt file instead. lora: adapters, `[STAGE=]FOLDER[:SCALE]`. manifest:
     "parquet" for a table in addition to the JSON lines. format: None: png, or tiff where png cannot hold the pictures.
-    background: behind transparent parts.
+    background: behind transparent parts. scale, nearest: each pixel becomes a square of this side. palette: a number
+    of colours, or a file of them.
     """
 
     out: str
@@ -82,6 +84,9 @@ class BatchRequest:
     overwrite: bool = False
     format: str | None = None
     background: Background = "none"
+    scale: int | None = None
+    nearest: bool = False
+    palette: str | int | None = None
     tar_size: int = 1000
     manifest: str = "jsonl"
     html: bool = False
@@ -240,22 +245,27 @@ class BatchRequest:
         return [name for name, wanted in {**asked, ("index", ".html"): self.html}.items() if wanted]
 
     def _layout(self) -> Layout:
-        return Layout(self._format(), self.tar_size, self.shard, self.background, self._held_by()[0])
+        return Layout(self._format(), self.tar_size, self.shard, self._finishing, self._held_by()[0])
 
     @cached_property
     def _form(self) -> PictureFormat:
         """The format of the model's pictures."""
         return read_config(read_index(self.model).stages[0]).pictures
 
+    @cached_property
+    def _finishing(self) -> Finish:
+        """What is done to drawn pictures. Raises CascadeError for what this model's pictures cannot have."""
+        if (self.scale is not None) != self.nearest:
+            raise CascadeError("--scale N and --nearest belong together; `cascade upscale` enlarges with a network")
+        palette = None if self.palette is None else read_palette(str(self.palette))
+        scale = 1 if self.scale is None else self.scale
+        finish = Finish.of({"palette": palette, "scale": scale, "background": self.background})
+        finish.check(self._form)
+        return finish
+
     def _held_by(self) -> tuple[str, ...]:
-        """The file formats that hold the pictures. Raises CascadeError for a background behind opaque ones."""
-        if self.background not in BACKGROUNDS:
-            raise CascadeError(f"background: {quoted(self.background)}; expected one of {', '.join(BACKGROUNDS)}")
-        if self.background == "none":
-            return file_formats(self._form)
-        if not self._form.alpha:
-            raise CascadeError("--background: this model's pictures have no transparency; leave it out")
-        return file_formats(RGB)
+        """The file formats that hold the finished pictures."""
+        return file_formats(self._finishing.result(self._form))
 
     def _format(self) -> str:
         """The file format. Raises CascadeError for one that does not hold the pictures."""
@@ -264,6 +274,8 @@ class BatchRequest:
         if format != WEBDATASET and format not in held_by:
             hint = ", or give --background white" if self._form.alpha else ""
             raise CascadeError(f"--format {format}: cannot hold {self._form}; choose one of {', '.join(held_by)}{hint}")
+        if self.palette is not None and format in ("jpeg", "webp"):
+            raise CascadeError(f"--palette: {format} does not keep colours as they are; choose --format png")
         if self.html and format in ARRAY_FORMATS:
             raise CascadeError(f"--html: a page cannot show {format} files; choose another --format")
         return format
@@ -288,7 +300,7 @@ class BatchRequest:
             **self._adapter_digests(),
             **{name: getattr(self, name) for name in (*own, *stored)},
             "format": self._format(),
-            **({} if self.background == "none" else {"background": self.background}),
+            **self._finishing.described(),
             **newer,
             "tar_size": self.tar_size if self.format == WEBDATASET else None,
             "device": device.type,

@@ -58,7 +58,7 @@ def run_batch(
     engine = pipeline.engine(conduct, Shelf(output.shelf) if options.low_memory else None)
     window = planner.window(engine.batch_sizes)
     with BackgroundWriter() as writer:
-        describe = Describer(pipeline, options, output.layout.described)
+        describe = Describer(pipeline, options, output.layout.finish.described())
         run = _Run(planner, engine, describe, output, writer, reports, options.strict)
         try:
             for unit, lines in _units(records, output, window):

@@ -112,6 +112,9 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 @click.option(
     "--background", type=click.Choice(("white", "checker", "none")), default="none", help="Behind transparency."
 )
+@click.option("--scale", type=_POSITIVE, metavar="N", help="With --nearest: each pixel becomes a square of this side.")
+@click.option("--nearest", is_flag=True, help="Enlarge by --scale without smoothing, for pixel art.")
+@path_option("--palette", metavar="N|FILE", help="Limit the colours: a number, or .hex, .gpl, .pal, or a picture.")
 @click.option("--tar-size", type=_POSITIVE, default=1000, show_default=True, help="Prompts per webdataset shard.")
 @click.option("--manifest", type=click.Choice(("jsonl", "parquet")), default="jsonl", help="Parquet: in addition.")
 @click.option("--html", is_flag=True, help="Also write a page of pictures and prompts, FOLDER/index.html.")

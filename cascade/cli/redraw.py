@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from cascade.drawing.recipe import Recipe
     from cascade.drawing.task import Task
     from cascade.pipeline import CascadePipeline
-    from cascade.rasters import Background
 
 
 def redraw(picture: str, request: BatchRequest) -> int:
@@ -55,8 +55,9 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     from cascade.drawing.engine import Conduct
     from cascade.drawing.recipe import Recipe
     from cascade.drawing.task import Drawn
+    from cascade.finish import Finish
     from cascade.pipeline import CascadePipeline
-    from cascade.rasters import BACKGROUNDS, size_of
+    from cascade.rasters import size_of
     from cascade.slots import adapters_in
 
     recipe = Recipe.from_json(metadata, picture)
@@ -77,12 +78,13 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
     (result,) = engine.draw([_task(recipe, pipeline, picture, request)])
     if not isinstance(result, Drawn):
         raise CascadeError(f"{picture}: {result.reason}")
-    chosen = next((one for one in result.pixels if (one.shape[-1], one.shape[-2]) == size), result.pixels[-1])
-    behind = settings.get("background")
-    background: Background = next((one for one in BACKGROUNDS if one == behind), "none")
+    finish, form = Finish.of(settings), pipeline.pictures
+    *smaller, last = result.pixels
+    plain = replace(finish, palette=None, scale=1)
+    chosen = next((plain(one, form) for one in smaller if one.shape[-2:] == size[::-1]), finish(last, form))
     used = {"device": pipeline.device.type, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     entry = {**metadata, "cascade": __version__, "settings": {**settings, **used}}
-    return encode(chosen, pipeline.pictures, entry, format, background)[0]
+    return encode(chosen, finish.result(form), entry, format)[0]
 
 
 def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: BatchRequest) -> Task:

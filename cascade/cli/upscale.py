@@ -43,6 +43,12 @@ _POSITIVE = click.IntRange(min=1)
     help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU supports it, else float32.",
 )
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
+@click.option("--scale", type=_POSITIVE, metavar="N", help="With --nearest: each pixel becomes a square of this side.")
+@click.option("--nearest", is_flag=True, help="Enlarge by --scale without smoothing and without a model.")
+@path_option("--palette", metavar="N|FILE", help="Limit the colours: a number, or .hex, .gpl, .pal, or a picture.")
+@click.option(
+    "--background", type=click.Choice(("white", "checker", "none")), default="none", help="Behind transparency."
+)
 @click.option("--quiet", is_flag=True, help="Print only failures.")
 def upscale(
     images: tuple[str, ...],
@@ -52,27 +58,52 @@ def upscale(
     device: str | None,
     dtype: str | None,
     low_memory: bool,
+    scale: int | None,
+    nearest: bool,
+    palette: str | None,
+    background: str,
     quiet: bool,
     **options: Any,
 ) -> int:
     """Enlarge pictures of any size and aspect ratio.
 
-    Each becomes FOLDER/NAME.png with metadata about how it was made, and a line in manifest.jsonl. Existing pictures
-    from the same call are kept. Transparency, EXIF and the frames of an animation are preserved (as an animated PNG).
+    Each becomes FOLDER/NAME.png (.tif where png cannot hold the values) with metadata about how it was made, and a line
+    in manifest.jsonl. Existing pictures from the same call are kept. Transparency, EXIF and the frames of an animation
+    are preserved (as an animated PNG).
 
     \b
     cascade upscale photo.jpg --prompt "a red apple, noto style"
     cascade upscale out/*.png --to 4096 --tile 512
+    cascade upscale sprite.png --scale 8 --nearest --palette 16
     """
+    from cascade.finish import Finish, read_palette
+    from cascade.load.index import read_index
+    from cascade.load.stage import read_config
     from cascade.pipeline import CascadePipeline
+    from cascade.pixels import RGBA
+    from cascade.rasters import file_formats
     from cascade.sampling import resolve_sampling
 
-    targets = _targets(images, Path(out))
-    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
-    sampling = {name: options[name] for name in SETTINGS}
-    configs = [slot.config for slot in pipeline.enlargers]
-    resolve_sampling(configs, options["preset"], sampling)  # to report a mistake once, not for each picture
-    enlarger = Enlarger(pipeline, options, overwrite)
+    if (scale is not None) != nearest:
+        raise CascadeError("--scale N and --nearest belong together; without them --to sets the size")
+    if nearest and options["to"] is not None:
+        raise CascadeError("--to: --nearest enlarges by whole numbers; give --scale instead")
+    finish = Finish.of(
+        {"palette": None if palette is None else read_palette(palette), "scale": scale or 1, "background": background}
+    )
+    if nearest:
+        enlarger = Enlarger(None, {}, overwrite, finish)
+        targets = _targets(images, Path(out), "png")
+    else:
+        index = read_index(model)
+        form = read_config((index.enlargers or index.stages)[-1]).pictures
+        finish.check(form if not form.is_rgb else RGBA)  # `rgb` stages keep the transparency of a picture
+        targets = _targets(images, Path(out), "png" if "png" in file_formats(form) else "tif")
+        pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype, low_memory=low_memory)
+        sampling = {name: options[name] for name in SETTINGS}
+        configs = [slot.config for slot in pipeline.enlargers]
+        resolve_sampling(configs, options["preset"], sampling)  # to report a mistake once, not for each picture
+        enlarger = Enlarger(pipeline, options, overwrite, finish)
     failed = 0
     for image, target in targets.items():
         try:
@@ -89,12 +120,12 @@ def upscale(
     return 1 if failed else 0
 
 
-def _targets(images: tuple[str, ...], out: Path) -> dict[str, Path]:
+def _targets(images: tuple[str, ...], out: Path, ending: str) -> dict[str, Path]:
     """The output file of each picture. Raises CascadeError when two are the same, or `out` is not a folder."""
     targets: dict[str, Path] = {}
     taken: dict[str, str] = {}
     for image in dict.fromkeys(images):
-        target = out / f"{portable(Path(image).stem)}.png"
+        target = out / f"{portable(Path(image).stem)}.{ending}"
         same = alike(target.name)
         if same in taken:
             raise CascadeError(f"{image}: would become {target}, as {taken[same]} does; use two --out folders")

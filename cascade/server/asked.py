@@ -156,7 +156,7 @@ class Asked(Settings):
         slots = pipeline.enlargers
         sampling = {name: getattr(self, name) for name in SETTINGS}
         settings = resolve_sampling([slot.config for slot in slots], self.preset, sampling)
-        picture = read_picture(sources.picture(self.image))[0]
+        picture = read_picture(sources.picture(self.image), slots[-1].config.pictures)[0]
         task = pipeline.upscale_task(picture, self.prompt, record.seed, settings, self.to)
         height, width = task.passes[-1].size
         if height * width > MOST_PIXELS_ENLARGED:

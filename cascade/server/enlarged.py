@@ -40,4 +40,5 @@ class EnlargedTarget(Target):
     def fitted(self, drawn: Drawn) -> Drawn:
         """The picture at the requested size: area means of the last stage's picture."""
         size = self.recipe.height, self.recipe.width
-        return replace(drawn, pixels=[fitted(drawn.pixels[-1][None], size)[0]])
+        form = self.job.slots[-1].config.pictures
+        return replace(drawn, pixels=[fitted(drawn.pixels[-1][None], size, form)[0]])

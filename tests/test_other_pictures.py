@@ -1,0 +1,352 @@
+"""Cascades of other pictures than 8-bit RGB: drawn, written, drawn again, enlarged, edited, in their own values."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from helpers_model import make_tiny_cascade, tiny_configs, tiny_stage
+from PIL import Image
+
+from cascade import CascadePipeline
+from cascade.arguments import check_chain
+from cascade.cli.program import main
+from cascade.cost import StageCost
+from cascade.errors import CascadeError
+from cascade.finish import Finish, chosen, limited, oklab, read_palette, repeated
+from cascade.pixels import RGBA, PictureFormat
+from cascade.rasters import read_stored
+
+BANDS = ("blue", "green", "red", "nir")
+KINDS: dict[str, dict[str, Any]] = {
+    "gray": {"channels": "gray"},
+    "gray16": {"channels": "gray", "values": "uint16"},
+    "rgba": {"channels": "rgba"},
+    "bands": {"channels": BANDS, "values": "uint16", "range": (0.0, 6000.0)},
+    "height": {"channels": ("height",), "values": "float32", "range": (-100.0, 900.0)},
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed, on both streams, and its exit status."""
+
+    exit_code: int
+    output: str
+
+
+def run(*arguments: object) -> Done:
+    text = io.StringIO()
+    with redirect_stdout(text), redirect_stderr(text):
+        status = main([str(argument) for argument in arguments])
+    return Done(status, text.getvalue())
+
+
+def opened(path: Path) -> Image.Image:
+    """The picture of a file, which is closed."""
+    with Image.open(path) as image:
+        return image.copy()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: make_tiny_cascade(folder / kind, **changes) for kind, changes in KINDS.items()}
+
+
+def form_of(kind: str) -> PictureFormat:
+    return tiny_configs(**KINDS[kind])[0].pictures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_writes_the_values_of_the_data_and_the_same_bytes_again(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    out, form = tmp_path / "out", form_of(kind)
+    more = ("--save-stages", "--grid")
+    done = run("generate", "a red ring", "a", "--model", models[kind], "--out", out, "--seed", 3, *more)
+    assert done.exit_code == 0, done.output
+    ending = "png" if kind in ("gray", "gray16", "rgba") else "tif"
+    (picture,) = out.glob("000000-*")
+    assert picture.suffix == f".{ending}"
+    stored = read_stored(picture, form)
+    assert (stored.dtype, stored.shape) == (form.dtype, (form.channels, 32, 32))
+    assert len(list((out / "stages").iterdir())) == 4
+    assert opened(out / "grid.png").mode == "RGB"
+    seed = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])["seed"]
+    drawn = CascadePipeline.from_pretrained(models[kind])("a red ring", seed=seed, output_type="np").images[0]
+    assert np.array_equal(drawn, stored.permute(1, 2, 0).numpy())
+    again = run("generate", "--from-image", picture, "--model", models[kind], "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_npy_holds_the_values_and_its_metadata_next_to_it(models: dict[str, Path], tmp_path: Path) -> None:
+    done = run("generate", "a", "--model", models["height"], "--out", tmp_path, "--seed", 3, "--format", "npy")
+    assert done.exit_code == 0, done.output
+    values = np.load(tmp_path / "000000-a.npy")
+    assert (values.dtype, values.shape) == (np.float32, (32, 32))
+    again = run(
+        "generate", "--from-image", tmp_path / "000000-a.npy", "--model", models["height"], "--out", tmp_path / "b"
+    )
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("bands", ("--format", "png"), "--format png: cannot hold 4 channels (blue, green, red, nir) of uint16"),
+        ("rgba", ("--format", "jpeg"), "choose one of png, webp, tiff, npy, or give --background white"),
+        ("gray", ("--background", "white"), "have no transparency; leave it out"),
+        ("gray16", ("--palette", "4"), "palette: is for rgb and rgba of uint8"),
+        ("rgba", ("--scale", "4"), "--scale N and --nearest belong together"),
+        ("rgba", ("--palette", "300"), "expected 2 to 256 colours"),
+        ("height", ("--format", "npy", "--html"), "a page cannot show npy files"),
+    ],
+)
+def test_what_a_format_cannot_have_is_one_line(
+    models: dict[str, Path], kind: str, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run("generate", "a", "--model", models[kind], "--out", tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pil_pictures_of_bands_are_refused_before_drawing(models: dict[str, Path]) -> None:
+    with pytest.raises(CascadeError, match=r'"pil" cannot hold 4 channels .* choose "np" or "pt"'):
+        CascadePipeline.from_pretrained(models["bands"])("a")
+
+
+def test_stages_of_other_pictures_do_not_chain() -> None:
+    base, bands = tiny_configs()[0], tiny_configs(**KINDS["bands"])[1]
+    with pytest.raises(CascadeError, match="stage sr16 enlarges pictures of 4 channels"):
+        check_chain([base, bands], 32)
+
+
+def test_cost_and_memory_follow_the_channels() -> None:
+    """Weights of the first and last layer: 9 pixels x 8 features for each channel read or written, and a bias."""
+    gray, rgba = (StageCost(tiny_configs(**KINDS[kind])[0]) for kind in ("gray", "rgba"))
+    assert rgba.parameters - gray.parameters == 3 * (9 * 8 + 9 * 8 + 1)
+    assert rgba.flops_per_call(4) > gray.flops_per_call(4)
+    assert rgba.least_bytes((8, 8), torch.float32) > gray.least_bytes((8, 8), torch.float32)
+
+
+# --- transparency ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", ["white", "checker"])
+def test_a_background_is_what_the_transparent_picture_looks_like_over_it(
+    models: dict[str, Path], background: str, tmp_path: Path
+) -> None:
+    for name in ("none", background):
+        done = run(
+            "generate", "a", "--model", models["rgba"], "--out", tmp_path / name, "--seed", 3, "--background", name
+        )
+        assert done.exit_code == 0, done.output
+    through, flat = (opened(tmp_path / name / "000000-a.png") for name in ("none", background))
+    assert (through.mode, flat.mode) == ("RGBA", "RGB")
+    behind = np.full((32, 32, 1), 255.0)
+    if background == "checker":
+        rows, columns = np.mgrid[:32, :32] // 4
+        behind[(rows + columns) % 2 == 1] = 204
+    pixels = np.asarray(through).astype(float)
+    share = pixels[..., 3:] / 255
+    assert np.abs(pixels[..., :3] * share + behind * (1 - share) - np.asarray(flat)).max() <= 1
+    again = run(
+        "generate",
+        "--from-image",
+        tmp_path / background / "000000-a.png",
+        "--model",
+        models["rgba"],
+        "--out",
+        tmp_path / "b",
+    )
+    assert again.exit_code == 0, again.output
+
+
+def test_webp_keeps_alpha(models: dict[str, Path], tmp_path: Path) -> None:
+    run("generate", "a", "--model", models["rgba"], "--out", tmp_path, "--seed", 3, "--format", "webp")
+    assert opened(tmp_path / "000000-a.webp").mode == "RGBA"
+
+
+def soft(side: int) -> Image.Image:
+    """A soft disc, stored as white where it is invisible."""
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    alpha = np.clip((0.35 - np.hypot(x, y)) * side / 2 + 0.5, 0, 1)[..., None]
+    return Image.fromarray(
+        np.concatenate((np.full((side, side, 3), 255), alpha * 255), axis=2).round().astype(np.uint8)
+    )
+
+
+def test_upscale_sees_no_hidden_colours(models: dict[str, Path]) -> None:
+    """Two pictures that differ only where nothing is visible are enlarged to the same bytes."""
+    one = soft(16)
+    pixels = np.array(one)
+    pixels[pixels[..., 3] == 0] = 0
+    pipeline = CascadePipeline.from_pretrained(models["rgba"])
+    first, second = (pipeline.upscale(image, seed=1).images[0] for image in (one, Image.fromarray(pixels)))
+    assert first.mode == "RGBA"
+    assert first.tobytes() == second.tobytes()
+
+
+# --- enlarging and editing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upscale_keeps_channels_and_values(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    form = form_of(kind)
+    rng = np.random.default_rng(0)
+    shape = (16, 16) if form.channels == 1 else (16, 16, form.channels)
+    values = rng.uniform(0, 1, shape) * (form.limits[0][1] - form.limits[0][0]) + form.limits[0][0]
+    file = tmp_path / ("a.png" if kind in ("gray", "gray16", "rgba") else "a.tif")
+    if file.suffix == ".png":
+        Image.fromarray(values.round().astype(form.values)).save(file)
+    else:
+        tifffile.imwrite(file, values.astype(form.values), photometric="minisblack")
+    arguments = ("upscale", file, "--model", models[kind], "--out", tmp_path / "out")
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    stored = read_stored(tmp_path / "out" / file.name, form)
+    assert (stored.dtype, stored.shape) == (form.dtype, (form.channels, 32, 32))
+    assert "kept" in run(*arguments).output
+    assert "another call" in run(*arguments, "--seed", 4).output
+
+
+def test_a_picture_of_other_bands_cannot_be_enlarged(models: dict[str, Path], tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    done = run("upscale", tmp_path / "a.png", "--model", models["bands"], "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "a.png: has 3 channels of uint8; expected 4 channels (blue, green, red, nir) of uint16" in done.output
+
+
+@pytest.mark.parametrize("kind", ["rgba", "bands"])
+def test_outside_of_a_mask_every_value_stays(models: dict[str, Path], kind: str) -> None:
+    form = form_of(kind)
+    rng = torch.Generator().manual_seed(0)
+    given = form.from_float(2 * torch.rand(form.channels, 32, 32, generator=rng) - 1).permute(1, 2, 0).numpy()
+    mask = np.zeros((32, 32), bool)
+    mask[8:24, 8:24] = True
+    pipeline = CascadePipeline.from_pretrained(models[kind])
+    drawn = pipeline("a", image=given, mask=mask, seed=1, output_type="np").images[0]
+    assert np.array_equal(drawn[~mask], given[~mask])
+    assert not np.array_equal(drawn[mask], given[mask])
+
+
+# --- pixel art -------------------------------------------------------------------------------------------------------
+
+
+def test_a_drawn_picture_is_enlarged_on_a_strict_grid_in_few_colours(models: dict[str, Path], tmp_path: Path) -> None:
+    for name, more in {"plain": (), "art": ("--scale", 8, "--nearest", "--palette", 5)}.items():
+        arguments = ("generate", "a", "--model", models["rgba"], "--out", tmp_path / name, "--seed", 3, *more)
+        assert run(*arguments, "--until", 16).exit_code == 0
+    plain, art = (np.asarray(opened(tmp_path / name / "000000-a.png")) for name in ("plain", "art"))
+    assert art.shape == (128, 128, 4)
+    blocks = art.reshape(16, 8, 16, 8, 4)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    assert np.array_equal(art[::8, ::8, 3], plain[..., 3])
+    visible = art[art[..., 3] > 0]
+    assert 2 <= len(np.unique(visible[:, :3], axis=0)) <= 5
+    again = run(
+        "generate",
+        "--from-image",
+        tmp_path / "art" / "000000-a.png",
+        "--model",
+        models["rgba"],
+        "--out",
+        tmp_path / "b",
+    )
+    assert "the same bytes" in again.output
+
+
+def test_upscale_nearest_needs_no_model(tmp_path: Path) -> None:
+    soft(16).save(tmp_path / "a.png")
+    deep = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    done = run(
+        "upscale", tmp_path / "a.png", tmp_path / "deep.png", "--scale", 3, "--nearest", "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.output
+    assert np.array_equal(np.asarray(opened(tmp_path / "out" / "a.png"))[1::3, 1::3], np.asarray(soft(16)))
+    assert np.array_equal(np.asarray(opened(tmp_path / "out" / "deep.png"))[2::3, ::3], deep)
+    wrong = run("upscale", tmp_path / "a.png", "--nearest", "--out", tmp_path / "out")
+    assert "--scale N and --nearest belong together" in wrong.output
+
+
+def test_oklab_is_that_of_its_author() -> None:
+    """White, and the primaries, from the table in Ottosson (2020) and CSS Color 4."""
+    found = oklab(np.array([[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]))
+    expected = [[1, 0, 0], [0.628, 0.225, 0.126], [0.866, -0.234, 0.179], [0.452, -0.032, -0.312]]
+    np.testing.assert_allclose(found, expected, atol=6e-4)
+
+
+def test_a_palette_of_separate_clusters_is_their_means() -> None:
+    """Four well separated colours with a little noise: k-means has one best answer."""
+    rng = np.random.default_rng(0)
+    centres = np.array([[30, 30, 200], [220, 40, 40], [60, 200, 60], [230, 220, 60]])
+    pixels = (centres[rng.integers(0, 4, 4000)] + rng.integers(-6, 7, (4000, 3))).clip(0, 255).astype(np.uint8)
+    found = chosen(pixels, 4)
+    order = np.lexsort(centres.T[::-1])
+    np.testing.assert_allclose(found, centres[order], atol=1)
+
+
+def test_fewer_colours_than_the_palette_stay_as_they_are() -> None:
+    picture = torch.randint(0, 2, (4, 9, 9), dtype=torch.uint8) * 255
+    kept = limited(picture, 16)
+    visible = picture[3] > 0
+    assert torch.equal(kept[:, visible], picture[:, visible])
+    assert torch.equal(kept[3], picture[3])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.hex", "ff0000\n0000ff\n"),
+        ("a.gpl", "GIMP Palette\nName: two\n# a comment\n255 0 0 red\n  0   0 255\tblue\n"),
+        ("a.pal", "JASC-PAL\n0100\n2\n255 0 0\n0 0 255\n"),
+    ],
+)
+def test_palettes_of_files(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_palette(str(tmp_path / name)) == ("#ff0000", "#0000ff")
+    picture = torch.tensor([250, 10, 20], dtype=torch.uint8).reshape(3, 1, 1)
+    assert limited(picture, ("#ff0000", "#0000ff")).flatten().tolist() == [255, 0, 0]
+
+
+def test_a_picture_is_a_palette_and_other_files_are_none(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "a.png")
+    assert read_palette(str(tmp_path / "a.png")) == ("#010203",)
+    (tmp_path / "b.hex").write_text("no colours")
+    with pytest.raises(CascadeError, match=r"b.hex: has 0 colours; expected 1 to 256"):
+        read_palette(str(tmp_path / "b.hex"))
+    with pytest.raises(CascadeError, match="no such file"):
+        read_palette(str(tmp_path / "c.png"))
+
+
+def test_what_is_done_to_pictures_is_recorded_and_read_again() -> None:
+    for finish in (Finish(), Finish(5, 8, "checker"), Finish(("#010203",))):
+        assert Finish.of(json.loads(json.dumps(finish.described()))) == finish
+    assert Finish().described() == {}
+    for wrong in ({"scale": "8"}, {"scale": 0}, {"palette": 1}, {"palette": ["blue"]}, {"background": "green"}):
+        with pytest.raises(CascadeError, match="expected"):
+            Finish.of(wrong)
+    assert repeated(torch.tensor([[[1, 2]]]).to(torch.uint16), 2).tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2]]]
+
+
+def test_stored_values_pass_between_stages_unchanged() -> None:
+    """The second stage of a cascade sees what a file of the first stage's picture holds."""
+    config = tiny_configs(**KINDS["rgba"])[0]
+    stage = tiny_stage(config)
+    assert stage.config.pictures == RGBA
+    x = 2 * torch.rand(1, 4, 8, 8) - 1
+    once = RGBA.from_float(x)
+    assert torch.equal(RGBA.from_float(RGBA.to_float(once)), once)
