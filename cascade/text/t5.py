@@ -31,6 +31,7 @@ from cascade.text.t5_files import (
     quiet,
     streamed_t5,
 )
+from cascade.text.tokenizer import call, token_ids
 from cascade.transfer import on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -215,7 +216,7 @@ class TextEncoder:
 
     def _count(self, text: str) -> int:
         """Number of tokens of a text that is not cut, without its </s>."""
-        return len(self._tokenizer(well_formed(text), verbose=False)["input_ids"]) - 1
+        return len(token_ids(self._tokenizer, well_formed(text))) - 1
 
     def spans(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
         """The text that is read for a prompt, and the place of each of its tokens in it: (first letter, one past last).
@@ -224,7 +225,7 @@ class TextEncoder:
         """
         text = well_formed(prepare_caption(prompt, self.captions))
         try:
-            found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+            found = call(self._tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
         except NotImplementedError:  # transformers' tokenizers in Python
             return text, []
         return text, [tuple(span) for span in found][: self.max_length]
@@ -289,7 +290,7 @@ class TextEncoder:
 
     def _tokenize(self, prompt: str) -> list[int]:
         """At most `max_length` token ids; a cut text still ends with </s>, as all of T5's training texts did."""
-        ids: list[int] = self._tokenizer(well_formed(prompt), verbose=False)["input_ids"]
+        ids: list[int] = token_ids(self._tokenizer, well_formed(prompt))
         if len(ids) <= self.max_length:
             return ids
         cut = self.max_length - 1
@@ -298,7 +299,7 @@ class TextEncoder:
 
     def _cut_message(self, prompt: str, count: int, cut: int) -> str:
         text = well_formed(prompt)
-        spans = self._tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = call(self._tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
         end = spans[cut - 1][1] if cut else 0
         kept, lost = text[:end], text[end:]
         return (

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cascade.checkpoint import write_text
+from cascade.errors import CascadeError
 from cascade.files.parsed import read_json_file
+from cascade.quoting import quoted
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes that use a tokenizer.json unchanged; others, such as T5Tokenizer, modify it on loading."""
@@ -53,6 +55,29 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json."""
         write_text(Path(folder) / "tokenizer_config.json", self._config)
         self.backend_tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def token_ids(tokenizer: Any, texts: str | Sequence[str]) -> Any:
+    """The ids of a text, or of each text. Raises CascadeError for a panic; see `call`."""
+    return call(tokenizer, texts)["input_ids"]
+
+
+def call(tokenizer: Any, texts: str | Sequence[str], **options: bool) -> Any:
+    """What a tokenizer gives for a text, or for each text.
+
+    Raises CascadeError when `tokenizers` panics, as it does for contradictions in a tokenizer.json that show only in
+    some texts: a panic of Rust is no `Exception`, and would end the program with a traceback.
+    """
+    try:
+        return tokenizer(texts, verbose=False, **options)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        text = texts if isinstance(texts, str) else " ".join(texts)
+        raise CascadeError(
+            f"the text encoder's tokenizer.json fails on {quoted(text)}: {reason}; copy the encoder's folder again"
+        ) from error
 
 
 def is_plain(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from cascade.errors import CascadeError
 from cascade.files.paths import path_of
 from cascade.text.captions import prepare_caption, well_formed
 from cascade.text.t5_files import check_folder, is_local, tokenizer_folder
-from cascade.text.tokenizer import Tokenizer, is_plain
+from cascade.text.tokenizer import Tokenizer, is_plain, token_ids
 
 
 class TokenCounter:
@@ -40,7 +40,7 @@ class TokenCounter:
         if not texts:
             return []
         prepared = [well_formed(prepare_caption(text, self._captions)) for text in texts]
-        return [len(ids) for ids in self._tokenizer(prepared, verbose=False)["input_ids"]]
+        return [len(ids) for ids in token_ids(self._tokenizer, prepared)]
 
 
 def _load(source: str | Path, local: bool) -> Any:

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,14 +115,20 @@ def _thin_out(output: Path, step: int, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def newest(output: Path, config: TrainConfig, processes: int | None = None) -> Path | None:
+def newest(
+    output: Path, config: TrainConfig, processes: int | None = None, unreadable: Collection[Path] = ()
+) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are skipped with a warning.
+
+    unreadable: checkpoints to leave out.
 
     None for a run that ended before its first checkpoint. Raises CascadeError when there is no run, when all
     checkpoints are damaged, and when a changed setting makes the checkpoint unusable. processes: number of processes of
     the resumed run; a changed number causes a warning, as does another torch version.
     """
     for folder in reversed(checkpoints(output)):
+        if folder in unreadable:
+            continue
         try:
             meta = _check(folder)
         except CascadeError as error:

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -21,6 +21,7 @@ from cascade.checkpoint import load_weights, save_stage, write_text, writing
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
+from cascade.errors import CascadeError
 from cascade.seeds import derive_seed
 from cascade.settings import to_yaml
 from cascade.stage import Stage
@@ -375,12 +376,10 @@ class Trainer:
     def _restore(self) -> int:
         """Restore the newest checkpoint; returns the number of completed steps."""
         from_main(self.accelerator, lambda: check_resumed(self.output))
-        # One process chooses: on a shared file system, processes may see different files.
-        name = from_main(self.accelerator, self._newest)
-        if name is None:
+        state = self._newest_state()
+        if state is None:
             logger.warning("%s: the run ended before its first checkpoint; starting again", self.output)
             return 0
-        state = read_state(Path(name))
         own = self.stage.network.state_dict()
         parts = {name: spread_like(own.get(name, value), value) for name, value in state.network.items()}
         load_weights(self.stage.network, parts, self.output)
@@ -392,8 +391,24 @@ class Trainer:
         logger.info("%s: continuing after step %d", self.output, state.step)
         return state.step
 
-    def _newest(self) -> str | None:
-        folder = newest(self.output, self.config, self.accelerator.num_processes)
+    def _newest_state(self) -> RunState | None:
+        """The newest checkpoint that can be read: a disk may fail between its checksum and its reading, too."""
+        unreadable: list[Path] = []
+        while True:
+            # One process chooses: on a shared file system, processes may see different files.
+            name = from_main(self.accelerator, lambda: self._newest(unreadable))
+            if name is None:
+                return None
+            try:
+                return read_state(Path(name))
+            except (CascadeError, OSError) as error:
+                if self.accelerator.num_processes > 1:  # the others may have read it
+                    raise
+                logger.warning("%s: skipped: %s", name, error)
+                unreadable.append(Path(name))
+
+    def _newest(self, unreadable: Collection[Path] = ()) -> str | None:
+        folder = newest(self.output, self.config, self.accelerator.num_processes, unreadable)
         return None if folder is None else str(folder)
 
     def _open_folder(self, first: int) -> None:

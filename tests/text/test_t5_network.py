@@ -14,9 +14,11 @@ import torch
 from helpers_text import make_tiny_t5
 from pydantic import ValidationError
 
+from cascade.errors import CascadeError
 from cascade.text.t5 import TextEncoder
 from cascade.text.t5_files import load_own_t5, load_t5, quiet
 from cascade.text.t5_network import T5Encoder, T5Settings
+from cascade.text.tokenizer import token_ids
 
 BUNDLED = Path(__file__).parents[2] / "cascade" / "pretrained" / "text_encoder"
 TEXTS = ["a red apple", "", "  Two\tBLUE stars\n", "🦊 苹果 é ﬁ", "</s> <pad> <extra_id_0>", "\x00\u200b", "a " * 200]
@@ -108,3 +110,24 @@ def test_drawing_with_the_bundled_encoder_imports_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class PanicException(BaseException):
+    """What pyo3 raises for a panic of Rust: no `Exception`."""
+
+
+def test_a_panic_of_the_tokenizer_is_one_line_with_the_text() -> None:
+    def panics(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
+
+    with pytest.raises(CascadeError, match=r"tokenizer\.json fails on 'a fox': index out of bounds; copy") as caught:
+        token_ids(panics, "a fox")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interrupt_of_the_tokenizer_stays_an_interrupt() -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        token_ids(interrupted, "a fox")

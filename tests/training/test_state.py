@@ -1,5 +1,6 @@
 """Checkpoints: the newest are kept, damaged ones are skipped, and nothing is overwritten by accident."""
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -12,7 +13,15 @@ from cascade.checkpoint import read_json, write_json
 from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
 from cascade.settings import to_yaml
-from cascade.training.state import RunState, checkpoints, load_newest, newest, remove_unfinished, save_state
+from cascade.training.state import (
+    RunState,
+    checkpoints,
+    load_newest,
+    newest,
+    read_state,
+    remove_unfinished,
+    save_state,
+)
 
 
 def tiny_state(step: int) -> RunState:
@@ -204,3 +213,23 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     encoder = WordEncoder()
     assert trainer(config_with(tmp_path / "run"), encoder).run(resume=True)
     assert encoder.calls == 0
+
+
+def test_a_checkpoint_that_fails_only_while_it_is_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that fails between the checksum and the reading."""
+    settings = micro_config(tmp_path / "run", "training.save_every=2")
+    assert trainer(settings).run()
+
+    def failing(folder: Path) -> RunState:
+        if folder.name == "step-00000004":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_state(folder)
+
+    monkeypatch.setattr("cascade.training.trainer.read_state", failing)
+    again = trainer(settings)
+    with caplog.at_level(logging.INFO, "cascade.training"):
+        assert again.run(resume=True)
+    assert "step-00000004: skipped" in caplog.text
+    assert "continuing after step 2" in caplog.text
