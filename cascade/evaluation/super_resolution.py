@@ -131,8 +131,8 @@ def read_pairs(
 ) -> list[Pair]:
     """Up to `count` pictures from a Parquet file, in an order given by the seed.
 
-    sizes: of the true and the smaller pictures; smaller true ones are left out. low_column: column of smaller pictures, in place of area means. Raises CascadeError
-    for a file without pictures.
+    sizes: of the true and the smaller pictures; true ones that are smaller are left out. low_column: column of smaller
+    pictures, in place of area means. Raises CascadeError for a file without pictures.
     """
     resolution, low_resolution = sizes
     kinds: Kinds = {"image": PICTURE, "caption_styled": str, **({low_column: PICTURE} if low_column else {})}
