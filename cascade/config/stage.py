@@ -45,14 +45,6 @@ class MeasuredRange(Settings):
     quantiles: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.001, 0.999)
     """Shares of the values that are below the lowest and below the highest value of the range."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.quantiles[0] >= self.quantiles[1]:
-            raise ValueError(
-                f"quantiles: {self.quantiles[0]} is not below {self.quantiles[1]}; give the lower one first"
-            )
-        return self
-
 
 Range: TypeAlias = tuple[float, float] | tuple[tuple[float, float], ...] | MeasuredRange | None
 
@@ -161,6 +153,9 @@ class StageConfig(Settings):
         if self.channels == "rgba":
             raise ValueError("range: pictures with transparency have the whole range of their type; leave it out")
         if isinstance(self.range, MeasuredRange):
+            low, high = self.range.quantiles
+            if low >= high:
+                raise ValueError(f"range.quantiles: {low:g} is not below {high:g}; give the lower one first")
             return
         limits, channels = _pairs(self.range), PictureFormat.of(self.channels).channels
         if len(limits) not in (1, channels):

@@ -93,7 +93,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         if path is None:
             notes.append(f"{config.name} was not measured: no pictures of {config.resolution} px in the data.")
             continue
-        pairs = read_pairs(path, config.resolution, config.low_resolution, count, request.seed, form=form)
+        pairs = read_pairs(path, (config.resolution, config.low_resolution), count, request.seed, form=form)
         own = settings[config.name]
         drawn = [enlarged(engine, slot, own, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         figures += _against_truth(config.name, pairs, drawn, tower)
@@ -123,17 +123,18 @@ def held_out_file(folder: Path, resolution: int) -> Path | None:
 
 def read_pairs(
     path: Path,
-    resolution: int,
-    low_resolution: int,
+    sizes: tuple[int, int],
     count: int,
     seed: int,
     low_column: str | None = None,
     form: PictureFormat = RGB,
 ) -> list[Pair]:
-    """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order given by the seed.
+    """Up to `count` pictures from a Parquet file, in an order given by the seed.
 
-    low_column: column of smaller pictures, in place of area means. Raises CascadeError for a file without pictures.
+    sizes: of the true and the smaller pictures; true ones that are smaller are left out. low_column: column of smaller
+    pictures, in place of area means. Raises CascadeError for a file without pictures.
     """
+    resolution, low_resolution = sizes
     kinds: Kinds = {"image": PICTURE, "caption_styled": str, **({low_column: PICTURE} if low_column else {})}
     table = read_table(path, kinds)
     pairs: list[Pair] = []

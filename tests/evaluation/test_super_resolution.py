@@ -101,14 +101,14 @@ def test_a_stage_without_large_enough_files_is_noted_and_none_at_all_is_an_error
 
 def test_pairs_are_of_pictures_large_enough_and_the_smaller_is_the_area_mean_in_eight_bits(tmp_path: Path) -> None:
     write_pictures(tmp_path / "test.parquet", [16, 64, 32])
-    pairs = read_pairs(tmp_path / "test.parquet", 32, 8, count=5, seed=0)
+    pairs = read_pairs(tmp_path / "test.parquet", (32, 8), count=5, seed=0)
     assert sorted(pair.caption for pair in pairs) == ["a fox 1", "a fox 2"]
     for pair in pairs:
         assert pair.truth.shape == (1, 3, 32, 32)
         assert torch.equal(pair.low, to_float(to_uint8(downsample(pair.truth, 8))))
         assert resized(pair, "bicubic").shape == pair.truth.shape
     with pytest.raises(CascadeError, match="no picture of 128 px or more"):
-        read_pairs(tmp_path / "test.parquet", 128, 32, count=5, seed=0)
+        read_pairs(tmp_path / "test.parquet", (128, 32), count=5, seed=0)
 
 
 def test_smaller_pictures_of_their_own_take_the_place_of_area_means(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_smaller_pictures_of_their_own_take_the_place_of_area_means(tmp_path: Pa
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     lows = pa.array([{"bytes": buffer.getvalue(), "path": None}] * 2, type=table.schema.field("image").type)
     pq.write_table(table.append_column("low", lows), tmp_path / "drawn.parquet")
-    for pair in read_pairs(tmp_path / "drawn.parquet", 32, 8, 2, seed=0, low_column="low"):
+    for pair in read_pairs(tmp_path / "drawn.parquet", (32, 8), 2, seed=0, low_column="low"):
         assert torch.equal(pair.low[0, :, 3, 3], torch.tensor([1.0, -1.0, -1.0]))
 
 
