@@ -24,8 +24,15 @@ PerStage: TypeAlias = T | Mapping[str, T] | None
 """One value for all stages, or {stage name: value}; None or a missing stage: the stage's own default."""
 
 
-def prompts_of(prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None) -> list[str]:
-    """The prompts as a list; an empty one for each row of embeddings."""
+def prompts_of(
+    prompt: str | Sequence[str] | None, embeds: TextEmbeddings | None, conditioned: bool = False
+) -> list[str]:
+    """The prompts as a list; an empty one for each row of embeddings.
+
+    conditioned: whether there are other conditions, with which a prompt may be left out.
+    """
+    if conditioned and prompt is None and embeds is None:
+        return [""]
     if (prompt is None) == (embeds is None):
         raise CascadeError("give either prompt or prompt_embeds")
     if embeds is not None:
@@ -61,6 +68,20 @@ def texts_of(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise CascadeError(f"{name}: {quoted(text)} is not text; expected a string, or a list of strings")
     return texts
+
+
+def conditions_of(
+    conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, count: int
+) -> list[Mapping[str, Any]]:
+    """The given conditions of each of `count` prompts."""
+    if conditions is None or isinstance(conditions, Mapping):
+        return [conditions or {}] * count
+    several: list[Any] = list(conditions) if isinstance(conditions, (list, tuple)) else [None]
+    if not all(isinstance(one, Mapping) for one in several):
+        raise CascadeError("conditions: expected {name: value}, or a list with one for each prompt")
+    if len(several) != count:
+        raise CascadeError(f"conditions: {len(several)} for {count} prompts; give one, or one for each prompt")
+    return several
 
 
 def negatives_of(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:

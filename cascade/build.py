@@ -29,7 +29,10 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSc
 def build_network(config: StageConfig) -> Network:
     """The network of a stage, with fresh weights."""
     channels = config.pictures.channels
-    return config.model.build(channels, 0 if config.low_resolution is None else channels)
+    network = config.model.build(channels, 0 if config.low_resolution is None else channels)
+    if config.conditions:  # last, so that they change none of the other fresh weights
+        network.add_conditions(config.conditions)
+    return network
 
 
 def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade.build import build_stage
 from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
-from cascade.stage import Stage, blank_call, count_parameters
+from cascade.stage import Stage, blank_call, calls_at_once, count_parameters
 
 _WHOLE_TENSORS = 3
 """Tensors of picture size that every sampler holds: noisy picture, estimate, enlarged smaller picture."""
@@ -45,10 +45,11 @@ class StageCost:
         """Network calls per picture: one per evaluation of the denoiser, two where guidance acts."""
         settings = settings or self.config.sampling
         evaluated = self.stage.evaluations(settings)
-        if settings.guidance == 1:
+        guided = calls_at_once(self.config, settings)
+        if guided == 1:
             return len(evaluated)
         low, high = settings.guidance_interval or (-math.inf, math.inf)
-        return sum(2 if low <= level <= high else 1 for level in evaluated)
+        return sum(guided if low <= level <= high else 1 for level in evaluated)
 
     def flops_per_call(self, text_tokens: int) -> int:
         """Multiplications and additions of one network call for one picture of the stage's own size.

@@ -205,7 +205,7 @@ def trained_bytes(config: TrainConfig) -> TrainedBytes:
     training, network = config.training, build_stage(config.stage, device="meta").network
     if training.lora_rank:
         add_low_rank(network, training.lora_rank, training.lora_layers)
-    freeze(network, training.frozen)
+    freeze(network, training.frozen, training.trained)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return TrainedBytes(
         whole=weight_bytes(network),

@@ -15,6 +15,7 @@ from cascade.arguments import (
     check_chain,
     check_result,
     check_text_widths,
+    conditions_of,
     integer,
     negatives_of,
     one_of,
@@ -26,6 +27,7 @@ from cascade.arguments import (
 )
 from cascade.bounds import PICTURES
 from cascade.card import Card
+from cascade.conditions import recorded, restored, settled
 from cascade.config.data import Captions
 from cascade.config.sampling import SamplingConfig
 from cascade.device import choose_device
@@ -37,7 +39,7 @@ from cascade.drawing.recipe import LONG_PROMPTS, Recipe
 from cascade.drawing.regions import GivenRegions, regions_of
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Pass, Task, passes
+from cascade.drawing.task import Drawn, Pass, Task, passes, with_conditions
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet
 from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
@@ -171,6 +173,8 @@ class CascadePipeline:
         long_prompts: str = "cut",
         default_style: str | None = None,
         regions: GivenRegions | None = None,
+        conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        guidance_of: Mapping[str, float] | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         progress: bool = False,
@@ -186,18 +190,21 @@ class CascadePipeline:
         weights and phases, see `cascade.text.language`. long_prompts: beyond the encoder's limit a prompt is "cut", or
         read in windows ("chunk"). default_style: style words for prompts without any, default the model's
         own; "none" adds nothing, as does `prompt_language`. regions: parts with their own prompts, [(box or mask,
-        prompt)], a box being (left, top, right, bottom) as shares of width and height.
+        prompt)], a box being (left, top, right, bottom) as shares of width and height. conditions: {"age": 41,
+        "layout": picture}, for models that read more than text, for all prompts or one mapping for each; guidance_of: a
+        weight of guidance for single ones, see `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, C) in the data's own type, uint8 for `rgb`, or torch (B, C, H, W) float32 in
-        [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for
-        arguments that do not fit.
+        [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for arguments that do not fit.
         """
         check_output_arguments(output_type, callback, self.pictures)
-        prompts = self._styled(prompts_of(prompt, prompt_embeds), "none" if prompt_language else default_style)
+        prompts = prompts_of(prompt, prompt_embeds, conditions is not None)
+        prompts = self._styled(prompts, "none" if prompt_language else default_style)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
         sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
         sampling |= {"threshold": threshold, "guidance_rescale": guidance_rescale, "projection": projection}
+        sampling["guidance_of"] = guidance_of
         settings = resolve_sampling([slot.config for slot in self.slots], preset, sampling)
         configs = [slot.config for slot in slots]
         changes = Changes(image, mask, strength, extend, resampling, variation, known, variation_noise)
@@ -209,6 +216,7 @@ class CascadePipeline:
             raise CascadeError("prompt_embeds: a prompt language or regions need prompts as text")
         entries |= {"language": prompt_language, "regions": parts.entries}
         entries["long_prompts"] = one_of("long_prompts", long_prompts, LONG_PROMPTS)
+        values = [settled([c.conditions for c in configs], one) for one in conditions_of(conditions, len(prompts))]
         embeds = self._rows(prompt_embeds, len(prompts))
         numbers = range(positive("num_images_per_prompt", num_images_per_prompt, PICTURES))
         check_result(len(prompts) * len(numbers), size, self.pictures.bytes_per_pixel)
@@ -224,11 +232,13 @@ class CascadePipeline:
                     width=size[1],
                     stages=stages,
                     adapters=adapters_in(slots),
+                    conditions=recorded(values[index]),
                     **entries,
                 ),
                 embeds[index],
                 edit,
                 parts.masks,
+                values[index],
             )
             for index in range(len(prompts))
             for number in numbers
@@ -236,17 +246,19 @@ class CascadePipeline:
         count = positive("batch_size", self.default_batch_size if batch_size is None else batch_size, PICTURES)
         with Watcher(progress, callback) as watcher:
             drawn = self.engine(Conduct(count, keep_stages=True, on_step=watcher.step)).draw_all(tasks)
+        return self._output(slots, drawn, output_type)
+
+    def _output(
+        self, slots: Sequence[StageSlot], drawn: Sequence[Drawn], output_type: Literal["pil", "np", "pt"]
+    ) -> CascadeOutput:
+        """The pictures of every stage, in the requested type."""
         pixels = {
             slot.config.resolution: torch.stack([result.pixels[place] for result in drawn])
             for place, slot in enumerate(slots)
         }
-        return CascadeOutput.of(
-            pixels,
-            output_type,
-            [task.recipe.seed for task in tasks],
-            [task.recipe.prompt for task in tasks],
-            self.pictures,
-        )
+        recipes = [result.task.recipe for result in drawn]
+        seeds, prompts = ([getattr(recipe, name) for recipe in recipes] for name in ("seed", "prompt"))
+        return CascadeOutput.of(pixels, output_type, seeds, prompts, self.pictures)
 
     @torch.inference_mode()
     def upscale(
@@ -254,6 +266,7 @@ class CascadePipeline:
         image: ImageLike,
         *,
         prompt: str = "",
+        conditions: Mapping[str, Any] | None = None,
         to: int | None = None,
         tile: int | None = None,
         seed: int | None = None,
@@ -270,9 +283,10 @@ class CascadePipeline:
         """Enlarge a picture of any size with the super-resolution stages in `enlargers`; its aspect ratio is kept.
 
         image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparent parts become white. prompt: a
-        description of it. to: longer side of the result, default the last stage's. `cascade.upscaling.route` gives the
-        sequence of stages; a result larger than `to` is averaged down. tile: side of the square tiles in which the
-        network draws, see `Stage.tiled`; results above 4 megapixels always use tiles, of 1024 by default.
+        description of it. conditions: those of the stages in use, as for drawing. to: longer side of the result,
+        default the last stage's. `cascade.upscaling.route` gives the sequence of stages; a result larger than `to` is
+        averaged down. tile: side of the square tiles in which the network draws, see `Stage.tiled`; results above
+        4 megapixels always use tiles, of 1024 by default.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
         form = self.enlargers[-1].config.pictures
@@ -284,7 +298,7 @@ class CascadePipeline:
             preset,
             {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level, "threshold": threshold},
         )
-        task = self.upscale_task(pixels[0], text, own_seed, settings, to, tile)
+        task = with_conditions(self.upscale_task(pixels[0], text, own_seed, settings, to, tile), conditions or {})
         with Watcher(progress, callback) as watcher:
             engine = self.engine(Conduct(1, keep_stages=True, on_step=watcher.step))
             (drawn,) = engine.draw_all([task])
@@ -344,15 +358,18 @@ class CascadePipeline:
         text: TextEmbeddings | None = None,
         edit: Edit | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> Task:
-        """A recipe as a task for the engine. text, edit, masks: see `Task`.
+        """A recipe as a task for the engine. text, edit, masks, conditions: see `Task`.
 
         Raises CascadeError if no stage can draw it, and for a mistake in the prompt language.
         """
         script_of(recipe)
         slots = self.slots[: len(recipe.stages)]
         sizes = stage_sizes([slot.config for slot in slots], recipe.height, recipe.width)
-        return Task(recipe, passes(slots, sizes, recipe), edit=edit, text=text, masks=masks or {})
+        values = restored([slot.config.conditions for slot in slots], recipe.conditions, conditions or {})
+        ways = passes(slots, sizes, recipe)
+        return Task(recipe, ways, edit=edit, text=text, masks=masks or {}, conditions=values)
 
     def upscale_task(
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
@@ -51,16 +52,32 @@ def read_stored(source: Encoded, format: PictureFormat) -> Tensor:
         with open_picture(_file(source)) as image:
             return from_pil(image)
     head = _head(source)
-    if head.startswith(_NPY):
-        return _of_array(_read_npy(source), format)
-    if head.startswith(_TIFF):
-        return _read_tiff(source, format)
-    if head[128:] == _DICOM:
-        return _of_array(_read_dicom(source, format), format)
-    if _is_deep_colour(head):
-        return _of_array(_read_deep_png(source, format), format)
+    with _decoding():
+        if head.startswith(_NPY):
+            return _of_array(_read_npy(source), format)
+        if head.startswith(_TIFF):
+            return _read_tiff(source, format)
+        if head[128:] == _DICOM:
+            return _of_array(_read_dicom(source, format), format)
+        if _is_deep_colour(head):
+            return _of_array(_read_deep_png(source, format), format)
     with open_picture(_file(source)) as image:
         return _of_pil(image, format)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """A context in which every error of a decoder about a damaged file is a ValueError of one line.
+
+    tifffile passes on zlib's; pydicom raises AttributeError, NotImplementedError, tokenize.TokenError and its own.
+    """
+    try:
+        yield
+    except (OSError, ValueError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"it is damaged ({type(error).__name__}: {reason})") from error
 
 
 def _file(source: bytes | Path) -> Path | BinaryIO:
@@ -356,7 +373,7 @@ def array_text(source: str | Path | BinaryIO) -> str:
     """The description of a TIFF. Raises OSError, ValueError for a damaged one."""
     import tifffile
 
-    with tifffile.TiffFile(source) as file:
+    with _decoding(), tifffile.TiffFile(source) as file:
         page = file.pages[0]
         assert isinstance(page, tifffile.TiffPage)
         return page.description

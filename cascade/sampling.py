@@ -29,6 +29,11 @@ def resolve_sampling(
             f"preset: no stage of this cascade defines {quoted(preset)}; leave it out, or give steps instead"
         )
     names = [stage.name for stage in stages]
+    weights = overrides.get("guidance_of")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise CascadeError(f"guidance_of: {quoted(weights)}; expected conditions and weights, such as {{'text': 3}}")
+    guided = dict.fromkeys(name for stage in stages for name in stage.guided)
+    check_stages("guidance_of", weights or (), list(guided), "condition")
     for setting, value in overrides.items():
         if _by_stage(setting, value):
             check_stages(setting, value, names)
@@ -42,6 +47,8 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
         values |= ({"timesteps": None} if "steps" in changes else {}) | changes
     for setting, value in overrides.items():
         own = _plain(value.get(stage.name) if _by_stage(setting, value) else value)
+        if setting == "guidance_of" and isinstance(own, Mapping):
+            own = {name: weight for name, weight in own.items() if name in stage.guided} or None
         if own is not None and not (setting == "aug_level" and stage.low_resolution is None):
             if setting == "steps":
                 values["timesteps"] = None  # a number of steps replaces a list
@@ -60,7 +67,7 @@ def _resolve(stage: StageConfig, preset: str | None, overrides: Mapping[str, Any
 
 def _by_stage(setting: str, value: Any) -> bool:
     """Whether `value` is {stage: value}. A section is a mapping too: {kind: ddim, eta: 0.5}, {parallel: 0}."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or setting == "guidance_of":
         return False
     own = {"sampler": {"kind"}, "projection": ProjectionConfig.model_fields.keys()}.get(setting, set())
     return not own & value.keys()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
+from cascade.conditions import TEXT, blank
 from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
@@ -21,7 +22,17 @@ from cascade.diffusion.editing import (
     see_known,
     start_from,
 )
-from cascade.diffusion.guidance import Act, Projected, autoguide, by_level, compose, rescaled, switch
+from cascade.diffusion.guidance import (
+    Act,
+    Projected,
+    autoguide,
+    by_level,
+    chain,
+    coefficients,
+    compose,
+    rescaled,
+    switch,
+)
 from cascade.diffusion.loss import Weighting, diffusion_loss
 from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
 from cascade.diffusion.parameterization import to_x
@@ -252,6 +263,14 @@ class Stage:
         interval, levels = settings.guidance_interval, self.noise_levels(settings)
         if self.weaker is not None and settings.autoguidance != 1:
             return autoguide(self, self.weaker, cond, settings.autoguidance)
+        if settings.guidance_of and self.acts:
+            raise CascadeError(
+                f"stage {self.name}: guidance_of has no meaning with weighted or changing prompts or regions; leave it"
+                " out and set guidance"
+            )
+        if settings.guidance_of:
+            groups, weights = links(self.config, settings)
+            return chain(self, _revealed(cond, null, groups), weights, interval)
         if not self.acts:
             return denoisers.guide(self, cond, null, guidance_rule(settings), interval)
         weight = guidance_rule(settings)
@@ -272,6 +291,32 @@ class Stage:
         return self.config.residual_scale if self.config.path == "residual" else 1.0
 
 
+def links(config: StageConfig, settings: SamplingConfig) -> tuple[list[list[str]], list[float]]:
+    """(groups of conditions that guidance reveals one after another, their weights); see `SamplingConfig`."""
+    own = settings.guidance_of
+    rest = [name for name in config.guided if name not in own]
+    groups = [[name] if name in own else rest for name in config.guided if name in own or name == rest[-1]]
+    return groups, [own.get(group[0], settings.guidance) for group in groups]
+
+
+def calls_at_once(config: StageConfig, settings: SamplingConfig) -> int:
+    """Network calls per evaluation where guidance acts."""
+    if settings.guidance_of:
+        return max(1, sum(factor != 0 for factor in coefficients(links(config, settings)[1])))
+    return 1 if settings.guidance == 1 else 2
+
+
+def _revealed(cond: Conditioning, null: Conditioning, groups: Sequence[Sequence[str]]) -> list[Conditioning]:
+    """The nulls, then with one group of conditions more each time."""
+    found, shown = [null], set[str]()
+    for group in groups:
+        shown |= set(group)
+        text = cond if TEXT in shown else null
+        given = {name: (cond if name in shown else null).given[name] for name in cond.given}
+        found.append(replace(null.with_text(text.text, text.text_mask), given=given))
+    return found
+
+
 def blank_call(
     config: StageConfig, pictures: int, text_tokens: int, side: int | None = None
 ) -> tuple[Tensor, Tensor, Conditioning]:
@@ -282,7 +327,8 @@ def blank_call(
     side = side or config.resolution
     z, level = torch.zeros(pictures, config.pictures.channels, side, side), torch.zeros(pictures, 1, 1, 1)
     text = torch.zeros(pictures, text_tokens, config.model.text_dim)
-    cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool))
+    given = blank(config.conditions, pictures, (side, side))
+    cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool), given=given)
     return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)
 
 

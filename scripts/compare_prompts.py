@@ -53,7 +53,7 @@ def main(path: str, data: str, text_encoder: str, count: int) -> None:
     config = stage.config
     if config.low_resolution is None:
         raise click.ClickException(f"{path}: a base stage; name a super-resolution stage")
-    pairs = read_pairs(Path(data), config.resolution, config.low_resolution, count, seed=0)
+    pairs = read_pairs(Path(data), (config.resolution, config.low_resolution), count, seed=0)
     engine = Engine(encoder.encode, torch.device("cpu"))
     own = drawn(engine, stage, pairs, [pair.caption for pair in pairs])
     ways: dict[str, Callable[[int], str]] = {

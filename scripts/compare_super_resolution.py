@@ -68,7 +68,7 @@ def main(
     loaded = {path: load_stage(path) for path in stages}
     first = next(iter(loaded.values())).config
     assert first.low_resolution is not None, "a base stage enlarges nothing"
-    pairs = read_pairs(Path(data), first.resolution, first.low_resolution, count, 0, low_column)
+    pairs = read_pairs(Path(data), (first.resolution, first.low_resolution), count, 0, low_column)
     encoder, tower = load_encoder(text_encoder, map(Path, stages)), load_tower()
     engine, captions = Engine(encoder.encode, torch.device("cpu")), [pair.caption for pair in pairs]
 

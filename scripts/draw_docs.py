@@ -172,6 +172,11 @@ DRAWINGS = {
         ("fine-tune.png",), "fine-tune.md", how="the run of that page, then python scripts/draw_fine_tune.py"
     ),
     "sr": Drawing(("sr.png",), "super-resolution.md", how="python scripts/draw_super_resolution.py --data DATA"),
+    "other": Drawing(
+        ("bands.png", "gray.png", "sprites.png"),
+        "other-pictures.md",
+        how="the runs of that page, and sheets of what they draw",
+    ),
     "make": Drawing(("make.png",), "make.md", how="`cascade make` as on that page: sheet.png of its folder"),
     "studio": Drawing(
         tuple(f"studio{part}.png" for part in ("", "-mask", "-think", "-training")), "studio.md", how=STUDIO

@@ -37,7 +37,7 @@ def main(data: Path, model: str | None, out: Path, count: int) -> None:
         path = held_out_file(data, config.resolution)
         if path is None:
             raise click.ClickException(f"{data}: no held-out pictures of {config.resolution} px")
-        pairs = read_pairs(path, config.resolution, config.low_resolution, count, seed=0)
+        pairs = read_pairs(path, (config.resolution, config.low_resolution), count, seed=0)
         own = settings[config.name]
         drawn = [enlarged(engine, slot, own, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         cells += crops(config.name, pairs, drawn)

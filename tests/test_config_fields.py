@@ -12,7 +12,7 @@ import tempfile
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -35,16 +35,20 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.build import build_stage
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, Given
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.data.survey import with_range
 from cascade.diffusion.loss import uniform_levels
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
+from cascade.drawing.engine import Engine
+from cascade.drawing.recipe import Recipe
+from cascade.drawing.task import Pass, Task
 from cascade.errors import CascadeError
 from cascade.load.training import load_text_encoder, load_trainer
 from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
+from cascade.slots import StageSlot
 from cascade.stage import Stage
 from cascade.text.embeddings import TextEmbeddings
 from cascade.training.samples import SampleGrid
@@ -189,6 +193,14 @@ def held_out_views(config: TrainConfig) -> object:
         return "error"
 
 
+def held_out_values(config: TrainConfig) -> object:
+    """The values of conditions in the first validation batches."""
+    settings = config.training.validation
+    assert settings is not None
+    batches_seen = islice(Validation(config, settings)._views(), 12)
+    return [digest({name: one.value for name, one in batch.given.items()}) for batch in batches_seen]
+
+
 def reading_processes(config: TrainConfig) -> object:
     """How many processes read pictures."""
     before = set(multiprocessing.active_children())
@@ -285,6 +297,13 @@ STREAM = "data.sources=[{kind: datasets, name: WORLD/hub, streaming: true}]"
 TARS = 'data.sources=[{kind: webdataset, files: ["WORLD/tars/one.tar"]}]'
 JSON_TARS = TARS.replace('"]', '"], caption: json')
 SCENES = "data.sources=[{kind: scenes}]"
+PARQUET_NUMBERS = PARQUET.replace("}]", ", columns: {c: number}}]")
+HUB_NUMBERS = HUB.replace("}]", ", columns: {c: number}}]")
+JSON_TAR_NUMBERS = JSON_TARS.replace("}]", ", columns: {c: number}}]")
+FOLDER_CLASS = (
+    "stage.conditions={c: {kind: class, labels: [one, two, conditioned]}}",
+    "data.sources=[{kind: folder, path: WORLD/conditioned, columns: {c: folder}}]",
+)
 HELD_OUT = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2}"
 SCENES_BESIDE = ", {kind: scenes}]"  # a second source, against which a weight weighs
 T5 = "text.encoder=WORLD/t5"
@@ -335,6 +354,89 @@ def wording_rows(kind: str, source: str) -> dict[str, Row]:
         f"{own}.shuffle_tags": Row("true", views, (source,)),
         f"{own}.keep_tags": Row("0", views, (source.removesuffix("}]") + ", wording: {shuffle_tags: true}}]",)),
         f"{own}.tag_dropout": Row("0.9", views, (source,)),
+    }
+
+
+CLASS = "stage.conditions={c: {kind: class, labels: [a, b]}}"
+NUMBER = "stage.conditions={c: {kind: number, range: [0.0, 100.0]}}"
+VECTOR = "stage.conditions={c: {kind: vector, dim: 2}}"
+PICTURE = "stage.conditions={c: {kind: picture}}"
+CONDITIONED = "data.sources=[{kind: folder, path: WORLD/conditioned, columns: {c: COLUMN}}]"
+
+
+def conditioned(condition: str, column: str) -> tuple[str, ...]:
+    """A condition, and a folder of pictures with a column of its values."""
+    return condition, CONDITIONED.replace("COLUMN", column)
+
+
+def given_values(config: TrainConfig) -> object:
+    """The values of conditions, and the captions, in the first batches."""
+    seen = []
+    for batch in islice(batches(config.data, config.stage, 0, batch_size=4), 12):
+        given = {f"{name}.{part}": getattr(one, part) for name, one in batch.given.items() for part in GIVEN}
+        seen.append((digest(given), batch.captions))
+    return seen
+
+
+GIVEN = ("value", "present")
+
+
+@torch.inference_mode()
+def drawn_with_a_default(config: TrainConfig) -> object:
+    """A picture for which no condition is given, or that there is an error."""
+    stage, text = filled_stage(config), TextEmbeddings(*some_text(0))
+    recipe = Recipe(
+        prompt="", negative_prompt="", seed=0, number=0, height=8, width=8, stages={"base": config.stage.sampling}
+    )
+    task = Task(recipe, [Pass(StageSlot.holding(stage), (8, 8), config.stage.sampling, 0)], text=text.select([0]))
+    try:
+        (picture,) = Engine(WordEncoder().encode, torch.device("cpu")).draw_all([task])
+    except CascadeError:
+        return "error"
+    return digest({"picture": picture.pixels[0]})
+
+
+@torch.inference_mode()
+def drawn_with_a_condition(config: TrainConfig) -> object:
+    """Two pictures, guided by a number and text."""
+    stage = filled_stage(config)
+    value, present = torch.tensor([0.2, 0.8]), torch.ones(2, dtype=torch.bool)
+    cond = replace(some_conditions(stage), given={"c": Given(value, present)})
+    rng = [torch.Generator().manual_seed(index) for index in range(2)]
+    z = torch.stack([torch.randn(3, 8, 8, generator=generator) for generator in rng])
+    return digest({"pictures": stage.sample(cond, cond.without().with_text(*some_text(5)), z, rng)})
+
+
+def condition_rows() -> dict[str, Row]:
+    """Conditions of every kind."""
+    values = {"class": "class", "number": "number", "vector": "vector", "picture": "outline"}
+    sections = {"class": CLASS, "number": NUMBER, "vector": VECTOR, "picture": PICTURE}
+    defaults = {"class": "b", "number": "3.0", "vector": "none", "picture": "none"}
+    own, plain = "stage.conditions[]", "data.sources=[{kind: folder, path: WORLD/conditioned}]"
+    rows = {}
+    for kind, section in sections.items():
+        base = conditioned(section, values[kind])
+        rows |= {
+            f"{own}[{kind}].kind": Row("", weights, (plain,), section),
+            f"{own}[{kind}].dropout": Row("0.9", given_values, base),
+            f"{own}[{kind}].null": Row("zero", weights, (section, plain)),
+            f"{own}[{kind}].default": Row(defaults[kind], drawn_with_a_default, (section, plain)),
+        }
+    numbers, pictures = conditioned(NUMBER, "number"), conditioned(PICTURE, "outline")
+    measured = NUMBER.replace("]}}", "], measure: width}}")
+    labels = PICTURE.replace("picture}", "picture, labels: 250}")
+    return rows | {
+        f"{own}[class].labels": Row("[b, a]", given_values, conditioned(CLASS, "class")),
+        f"{own}[number].range": Row("[0.0, 50.0]", given_values, numbers),
+        f"{own}[number].octaves": Row("3", weights, (NUMBER, plain)),
+        f"{own}[number].measure": Row("", given_values, (NUMBER, plain), measured),
+        f"{own}[vector].dim": Row("3", weights, (VECTOR, plain)),
+        f"{own}[vector].scale": Row("2.0", given_values, conditioned(VECTOR, "vector")),
+        f"{own}[picture].channels": Row("3", given_values, pictures),
+        f"{own}[picture].labels": Row("", weights, (PICTURE, plain), labels),
+        f"{own}[picture].resolution": Row("4", given_values, pictures),
+        f"{own}[picture].hidden": Row("8", weights, (PICTURE, plain)),
+        "stage.sampling.guidance_of": Row("{c: 3.0}", drawn_with_a_condition, (NUMBER, plain)),
     }
 
 
@@ -410,6 +512,7 @@ ROWS: dict[str, Row] = {
     "stage.model[transformer].text": Row("pooled", weights, TRANSFORMER),
     "stage.model[transformer].text_dim": Row("32", weights, TRANSFORMER),
     "stage.model[transformer].dropout": Row("0.5", log, TRANSFORMER),
+    **condition_rows(),
     "stage.sampling.steps": Row("3", drawn),
     "stage.sampling.spacing": Row("log_snr", drawn, ("stage.sampling.steps=3",)),
     "stage.sampling.timesteps": Row("[3, 1, 0]", drawn, ("stage.schedule={kind: linear}",)),
@@ -442,6 +545,11 @@ ROWS: dict[str, Row] = {
     "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
     "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
     "data.sources[folder].names": Row("folder", views, ("data.sources=[{kind: folder, path: WORLD/nameless}]",)),
+    "data.sources[folder].columns": Row("{c: other_number}", given_values, conditioned(NUMBER, "number")),
+    "data.sources[folder].folder_condition": Row("c", given_values, FOLDER_CLASS),
+    "data.sources[parquet].columns": Row("{c: other_number}", given_values, (NUMBER, PARQUET_NUMBERS)),
+    "data.sources[datasets].columns": Row("{c: other_number}", given_values, (NUMBER, HUB_NUMBERS)),
+    "data.sources[webdataset].columns": Row("{c: other_number}", given_values, (NUMBER, JSON_TAR_NUMBERS)),
     "data.sources[folder].split": Row("held_out", views, (FOLDER,)),
     "data.sources[folder].weight": Row("9.0", views, mixed(FOLDER)),
     "data.sources[parquet].kind": Row("", views, (SCENES,), PARQUET),
@@ -475,6 +583,8 @@ ROWS: dict[str, Row] = {
         "9.0", views, ("data.sources=[{kind: scenes}, {kind: folder, path: WORLD/pictures}]",)
     ),
     "data.caption_dropout": Row("0.9", views),
+    "data.joint_dropout": Row("0.9", given_values, conditioned(NUMBER, "number")),
+    "data.uncaptioned": Row("drop", views, ("data.sources=[{kind: folder, path: WORLD/nameless}]",)),
     "data.crop": Row("4", views, SUPER_RESOLUTION),
     "data.tiles": Row("true", views, CROPS),
     "data.aspect": Row("crop", views, (FOLDER,)),
@@ -519,6 +629,7 @@ ROWS: dict[str, Row] = {
     "training.distill.teacher": Row("WORLD/other_stage", log, DISTILLED),
     "training.distill.teacher_steps": Row("16", log, DISTILLED),
     "training.frozen": Row("[stem]", trained_weights),
+    "training.trained": Row("[head]", trained_weights, ("training.frozen=[stem, head]",)),
     "training.validation.every": Row("3", log, (HELD_OUT,)),
     "training.validation.batches": Row("2", log, (HELD_OUT,)),
     "training.log_every": Row("2", log),
@@ -556,7 +667,10 @@ def held_out(row: Row) -> Row:
         name, _, value = assignment.partition("=")
         return f"training.validation={{sources: {value}}}" if name == "data.sources" else assignment
 
-    return Row(row.value, held_out_views, tuple(map(moved, row.base or (SCENES,))), moved(row.assignment))
+    base = tuple(map(moved, row.base or (SCENES,)))
+    if row.observe is given_values:  # the training pictures need values, too
+        return Row(row.value, held_out_values, (*row.base, *base), moved(row.assignment))
+    return Row(row.value, held_out_views, base, moved(row.assignment))
 
 
 ROWS |= {
@@ -587,7 +701,7 @@ def all_fields(kind: type[Settings], prefix: str = "") -> Iterator[str]:
             yield prefix + name
         for member in members:
             where = f"[{member.model_fields['kind'].default}]" if len(members) > 1 else ""
-            where = "[]" if typing.get_origin(field.annotation) is dict else where
+            where = "[]" + where if typing.get_origin(field.annotation) is dict else where
             yield from all_fields(member, f"{prefix}{name}{where}.")
 
 
@@ -596,7 +710,8 @@ def key_of(field: str) -> str:
     start, bracket, rest = field.partition("[")
     if not bracket:
         return field
-    place = {"data.sources": ".0", "training.validation.sources": ".0", "stage.presets": ".fast"}.get(start, "")
+    places = {"data.sources": ".0", "training.validation.sources": ".0"}
+    place = (places | {"stage.presets": ".fast", "stage.conditions": ".c"}).get(start, "")
     return start + place + key_of(rest.partition("]")[2])
 
 
@@ -645,6 +760,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_pictures(world / "half_broken", shade=0, broken=2)
     write_pictures(world / "nameless", shade=0)
     (world / "nameless" / "metadata.jsonl").unlink()
+    write_conditioned(world / "conditioned")
     write_tars(world / "tars")
     write_hub(world / "hub", shade=0)
     write_hub(world / "other_hub", shade=20)
@@ -657,6 +773,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         trainer(micro_config(world / "retrained", "training.seed=1", "training.steps=1")).run()
         (world / "retrained" / "stage").rename(world / "other_stage")
         yield world
+
+
+def write_conditioned(folder: Path) -> None:
+    """Four pictures with columns of conditions of every kind."""
+    folder.mkdir()
+    lines = []
+    for index in range(4):
+        picture(10 * index, (24, 16)).save(folder / f"{index}.png")
+        picture(20 * index, (12, 8)).save(folder.with_name(f"outline{index}.png"))
+        values = {"class": "ab"[index % 2], "number": index, "other_number": 9, "vector": [index, 1.0]}
+        values |= {"outline": f"../outline{index}.png", "folder": "one", "c": index}
+        lines.append(json.dumps({"file_name": f"{index}.png", "caption": f"picture {index}", **values}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def write_pictures(folder: Path, shade: int, broken: int = 0) -> None:
@@ -688,7 +817,9 @@ def write_tars(folder: Path) -> None:
             for index in range(shade, shade + 6):
                 buffer = io.BytesIO()
                 picture(index, (8, 8)).save(buffer, "PNG")
-                about = json.dumps({"caption": f"json {index}", "other": f"number {index}"})
+                about = json.dumps(
+                    {"caption": f"json {index}", "other": f"number {index}", "number": index, "other_number": 9}
+                )
                 members = {
                     "png": buffer.getvalue(),
                     "txt": f"picture {index}, a ramp, dark".encode(),
@@ -707,6 +838,7 @@ def write_hub(folder: Path, shade: int) -> None:
     folder.mkdir()
     features = {"image": datasets.Image(), "photo": datasets.Image(), "small": datasets.Image()}
     features |= {"caption": datasets.Value("string"), "other": datasets.Value("string")}
+    features |= {"number": datasets.Value("int64"), "other_number": datasets.Value("int64")}
     for start, name in ((shade, "one"), (shade + 50, "two")):
         rows = {
             "image": [picture(start + index, (8, 8)) for index in range(6)],
@@ -714,6 +846,8 @@ def write_hub(folder: Path, shade: int) -> None:
             "small": [picture(start + 50 + index, (4, 4)) for index in range(6)],
             "caption": [f"picture {start + index}, a ramp, dark" for index in range(6)],
             "other": [f"number {start + index}" for index in range(6)],
+            "number": list(range(6)),
+            "other_number": [9] * 6,
         }
         datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / f"{name}.parquet")
     (folder / "README.md").write_text(

@@ -196,6 +196,7 @@ def test_a_variation_leads_from_one_seed_to_the_other(pipeline: CascadePipeline)
         ({"image": picture(), "mask": np.zeros((32, 32), np.uint8)}, "mask: is black everywhere"),
         ({"image": picture(), "mask": np.ones((16, 32), bool)}, "mask: 32x16; expected 32x32"),
         ({"image": picture(), "mask": np.ones((32, 32), np.float32)}, r"mask: an array float32 of shape \(32, 32\)"),
+        ({"known": "clean"}, "known: there is no picture to change"),
         ({"image": picture(), "known": "clean"}, "known: is for the pixels outside a mask; give a mask, or extend"),
         (
             {"image": picture(), "mask": np.ones((32, 32), bool), "known": "clear"},

@@ -19,7 +19,7 @@ HEAVY = {"transformers", "accelerate", "datasets"}
 LAYERS = (
     "errors _version bounds quoting system values transfer files seeds locks scratch machine device allocator settings "
     "streaming hub images pixels rasters finish",
-    "conditioning config checkpoint diffusion models text data stage build deepfloyd",
+    "conditioning conditions config checkpoint diffusion models text data stage build deepfloyd",
     "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
     " load probe card making",
     "batch convert integrations server cli __init__ __main__",

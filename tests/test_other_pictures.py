@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
 from helpers_model import make_tiny_cascade, tiny_configs, tiny_stage
+from helpers_training import micro_config, trainer
 from PIL import Image
+from reference import gaussian
+from torch import nn
 
-from cascade import CascadePipeline
+from cascade import CascadePipeline, Stage, StageConfig
 from cascade.arguments import check_chain
+from cascade.build import build_schedule
+from cascade.checkpoint import read_stage_config
 from cascade.cli.program import main
+from cascade.conditioning import Conditioning
+from cascade.config.training import TrainConfig
 from cascade.cost import StageCost
+from cascade.data.loader import batches
 from cascade.errors import CascadeError
 from cascade.finish import Finish, chosen, limited, oklab, read_palette, repeated
+from cascade.load.training import with_measured_range
+from cascade.models.network import Network
 from cascade.pixels import RGBA, PictureFormat
 from cascade.rasters import read_stored
+from cascade.settings import parse
 
 BANDS = ("blue", "green", "red", "nir")
 KINDS: dict[str, dict[str, Any]] = {
@@ -350,3 +364,146 @@ def test_stored_values_pass_between_stages_unchanged() -> None:
     x = 2 * torch.rand(1, 4, 8, 8) - 1
     once = RGBA.from_float(x)
     assert torch.equal(RGBA.from_float(RGBA.to_float(once)), once)
+
+
+# --- Gaussian data, whose best denoiser and flow are known ------------------------------------------------------------
+
+MEANS, DEVIATIONS = (-0.3, 0.0, 0.1, 0.25, -0.15), (0.1, 0.2, 0.15, 0.05, 0.12)
+
+
+class BestDenoiser(Network):
+    """E[x | z] for channels that are independent Gaussians, each with its own mean and deviation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(MEANS[:channels], dtype=torch.float64)[:, None, None])
+        self.std = nn.Parameter(torch.tensor(DEVIATIONS[:channels], dtype=torch.float64)[:, None, None])
+
+    def prepare(self, cond: Conditioning) -> Conditioning:  # type: ignore[override]
+        return cond
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return []
+
+    def attention_layers(self) -> list[nn.Module]:
+        return []
+
+    def forward(self, z: torch.Tensor, log_snr: torch.Tensor, _cond: Conditioning) -> torch.Tensor:
+        a = torch.sigmoid(log_snr.double())
+        gain = a.sqrt() * self.std.square() / (a * self.std.square() + 1 - a)
+        return self.mean + gain * (z - a.sqrt() * self.mean)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+@torch.inference_mode()
+def test_gaussian_data_of_any_channels_is_drawn_by_the_exact_flow(channels: int) -> None:
+    """Each channel follows its own flow, with a quarter of the error at twice the steps (Heun); what is stored has the
+    data's mean and deviation in its own units."""
+    bands = tuple(f"band{number}" for number in range(channels))
+    sampling = {"sampler": {"kind": "heun"}, "spacing": "log_snr", "threshold": None, "guidance": 1.0}
+    config = parse(
+        StageConfig,
+        {
+            **tiny_configs()[0].model_dump(mode="json"),
+            **{"channels": bands, "values": "uint16", "range": [1000, 9000], "resolution": 64},
+            "sampling": sampling,
+        },
+        "stage",
+    )
+    stage = Stage(config, BestDenoiser(channels), build_schedule(config.schedule, 64))
+    cond = Conditioning(torch.zeros(1, 1, 32), torch.ones(1, 1, dtype=torch.bool))
+    z = torch.randn(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (64, 128):
+        settings = config.sampling.model_copy(update={"steps": steps})
+        drawn = stage.sample(cond, cond, z, [], settings)
+        ends = torch.sigmoid(stage.noise_levels(settings)[[0, -1]].double()).tolist()
+        exact = [
+            gaussian.exact_flow(z[0, channel].double().numpy(), ends[0], ends[1], mean, std)
+            for channel, mean, std in zip(range(channels), MEANS, DEVIATIONS, strict=False)
+        ]
+        errors.append(float(np.abs(drawn[0].numpy() - np.stack(exact)).max()))
+    assert 3.5 < errors[0] / errors[1] < 4.6
+    stored = config.pictures.from_float(drawn[0]).double()
+    for channel in range(channels):
+        # Of 4096 independent pixels: 4 standard errors of the mean, and of the deviation; 4000 is half the range.
+        mean, std = 5000 + 4000 * MEANS[channel], 4000 * DEVIATIONS[channel]
+        assert abs(stored[channel].mean() - mean) < 4 * std / 64 + 4000 * errors[1]
+        assert abs(stored[channel].std() - std) < 4 * std / (64 * 2**0.5) + 4000 * errors[1]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def bands_settings(tmp_path: Path, *more: str) -> TrainConfig:
+    source = f"data.sources=[{{kind: parquet, files: [{tmp_path}/bands.parquet]}}]"
+    bands = ("stage.channels=[blue, green, red, nir]", "stage.values=uint16")
+    return micro_config(tmp_path / "run", source, *bands, *more)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A Parquet file of four bands as nested lists: band b of picture p has the values 100 b .. 100 b + 63, plus p."""
+    rows = []
+    for number in range(4):
+        ramp = np.arange(64).reshape(8, 8)
+        values = np.stack([100 * band + ramp + number for band in range(4)], axis=-1)
+        rows.append({"image": values.tolist(), "caption": f"field {number}"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bands.parquet")
+    return tmp_path
+
+
+def test_parquet_columns_of_raw_arrays_are_pictures(table: Path) -> None:
+    batch = next(iter(batches(bands_settings(table).data, bands_settings(table).stage, 0, batch_size=4)))
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint16, (4, 4, 8, 8))
+    numbers = batch.images[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == [0, 1, 2, 3]
+    assert batch.images[:, 3, 7, 7].tolist() == [363 + number for number in numbers]
+
+
+def test_views_of_any_format_are_the_same_from_decoded_files_and_from_processes(table: Path) -> None:
+    def views(*more: str) -> list[torch.Tensor]:
+        config = bands_settings(table, "data.flip=0.5", "data.caption_dropout=0", *more)
+        made = batches(config.data, config.stage, 0, batch_size=4)
+        found = [next(made).images for _ in range(3)]
+        made.close()
+        return found
+
+    plain = torch.stack(views())
+    assert torch.equal(plain, torch.stack(views(f"data.decoded={table}/decoded")))
+    assert torch.equal(plain, torch.stack(views("data.workers=1")))
+
+
+def test_a_range_is_measured_once_and_kept_by_the_run(table: Path) -> None:
+    """All values of band b are from 100 b to 100 b + 66; a resumed run keeps that when the data have changed."""
+    first = with_measured_range(bands_settings(table, "stage.range={quantiles: [0, 1]}"))
+    assert first.stage.range == ((0, 66), (100, 166), (200, 266), (300, 366))
+    assert first.stage.pictures.limits == first.stage.range
+    trainer(first.model_copy(update={"training": first.training.model_copy(update={"steps": 1})})).run()
+    assert read_stage_config(table / "run" / "stage").range == first.stage.range
+    rows = [{"image": np.full((8, 8, 4), 9).tolist(), "caption": "other"}]
+    pq.write_table(pa.Table.from_pylist(rows), table / "bands.parquet")
+    again = with_measured_range(bands_settings(table, "stage.range={quantiles: [0, 1]}"))
+    assert again.stage.range == first.stage.range
+    other = bands_settings(table, "stage.range={quantiles: [0, 1]}", f"output={table}/new")
+    with pytest.raises(CascadeError, match="band blue has the value 9 almost everywhere"):
+        with_measured_range(other)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stage.channels=cmyk", "channels: 'cmyk' is not one of rgb, gray, rgba; bands are a list"),
+        ("stage.channels=[a, a]", "two that are the same"),
+        ("stage.values=float32", "values: float32 needs a range"),
+        ("stage.range=[5, 5]", "range: 5 is not below 5"),
+        ("stage.range=[0, 70000]", "beyond values: uint16, 0 to 65535"),
+        ("stage.range=[[0, 1], [0, 1]]", "range: 2 pairs for 4 channels"),
+        ("stage.range={quantiles: [0.9, 0.1]}", "0.9 is not below 0.1"),
+        ("data.sources=[{kind: scenes}]", "drawn scenes are rgb of uint8"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(CascadeError, match=re.escape(message)) as error:
+        bands_settings(tmp_path, setting)
+    assert "\n" not in str(error.value)

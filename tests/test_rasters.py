@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,25 @@ def test_damaged_files_are_bad_records(file_format: str) -> None:
             continue
         assert file_format == "tiff"
         assert picture.shape == (4, 5, 7)
+
+
+@pytest.mark.parametrize("kind", ["tiff", "npy", "dicom"])
+def test_a_file_with_wrong_bytes_is_read_or_is_one_line(kind: str) -> None:
+    """Errors of many types come out of the decoders: zlib's, pydicom's own, tokenize.TokenError."""
+    content = dicom() if kind == "dicom" else encoded(BANDS, kind)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # pydicom warns of values that it reads nevertheless
+                read_given(damaged.tobytes(), GRAY16 if kind == "dicom" else BANDS, "it")
+        except CascadeError as error:
+            message = str(error)
+        else:
+            continue
+        assert message.startswith("it: ")
+        assert "\n" not in message
 
 
 def test_a_header_that_promises_more_than_the_file_takes_no_memory(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ CHANGES: list[dict[str, Any]] = [
     {"language": True},
     {"regions": (Region(prompt="a box", box=(0.0, 0.0, 0.5, 1.0)),)},
     {"adapters": {"base": {"ab": 0.8}}},
+    {"conditions": {"age": 41.0, "shape": "star", "layout": None}},
     {"stages": {"base": SamplingConfig(steps=3)}},
     {"stages": {"sr16": SamplingConfig(steps=2)}},
 ]

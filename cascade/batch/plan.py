@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from cascade.arguments import stage_sizes
+from cascade.conditions import Value, given_values, recorded, settled
 from cascade.config.sampling import SamplingConfig
 from cascade.drawing.batch_size import BatchSize, BatchSizes
 from cascade.drawing.changes import Changes
@@ -43,6 +44,7 @@ class DrawOptions:
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
     batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
     language, long_prompts, regions: see `Recipe`; a line may have its own regions. default_style: see `Styles.choose`.
+    conditions: values by name, to which a line adds.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
     adapted: the stages with their low-rank adapters' scales times a factor, for lines with one.
@@ -64,6 +66,7 @@ class DrawOptions:
     long_prompts: str = "cut"
     default_style: str | None = None
     regions: Regions = field(default_factory=Regions)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
     low_memory: bool = False
     adapted: Callable[[float], Sequence[StageSlot]] | None = None
@@ -77,7 +80,8 @@ class DrawOptions:
 class Job:
     """A prompt with everything resolved: the stages in `slots`, their sizes and their settings.
 
-    edit: the picture to change. changes: the recipe's entries for it, the language and the regions. masks: see `Task`.
+    edit: the picture to change. changes: the recipe's entries for it, the language and the regions. masks, conditions:
+    see `Task`.
     """
 
     record: PromptRecord
@@ -89,6 +93,7 @@ class Job:
     edit: Edit | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    conditions: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -120,6 +125,7 @@ class Target:
             width=width,
             stages={slot.config.name: job.settings[slot.config.name] for slot in job.slots},
             adapters=adapters_in(job.slots),
+            conditions=recorded(job.conditions),
             **job.changes,
         )
 
@@ -127,7 +133,12 @@ class Target:
         """The picture as a task for the engine."""
         recipe, job = self.recipe, self.job
         return Task(
-            recipe, passes(job.slots, job.sizes, recipe), edit=job.edit, name=str(job.record.index), masks=job.masks
+            recipe,
+            passes(job.slots, job.sizes, recipe),
+            edit=job.edit,
+            name=str(job.record.index),
+            masks=job.masks,
+            conditions=job.conditions,
         )
 
     @property
@@ -152,6 +163,8 @@ class Planner:
         self.slots = pipeline.slots_until(options.until)
         self.sizes = stage_sizes([slot.config for slot in self.slots], options.height, options.width)
         self._called = self._resolved(options.changes)
+        self._read = [slot.config.conditions for slot in self.slots]
+        self._given = given_values(self._read, options.conditions)
         self._last: tuple[dict[str, Any], Change] = ({}, self._called)
         self._adapted: dict[float, Sequence[StageSlot]] = {}
 
@@ -172,7 +185,8 @@ class Planner:
         entries = {**entries, "language": options.language, "regions": parts.entries}
         entries["long_prompts"] = options.long_prompts
         slots = self._slots(record.adapter_factor)
-        job = Job(record, negative or "", count, slots, sizes, settings, edit, entries, parts.masks)
+        values = settled(self._read, {**self._given, **(record.conditions or {})})
+        job = Job(record, negative or "", count, slots, sizes, settings, edit, entries, parts.masks, values)
         script_of(Target(job, 0).recipe)  # a mistake in the prompt fails this line alone
         return job
 

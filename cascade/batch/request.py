@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from cascade.quoting import quoted
 from cascade.rasters import ARRAY_FORMATS, Background, file_formats
 from cascade.values import SETTINGS
 
-_GUIDANCE = ("guidance_rescale", "projection")
+_GUIDANCE = ("guidance_rescale", "projection", "guidance_of")
 """Sampling settings that only drawing into a folder and the pipeline take from the caller."""
 
 
@@ -117,6 +117,8 @@ class BatchRequest:
     long_prompts: str = "cut"
     default_style: str | None = None
     regions: GivenRegions | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    guidance_of: Mapping[str, float] | None = None
     prompt_sets: bool = False
     wildcards: str = "."
     travel: tuple[str, str] | None = None
@@ -172,7 +174,8 @@ class BatchRequest:
     def _lines(self, run_seed: int) -> Iterable[PromptRecord | Failure]:
         """The lines to draw."""
         if self.file:
-            return read_prompts(self.file, run_seed)
+            names = {name for folder in read_index(self.model).stages for name in read_config(folder).conditions}
+            return read_prompts(self.file, run_seed, names)
         lines = given_prompts(self._texts(), run_seed)
         return lines if self.travel_seed is None else between_seeds(list(lines), self.travel_seed)
 
@@ -190,14 +193,17 @@ class BatchRequest:
             return way_between(*self.travel, self.frames)
         if self.travel_seed is not None:
             return list(self.prompts) * self.frames
+        if self.conditions and not self.prompts:
+            return [""]
         if not self.prompt_sets:
             return self.prompts
         return [prompt for text in self.prompts for prompt in prompts_of_set(text, self.wildcards)]
 
     def _check(self) -> None:
+        sources = sum((bool(self.prompts), bool(self.file), self.travel is not None))
         if self.matrix:
             self._check_matrix(Matrix.read(self.matrix))
-        elif sum((bool(self.prompts), bool(self.file), self.travel is not None)) != 1:
+        elif sources != 1 and not (sources == 0 and self.conditions):
             raise CascadeError("give either prompts or --prompts FILE (or --travel A B)")
         if self.travel_seed is not None and (self.matrix or self.prompt_sets or len(self.prompts) > 1 or self.file):
             raise CascadeError("--travel-seed: leads from one picture to another; give one prompt, or --travel A B")
@@ -350,6 +356,7 @@ class BatchRequest:
             long_prompts=one_of("long_prompts", self.long_prompts, LONG_PROMPTS),
             default_style=self.default_style,
             regions=regions_of(self.regions),
+            conditions=self.conditions,
             strict=self.strict,
             low_memory=self.low_memory,
             adapted=with_adapters_scaled(pipeline, self.model, adapters) if adapters and pipeline is not None else None,
@@ -403,7 +410,7 @@ def generate_files(prompts: str | Path | Sequence[str], out: str | Path, **optio
     `num_images_per_prompt`, `until`, `steps`, `format`, `html`. The same call continues after a stop or a kill.
     Raises CascadeError if nothing can be drawn; single prompts that fail are listed in `failures.jsonl`.
     """
-    names = [field.name for field in fields(BatchRequest) if field.name not in ("out", "prompts", "file")]
+    names = [each.name for each in fields(BatchRequest) if each.name not in ("out", "prompts", "file")]
     for name in options:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)

@@ -50,6 +50,9 @@ UNUSED: dict[str, tuple[str, ...]] = {
 }
 """Options that a suite does not use; the command refuses them for it."""
 
+_OF_RGB = ("scenes", "art")
+"""Suites whose judges see pictures in red, green and blue of 8 bits alone."""
+
 SAMPLING = ("steps", "guidance", "sampler")
 
 VERSIONS = ("torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -95,6 +98,11 @@ def evaluate(model: str | None, suite: str, out: str, device: str | None, dtype:
     measure = SUITES[suite]()
     request = _request(values)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=dtype)
+    if suite in _OF_RGB and not pipeline.pictures.is_rgb:
+        raise CascadeError(
+            f"--suite {suite}: its judges, the Frechet distance and CLIP want three channels of 8 bits, this model"
+            f" draws {pipeline.pictures}; --suite sr measures any channels"
+        )
     run = _run(model, pipeline, request)
     report = measure(pipeline, request)
     write_report(report, run, out)

@@ -60,6 +60,28 @@ def _batch_size(_context: click.Context, _parameter: click.Parameter, text: str 
     return size
 
 
+def _conditions(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not name or not value or name in values:
+            raise click.BadParameter(f"{quoted(text)}; expected each condition once, as in age=41.")
+        values[name] = value
+    return values
+
+
+def _weights(_context: click.Context, _parameter: click.Parameter, text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        found = per_stage(text, number)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{quoted(text)}; expected conditions and weights, such as layout=2,text=5.")
+    return found
+
+
 def _shard(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, int]:
     if text is None:
         return (0, 1)
@@ -143,6 +165,20 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
 )
 @click.option(
     "--region", "regions", multiple=True, metavar="PLACE: PROMPT", help="A part's own prompt: 0,0,0.5,1: a red ring."
+)
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    callback=_conditions,
+    metavar="NAME=VALUE",
+    help="A condition of the model: age=41, layout=FILE, or none.",
+)
+@click.option(
+    "--guidance-of",
+    callback=_weights,
+    metavar="NAME=WEIGHT,...",
+    help="Guidance of single conditions: layout=2,text=5.",
 )
 @click.option("--prompt-sets", is_flag=True, help="Write out {red|green} car and __file__, one line of file.txt each.")
 @path_option("--wildcards", default=".", metavar="FOLDER", help="Folder of the files of --prompt-sets.")

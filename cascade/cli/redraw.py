@@ -94,7 +94,8 @@ def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: Batc
     masks = regions_of(request.regions).masks
     if any(region.mask and region.mask not in masks for region in recipe.regions):
         raise CascadeError(f"{picture}: was drawn with masks of regions; name each with --region, as when it was drawn")
-    return pipeline.task(recipe, edit=_edit(recipe, pipeline, picture, request.changes()), masks=masks)
+    edit = _edit(recipe, pipeline, picture, request.changes())
+    return pipeline.task(recipe, edit=edit, masks=masks, conditions=request.conditions)
 
 
 def _named(adapters: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cascade.bounds import COUNT, PROCESSES, Pictures, Side, Tokens
+from cascade.conditions import ConditionName
 from cascade.config.common import AugSpread, Fraction, PathText
 from cascade.settings import Settings
 
@@ -64,6 +65,7 @@ class WordingConfig(Settings):
 
 
 Repeats = Annotated[float, Field(gt=0)] | None
+Columns = dict[ConditionName, str]
 
 
 class FolderSource(Settings):
@@ -78,6 +80,10 @@ class FolderSource(Settings):
     names: Literal["none", "file", "folder"] = "none"
     """Caption of a picture without any: the name of its file, or of the folder that it is in; `red-apple_03.png` is
     `red apple`."""
+    columns: Columns = Field(default_factory=dict)
+    """Columns of the stage's conditions whose column has another name; see conditions.md."""
+    folder_condition: ConditionName | None = None
+    """Condition of kind `class` whose label is the name of the folder that a picture is in. None: no such condition."""
     split: Split = "all"
     """`train`: all pictures but one in sixteen, chosen by their names; `held_out`: those, for validation."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -101,6 +107,8 @@ class ParquetSource(Settings):
     low_column: str | None = None
     """Super-resolution: column of the smaller pictures, such as an earlier stage's output. None, or an empty cell: the
     area mean."""
+    columns: Columns = Field(default_factory=dict)
+    """Columns of the stage's conditions whose column has another name; see conditions.md."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
     repeats: Repeats = None
@@ -128,6 +136,8 @@ class HubSource(Settings):
     """Column of pictures."""
     caption_column: str = "caption"
     """Column of captions or lists of variants."""
+    columns: Columns = Field(default_factory=dict)
+    """Columns of the stage's conditions whose column has another name; see conditions.md."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the views, relative to the other sources."""
     repeats: Repeats = None
@@ -146,6 +156,8 @@ class WebDatasetSource(Settings):
     """Ending of the caption members: `txt`, each line a variant, or `json`."""
     caption_column: str = "caption"
     """Key of the caption, or of a list of variants, in `json` members."""
+    columns: Columns = Field(default_factory=dict)
+    """`caption: json`: keys of the stage's conditions whose key has another name; see conditions.md."""
     shuffle_block: Pictures = 10_000
     """Each epoch permutes the shards, then records within blocks of this size; no records are held in memory."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -183,6 +195,11 @@ class DataConfig(Settings):
     """One or several sources, mixed by weight."""
     caption_dropout: Fraction = 0.1
     """Probability that a caption is replaced by the null text, for classifier-free guidance."""
+    joint_dropout: Fraction = 0.1
+    """Stages with conditions: probability that all of them, and the caption, are replaced by their nulls together, as
+    guidance needs; each has a `dropout` of its own, too."""
+    uncaptioned: Literal["skip", "drop"] = "skip"
+    """Records without a caption, for a stage that reads text: they are skipped as bad ones, or count as dropped."""
     crop: Side | None = None
     """Super-resolution: train on random crops of this size (in pixels of the large picture). None: whole pictures."""
     tiles: bool = False

@@ -42,6 +42,9 @@ class SamplingConfig(Settings):
     lists; replaces `steps` and `spacing`."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Weight of classifier-free guidance, 1 = none."""
+    guidance_of: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weights of single conditions, `text` among them; the others act together, with the weight `guidance` (Brooks et
+    al. 2023, eq. 3, in the order of the stage's conditions, text last). Empty: all act together."""
     guidance_interval: tuple[float, float] | None = None
     """Log SNR range in which guidance acts (Kynkaanniemi et al. 2024). None: everywhere."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -79,7 +82,8 @@ class SamplingConfig(Settings):
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without settings that are newer than some pictures and off, so that those pictures' recipes stay the same."""
         values: dict[str, Any] = write(self)
-        newer = {"guidance_rescale": 0.0, "guidance_schedule": None, "projection": None, "autoguidance": 1.0}
+        newer: dict[str, Any] = {"guidance_rescale": 0.0, "guidance_schedule": None, "projection": None}
+        newer |= {"autoguidance": 1.0, "guidance_of": {}}
         return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
 
     @model_validator(mode="after")
@@ -87,6 +91,8 @@ class SamplingConfig(Settings):
         points = self.guidance_schedule
         if points is not None and (not points or any(b[0] <= a[0] for a, b in pairwise(points))):
             raise ValueError("guidance_schedule: expected points in increasing order of log SNR")
+        if self.guidance_of and (points is not None or self.projection is not None or self.guidance_rescale):
+            raise ValueError("guidance_of excludes guidance_schedule, guidance_rescale and projection; remove one")
         if points is not None and self.projection is not None:
             raise ValueError("guidance_schedule and projection exclude each other; remove one")
         return self

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cascade.bounds import Side
+from cascade.conditions import RESERVED, TEXT, ConditionConfig, ConditionName, PictureCondition
 from cascade.config.network import ModelConfig
 from cascade.config.noise import CosineSchedule, ScheduleConfig
 from cascade.config.samplers import SamplerConfig
@@ -44,14 +45,6 @@ class MeasuredRange(Settings):
     quantiles: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.001, 0.999)
     """Shares of the values that are below the lowest and below the highest value of the range."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.quantiles[0] >= self.quantiles[1]:
-            raise ValueError(
-                f"quantiles: {self.quantiles[0]} is not below {self.quantiles[1]}; give the lower one first"
-            )
-        return self
-
 
 Range: TypeAlias = tuple[float, float] | tuple[tuple[float, float], ...] | MeasuredRange | None
 
@@ -83,10 +76,40 @@ class StageConfig(Settings):
     """Noise level as a function of time."""
     model: ModelConfig = UNetConfig()
     """The network."""
+    conditions: dict[ConditionName, ConditionConfig] = Field(default_factory=dict)
+    """What the stage reads in addition to text, by name; see conditions.md."""
     sampling: SamplingConfig = SamplingConfig()
     """Default settings for drawing."""
     presets: dict[Literal["fast", "best"], PresetConfig] = Field(default_factory=dict)
     """Named changes of `sampling`; `default` is `sampling` itself."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings that are newer than some stages and off, so that those stages' files stay the same."""
+        values: dict[str, Any] = write(self)
+        newer: dict[str, Any] = {"channels": "rgb", "values": "uint8", "range": None, "conditions": {}}
+        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
+
+    @model_validator(mode="after")
+    def _consistent_conditions(self) -> Self:
+        if self.conditions and not self.model.reads_conditions:
+            raise ValueError(f"conditions: model.kind: {self.model.kind} reads text alone; choose unet or transformer")
+        for name, config in self.conditions.items():
+            if name in RESERVED:
+                raise ValueError(
+                    f"conditions: {name} has another meaning in prompt files and data; choose another name"
+                )
+            detail = config.resolution if isinstance(config, PictureCondition) else None
+            if detail is not None and self.resolution % detail:
+                raise ValueError(
+                    f"conditions.{name}.resolution {detail} does not divide the stage's resolution {self.resolution}"
+                )
+        for name in self.sampling.guidance_of:
+            if name not in self.guided:
+                raise ValueError(
+                    f"sampling.guidance_of: {name} is not read by this stage, but {', '.join(self.guided)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -130,6 +153,9 @@ class StageConfig(Settings):
         if self.channels == "rgba":
             raise ValueError("range: pictures with transparency have the whole range of their type; leave it out")
         if isinstance(self.range, MeasuredRange):
+            low, high = self.range.quantiles
+            if low >= high:
+                raise ValueError(f"range.quantiles: {low:g} is not below {high:g}; give the lower one first")
             return
         limits, channels = _pairs(self.range), PictureFormat.of(self.channels).channels
         if len(limits) not in (1, channels):
@@ -146,6 +172,21 @@ class StageConfig(Settings):
         """The format of its pictures, the only place that defines it; with the type's range until one is measured."""
         stated = self.range is not None and not isinstance(self.range, MeasuredRange)
         return PictureFormat.of(self.channels, self.values, _pairs(self.range) if stated else None)
+
+    @property
+    def guided(self) -> tuple[str, ...]:
+        """The conditions on which guidance acts, in the order of `guidance_of`."""
+        return (*self.conditions, *((TEXT,) if self.model.reads_text else ()))
+
+    def detail(self, name: str) -> int:
+        """How many times smaller than the stage's picture a picture condition is in its detail."""
+        config = self.conditions[name]
+        return self.resolution // (getattr(config, "resolution", None) or self.resolution)
+
+    def undropped(self) -> Self:
+        """The stage without dropout of conditions, for views that are measured or shown."""
+        kept = {name: config.model_copy(update={"dropout": 0.0}) for name, config in self.conditions.items()}
+        return self.model_copy(update={"conditions": kept})
 
     @property
     def geometry(self) -> Geometry:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cascade.bounds import COUNT, WIDTH, Batches, Pictures, PositiveInt
+from cascade.conditions import ClassCondition, NumberCondition, PictureCondition
 from cascade.config.common import PathText
-from cascade.config.data import DataConfig, SourceConfig, TextConfig, own_lows
+from cascade.config.data import DataConfig, FolderSource, ScenesSource, SourceConfig, TextConfig, own_lows
 from cascade.config.sampling import SamplingConfig, StepCount
 from cascade.config.stage import StageConfig
 from cascade.diffusion.parameterization import Kind
@@ -125,6 +127,8 @@ class TrainingConfig(Settings):
     """Initial weights: a stage folder, such as MODEL/base of a model, or a run's folder."""
     frozen: tuple[str, ...] = ()
     """Parts that are not trained, by name or pattern: `levels.0`, `*.attention`, `*.bias`."""
+    trained: tuple[str, ...] = ()
+    """Parts that are trained although `frozen` or `lora_rank` freezes them, such as `conditions`."""
     lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
     """Train only a low-rank adapter of this rank (needs the extra `peft`); the finished stage includes it, the folder
     `adapter` holds it separately. 0: train all weights."""
@@ -171,6 +175,27 @@ class TrainingConfig(Settings):
         return self
 
 
+def _check_conditions(stage: StageConfig, data: DataConfig, sources: Sequence[SourceConfig]) -> None:
+    """Raises ValueError for conditions that the data cannot have."""
+    conditions = stage.conditions
+    pictures = [name for name, config in conditions.items() if isinstance(config, PictureCondition)]
+    if pictures and (data.jitter or data.tiles):
+        way = "jitter: 0" if data.jitter else "tiles: false"
+        raise ValueError(f"data: condition {pictures[0]} is a picture and must lie on the other; set data.{way}")
+    if conditions and data.decoded is not None:
+        raise ValueError("data.decoded stores pictures and captions alone; leave it out with stage.conditions")
+    read = [name for name, config in conditions.items() if not (isinstance(config, NumberCondition) and config.measure)]
+    for source in sources:
+        folder = source.folder_condition if isinstance(source, FolderSource) else None
+        if folder is not None and not isinstance(conditions.get(folder), ClassCondition):
+            raise ValueError(f"folder_condition: {folder} is not a condition of kind class in stage.conditions")
+        if isinstance(source, ScenesSource) and read:
+            raise ValueError(f"drawn scenes have no value of condition {read[0]}; use other data sources")
+        for name in getattr(source, "columns", {}):
+            if name not in read:
+                raise ValueError(f"columns: {name} is not a condition in stage.conditions that is read from a column")
+
+
 class TrainConfig(Settings):
     """One stage's training run: a YAML file of `configs/`."""
 
@@ -192,6 +217,9 @@ class TrainConfig(Settings):
         if self.training.distill is not None:
             _check_few_steps(self.training.distill, self.stage.sampling)
         crop = self.data.crop
+        validation = self.training.validation
+        sources = (*self.data.sources, *(validation.sources if validation else ()))
+        _check_conditions(self.stage, self.data, sources)
         if not self.stage.pictures.is_rgb and any(source.kind == "scenes" for source in self.data.sources):
             raise ValueError(f"data.sources: drawn scenes are rgb of uint8, not {self.stage.pictures}; give files")
         learns = self.stage.model.predicts_variance and self.training.loss.variance_weight
@@ -205,7 +233,7 @@ class TrainConfig(Settings):
             if crop > self.stage.resolution:
                 raise ValueError(f"data.crop {crop} is larger than stage.resolution {self.stage.resolution}")
             scale = self.stage.resolution // self.stage.low_resolution
-            step = math.lcm(scale, self.stage.geometry.divisor)
+            step = math.lcm(scale, self.stage.geometry.divisor, *map(self.stage.detail, self.stage.conditions))
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self

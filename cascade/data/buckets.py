@@ -18,7 +18,7 @@ from PIL import Image
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.config.stage import StageConfig
-from cascade.data.dataset import BadRecordError, Record, Records
+from cascade.data.dataset import BadRecordError, Record, Records, Wanted
 from cascade.data.order import Key, Mixture, SceneSource, ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records
 from cascade.data.transforms import decode
@@ -141,7 +141,7 @@ class Buckets:
             return
         if isinstance(config, HubSource) and config.streaming:
             raise CascadeError("data.buckets: the pictures of a stream have unknown sizes; set streaming to false")
-        records = open_records(config, stage.pictures)
+        records = open_records(config, stage.pictures, Wanted.of(config, stage))
         for place, indices in enumerate(self._sorted(records, stage.pictures)):
             if not indices:
                 continue

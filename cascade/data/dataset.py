@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from cascade.conditions import NumberCondition
+from cascade.config.data import SourceConfig
+from cascade.config.stage import StageConfig
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
@@ -26,7 +30,8 @@ class Record:
     """A stored picture (None: missing), its caption variants, and a name for messages.
 
     low: its smaller picture for super-resolution, where that is not the area mean. drawn: the picture was drawn for
-    this view from its caption, which mirroring or moving the picture would make wrong.
+    this view from its caption, which mirroring or moving the picture would make wrong. values: of the stage's
+    conditions by name, as stored; folder: of the relative paths among them.
     """
 
     image: EncodedPicture
@@ -34,6 +39,39 @@ class Record:
     origin: str
     low: EncodedPicture = None
     drawn: bool = False
+    values: Mapping[str, object] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The parts of a source's records that a stage reads, in addition to the picture.
+
+    columns: by condition. captions: whether it cannot do without them. folder_condition: see `FolderSource`.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    captions: bool = True
+    folder_condition: str | None = None
+
+    @classmethod
+    def of(cls, source: SourceConfig, stage: StageConfig) -> Self:
+        """See the class."""
+        named, folder = getattr(source, "columns", {}), getattr(source, "folder_condition", None)
+        columns = {
+            name: named.get(name, name)
+            for name, config in stage.conditions.items()
+            if name != folder and not (isinstance(config, NumberCondition) and config.measure)
+        }
+        return cls(columns, stage.model.reads_text, folder)
+
+    def values(self, row: Mapping[str, object]) -> dict[str, object]:
+        """The values of the conditions in a row of the source."""
+        return {name: row.get(column) for name, column in self.columns.items()}
+
+
+ALL = Wanted()
+"""Pictures and captions."""
 
 
 class BadRecordError(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config.data import FolderSource
-from cascade.data.dataset import PICTURE_SUFFIXES, BadRecordError, Record, caption_variants
+from cascade.data.dataset import ALL, PICTURE_SUFFIXES, BadRecordError, Record, Wanted, caption_variants
 from cascade.data.wording import caption_of_name
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
@@ -39,21 +39,32 @@ class FolderRecords:
     variants. Hidden files and folders are skipped; problems: one line for each other file that cannot be read.
     """
 
-    def __init__(self, config: FolderSource, suffixes: Collection[str] = PICTURE_SUFFIXES) -> None:
+    def __init__(
+        self, config: FolderSource, suffixes: Collection[str] = PICTURE_SUFFIXES, wanted: Wanted = ALL
+    ) -> None:
         folder, caption_column, split = Path(config.path), config.caption_column, config.split
-        self._names = config.names
+        self._names, self._wanted = config.names, wanted
         found = files_of(folder)
         self.problems = found.problems
         if found.problems:
             count, first = len(found.problems), found.problems[0]
             logger.warning("data source %s: %d files left out, the first: %s", folder, count, first)
         self._listed: dict[Path, tuple[str, ...]] = {}
+        self._values: dict[Path, tuple[dict[str, object], Path]] = {}
         for name in METADATA_NAMES:
             for path in (path for path in found.files if path.name == name):
-                for picture, captions in _read_metadata(path, caption_column):
+                for picture, captions, values in _read_metadata(path, caption_column, wanted):
                     self._listed[picture] = tuple(dict.fromkeys((*self._listed.get(picture, ()), *captions)))
+                    if wanted.columns:
+                        self._values[picture] = ({**self._values.get(picture, ({},))[0], **values}, path.parent)
         pictures = {path for path in found.files if path.suffix.lower() in suffixes}
-        everything = sorted(pictures | self._listed.keys())
+        if wanted.columns and not self._values:
+            raise CascadeError(
+                f"data source {folder}: no metadata.jsonl or metadata.csv with the columns of the stage's conditions,"
+                f" {', '.join(wanted.columns.values())}"
+            )
+        # Pictures among the values of others' conditions are no records.
+        everything = sorted((self._values.keys() if wanted.columns else pictures) | self._listed.keys())
         self._paths = [path for path in everything if split == "all" or is_held_out(path, folder) == (split != "train")]
         # Listed once, because looking for each ending of each picture costs as much as decoding a small one.
         self._sidecars = _by_stem(path for path in (*found.files, *found.others) if path.suffix in SIDECARS)
@@ -69,7 +80,10 @@ class FolderRecords:
 
     def __getitem__(self, index: int) -> Record:
         path = self._paths[index]
-        return Record(path, self._captions_of(path), str(path))
+        values, folder = self._values.get(path, ({}, path.parent))
+        if self._wanted.folder_condition is not None:
+            values = {**values, self._wanted.folder_condition: path.parent.name}
+        return Record(path, self._captions_of(path), str(path), values=values, folder=folder)
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         for path in self._paths:
@@ -128,21 +142,31 @@ def _sidecar(path: Path) -> str:
         raise BadRecordError(str(path), f"cannot be read: {error.strerror or error}") from None
 
 
-def _read_metadata(path: Path, caption_column: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """(picture, captions) of each line. Raises CascadeError for malformed lines and missing columns."""
+def _read_metadata(
+    path: Path, caption_column: str, wanted: Wanted
+) -> Iterator[tuple[Path, tuple[str, ...], dict[str, object]]]:
+    """(picture, captions, values of conditions) of each line.
+
+    Raises CascadeError for malformed lines and missing columns.
+    """
     rows = list(_metadata_rows(path))
     columns = sorted({column for row in rows for column in row})
     if caption_column == USUAL_COLUMN and USUAL_COLUMN not in columns and OTHER_COLUMN in columns:
         caption_column = OTHER_COLUMN
-    for column in ("file_name", caption_column):
+    ways = {"file_name": ""} | {
+        column: f"; name the column of condition {name}: columns of the data source"
+        for name, column in wanted.columns.items()
+    }
+    if wanted.captions:
+        ways |= {caption_column: "; name the captions' column: caption_column of the data source"}
+    for column, way in ways.items():
         if rows and column not in columns:
-            way = "" if column == "file_name" else "; name the captions' column: caption_column of the data source"
             raise CascadeError(f"{path}: no column {quoted(column)}; the columns are {', '.join(columns)}{way}")
     for row in rows:
         if row.get("file_name"):
             # One name for each picture, for any spelling in a line: `./a.png`, `sub/../a.png`.
             name = os.path.normpath(str(row["file_name"]))
-            yield path.parent / name, caption_variants(row.get(caption_column))
+            yield path.parent / name, caption_variants(row.get(caption_column)), wanted.values(row)
 
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:

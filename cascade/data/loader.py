@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cascade.conditioning import NULL_TEXT, Given
+from cascade.conditions import Value, joined
 from cascade.config.data import (
     DataConfig,
     FolderSource,
@@ -29,11 +31,11 @@ from cascade.config.data import (
 )
 from cascade.config.stage import StageConfig
 from cascade.data.buckets import Buckets, Place
-from cascade.data.dataset import BadRecordError
+from cascade.data.dataset import BadRecordError, Record, Wanted
 from cascade.data.order import Mixture, ShardedSource, ShuffledSource, Source
 from cascade.data.sources import open_records, open_source
 from cascade.data.tables import open_stream
-from cascade.data.transforms import choose_caption, training_pair
+from cascade.data.transforms import choose_caption, condition_values, decode, dropped, prepared
 from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
@@ -54,6 +56,8 @@ class View:
 
     image: (C, S, S) as stored, or (C, H, W) of its bucket.  sample: its number in the run.  bad: the problem of each
     bad record that was tried first for this view.  low: (C, s, s), its smaller picture where that is not the area mean.
+    values: of the stage's conditions, after dropout.  lacks: what its record lacks, the caption or conditions; it
+    counts as dropped.
     """
 
     image: Tensor
@@ -61,6 +65,8 @@ class View:
     sample: int
     bad: tuple[str, ...] = ()
     low: Tensor | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Batch:
     samples: their numbers in the run.  lows: (C, s, s), by index in the batch: smaller pictures that are not the area
     mean.
     of_captions: the result of the caller's function of the captions, computed in the process that read them.
+    given: the stage's conditions, by name.
     """
 
     images: Tensor
@@ -77,6 +84,7 @@ class Batch:
     samples: list[int]
     lows: Mapping[int, Tensor] = field(default_factory=dict)
     of_captions: object = None
+    given: Mapping[str, Given] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,18 +103,22 @@ class _Share:
 
     batch: Batch
     bad: list[tuple[str, ...]]
+    lacks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, views: Sequence[View], of_captions: OfCaptions | None) -> _Share:
+    def of(cls, views: Sequence[View], of_captions: OfCaptions | None, stage: StageConfig) -> _Share:
         captions = [view.caption for view in views]
+        size = (views[0].image.shape[-2], views[0].image.shape[-1])
         batch = Batch(
             images=torch.stack([view.image for view in views]),
             captions=captions,
             samples=[view.sample for view in views],
             lows={place: view.low for place, view in enumerate(views) if view.low is not None},
             of_captions=None if of_captions is None else of_captions(captions),
+            given=joined(stage.conditions, [view.values for view in views], size),
         )
-        return cls(batch, [view.bad for view in views])
+        lacks = dict.fromkeys(itertools.chain.from_iterable(view.lacks for view in views))
+        return cls(batch, [view.bad for view in views], tuple(lacks))
 
 
 class Views(Dataset[View]):
@@ -123,7 +135,9 @@ class Views(Dataset[View]):
             return
         self._locate = self._in_squares
         self._sources = [
-            open_source(source, stage.resolution, (seed, "source", index), data, stage.pictures)
+            open_source(
+                source, stage.resolution, (seed, "source", index), data, stage.pictures, Wanted.of(source, stage)
+            )
             for index, source in enumerate(data.sources)
         ]
         self._mixture = Mixture([_weight(*pair) for pair in zip(data.sources, self._sources, strict=True)], seed)
@@ -143,13 +157,27 @@ class Views(Dataset[View]):
             )
             try:
                 record = place.source.record(place.use, attempt)
-                caption = choose_caption(record, self._data.caption_dropout, caption_rng, self._wordings[place.number])
-                picture, low = training_pair(record, self._data, self._stage, picture_rng, place.size)
+                caption = self._caption(record, caption_rng, self._wordings[place.number])
+                pixels = decode(record, self._stage.pictures)
+                shown = prepared(pixels, record, self._data, self._stage, picture_rng, place.size)
+                values = condition_values(record, shown, self._stage)
             except BadRecordError as error:
                 bad.append(str(error))
             else:
-                return View(picture, caption, sample, tuple(bad), low)
+                lacks = tuple(f"condition {name}" for name, value in values.items() if value is None)
+                lacks += ("caption",) * (self._stage.model.reads_text and not record.captions)
+                if values:
+                    rng = random.Random(derive_seed(self._seed, "conditions", sample))
+                    values, together = dropped(values, self._data, self._stage, rng)
+                    caption = NULL_TEXT if together else caption
+                return View(shown.picture, caption, sample, tuple(bad), shown.low, values, lacks)
         raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
+
+    def _caption(self, record: Record, rng: random.Random, wording: WordingConfig) -> str:
+        """A record's caption for a view. Raises BadRecordError for one without, unless the stage can do without."""
+        if not record.captions and (self._data.uncaptioned == "drop" or not self._stage.model.reads_text):
+            return NULL_TEXT
+        return choose_caption(record, self._data.caption_dropout, rng, wording)
 
 
 def _weight(config: SourceConfig, source: Source) -> float:
@@ -232,7 +260,8 @@ def batches(
     if rest:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {portion.processes} processes")
     numbers = _sample_numbers(batch_size, count, portion.first_batch, portion.process)
-    shares = _loaded(_Shares(Views(data, stage, seed, portion.unit or batch_size), of_captions), numbers, data.workers)
+    views = Views(data, stage, seed, portion.unit or batch_size)
+    shares = _loaded(_Shares(views, of_captions, stage), numbers, data.workers)
     return _checked(shares, BadRecords(data.max_bad_share))
 
 
@@ -245,8 +274,13 @@ def _sample_numbers(batch_size: int, share: int, first_batch: int, process: int)
 
 def _checked(shares: Generator[_Share, None, None], bad_records: BadRecords) -> Generator[Batch, None, None]:
     # Closed immediately in any case: an error's traceback would keep the workers alive.
+    said = set[str]()
     with closing(shares):
         for share in shares:
+            for what in share.lacks:
+                if what not in said:
+                    said.add(what)
+                    logger.warning("some records have no %s; they are trained as if it were dropped", what)
             if any(share.bad):
                 for bad in share.bad:
                     bad_records.add(bad)
@@ -269,13 +303,14 @@ def _loaded(shares: _Shares, numbers: Iterator[list[int]], workers: int) -> Gene
 class _Shares(Dataset["_Share | CascadeError"]):
     """Several views by their numbers. A CascadeError is returned, as raising it in a worker prints a traceback."""
 
-    def __init__(self, views: Views, of_captions: OfCaptions | None) -> None:
+    def __init__(self, views: Views, of_captions: OfCaptions | None, stage: StageConfig) -> None:
         self._views = views
         self._of_captions = of_captions
+        self._stage = stage
 
     def read(self, numbers: list[int]) -> _Share:
         """The views of these numbers. Raises CascadeError."""
-        return _Share.of([self._views[number] for number in numbers], self._of_captions)
+        return _Share.of([self._views[number] for number in numbers], self._of_captions, self._stage)
 
     def __getitem__(self, numbers: list[int]) -> _Share | CascadeError:
         try:

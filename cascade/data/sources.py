@@ -14,7 +14,7 @@ from cascade.config.data import (
     SourceConfig,
     WebDatasetSource,
 )
-from cascade.data.dataset import PICTURE_SUFFIXES, Records
+from cascade.data.dataset import ALL, PICTURE_SUFFIXES, Records, Wanted
 from cascade.data.decoded import Making, decoded, stamp_of_files
 from cascade.data.folder import FolderRecords, files_of
 from cascade.data.order import Key, SceneSource, ShardedSource, ShuffledSource, Source, StreamSource
@@ -29,7 +29,12 @@ FiniteSource = FolderSource | ParquetSource | WebDatasetSource | HubSource
 
 
 def open_source(
-    config: SourceConfig, resolution: int, key: Key, data: DataConfig | None = None, form: PictureFormat = RGB
+    config: SourceConfig,
+    resolution: int,
+    key: Key,
+    data: DataConfig | None = None,
+    form: PictureFormat = RGB,
+    wanted: Wanted = ALL,
 ) -> Source:
     """The source that `config` describes, with its order keyed by `key`; `resolution`: of drawn scenes.
 
@@ -39,13 +44,13 @@ def open_source(
     if isinstance(config, ScenesSource):
         return SceneSource(config.held_out, resolution, key)
     if isinstance(config, HubSource) and config.streaming:
-        return StreamSource(open_stream(config), config.shuffle_buffer, config.name, key)
+        return StreamSource(open_stream(config, wanted), config.shuffle_buffer, config.name, key)
     if isinstance(config, WebDatasetSource):
-        tars = _open_tars(config)
+        tars = _open_tars(config, wanted)
         return ShardedSource(
             _perhaps_decoded(tars, config, data, resolution, form), tars.starts, config.shuffle_block, key
         )
-    return ShuffledSource(_perhaps_decoded(open_records(config, form), config, data, resolution, form), key)
+    return ShuffledSource(_perhaps_decoded(open_records(config, form, wanted), config, data, resolution, form), key)
 
 
 def _perhaps_decoded(
@@ -53,7 +58,8 @@ def _perhaps_decoded(
 ) -> Records:
     if data is None or data.decoded is None:
         return records
-    source = config.model_dump(mode="json", exclude={"weight", "repeats", "wording", "shuffle_block"})
+    unused = {"weight", "repeats", "wording", "shuffle_block", "columns", "folder_condition"}
+    source = config.model_dump(mode="json", exclude=unused)
     of = {"source": source, "stamp": _stamp(config, records)}
     return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of, form))
 
@@ -67,15 +73,16 @@ def _stamp(config: FiniteSource, records: Records) -> str:
     return stamp_of_files(matching_files(config.files))
 
 
-def open_records(config: FiniteSource, form: PictureFormat = RGB) -> Records:
+def open_records(config: FiniteSource, form: PictureFormat = RGB, wanted: Wanted = ALL) -> Records:
     """The records of a finite source."""
     if isinstance(config, FolderSource):
-        return FolderRecords(config, PICTURE_SUFFIXES if form.is_rgb else PICTURE_SUFFIXES | ARRAY_SUFFIXES)
+        suffixes = PICTURE_SUFFIXES if form.is_rgb else PICTURE_SUFFIXES | ARRAY_SUFFIXES
+        return FolderRecords(config, suffixes, wanted)
     if isinstance(config, ParquetSource):
-        return open_parquet(config, matching_files(config.files))
+        return open_parquet(config, matching_files(config.files), wanted)
     if isinstance(config, WebDatasetSource):
-        return _open_tars(config)
-    return open_hub_table(config)
+        return _open_tars(config, wanted)
+    return open_hub_table(config, wanted)
 
 
 def check_places(sources: Iterable[SourceConfig]) -> None:
@@ -87,8 +94,8 @@ def check_places(sources: Iterable[SourceConfig]) -> None:
             matching_files(source.files)
 
 
-def _open_tars(config: WebDatasetSource) -> TarRecords:
-    return TarRecords(matching_files(config.files), config.caption, config.caption_column)
+def _open_tars(config: WebDatasetSource, wanted: Wanted = ALL) -> TarRecords:
+    return TarRecords(matching_files(config.files), config.caption, config.caption_column, wanted)
 
 
 def matching_files(patterns: Iterable[str]) -> list[str]:

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig
 from cascade.config.stage import MeasuredRange, StageConfig
-from cascade.data.dataset import BadRecordError, Record, Records
+from cascade.data.dataset import BadRecordError, Record, Records, Wanted
 from cascade.data.folder import FolderRecords
 from cascade.data.loader import Views
 from cascade.data.order import SceneSource
 from cascade.data.sources import open_records
 from cascade.data.tables import open_stream
-from cascade.data.transforms import decode, prepared_pair
+from cascade.data.transforms import condition_values, decode, prepared
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
 from cascade.images import contact_sheet, downsample
@@ -95,8 +95,9 @@ def survey(source: SourceConfig, data: DataConfig, stage: StageConfig, limit: in
         records: Iterable[Record] = (drawn.record(use) for use in itertools.count())
         return _sum(Survey("drawn scenes", None), _first(records, look, limit))
     if isinstance(source, HubSource) and source.streaming:
-        return _sum(Survey(f"stream {source.name}", None), _first(open_stream(source)(0), look, limit))
-    finite = open_records(source, stage.pictures)
+        stream = open_stream(source, Wanted.of(source, stage))
+        return _sum(Survey(f"stream {source.name}", None), _first(stream(0), look, limit))
+    finite = open_records(source, stage.pictures, Wanted.of(source, stage))
     chosen = range(len(finite)) if limit is None else _spread(len(finite), limit)
     examined = _Examined(finite, look)
     findings = read_by_workers(examined, chosen, data.workers) if data.workers else map(examined.__getitem__, chosen)
@@ -158,9 +159,10 @@ def examine(record: Record, data: DataConfig, stage: StageConfig) -> Finding:
         pixels = decode(record, stage.pictures)
     except BadRecordError as error:
         return Finding(record.origin, record.captions, str(error))
-    problem = None if record.captions else f"{record.origin}: no caption"
+    needed = stage.model.reads_text and data.uncaptioned == "skip"
+    problem = f"{record.origin}: no caption" if needed and not record.captions else None
     try:
-        prepared_pair(pixels, record, data, stage, random.Random(0))
+        condition_values(record, prepared(pixels, record, data, stage, random.Random(0)), stage)
     except BadRecordError as error:
         problem = str(error)
     height, width = pixels.shape[-2:]

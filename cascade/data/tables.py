@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config.data import HubSource, ParquetSource
-from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
+from cascade.data.dataset import ALL, BadRecordError, Record, Wanted, caption_variants, encoded_picture
 from cascade.errors import CascadeError
 from cascade.quoting import quoted
 
@@ -24,9 +24,15 @@ class TableRecords:
     """Rows of a map-style `datasets.Dataset`, memory-mapped, with encoded pictures."""
 
     def __init__(
-        self, table: Any, columns: tuple[str, str], name_row: Callable[[int], str], low_column: str | None = None
+        self,
+        table: Any,
+        columns: tuple[str, str],
+        name_row: Callable[[int], str],
+        low_column: str | None = None,
+        wanted: Wanted = ALL,
     ) -> None:
         self._image_column, self._caption_column = columns
+        self._wanted = wanted
         self._low_column = low_column
         self._table = table
         self._name_row = name_row
@@ -46,12 +52,15 @@ class TableRecords:
             raise BadRecordError(self._name_row(index), f"cannot be read: {_first_line(error)}") from None
         return Record(
             encoded_picture(row[self._image_column]),
-            caption_variants(row[self._caption_column]),
+            caption_variants(row.get(self._caption_column)),
             self._name_row(index),
             None if self._low_column is None else encoded_picture(row[self._low_column]),
+            values=condition_values(row, self._wanted),
         )
 
     def captions(self) -> Iterator[tuple[str, ...]]:
+        if self._caption_column not in self._table.column_names:
+            return
         try:
             for batch in self._table.select_columns([self._caption_column]).iter(batch_size=1000):
                 yield from map(caption_variants, batch[self._caption_column])
@@ -60,24 +69,34 @@ class TableRecords:
             raise CascadeError(f"{first}: column {quoted(self._caption_column)}: {_first_line(error)}") from None
 
 
-def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
+def condition_values(row: dict[str, Any], wanted: Wanted) -> dict[str, object]:
+    """The values of conditions in a row, encoded pictures in place of the structs that hold them."""
+    return {
+        name: encoded_picture(value) if isinstance(value, dict) else value for name, value in wanted.values(row).items()
+    }
+
+
+def open_parquet(config: ParquetSource, files: list[str], wanted: Wanted = ALL) -> TableRecords:
     """The rows of Parquet `files`. Raises CascadeError for a file that is not Parquet, or lacks a column."""
     import datasets
     import pyarrow.parquet as pq
 
     columns = (config.image_column, config.caption_column)
     pictures = [config.image_column] if config.low_column is None else [config.image_column, config.low_column]
-    wanted = [*pictures, config.caption_column]
-    starts, total = [], 0
+    needed = list(dict.fromkeys([*pictures, *([config.caption_column] * wanted.captions), *wanted.columns.values()]))
+    starts, total, captioned = [], 0, True
     for path in files:
         try:
             parquet = pq.ParquetFile(path)
         except (OSError, ValueError) as error:
             raise CascadeError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
         with parquet:
-            _require_columns(path, parquet.schema_arrow.names, wanted)
+            present = parquet.schema_arrow.names
+            _require_columns(path, present, needed)
+            captioned = captioned and config.caption_column in present
             starts.append(total)
             total += parquet.metadata.num_rows
+    read = list(dict.fromkeys([*needed, *([config.caption_column] * captioned)]))
 
     if total == 0:
         raise CascadeError(f"data source {' '.join(config.files)}: no rows")
@@ -85,15 +104,15 @@ def open_parquet(config: ParquetSource, files: list[str]) -> TableRecords:
         table = _quietly(
             # The library treats each name as a pattern.
             lambda: datasets.load_dataset(
-                "parquet", data_files=[*map(glob.escape, files)], split="train", columns=wanted
+                "parquet", data_files=[*map(glob.escape, files)], split="train", columns=read
             ),
             " ".join(config.files),
         )
     except CascadeError as error:
-        raise _of_types(files, wanted) or error from None
-    for column in pictures:
+        raise _of_types(files, read) or error from None
+    for column in (*pictures, *wanted.columns.values()):
         table = _undecoded(table, column)
-    return TableRecords(table, columns, partial(_file_row, files, starts), config.low_column)
+    return TableRecords(table, columns, partial(_file_row, files, starts), config.low_column, wanted)
 
 
 def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | None:
@@ -117,37 +136,50 @@ def _file_row(files: list[str], starts: list[int], index: int) -> str:
     return f"{files[number]}, row {index - starts[number]}"
 
 
-def open_hub_table(config: HubSource) -> TableRecords:
+def open_hub_table(config: HubSource, wanted: Wanted = ALL) -> TableRecords:
     """The rows of a dataset, on disk. Raises CascadeError when it cannot be loaded, is empty or lacks a column."""
     table = _load_hub(config)
     columns = (config.image_column, config.caption_column)
-    _require_columns(config.name, table.column_names, columns)
+    _require_columns(config.name, table.column_names, _needed(config, wanted))
     if not len(table):
         raise CascadeError(f"data source {config.name}: no rows")
-    table = _undecoded(table.select_columns(list(columns)), config.image_column)
-    return TableRecords(table, columns, partial(_hub_row, config.name))
+    read = dict.fromkeys((*columns, *wanted.columns.values()))
+    table = table.select_columns([column for column in read if column in table.column_names])
+    for column in (config.image_column, *wanted.columns.values()):
+        table = _undecoded(table, column)
+    return TableRecords(table, columns, partial(_hub_row, config.name), wanted=wanted)
+
+
+def _needed(config: HubSource, wanted: Wanted) -> list[str]:
+    """The columns that every row must have."""
+    captions = [config.caption_column] if wanted.captions else []
+    return [config.image_column, *captions, *wanted.columns.values()]
 
 
 def _hub_row(name: str, index: int) -> str:
     return f"{name}, row {index}"
 
 
-def open_stream(config: HubSource) -> Callable[[int], Iterator[Record]]:
+def open_stream(config: HubSource, wanted: Wanted = ALL) -> Callable[[int], Iterator[Record]]:
     """A function from a number of records to skip to the records after them."""
     stream = _load_hub(config)
-    columns = (config.image_column, config.caption_column)
     if stream.column_names is not None:
-        _require_columns(config.name, stream.column_names, columns)
-    return partial(_stream_records, _undecoded(stream, config.image_column), config)
+        _require_columns(config.name, stream.column_names, _needed(config, wanted))
+    for column in (config.image_column, *wanted.columns.values()):
+        stream = _undecoded(stream, column)
+    return partial(_stream_records, stream, config, wanted)
 
 
-def _stream_records(stream: Any, config: HubSource, skip: int) -> Iterator[Record]:
+def _stream_records(stream: Any, config: HubSource, wanted: Wanted, skip: int) -> Iterator[Record]:
     number = skip
     for batch in _stream_batches(stream, config.name, skip):
         # Some streams list their columns only with the first batch.
-        _require_columns(config.name, list(batch), (config.image_column, config.caption_column))
-        for image, captions in zip(batch[config.image_column], batch[config.caption_column], strict=True):
-            yield Record(encoded_picture(image), caption_variants(captions), _hub_row(config.name, number))
+        _require_columns(config.name, list(batch), _needed(config, wanted))
+        for index, image in enumerate(batch[config.image_column]):
+            row = {column: values[index] for column, values in batch.items()}
+            captions = caption_variants(row.get(config.caption_column))
+            origin = _hub_row(config.name, number)
+            yield Record(encoded_picture(image), captions, origin, values=condition_values(row, wanted))
             number += 1
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from cascade.data.dataset import BadRecordError, Record, caption_variants
+from cascade.data.dataset import ALL, BadRecordError, Record, Wanted, caption_variants
 from cascade.data.tar_index import Shard, open_shard, split_name
 from cascade.errors import CascadeError
 from cascade.files.parsed import parse_json
@@ -24,17 +24,23 @@ _LOOKED_AT = 100  # members listed in an error about a missing ending or key
 class TarRecords:
     """The records of several shards, one after the other."""
 
-    def __init__(self, files: Sequence[str], caption: str, caption_column: str) -> None:
+    def __init__(self, files: Sequence[str], caption: str, caption_column: str, wanted: Wanted = ALL) -> None:
         """caption: ending of the members that hold captions: lines of text, or JSON with `caption_column`.
 
         Raises CascadeError for a file that is not an uncompressed tar or is truncated, and if no record has a caption.
         """
         self._shards = [open_shard(Path(file), caption) for file in files]
         self._caption_column = caption_column if caption.endswith("json") else None
+        self._wanted = wanted
+        if wanted.columns and self._caption_column is None:
+            raise CascadeError(
+                f"data source {' '.join(files)}: conditions are read from JSON members; set the source's caption: json"
+            )
         self.starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
         if not len(self):
             raise CascadeError(f"data source {' '.join(files)}: the shards hold no records")
-        _require_captions(self._shards, caption, self._caption_column)
+        if wanted.captions or wanted.columns:
+            _require_captions(self._shards, caption, self._caption_column if wanted.captions else None)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -46,7 +52,8 @@ class TarRecords:
             with shard.path.open("rb") as file:
                 start, size = shard.pictures[row].tolist()
                 picture = None if start < 0 else _bytes_at(file, start, size)
-                return Record(picture, self._captions(shard, row, file, origin), origin)
+                values = self._values(shard, row, file) if self._wanted.columns else {}
+                return Record(picture, self._captions(shard, row, file, origin), origin, values=values)
         except OSError as error:
             raise BadRecordError(origin, f"cannot be read: {error.strerror}") from None
 
@@ -65,6 +72,15 @@ class TarRecords:
         texts = [_bytes_at(file, *place) for place in shard.captions_of(row)]
         variants = (variant for text in texts for variant in _variants(text, self._caption_column, origin))
         return tuple(dict.fromkeys(variants))
+
+    def _values(self, shard: Shard, row: int, file: BinaryIO) -> dict[str, object]:
+        """The values of conditions in a record's JSON members."""
+        merged: dict[str, object] = {}
+        for place in shard.captions_of(row):
+            with suppress(ValueError):
+                found = parse_json(_bytes_at(file, *place))
+                merged |= found if isinstance(found, dict) else {}
+        return self._wanted.values(merged)
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         number = bisect.bisect_right(self.starts, index) - 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,15 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
+from cascade.conditions import Measure, NumberCondition, PictureCondition, Value, checked, is_missing, measured
 from cascade.config.data import DataConfig, WordingConfig
 from cascade.config.stage import StageConfig
 from cascade.data.dataset import BadRecordError, Record
 from cascade.data.wording import PLAIN, worded
+from cascade.errors import CascadeError
 from cascade.files.picture import MOST_PIXELS
 from cascade.images import downsample, upsample
 from cascade.pixels import RGB, PictureFormat, mirrored
 from cascade.rasters import WrongFormatError, read_stored
 
+_GROUND = PictureFormat.of(("condition",))
+"""A format that pads with zeros, in which pictures of conditions have nothing."""
 MAX_ASPECT = 20
 """Longer strips are bad records: padded to a square they are almost all white, and may not fit into memory."""
 
@@ -39,6 +44,19 @@ def training_pair(
     return prepared_pair(decode(record, stage.pictures), record, data, stage, rng, size)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A record's pictures as a view shows them. picture, low: see `training_pair`.
+
+    measures: what conditions may measure, by name. pictures: those of conditions, (C, S, S) uint8 like `picture`.
+    """
+
+    picture: Tensor
+    low: Tensor | None = None
+    measures: Mapping[Measure, float] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def prepared_pair(
     picture: Tensor,
     record: Record,
@@ -48,9 +66,22 @@ def prepared_pair(
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`training_pair` of a record whose picture is already decoded."""
+    shown = prepared(picture, record, data, stage, rng, size)
+    return shown.picture, shown.low
+
+
+def prepared(
+    picture: Tensor,
+    record: Record,
+    data: DataConfig,
+    stage: StageConfig,
+    rng: random.Random,
+    size: tuple[int, int] | None = None,
+) -> Shown:
+    """A record's decoded picture, smaller picture and picture conditions for one view. Raises BadRecordError."""
     size = size or (stage.resolution, stage.resolution)
     check_strip(record, picture, data.aspect)
-    form = stage.pictures
+    original, form = (picture.shape[-2], picture.shape[-1]), stage.pictures
     moves = data.jitter > 0 and not record.drawn
     if not data.tiles:
         picture = shaped(picture, data.aspect, size, form)
@@ -64,14 +95,86 @@ def prepared_pair(
         picture = resize(picture, size, form)
     scale = stage.resolution // (stage.low_resolution or stage.resolution)
     low = None if record.low is None else _own_low(record, picture, scale, flipped, form)
+    pictures = {
+        name: _own_picture(record, name, original, data, stage, size)
+        for name, config in stage.conditions.items()
+        if isinstance(config, PictureCondition) and not is_missing(record.values.get(name))
+    }
+    pictures = {name: own.flip(-1) if flipped else own for name, own in pictures.items()}
+    top, left = _cut_off(original, data, size)
     if data.crop is not None:
         if min(picture.shape[-2:]) < data.crop:
             found = f"{picture.shape[-1]}x{picture.shape[-2]}"
             raise BadRecordError(record.origin, f"the tile of {found} is smaller than data.crop {data.crop}")
-        top, left = crop_corner(picture, data.crop, scale, rng)
-        picture = window(picture, top, left, data.crop)
-        low = None if low is None else window(low, top // scale, left // scale, data.crop // scale)
-    return picture.contiguous(), None if low is None else low.contiguous()
+        align = math.lcm(scale, *(stage.detail(name) for name in pictures))
+        down, right = crop_corner(picture, data.crop, align, rng)
+        picture = window(picture, down, right, data.crop)
+        low = None if low is None else window(low, down // scale, right // scale, data.crop // scale)
+        pictures = {name: window(own, down, right, data.crop) for name, own in pictures.items()}
+        top, left = top + down, left + right
+    height, width = original
+    measures: dict[Measure, float] = {"width": width, "height": height, "aspect": width / height}
+    return Shown(
+        picture.contiguous(),
+        None if low is None else low.contiguous(),
+        {**measures, "top": top, "left": left},
+        {name: own.contiguous() for name, own in pictures.items()},
+    )
+
+
+def _cut_off(original: tuple[int, int], data: DataConfig, size: tuple[int, int]) -> tuple[float, float]:
+    """(pixels above, pixels to the left) of the central part, at the view's size; 0 unless pictures are cropped."""
+    if data.tiles or data.aspect == "pad":
+        return 0.0, 0.0
+    scale = max(wanted / side for wanted, side in zip(size, original, strict=True))
+    top, left = ((side - round(wanted / scale)) // 2 * scale for wanted, side in zip(size, original, strict=True))
+    return top, left
+
+
+def _own_picture(
+    record: Record, name: str, original: tuple[int, int], data: DataConfig, stage: StageConfig, size: tuple[int, int]
+) -> Tensor:
+    """A picture condition, of the view's shape and size like the picture. Raises BadRecordError."""
+    config = stage.conditions[name]
+    assert isinstance(config, PictureCondition)
+    value = _checked(record, name, stage)
+    assert isinstance(value, Tensor)
+    (height, width), own = original, tuple(value.shape[-2:])
+    if abs(own[0] * width - own[1] * height) > max(own) + max(original):  # beyond a pixel of rounding
+        raise BadRecordError(
+            record.origin, f"condition {name} has {own[1]}x{own[0]}, the picture {width}x{height}: another shape"
+        )
+    value = shaped(value, data.aspect, size, _GROUND)
+    return config.fitted(value, size, stage.detail(name))
+
+
+def _checked(record: Record, name: str, stage: StageConfig) -> Value:
+    try:
+        return checked(name, stage.conditions[name], record.values.get(name), record.folder)
+    except CascadeError as error:
+        raise BadRecordError(record.origin, str(error)) from None
+
+
+def condition_values(record: Record, shown: Shown, stage: StageConfig) -> dict[str, Value]:
+    """The values of the stage's conditions for a view; None where the record has none. Raises BadRecordError."""
+    values: dict[str, Value] = {}
+    for name, config in stage.conditions.items():
+        if isinstance(config, NumberCondition) and config.measure is not None:
+            values[name] = measured(config, shown.measures)
+        elif isinstance(config, PictureCondition):
+            values[name] = shown.pictures.get(name)
+        else:
+            values[name] = _checked(record, name, stage)
+    return values
+
+
+def dropped(
+    values: Mapping[str, Value], data: DataConfig, stage: StageConfig, rng: random.Random
+) -> tuple[dict[str, Value], bool]:
+    """Values after dropout, and whether all conditions are dropped together, the caption included."""
+    together = rng.random() < data.joint_dropout
+    alone = {name: rng.random() < stage.conditions[name].dropout for name in values}
+    return {name: None if together or alone[name] else value for name, value in values.items()}, together
 
 
 def check_strip(record: Record, picture: Tensor, aspect: Literal["crop", "pad"]) -> None:

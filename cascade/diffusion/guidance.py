@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic
 
 import torch
@@ -148,6 +149,42 @@ def compose(
             x_hat = rule(x_cond, x_null, log_snr)
         first = estimates[0]
         return (x_hat, first[1]) if isinstance(first, tuple) else x_hat
+
+    return denoise
+
+
+def coefficients(weights: Sequence[float]) -> list[float]:
+    """The factors of the n + 1 estimates in `chain`; those of zero need no call of the network.
+
+    weights: of the n conditions.
+    """
+    return [before - after for before, after in pairwise((1.0, *weights, 0.0))]
+
+
+def chain(
+    model: ConditionalDenoiser[Conditions],
+    conds: Sequence[Conditions],
+    weights: Sequence[float],
+    interval: tuple[float, float] | None = None,
+) -> Denoiser:
+    """Guidance with a weight for each of n conditions: x_0 + sum of w_i (x_i - x_(i-1)).
+
+    conds: n + 1 of them; the first with nulls alone, each next with the null of one condition less. Each estimate with
+    a factor other than 0 is one call of the network. interval: as for `guide`; outside it the last one acts alone. A
+    variance is that of the last. Source: Brooks et al. (2023), arXiv 2211.09800, eq. 3, for n conditions, and for x in
+    place of eps.
+    """
+    assert len(conds) == len(weights) + 1, "one condition more than weights"
+    parts = [(factor, model.prepare(cond)) for factor, cond in zip(coefficients(weights), conds, strict=True) if factor]
+    whole = model.prepare(conds[-1])
+
+    def denoise(z: Tensor, log_snr: Tensor) -> Estimate:
+        if interval is not None and not interval[0] <= number_of(log_snr) <= interval[1]:
+            return whole(z, log_snr)
+        estimates = [(factor, part(z, log_snr)) for factor, part in parts]
+        x_hat = torch.stack([factor * x_of(estimate) for factor, estimate in estimates]).sum(dim=0)
+        last = estimates[-1][1] if estimates else whole(z, log_snr)
+        return (x_hat, last[1]) if isinstance(last, tuple) else x_hat
 
     return denoise
 

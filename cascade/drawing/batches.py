@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, Given
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
 from cascade.diffusion.guidance import Act, Part, within
@@ -66,7 +66,7 @@ class Inputs:
     """The inputs of one batch of one stage.
 
     size: height and width. low: (B, C, h, w), the smaller pictures as stored; None for a base stage. known: pictures to
-    start from, and their pixels that must stay.
+    start from, and their pixels that must stay. given: the stage's conditions, a row for each picture.
     """
 
     settings: SamplingConfig
@@ -75,6 +75,7 @@ class Inputs:
     texts: Texts
     low: Tensor | None = None
     known: Known | None = None
+    given: Mapping[str, Given] = field(default_factory=dict)
 
 
 def draw_batch(
@@ -87,11 +88,11 @@ def draw_batch(
     device, settings, low, form = device or stage.device, inputs.settings, inputs.low, stage.config.pictures
     rows = [picture.text for picture in inputs.pictures]
     own, null = inputs.texts.own.select(rows), inputs.texts.null.select(rows)
-    cond = Conditioning(own.tokens, own.mask)
+    cond = Conditioning(own.tokens, own.mask, given=inputs.given)
     if low is not None:
         cond = _with_smaller(stage, cond, inputs, form.to_float(low))
     cond = cond.to(device)
-    null_cond = cond.with_text(on_device(null.tokens, device), on_device(null.mask, device))
+    null_cond = cond.without().with_text(on_device(null.tokens, device), on_device(null.mask, device))
     known = None if inputs.known is None else inputs.known.to(device)
     z = _start(stage, inputs, device)
     drawing = stage.knowing(known).following(_acts(inputs.texts, cond, z))
@@ -105,7 +106,7 @@ def _acts(texts: Texts, cond: Conditioning, eps: Tensor) -> list[Act[Conditionin
     """The scenes of a batch as conditions. eps: (B, C, H, W), noise around regions."""
     device = cond.text.device
 
-    def part(spoken: Spoken) -> Part[Conditioning]:
+    def part(spoken: Spoken, cond: Conditioning) -> Part[Conditioning]:
         text = cond.with_text(on_device(spoken.text.tokens, device), on_device(spoken.text.mask, device))
         weight = on_device(spoken.weight, device)
         if spoken.region is None or cond.low_res is not None:  # a smaller picture already has everything in its place
@@ -113,7 +114,11 @@ def _acts(texts: Texts, cond: Conditioning, eps: Tensor) -> list[Act[Conditionin
         region = on_device(spoken.region, device)
         return Part(text, weight, lambda denoise: within(denoise, region, eps))
 
-    return [Act(start, [part(one) for one in own], [part(one) for one in null]) for start, own, null in texts.scenes]
+    without = cond.without()
+    return [
+        Act(start, [part(one, cond) for one in own], [part(one, without) for one in null])
+        for start, own, null in texts.scenes
+    ]
 
 
 def _rng(stage: str, pictures: Sequence[Picture], purpose: str) -> list[NoiseSource]:

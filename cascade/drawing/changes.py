@@ -66,6 +66,8 @@ class Changes:
             for name in ("mask", "strength", "extend"):
                 if getattr(self, name) is not None:
                     raise CascadeError(f"{name}: there is no picture to change; give one as image")
+            if self.known != KNOWN[0]:
+                raise CascadeError("known: there is no picture to change; give one as image, and a mask")
             return None, size, entries
         form = stages[-1].pictures
         image, mask = self._pictures(self.image, form)

@@ -14,7 +14,7 @@ from cascade.drawing.batch_size import BatchSize, BatchSizes
 from cascade.drawing.batches import Inputs, Picture, draw_batch
 from cascade.drawing.script import script_of
 from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn
+from cascade.drawing.task import Drawn, Pass, Result, Step, Task, Undrawn, given_of
 from cascade.drawing.texts import Encode, RecentTexts, Rows, Windows, form_of
 from cascade.errors import CascadeError
 from cascade.slots import StageSlot, check_memory, not_finite, running
@@ -172,6 +172,7 @@ class Engine:
             texts(full, (height, width)),
             low,
             _known(full, drawing),
+            given_of(stage.config, full, drawing.size, (height, width)),
         )
         x = draw_batch(stage.tiled(drawing.tile), inputs, on_step, self._device)
         x = x[: len(batch), :, : drawing.size[0], : drawing.size[1]]

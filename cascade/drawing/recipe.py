@@ -80,6 +80,8 @@ class Recipe(Settings):
     regions: tuple[Region, ...] = ()
     """Parts of the picture with their own prompts; a later one lies above."""
 
+    conditions: dict[str, str | float | None] = Field(default={})
+    """Conditions other than text by name: labels and numbers, the SHA-256 of vectors and pictures; null for none."""
     adapters: dict[str, dict[str, float]] = Field(default={})
     """By stage, the scale of each low-rank adapter, which is named by 16 digits of the SHA-256 of its weights."""
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cascade.conditioning import Given
+from cascade.conditions import PictureCondition, Value, joined, recorded, settled
 from cascade.config.sampling import SamplingConfig
+from cascade.config.stage import StageConfig
 from cascade.drawing.edit import Edit, digest_of
 from cascade.drawing.recipe import Recipe
 from cascade.slots import StageSlot
@@ -40,7 +45,8 @@ class Task:
     None: the first pass is a base stage's.
     edit: the picture to change; the recipe has its digests.
     text: embeddings of one prompt that replace the recipe's. name: tells the task from others with the same recipe when
-    half-drawn pictures are stored on disk. masks: (H, W) in [0, 1], of the recipe's regions, by digest.
+    half-drawn pictures are stored on disk. masks: (H, W) in [0, 1], of the recipe's regions, by digest. conditions:
+    checked values by name; the recipe has their digests.
     """
 
     recipe: Recipe
@@ -50,6 +56,7 @@ class Task:
     text: TextEmbeddings | None = None
     name: str = ""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    conditions: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.start is None) == (not self.recipe.source), "a recipe names the picture that it starts from"
@@ -108,7 +115,12 @@ def passes(slots: Iterable[StageSlot], sizes: Iterable[tuple[int, int]], recipe:
 
 
 def enlarging(
-    slot: StageSlot, start: Tensor, prompt: str, settings: SamplingConfig, seed: int = 0, number: int = 0
+    slot: StageSlot,
+    start: Tensor,
+    prompt: str,
+    settings: SamplingConfig,
+    seed: int = 0,
+    number: int = 0,
 ) -> Task:
     """A task for one super-resolution stage: start, (C, h, w) as stored, enlarged by the stage's scale."""
     height, width = (side * slot.config.scale for side in start.shape[-2:])
@@ -123,3 +135,34 @@ def enlarging(
         source=digest_of(start),
     )
     return Task(recipe, [Pass(slot, (height, width), settings, number)], start=start)
+
+
+def with_conditions(task: Task, given: Mapping[str, object]) -> Task:
+    """The task with conditions of its stages. Raises CascadeError; see `settled`."""
+    values = settled([way.slot.config.conditions for way in task.passes], given)
+    recipe = task.recipe.model_copy(update={"conditions": recorded(values)})
+    return replace(task, recipe=recipe, conditions=values)
+
+
+def given_of(
+    stage: StageConfig, tasks: Sequence[Task], size: tuple[int, int], whole: tuple[int, int]
+) -> dict[str, Given]:
+    """The conditions of a batch for one stage.
+
+    size: height and width of the pictures. whole: with the padding on the right and below. Raises CascadeError for a
+    condition that a task lacks.
+    """
+    if not stage.conditions:
+        return {}
+    padding = (0, whole[1] - size[1], 0, whole[0] - size[0])
+    rows = []
+    for task in tasks:
+        missing = {name: config for name, config in stage.conditions.items() if name not in task.conditions}
+        row = {**task.conditions, **settled([missing], {})}
+        for name, config in stage.conditions.items():
+            value = row[name]
+            if isinstance(config, PictureCondition) and isinstance(value, Tensor):
+                fitted = config.fitted(value, size, stage.detail(name))
+                row[name] = F.pad(fitted[None].float(), padding, mode="replicate")[0].to(torch.uint8)
+        rows.append(row)
+    return joined(stage.conditions, rows, whole)

@@ -1,6 +1,7 @@
 """Fidelity of an enlarged picture to the truth and to the smaller picture: pure functions of pictures.
 
-All pictures are float (1, 3, H, W) in [-1, 1]; `low` is the smaller one, the truth's area mean.
+All pictures are float (1, C, H, W) in [-1, 1], of any channels unless a judge sees them; `low` is the smaller one, the
+truth's area mean.
 SSIM is implemented here in thirty lines, since scikit-image would also require SciPy.
 """
 
@@ -119,5 +120,5 @@ def _largest(picture: Tensor) -> Tensor:
 
 def _median(picture: Tensor) -> Tensor:
     """The median among a pixel and its neighbours."""
-    around = F.unfold(F.pad(picture, (1, 1, 1, 1), mode="replicate").transpose(0, 1), 3)  # (3, 9, H W)
-    return around.median(dim=1).values.view(1, 3, *picture.shape[-2:])
+    around = F.unfold(F.pad(picture, (1, 1, 1, 1), mode="replicate").transpose(0, 1), 3)  # (C, 9, H W)
+    return around.median(dim=1).values.view(1, -1, *picture.shape[-2:])

@@ -5,12 +5,12 @@ Each figure of fidelity is also given for bicubic and Lanczos, to show the contr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -33,9 +33,10 @@ from cascade.evaluation.fidelity import (
 from cascade.evaluation.report import Figure, Report, Request, judge_sha256
 from cascade.evaluation.tower import Tower, load_tower
 from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of
-from cascade.files.picture import open_picture, picture_errors
-from cascade.images import downsample, from_pil, to_float, to_pil, to_uint8
+from cascade.images import downsample, from_pil, to_float, to_pil
 from cascade.pipeline import CascadePipeline
+from cascade.pixels import RGB, PictureFormat
+from cascade.rasters import read_given, shown
 from cascade.sampling import resolve_sampling
 from cascade.seeds import generator
 from cascade.slots import StageSlot
@@ -63,11 +64,12 @@ _WITHOUT_TRUTH = ("consistency", "colour shift", "dots", "ringing")
 
 @dataclass(frozen=True)
 class Pair:
-    """A true picture and the smaller one: (1, 3, H, W) and (1, 3, h, w) in [-1, 1], both rounded to 8 bits."""
+    """A true picture and the smaller one: (1, C, H, W) and (1, C, h, w) in [-1, 1], both rounded to stored values."""
 
     truth: Tensor
     low: Tensor
     caption: str
+    form: PictureFormat = RGB
 
 
 def run(pipeline: CascadePipeline, request: Request) -> Report:
@@ -75,10 +77,13 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
     if request.data is None:
         raise CascadeError("--suite sr: needs true pictures; --data: a folder with test-256.parquet, test.parquet")
     settings = resolve_sampling([slot.config for slot in pipeline.enlargers], None, request.sampling)
-    tower, count, engine = load_tower(), request.limit or PICTURES, pipeline.engine()
+    form = pipeline.enlargers[-1].config.pictures
+    tower, count, engine = load_tower() if form.is_rgb else None, request.limit or PICTURES, pipeline.engine()
     figures: list[Figure] = []
     sheet: list[tuple[Image.Image, str]] = []
     notes = ["Edge strength is 1 for a picture as sharp as the truth. Crops at 100 %: low, bicubic, stage, truth."]
+    if tower is None:
+        notes.append(f"Pictures have {form}: no feature distance, whose judge wants three channels of 8 bits.")
     lows: list[tuple[Tensor, str]] | None = None  # pictures drawn by the previous stage, with their captions
     for slot in pipeline.enlargers:
         config = slot.config
@@ -88,7 +93,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         if path is None:
             notes.append(f"{config.name} was not measured: no pictures of {config.resolution} px in the data.")
             continue
-        pairs = read_pairs(path, config.resolution, config.low_resolution, count, request.seed)
+        pairs = read_pairs(path, (config.resolution, config.low_resolution), count, request.seed, form=form)
         own = settings[config.name]
         drawn = [enlarged(engine, slot, own, pair.low, pair.caption, index) for index, pair in enumerate(pairs)]
         figures += _against_truth(config.name, pairs, drawn, tower)
@@ -104,7 +109,7 @@ def run(pipeline: CascadePipeline, request: Request) -> Report:
         figures,
         sheet,
         columns=4,
-        settings={"pictures": count, "judges_sha256": {"tower": judge_sha256(tower)}},
+        settings={"pictures": count, "judges_sha256": {} if tower is None else {"tower": judge_sha256(tower)}},
         notes=notes,
     )
 
@@ -117,27 +122,34 @@ def held_out_file(folder: Path, resolution: int) -> Path | None:
 
 
 def read_pairs(
-    path: Path, resolution: int, low_resolution: int, count: int, seed: int, low_column: str | None = None
+    path: Path,
+    sizes: tuple[int, int],
+    count: int,
+    seed: int,
+    low_column: str | None = None,
+    form: PictureFormat = RGB,
 ) -> list[Pair]:
-    """Up to `count` pictures of at least `resolution` px from a Parquet file, in an order given by the seed.
+    """Up to `count` pictures from a Parquet file, in an order given by the seed.
 
-    low_column: column of smaller pictures, in place of area means. Raises CascadeError for a file without pictures.
+    sizes: of the true and the smaller pictures; true ones that are smaller are left out. low_column: column of smaller
+    pictures, in place of area means. Raises CascadeError for a file without pictures.
     """
+    resolution, low_resolution = sizes
     kinds: Kinds = {"image": PICTURE, "caption_styled": str, **({low_column: PICTURE} if low_column else {})}
     table = read_table(path, kinds)
     pairs: list[Pair] = []
     for row in torch.randperm(len(table), generator=generator(seed, "sr suite", resolution)).tolist():
         record = row_of(table, row, path, kinds)
-        picture = _decoded(record["image"], f"{path}: row {row}")
+        picture = _decoded(record["image"], f"{path}: row {row}", form)
         if min(picture.shape[-2:]) < resolution:
             continue
-        truth = _rounded(downsample(picture, resolution))
+        truth = _rounded(downsample(picture, resolution), form)
         low = (
-            _decoded(record[low_column], f"{path}: row {row}")
+            _decoded(record[low_column], f"{path}: row {row}", form)
             if low_column
-            else _rounded(downsample(truth, low_resolution))
+            else _rounded(downsample(truth, low_resolution), form)
         )
-        pairs.append(Pair(truth, low, record["caption_styled"]))
+        pairs.append(Pair(truth, low, record["caption_styled"], form))
         if len(pairs) == count:
             break
     if not pairs:
@@ -145,27 +157,30 @@ def read_pairs(
     return pairs
 
 
-def _decoded(stored: bytes | dict[str, Any], name: str) -> Tensor:
-    with picture_errors(name), open_picture(io.BytesIO(picture_bytes(stored))) as image:
-        return to_float(from_pil(image))[None]
+def _decoded(stored: bytes | dict[str, Any], name: str, form: PictureFormat) -> Tensor:
+    return form.to_float(read_given(picture_bytes(stored), form, name))[None]
 
 
-def _rounded(picture: Tensor) -> Tensor:
-    return to_float(to_uint8(picture))
+def _rounded(picture: Tensor, form: PictureFormat) -> Tensor:
+    return form.to_float(form.from_float(picture))
 
 
 def resized(pair: Pair, kind: str) -> Tensor:
-    """The smaller picture enlarged by PIL's `bicubic` or `lanczos`: (1, 3, H, W) in [-1, 1]."""
-    size = (pair.truth.shape[-1], pair.truth.shape[-2])
-    return to_float(from_pil(to_pil(pair.low)[0].resize(size, Image.Resampling[kind.upper()])))[None]
+    """The smaller picture enlarged by PIL's `bicubic` or `lanczos`: (1, C, H, W) in [-1, 1]."""
+    size, way = (pair.truth.shape[-1], pair.truth.shape[-2]), Image.Resampling[kind.upper()]
+    if pair.form.is_rgb:
+        return to_float(from_pil(to_pil(pair.low)[0].resize(size, way)))[None]
+    bands = [Image.fromarray(band.numpy()).resize(size, way) for band in pair.low[0]]
+    return _rounded(torch.from_numpy(np.stack([np.asarray(band) for band in bands]))[None], pair.form)
 
 
 def enlarged(
     engine: Engine, slot: StageSlot, settings: SamplingConfig, low: Tensor, caption: str, number: int
 ) -> Tensor:
-    """A stage's enlargement of a smaller picture (1, 3, h, w) in [-1, 1]: (1, 3, H, W), rounded to 8 bits."""
-    (drawn,) = engine.draw_all([enlarging(slot, to_uint8(low)[0].cpu(), caption, settings, number=number)])
-    return to_float(drawn.pixels[-1][None])
+    """A stage's enlargement of a smaller picture (1, C, h, w) in [-1, 1]: (1, C, H, W), rounded to stored values."""
+    form = slot.config.pictures
+    (drawn,) = engine.draw_all([enlarging(slot, form.from_float(low)[0].cpu(), caption, settings, number=number)])
+    return form.to_float(drawn.pixels[-1][None])
 
 
 def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Request) -> list[tuple[Tensor, str]]:
@@ -177,12 +192,12 @@ def _base_pictures(pipeline: CascadePipeline, pairs: Sequence[Pair], request: Re
     return [(picture[None], caption) for picture, caption in zip(drawn.images, captions, strict=True)]
 
 
-def measure(picture: Tensor, pair: Pair, tower: Tower) -> dict[str, float]:
-    """All figures of one picture, by the names of `AVERAGED`."""
+def measure(picture: Tensor, pair: Pair, tower: Tower | None) -> dict[str, float]:
+    """All figures of one picture, by the names of `AVERAGED`; without a tower all but the feature distance."""
     return {
         "PSNR": psnr(picture, pair.truth),
         "SSIM": ssim(picture, pair.truth),
-        "feature distance": feature_distance(picture, pair.truth, tower),
+        **({} if tower is None else {"feature distance": feature_distance(picture, pair.truth, tower)}),
         "edge strength": edge_strength(picture, pair.truth),
         **measure_without_truth(picture, pair.low),
     }
@@ -195,7 +210,7 @@ def measure_without_truth(picture: Tensor, low: Tensor) -> dict[str, float]:
     return {"consistency": consistency(picture, low), "colour shift": shift, "dots": dots, "ringing": ringing}
 
 
-def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], tower: Tower) -> list[Figure]:
+def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], tower: Tower | None) -> list[Figure]:
     """The stage's figures, then those of bicubic and Lanczos, with true pictures as reference where informative."""
     true = [measure_without_truth(pair.truth, pair.low) for pair in pairs]
     figures = []
@@ -206,7 +221,7 @@ def _against_truth(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor], t
     }
     for way, made in ways.items():
         found = [measure(made(index), pair, tower) for index, pair in enumerate(pairs)]
-        for name in AVERAGED:
+        for name in (name for name in AVERAGED if name in found[0]):
             reference = _mean([each[name] for each in true]) if name in ("dots", "ringing") else None
             figures.append(_figure(f"{stage}: {name}{way}", name, [each[name] for each in found], reference))
     return figures
@@ -232,11 +247,17 @@ def crops(stage: str, pairs: Sequence[Pair], drawn: Sequence[Tensor]) -> list[tu
     shown: list[tuple[Image.Image, str]] = []
     for pair, picture in zip(pairs, drawn, strict=True):
         side, box = pair.truth.shape[-1], busiest(pair.truth, _CROP)
-        low = to_pil(pair.low)[0].resize((side, side), Image.Resampling.NEAREST)
-        images = (low, to_pil(resized(pair, "bicubic"))[0], to_pil(picture)[0], to_pil(pair.truth)[0])
+        low = _visible(pair.low, pair.form).resize((side, side), Image.Resampling.NEAREST)
+        large = (resized(pair, "bicubic"), picture, pair.truth)
+        images = (low, *(_visible(one, pair.form) for one in large))
         labels = (pair.caption, "bicubic", stage, "truth")
         shown += [(image.crop(box), label) for image, label in zip(images, labels, strict=True)]
     return shown
+
+
+def _visible(picture: Tensor, form: PictureFormat) -> Image.Image:
+    """(1, C, H, W) in [-1, 1] as a picture to look at."""
+    return shown(form.from_float(picture[0]), form)
 
 
 def busiest(picture: Tensor, side: int) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cascade.build import build_stage
 from cascade.checkpoint import check_format, load_weights
@@ -21,11 +22,13 @@ from cascade.files.paths import path_of
 from cascade.load.index import BUNDLED, find_stage
 from cascade.load.reading import read_reading, warn_of_other_reading
 from cascade.load.stage import load_stage, read_config, read_weights
+from cascade.models.conditions import key_of
 from cascade.preflight import check_run
 from cascade.settings import override, parse, read_yaml
+from cascade.stage import Stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
-from cascade.text.embeddings import TextEncoderProtocol
+from cascade.text.embeddings import NoText, TextEncoderProtocol
 from cascade.text.t5 import TextEncoder
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ logger = logging.getLogger("cascade.training")
 def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> TrainConfig:
     """A training run's YAML file; its `stage` may be the name of a stage, such as bundled/base, for all its settings.
 
+    Or a section with that name as `from`, next to settings that replace those of the named stage.
+
     assignments: `section.name=value`, which override it; `stage=MODEL/base` is applied before settings within a stage.
 
     Unless the file has settings in `text`, text is read as that stage's training did. A run with a checkpoint has both
@@ -46,6 +51,10 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
     settings = override(read_yaml(path), [text for text in assignments if text.partition("=")[0] == "stage"])
     assignments = [text for text in assignments if text.partition("=")[0] != "stage"]
     check_format(path, settings.get("format", FORMAT_VERSION))
+    own: dict[str, Any] = {}
+    if isinstance(settings.get("stage"), dict) and "from" in settings["stage"]:
+        own = dict(settings["stage"])
+        settings["stage"] = str(own.pop("from"))
     if isinstance(settings.get("stage"), str):
         begun, folder = _begun(override(settings | {"stage": {}}, assignments).get("output")), None
         try:
@@ -56,7 +65,7 @@ def load_train_config(path: str | Path, assignments: Sequence[str] = ()) -> Trai
                 raise CascadeError(f"{path}: stage: {error}") from None
             logger.warning("%s: stage: %s; using the run's own copy of its settings", path, error)
             stage = begun["stage"]
-        settings = _with_reading(settings | {"stage": stage}, begun, folder)
+        settings = _with_reading(settings | {"stage": stage | own}, begun, folder)
     return parse(TrainConfig, override(settings, assignments), str(path))
 
 
@@ -122,7 +131,8 @@ def _load_trainer(config: TrainConfig) -> Trainer:
     from cascade.training.state import checkpoints
     from cascade.training.trainer import Trainer
 
-    text = load_text_encoder(config.text)
+    reads = config.stage.model.reads_text
+    text = load_text_encoder(config.text) if reads else NoText(config.stage.model.text_dim)
     if config.stage.model.reads_text and config.stage.model.text_dim != text.dim:
         raise CascadeError(
             f"stage.model.text_dim is {config.stage.model.text_dim}, but {config.text.encoder} gives"
@@ -138,9 +148,17 @@ def _load_trainer(config: TrainConfig) -> Trainer:
         warn_of_other_reading(folder, config.text.reading)
     if start is not None and not checkpoints(Path(config.output)):
         source = find_stage(start)
-        load_weights(stage.network, *read_weights(source))
+        tensors, origin = read_weights(source)
+        load_weights(stage.network, {**_new_conditions(stage, source), **tensors}, origin)
         warn_of_other_reading(source, config.text.reading)
     return Trainer(config, stage, text, teacher)
+
+
+def _new_conditions(stage: Stage, source: Path) -> dict[str, Tensor]:
+    """The fresh weights of conditions that the stage in `source` does not read yet."""
+    known = read_config(source).conditions
+    new = tuple(f"conditions.{key_of(name)}." for name in stage.config.conditions if name not in known)
+    return {name: weight for name, weight in stage.network.state_dict().items() if new and name.startswith(new)}
 
 
 def load_text_encoder(config: TextConfig) -> TextEncoderProtocol:

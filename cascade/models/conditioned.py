@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
+from cascade.conditions import Conditions
 from cascade.models.attention import KeysValues
+from cascade.models.conditions import ConditionReaders
 from cascade.models.embeddings import NoiseLevelEmbedding, TextPooling
 from cascade.models.network import Network, check_conditions
 
@@ -31,10 +33,17 @@ class Seen:
     text: tuple[KeysValues | None, ...]
     visible: Tensor | None
     low_res: Tensor | None
+    features: Tensor | None = None
+    patch: int = 1
 
     def crop(self, rows: slice, columns: slice) -> Seen:
         """The same conditions for a part of the picture."""
-        return self if self.low_res is None else replace(self, low_res=self.low_res[:, :, rows, columns])
+        low_res, features = self.low_res, self.features
+        if low_res is not None:
+            low_res = low_res[:, :, rows, columns]
+        if features is not None:
+            features = features[:, :, _shrunk(rows, self.patch), _shrunk(columns, self.patch)]
+        return replace(self, low_res=low_res, features=features)
 
 
 class ConditionedNetwork(Network):
@@ -43,6 +52,8 @@ class ConditionedNetwork(Network):
     def __init__(self, embedding_dim: int, text: TextUse, text_dim: int, low_res_channels: int) -> None:
         super().__init__()
         self.low_res_channels = low_res_channels
+        self.embedding_dim = embedding_dim
+        self.conditions: ConditionReaders | None = None
         self.noise_level = NoiseLevelEmbedding(embedding_dim)
         self.aug_level = NoiseLevelEmbedding(embedding_dim) if low_res_channels else None
         self.text_norm = nn.LayerNorm(text_dim) if text != "none" else None
@@ -54,6 +65,15 @@ class ConditionedNetwork(Network):
 
         None for a block that reads no text, and for every block when `text` is None.
         """
+
+    @property
+    @abstractmethod
+    def first_map(self) -> tuple[int, int]:
+        """Channels of the first feature map, and the factor by which it is smaller than the picture."""
+
+    def add_conditions(self, conditions: Conditions) -> None:
+        """See `Network.add_conditions`."""
+        self.conditions = ConditionReaders(conditions, self.embedding_dim, *self.first_map)
 
     def prepare(self, cond: Conditioning) -> Seen:
         """Everything that depends on the conditions alone. cond.low_res: (B, C, H, W), already upsampled to z's size.
@@ -70,7 +90,15 @@ class ConditionedNetwork(Network):
             visible = None if _known_to_be_real(cond.text_mask) else cond.text_mask[:, None, None, :]
         if self.aug_level is not None:
             embedding = embedding + self.aug_level(cond.low_res_log_snr)
-        return Seen(embedding, tuple(self.read_text(normalized)), visible, cond.low_res)
+        features = None
+        if self.conditions is not None:
+            vectors, features = self.conditions(cond.given)
+            embedding = embedding if vectors is None else embedding + vectors
+        return Seen(embedding, tuple(self.read_text(normalized)), visible, cond.low_res, features, self.first_map[1])
+
+
+def _shrunk(pixels: slice, patch: int) -> slice:
+    return slice(pixels.start // patch, pixels.stop // patch)
 
 
 def _known_to_be_real(mask: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol, Self, TypeVar, cast
 from torch import nn
 
 from cascade.conditioning import Conditioning
+from cascade.conditions import Conditions
 from cascade.settings import Settings
 
 
@@ -52,6 +53,10 @@ class Network(nn.Module):
     def prepare(self, cond: Conditioning) -> Prepared:
         """Everything that depends only on the conditions. Raises ValueError for conditions that do not fit."""
 
+    def add_conditions(self, conditions: Conditions) -> None:
+        """Let the network read other conditions than text. Raises ValueError if it cannot; see `reads_conditions`."""
+        raise ValueError(f"{type(self).__name__} reads no conditions, but was given {', '.join(conditions)}")
+
     @abstractmethod
     def repeated_blocks(self) -> Sequence[nn.Module]:
         """The blocks between the first layer and the last, whose matrices Muon trains."""
@@ -93,6 +98,8 @@ class NetworkConfig(Settings):
     """The kind of noise schedule that the network requires; None: any."""
     reads_padding: ClassVar[bool] = False
     """Whether the network also reads the text encoder's output for padding, and so requires all of it."""
+    reads_conditions: ClassVar[bool] = False
+    """Whether the network can read a stage's `conditions`."""
     has_foreign_weights: ClassVar[bool] = False
     """Whether others publish weights of this kind, with terms that a user should see."""
 

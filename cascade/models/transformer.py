@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ PLACES = 4
 class TransformerConfig(NetworkConfig):
     """A transformer on patches of pixels. Best with `parameterization: x`, whose target is a clean picture."""
 
+    reads_conditions: ClassVar[bool] = True
     kind: Literal["transformer"] = "transformer"
     width: Width = 384
     """Width of a token."""
@@ -166,6 +167,7 @@ class Transformer(ConditionedNetwork):
         turns = rotations(where, self.config.head_dim)
         h = self.widen(self.narrow(patches.flatten(2).mT))  # (B, N, C)
         h = h + self.place(places(where, rows, columns).to(h.dtype))
+        h = h if seen.features is None else h + seen.features.flatten(2).mT.contiguous()
         for block, text in zip(self.blocks, seen.text, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, embedding, turns, text, seen.visible, use_reentrant=False)
@@ -174,6 +176,11 @@ class Transformer(ConditionedNetwork):
         scale, shift = self.head_adapt(embedding)[:, None].chunk(2, dim=-1)
         output = self.head(adapted(h, scale, shift))  # (B, N, C P P)
         return depth_to_space(output.mT.unflatten(2, (rows, columns)), self.config.patch)
+
+    @property
+    def first_map(self) -> tuple[int, int]:
+        """See `ConditionedNetwork.first_map`."""
+        return self.config.width, self.config.patch
 
     def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
         """See `ConditionedNetwork.read_text`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ from cascade.models.network import Geometry, NetworkConfig, module_list, rounded
 class UNetConfig(NetworkConfig):
     """The U-Net. Lists have one entry per level, from the finest to the coarsest."""
 
+    reads_conditions: ClassVar[bool] = True
     kind: Literal["unet"] = "unet"
     channels: tuple[Width, ...] = (64, 128, 192)
     """Width of each level."""
@@ -217,6 +218,7 @@ class UNet(ConditionedNetwork):
         text = iter(seen.text)
         x = stacked(z, seen.low_res, self.divisor).to(self.stem.weight.dtype)
         h = self.stem(space_to_depth(x.contiguous(memory_format=torch.channels_last), self.config.patch))
+        h = h if seen.features is None else h + seen.features
         skips: list[list[Tensor]] = []
         for level in self.levels:
             h = level.down(h)
@@ -236,6 +238,11 @@ class UNet(ConditionedNetwork):
                 h = run(block, h, embedding, next(text), seen.visible)
             h = level.up(h)
         return depth_to_space(self.head(silu(self.head_norm(h))), self.config.patch)
+
+    @property
+    def first_map(self) -> tuple[int, int]:
+        """See `ConditionedNetwork.first_map`."""
+        return self.config.channels[0], self.config.patch
 
     def read_text(self, text: Tensor | None) -> Sequence[KeysValues | None]:
         """See `ConditionedNetwork.read_text`."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cascade.errors import CascadeError
@@ -23,25 +23,35 @@ _WHOLE_DECIMAL = re.compile(r"(?<=\d)\.0*$")  # as in `7.0`, which spreadsheets 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, after the error handler `surrogateescape`
 
 
-def checked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a line, of the right types, without missing ones. Raises BadLineError."""
-    values = {}
+def checked(row: Mapping[str, Any], conditions: Collection[str] = ()) -> dict[str, Any]:
+    """The values of a line, of the right types, without missing ones. Raises BadLineError.
+
+    conditions: further columns, those of the model's conditions, whose values are checked later. With a value for one
+    of them the prompt may be missing.
+    """
+    values: dict[str, Any] = {}
+    given = {name: value for name, value in row.items() if name in conditions and value is not None}
     for column, value in row.items():
+        if column in conditions:
+            continue
         if column not in _COLUMNS:
-            raise BadLineError(_unknown(column))
+            raise BadLineError(_unknown(column, conditions))
         if value is not None:
             values[column] = _COLUMNS[column](column, value)
     if not values.get("prompt"):
-        raise BadLineError("prompt is missing")
-    return values
+        if not given:
+            raise BadLineError("prompt is missing")
+        values["prompt"] = ""
+    return values | ({"conditions": given} if given else {})
 
 
-def check_header(header: Sequence[str], origin: str) -> None:
-    """Raises CascadeError for a wrong header, which would spoil every line below it."""
+def check_header(header: Sequence[str], origin: str, conditions: Collection[str] = ()) -> None:
+    """Raises CascadeError for a wrong header, which would spoil every line below it. conditions: see `checked`."""
     for column in header:
-        if column not in _COLUMNS:
-            raise CascadeError(f"{origin}: {_unknown(column)}")
-    if "prompt" not in header or len(set(header)) != len(header):
+        if column not in _COLUMNS and column not in conditions:
+            raise CascadeError(f"{origin}: {_unknown(column, conditions)}")
+    named = "prompt" in header or any(column in conditions for column in header)
+    if not named or len(set(header)) != len(header):
         raise CascadeError(f"{origin}: expected a header with each column once, including prompt")
 
 
@@ -84,9 +94,10 @@ def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _unknown(column: str) -> str:
-    close = difflib.get_close_matches(column, _COLUMNS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(_COLUMNS)}"
+def _unknown(column: str, conditions: Collection[str]) -> str:
+    known = (*_COLUMNS, *conditions)
+    close = difflib.get_close_matches(column, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known)}"
     return f"{quoted(well_formed(column))} is not a column; {hint}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
 from cascade.errors import CascadeError
@@ -57,7 +57,7 @@ def json_rows(lines: Lines) -> Iterator[Row]:
                 yield line, BadLineError("expected a JSON string or object")
 
 
-def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[Row]:
+def csv_rows(lines: Lines, name: str, separator: str | None = None, conditions: Collection[str] = ()) -> Iterator[Row]:
     """Rows below a header that names the columns. An empty cell counts as missing.
 
     separator: the separator of cells; None: commas, semicolons or tabs, as in the header.
@@ -69,7 +69,7 @@ def csv_rows(lines: Lines, name: str, separator: str | None = None) -> Iterator[
         raise CascadeError(f"{name}:{line}: {header}")
     header = [cell.strip() for cell in header]
     if header:
-        check_header(header, f"{name}:{line}")
+        check_header(header, f"{name}:{line}", conditions)
     for line, cells in rows:
         yield line, BadLineError(str(cells)) if isinstance(cells, BadRowError) else _csv_row(header, cells)
 
@@ -83,12 +83,12 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
         return error
 
 
-def parquet_rows(file: BinaryIO, name: str) -> Iterator[Row]:
+def parquet_rows(file: BinaryIO, name: str, conditions: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a Parquet file, in small batches. Raises CascadeError for a damaged file or a wrong header."""
     from pyarrow import parquet
 
     with parquet_errors(name):
         table = parquet.ParquetFile(file)
-        check_header(table.schema_arrow.names, name)
+        check_header(table.schema_arrow.names, name, conditions)
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
         yield from enumerate(map(without_nulls, rows), start=1)

@@ -14,9 +14,9 @@ class PromptRecord:
     """One prompt to draw, and the settings of its line; None: the call's setting.
 
     index: its position among the prompts of the file, bad lines included, so that fixing one moves no other.
-    origin: `file:line`, for messages. sampling: further sampling settings by name. variation: of all noise, see
-    `Recipe.variation_noise`. adapter_factor: a factor on the scales
-    of the run's low-rank adapters.
+    conditions: values of the model's conditions, not yet checked. origin: `file:line`, for messages. sampling: further
+    sampling settings by name. variation: of all noise, see `Recipe.variation_noise`. adapter_factor: a factor on the
+    scales of the run's low-rank adapters.
     """
 
     index: int
@@ -32,6 +32,7 @@ class PromptRecord:
     mask: str | None = None
     strength: float | dict[str, float] | None = None
     regions: tuple[str, ...] | None = None
+    conditions: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
     variation: tuple[int, float] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from gzip import GzipFile
@@ -38,12 +38,15 @@ PlacedRow: TypeAlias = tuple[str, Values]
 """(position, to append to the source's name; values or defect)."""
 
 
-def rows_of(source: str) -> Iterator[PlacedRow]:
-    """The rows of a source, read as needed. Raises CascadeError when it cannot be read, or its header is wrong."""
+def rows_of(source: str, conditions: Collection[str] = ()) -> Iterator[PlacedRow]:
+    """The rows of a source, read as needed. Raises CascadeError when it cannot be read, or its header is wrong.
+
+    conditions: see `checked`.
+    """
     if source != STANDARD_INPUT and Path(source).is_dir():
-        yield from _folder_rows(Path(source))
+        yield from _folder_rows(Path(source), conditions)
         return
-    for line, row in _numbered_rows(source):
+    for line, row in _numbered_rows(source, conditions):
         yield f":{line}", row
 
 
@@ -74,7 +77,7 @@ def _ending(source: str) -> str:
     return Path(name.removesuffix(_PACKED)).suffix
 
 
-def _numbered_rows(source: str) -> Iterator[Row]:
+def _numbered_rows(source: str, conditions: Collection[str]) -> Iterator[Row]:
     if source == STANDARD_INPUT:
         with _readable("standard input"):
             yield from text_rows(numbered_lines(sys.stdin.buffer))
@@ -83,8 +86,8 @@ def _numbered_rows(source: str) -> Iterator[Row]:
         ".txt": text_rows,
         ".jsonl": json_rows,
         ".ndjson": json_rows,
-        ".csv": partial(csv_rows, name=source),
-        ".tsv": partial(csv_rows, name=source, separator="\t"),
+        ".csv": partial(csv_rows, name=source, conditions=conditions),
+        ".tsv": partial(csv_rows, name=source, separator="\t", conditions=conditions),
     }
     ending = _ending(source)
     if ending not in of_lines and not source.lower().endswith(_PARQUET):
@@ -94,12 +97,12 @@ def _numbered_rows(source: str) -> Iterator[Row]:
         )
     with _open(source) as file:
         if ending == _PARQUET:
-            yield from parquet_rows(file, source)
+            yield from parquet_rows(file, source, conditions)
         else:
             yield from of_lines[ending](numbered_lines(file))
 
 
-def _folder_rows(folder: Path) -> Iterator[PlacedRow]:
+def _folder_rows(folder: Path, conditions: Collection[str]) -> Iterator[PlacedRow]:
     """The captions of a folder, or if it has none the rows of its Parquet files, in order of their names."""
     with _readable(str(folder)):
         has_captions = False
@@ -107,7 +110,7 @@ def _folder_rows(folder: Path) -> Iterator[PlacedRow]:
             has_captions = True
             yield row
         for name in () if has_captions else in_order(_parts(folder)):
-            for line, values in _numbered_rows(str(folder / name)):
+            for line, values in _numbered_rows(str(folder / name), conditions):
                 yield f"/{name}:{line}", values
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from cascade.batch.metadata import read_metadata
 from cascade.config.stage import StageConfig
-from cascade.server.asked import Asked, asked_of
+from cascade.server.asked import Asked, AskedMatrix, asked_of
 from cascade.server.card import model_card
 from cascade.server.models import Models
 from cascade.server.pictures import checked_size
@@ -83,6 +83,18 @@ def jobs_router(queue: Queue) -> APIRouter:
     def ask(asked: Asked, request: Request) -> dict[str, Any]:
         """Submit a job."""
         return queue.submit(asked, client_of(request)).to_json()
+
+    @router.post("/matrix", status_code=202)
+    def matrix(asked: AskedMatrix, request: Request) -> dict[str, Any]:
+        """Submit a job for each cell of a sheet, row by row; all or none."""
+        axes = asked.read()
+        jobs = queue.submit_all(asked.cells(), client_of(request))
+        rows = () if axes.rows is None else range(len(axes.rows.values))
+        return {
+            "columns": [axes.columns.label(place) for place in range(len(axes.columns.values))],
+            "rows": [axes.rows.label(place) for place in rows] if axes.rows is not None else [],
+            "jobs": [job.to_json() for job in jobs],
+        }
 
     @router.get("/jobs")
     def jobs() -> dict[str, Any]:

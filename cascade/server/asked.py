@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field
 
+from cascade.batch.matrix import Matrix
 from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.plan import Job as Plan
 from cascade.config.samplers import SamplerConfig
+from cascade.config.sampling import ProjectionConfig
 from cascade.config.stage import StageConfig
 from cascade.drawing.changes import Changes
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.regions import regions_of
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
 from cascade.prompts.record import PromptRecord
@@ -21,7 +24,7 @@ from cascade.sampling import resolve_sampling
 from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.server.enlarged import EnlargedJob
 from cascade.server.sources import Sources
-from cascade.settings import Settings
+from cascade.settings import Settings, parse
 from cascade.text.captions import Styles
 from cascade.upscaling import read_picture
 from cascade.values import SETTINGS
@@ -35,6 +38,8 @@ MOST_PIXELS = 4 << 20
 """Pixels of one picture: 2048 x 2048."""
 MOST_PIXELS_ENLARGED = 16 << 20
 """Pixels of the largest picture that a stage draws when enlarging: 4096 x 4096."""
+MOST_REGIONS = 16
+"""Regions of a picture, each of which takes the time of a picture."""
 MOST_ROUNDS = 20
 """Most rounds of resampling, each of which takes the time of a picture."""
 
@@ -50,7 +55,17 @@ Text: TypeAlias = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 Name: TypeAlias = Annotated[str, Field(max_length=64)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Side: TypeAlias = Literal["left", "top", "right", "bottom"]
+_OF_A_DRAWING = ("prompt_language", "long_prompts", "regions", "guidance_rescale", "projection", "known")
 _OF_A_CHANGE = ("mask", "strength", "extend", "variation", "until", "height", "width", "number")
+
+
+class AskedRegion(Settings):
+    """A part of the pictures with its own prompt."""
+
+    box: Annotated[tuple[Share, Share, Share, Share], Field(strict=False)]
+    """Left, top, right and bottom edge, as shares of width and height."""
+    prompt: Text
+    """Description of this part."""
 
 
 class Asked(Settings):
@@ -84,8 +99,18 @@ class Asked(Settings):
     """Noise on the smaller picture, 0 to 1."""
     threshold: PerStage[float | str] = None
     """A quantile, "clip" or "none"."""
+    guidance_rescale: PerStage[Share] = None
+    """How far guidance's increase of contrast is undone."""
+    projection: PerStage[float | dict[str, Any]] = None
+    """Adaptive projected guidance: the factor on what saturates colours, or a section such as {"parallel": 0}."""
     preset: str | None = None
     """fast, default or best."""
+    prompt_language: bool = False
+    """Read (word:1.3), [from:to:0.4] and a AND b in the prompts."""
+    long_prompts: Literal["cut", "chunk"] = "cut"
+    """A prompt beyond the text encoder's limit is cut, or read in windows."""
+    regions: tuple[AskedRegion, ...] = Field(default=(), max_length=MOST_REGIONS, strict=False)
+    """Parts with their own prompts; a later one lies above."""
     image: Name | None = None
     """A picture to edit: the name of an upload, or the id of a picture in the gallery."""
     mask: Name | None = None
@@ -96,8 +121,12 @@ class Asked(Settings):
     """Pixels to add at each side of the picture."""
     resampling: int = Field(default=1, ge=1, le=MOST_ROUNDS)
     """Repetitions of each step when a mask keeps part of the picture."""
+    known: Literal["noised", "clean"] = "noised"
+    """How the network sees pixels outside a mask."""
     variation: Annotated[tuple[Seed, Share], Field(strict=False)] | None = None
     """Another seed, and the share of its noise in the starting noise."""
+    variation_noise: Literal["start", "all"] = "start"
+    """Whether that share is of the starting noise, or of all noise."""
     to: int | None = Field(default=None, ge=1, le=1 << 16)
     """Enlarge `image` until its longer side has this many pixels, instead of drawing."""
 
@@ -118,10 +147,21 @@ class Asked(Settings):
             until=self.until,
             height=self.height,
             width=self.width,
-            sampling={name: getattr(self, name) for name in SETTINGS},
+            sampling=self._sampling(),
             preset=self.preset,
             default_style=self.default_style,
+            language=self.prompt_language,
+            long_prompts=self.long_prompts,
+            regions=regions_of([(region.box, region.prompt) for region in self.regions]),
         )
+
+    def _sampling(self) -> dict[str, Any]:
+        """The sampling settings; `projection` as sections."""
+        projection: Any = self.projection
+        if isinstance(projection, dict) and not projection.keys() & ProjectionConfig.model_fields.keys():
+            projection = {stage: _section(value) for stage, value in projection.items()}
+        own = {name: getattr(self, name) for name in SETTINGS}
+        return {**own, "guidance_rescale": self.guidance_rescale, "projection": _section(projection)}
 
     def plan(self, pipeline: CascadePipeline, index: int, sources: Sources) -> Plan:
         """The complete plan. index: see `PromptRecord`. Raises CascadeError for a request that cannot be drawn."""
@@ -148,10 +188,13 @@ class Asked(Settings):
             None if self.extend is None else {str(side): pixels for side, pixels in self.extend.items()},
             self.resampling,
             self.variation,
+            self.known,
+            self.variation_noise,
         )
 
     def _enlarging(self, pipeline: CascadePipeline, record: PromptRecord, sources: Sources) -> EnlargedJob:
         given = [name for name in _OF_A_CHANGE if getattr(self, name) is not None]
+        given += [name for name in _OF_A_DRAWING if getattr(self, name) != type(self).model_fields[name].default]
         if given or self.num_images_per_prompt > 1 or self.negative_prompt:
             name = given[0] if given else "num_images_per_prompt and negative_prompt"
             raise CascadeError(f"{name}: cannot be combined with `to`, which only enlarges a picture")
@@ -188,10 +231,13 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Sty
     draw the picture.
     """
     recipe = Recipe.from_json(said, "picture")
+    if any(region.mask for region in recipe.regions):
+        raise CascadeError("picture: was drawn with masks of regions, which it does not hold; draw it from the command")
     sampling: dict[str, dict[str, Any]] = {name: {} for name in SETTINGS}
+    sampling |= {"guidance_rescale": {}, "projection": {}}
     default = {stage.name: stage.sampling for stage in stages}
     for stage, settings in recipe.stages.items():
-        for name in SETTINGS:
+        for name in sampling:
             own, usual = getattr(settings, name), getattr(default.get(stage), name, None)
             if own != usual and stage in default:
                 sampling[name][stage] = "none" if own is None else _short_form(own, usual)
@@ -199,17 +245,25 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Sty
     asked = {
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
-        "default_style": "none" if styles is not None and styles.added(recipe.prompt) != recipe.prompt else None,
+        "default_style": "none" if _was_unstyled(recipe, styles) else None,
         "seed": str(recipe.seed),
         "num_images_per_prompt": said["num_images"],
         "number": recipe.number if said["num_images"] > 1 else None,
         "until": resolution,
         "height": recipe.height,
         "width": recipe.width,
+        "prompt_language": recipe.language or None,
+        "long_prompts": None if recipe.long_prompts == "cut" else recipe.long_prompts,
+        "regions": [{"box": list(region.box), "prompt": region.prompt} for region in recipe.regions if region.box],
         **sampling,
         **_change_of(recipe),
     }
-    return {name: value for name, value in asked.items() if value not in (None, "", {})}
+    return {name: value for name, value in asked.items() if value not in (None, "", {}, [])}
+
+
+def _was_unstyled(recipe: Recipe, styles: Styles | None) -> bool:
+    """Whether the model's default style would change the prompt, which was drawn without it."""
+    return styles is not None and not recipe.language and styles.added(recipe.prompt) != recipe.prompt
 
 
 def _change_of(recipe: Recipe) -> dict[str, Any]:
@@ -217,20 +271,68 @@ def _change_of(recipe: Recipe) -> dict[str, Any]:
     if recipe.source:
         size = {"until": None, "height": None, "width": None}
         return {**size, "image": recipe.source, "to": max(recipe.height, recipe.width)}
-    varied = [str(recipe.variation_seed), recipe.variation] if recipe.variation else None
+    varied: dict[str, Any] = {}
+    if recipe.variation:
+        varied["variation"] = [str(recipe.variation_seed), recipe.variation]
+        varied["variation_noise"] = None if recipe.variation_noise == "start" else recipe.variation_noise
     if not recipe.image:
-        return {"variation": varied}
+        return varied
     return {
+        **varied,
+        "known": None if recipe.known == "noised" else recipe.known,
         "image": recipe.image,
         "mask": recipe.mask,
         "strength": recipe.strength or 1.0,
         "resampling": None if recipe.resampling == 1 else recipe.resampling,
-        "variation": varied,
     }
+
+
+def _section(value: Any) -> Any:
+    """A section of `projection` for a number."""
+    return {"parallel": float(value)} if isinstance(value, int | float) else value
 
 
 def _short_form(own: Any, usual: Any) -> Any:
     """A setting in short form: a sampler as its name, unless the name alone would select the stage's own settings."""
+    if isinstance(own, ProjectionConfig):
+        section = own.model_dump(mode="json", exclude_defaults=True)
+        return section if section.keys() - {"parallel"} else own.parallel
     if not isinstance(own, SamplerConfig):
         return own
     return own.model_dump(mode="json") if own.kind != usual.kind else {"kind": own.kind, **own.own}
+
+
+class AskedMatrix(Settings):
+    """A sheet: one request, drawn with each value of one or two settings."""
+
+    asked: Asked
+    """The request; an axis replaces its value."""
+    matrix: Annotated[tuple[Annotated[str, Field(max_length=LONGEST_PROMPT)], ...], Field(strict=False)]
+    """The columns, and perhaps the rows, such as "steps=4,8"; see docs/editing.md."""
+
+    def read(self) -> Matrix:
+        """The axes. Raises CascadeError."""
+        matrix = Matrix.read(self.matrix)
+        if matrix.has_adapters:
+            raise CascadeError(
+                "matrix lora: the server's model has its adapters already; draw the sheet by the command"
+            )
+        if len(matrix) > MOST_PICTURES:
+            raise CascadeError(f"matrix: {len(matrix):,} pictures; at most {MOST_PICTURES} are possible here")
+        if self.asked.num_images_per_prompt > 1 or self.asked.to is not None or self.asked.trace:
+            raise CascadeError("matrix: has one drawn picture per cell; leave out num_images_per_prompt, to and trace")
+        return matrix
+
+    def cells(self) -> list[Asked]:
+        """The request of each cell, row by row, all with one seed unless an axis has seeds. Raises CascadeError."""
+        asked = self.asked.settled()
+        assert asked.seed is not None
+        return [_with_cell(asked, record) for record in self.read().records(asked.prompt, asked.seed)]
+
+
+def _with_cell(asked: Asked, record: PromptRecord) -> Asked:
+    """The request with the values of a cell. Raises CascadeError for one that is not allowed."""
+    own = {name: getattr(record, name) for name in ("negative_prompt", "strength", "preset")}
+    given = {name: value for name, value in {**own, **record.sampling}.items() if value is not None}
+    values = {**asked.to_json(), **given, "prompt": record.prompt, "seed": str(record.seed)}
+    return parse(Asked, values, record.origin)

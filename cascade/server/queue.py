@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,18 @@ class Queue:
     def submit(self, asked: Asked, client: str) -> Job:
         """Add a job. Raises CascadeError if it cannot be drawn, FullError when too much waits."""
         return self._enter(asked.settled(), client)
+
+    def submit_all(self, several: Sequence[Asked], client: str) -> list[Job]:
+        """Add jobs, all or none. Raises CascadeError for one that cannot be drawn, FullError when too much waits."""
+        jobs = list[Job]()
+        try:
+            for asked in several:
+                jobs.append(self.submit(asked, client))
+        except CascadeError:
+            for job in jobs:
+                self.stop(job)
+            raise
+        return jobs
 
     def stop(self, job: Job) -> None:
         """Stop a job; its unfinished pictures are kept."""

@@ -84,3 +84,26 @@ class TextEncoderProtocol(Protocol):
 
     def release(self) -> None:
         """Free the memory of the weights."""
+
+
+class NoText:
+    """The encoder of stages that read no text: one token of zeros for every prompt, without a model."""
+
+    fingerprint = "none"
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._device: torch.device | str | None = None
+
+    def encode(self, prompts: Sequence[str], batch_size: int = 1) -> TextEmbeddings:  # noqa: ARG002 - the protocol's
+        """Zeros (B, 1, D)."""
+        tokens = torch.zeros(len(prompts), 1, self.dim, device=self._device)
+        return TextEmbeddings(tokens, torch.ones(len(prompts), 1, dtype=torch.bool, device=self._device))
+
+    def to(self, device: torch.device | str | None = None) -> Self:
+        """Move to `device`."""
+        self._device = device
+        return self
+
+    def release(self) -> None:
+        """There is nothing to free."""

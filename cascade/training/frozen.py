@@ -14,21 +14,23 @@ from cascade.models.blocks import Normalize
 from cascade.quoting import quoted
 
 
-def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+def freeze(network: nn.Module, patterns: Sequence[str], trained: Sequence[str] = ()) -> None:
     """Disable the gradients of all weights whose name, or the name of a module around them, matches a pattern.
 
-    `levels.0` is a module and everything in it, `*.attention` every module of that name, `*.bias` every bias. Raises
-    CascadeError for a pattern that matches nothing, and when nothing is left to train.
+    `levels.0` is a module and everything in it, `*.attention` every module of that name, `*.bias` every bias. trained:
+    patterns of weights that get gradients nevertheless. Raises CascadeError for a pattern that matches nothing, and
+    when nothing is left to train.
     """
     parameters = dict(network.named_parameters())
-    for pattern in patterns:
-        matched = [name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))]
-        if not matched:
-            raise CascadeError(
-                f"training.frozen: {quoted(pattern)} matches no weight; {_near(pattern, list(parameters))}"
-            )
-        for name in matched:
-            parameters[name].requires_grad_(False)
+    for setting, each, learns in (("frozen", patterns, False), ("trained", trained, True)):
+        for pattern in each:
+            matched = [name for name in parameters if any(fnmatchcase(part, pattern) for part in _around(name))]
+            if not matched:
+                raise CascadeError(
+                    f"training.{setting}: {quoted(pattern)} matches no weight; {_near(pattern, list(parameters))}"
+                )
+            for name in matched:
+                parameters[name].requires_grad_(learns)
     if patterns:
         for module in network.modules():
             if isinstance(module, Normalize | nn.GroupNorm):

@@ -94,8 +94,9 @@ def merge_adapter(network: nn.Module, folder: Path, scale: float = 1.0) -> None:
 
 def _names(network: Network, layers: LowRankLayers) -> list[str]:
     """Dotted names of the adapted layers."""
-    if layers == "all":
-        return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if layers == "all":  # but readers of conditions, which are trained themselves
+        named = ((name, layer) for name, layer in network.named_modules() if not name.startswith("conditions."))
+        return [name for name, layer in named if isinstance(layer, nn.Linear | nn.Conv2d)]
     attends = {layer for part in network.attention_layers() for layer in part.modules()}
     return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and layer in attends]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, Given
 from cascade.config.common import AugSpread
 from cascade.config.training import LogitNormalLevels, LossConfig
 from cascade.data.loader import Batch
@@ -29,7 +29,7 @@ class TrainingBatch:
 
     x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) view numbers in the run, which
     determine the noise. positions: (B,) indices in the step of `batch_size`, over all passes and processes.
-    lows: (C, h, w) in [-1, 1], by index in x: smaller pictures that are not the area mean.
+    lows: (C, h, w) in [-1, 1], by index in x: smaller pictures that are not the area mean. given: other conditions.
     """
 
     x: Tensor
@@ -39,6 +39,7 @@ class TrainingBatch:
     positions: Tensor
     batch_size: int
     lows: Mapping[int, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Given] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ def training_batch(
         positions=torch.tensor(batch.samples) - first,
         batch_size=batch_size,
         lows={place: pictures.to_float(on_device(low, device)) for place, low in batch.lows.items()},
+        given={
+            name: Given(on_device(one.value, device), on_device(one.present, device))
+            for name, one in batch.given.items()
+        },
     )
 
 
@@ -158,8 +163,8 @@ def noise_levels(stage: Stage, loss: LossConfig, u: Tensor) -> Tensor:
 
 
 def conditions(stage: Stage, batch: TrainingBatch, draw: Draw) -> Conditioning:
-    """The network's conditions: text and, for super-resolution, the noised smaller picture (area mean or own)."""
-    cond = Conditioning(batch.text, batch.text_mask)
+    """The network's conditions; for super-resolution they include the noised smaller picture (area mean or own)."""
+    cond = Conditioning(batch.text, batch.text_mask, given=batch.given)
     if draw.aug_eps is None:
         return cond
     height, width = batch.x.shape[-2:]

@@ -351,7 +351,7 @@ class Trainer:
         network.activation_checkpointing = settings.activation_checkpointing
         if settings.lora_rank:
             add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed)
-        freeze(network, settings.frozen)
+        freeze(network, settings.frozen, settings.trained)
         if shards(self.accelerator):
             check_shardable(settings)
             network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # required by FSDP

@@ -38,10 +38,10 @@ class Validation:
         Mistakes thus show before the first step, and a large folder is listed once. A batch of uint8 pictures is small
         compared with the activations of its pass. Raises CascadeError when they cannot be read.
         """
-        self._stage_config = config.stage
+        self._stage_config = config.stage.undropped()
         # Pictures are unchanged: nothing is dropped, mirrored or moved. Crops, if any, are the same each time.
         unchanged = {"sources": settings.sources, "caption_dropout": 0.0, "flip": 0.0, "jitter": 0.0, "workers": 0}
-        self._data = config.data.model_copy(update=unchanged)
+        self._data = config.data.model_copy(update=unchanged | {"joint_dropout": 0.0})
         # Noise levels spread evenly over all views have the least variance for this number of views.
         loss = config.training.loss.model_copy(update={"stratified": True})
         source = NoiseSource(SEED, self._data.max_aug_level, self._data.aug_spread, "validation")

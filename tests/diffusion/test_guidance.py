@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from cascade.diffusion.guidance import (
     Projected,
     autoguide,
     by_level,
+    chain,
+    coefficients,
     compose,
     rescaled,
     switch,
@@ -231,3 +234,33 @@ def test_a_rule_serves_guide_as_a_weight_does() -> None:
     z = noisy()
     by_rule = guide(Halves(), Joined(0.0), NULL, linear(2.5))(z, level(-1.0))
     assert torch.equal(by_rule, guide(Halves(), Joined(0.0), NULL, 2.5)(z, level(-1.0)))
+
+
+# --- a weight for each of several conditions ------------------------------------------------------------------
+
+
+def test_chained_guidance_of_gaussian_data_shifts_the_mean_by_the_weighted_steps() -> None:
+    """E[x | z] is affine in the mean for one variance, so eq. 3 is exact guidance towards one Gaussian."""
+    means, weights = (0.1, 0.3, -0.2, 0.6), (2.0, 0.5, 3.0)
+    conds = [Gaussian(mean) for mean in means]
+    steps = [after - before for before, after in pairwise(means)]
+    shifted = Gaussian(means[0] + sum(weight * step for weight, step in zip(weights, steps, strict=True)))
+    z, log_snrs = noisy(), torch.linspace(-12, 12, 400, dtype=torch.float64)
+    rng = [torch.Generator()] * 2
+    drawn = sample_ddim(chain(Exact(), conds, weights), z, log_snrs, rng)
+    assert torch.allclose(drawn, sample_ddim(Exact().prepare(shifted), z, log_snrs, rng), atol=1e-12)
+    # The exact flow keeps z's distance from the mean in standard deviations, here of unit noise.
+    assert torch.allclose(drawn, shifted.mean + shifted.variance**0.5 * z, atol=2e-2)  # 400 steps
+
+
+def test_chained_guidance_is_the_usual_one_for_equal_weights_and_two_conditions() -> None:
+    conds = [Gaussian(0.1), Gaussian(0.5), Gaussian(-0.3)]
+    z, at = noisy(), level(0.5)
+    usual = torch.lerp(Exact().prepare(conds[0])(z, at), Exact().prepare(conds[2])(z, at), 3.0)
+    model = Exact()
+    assert torch.allclose(chain(model, conds, (3.0, 3.0))(z, at), usual, atol=1e-12)
+    assert model.calls == [0.1, -0.3]  # a factor of zero needs no call
+    assert coefficients((3.0, 3.0)) == [-2.0, 0.0, 3.0]
+    assert torch.equal(chain(Exact(), conds, (1.0, 1.0))(z, at), Exact().prepare(conds[2])(z, at))
+    outside = chain(Exact(), conds, (5.0, 2.0), interval=(1.0, 2.0))
+    assert torch.equal(outside(z, at), Exact().prepare(conds[2])(z, at))

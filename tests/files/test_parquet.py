@@ -38,7 +38,7 @@ def read_all(folder: Path) -> None:
         cached.cache_clear()
     large = art_pictures.shelf(folder, 64)
     large.pictures(list(large.entries))
-    read_pairs(folder / "test-64.parquet", 32, 16, 2, 0)
+    read_pairs(folder / "test-64.parquet", (32, 16), 2, 0)
 
 
 def outcome(folder: Path) -> str:

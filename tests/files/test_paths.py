@@ -64,7 +64,9 @@ def test_every_path_of_the_command_line_is_one() -> None:
     """Options and arguments by what they are called in the help; those that are no paths are named here."""
     plain = {"prompts", "assignments", "name", "license", "prompt", "negative_prompt", "device", "dtype", "adapter"}
     plain |= {"shard", "batch_size", "host", "allowed_host", "steps", "guidance", "sampler", "aug_level", "threshold"}
-    plain |= {"strength", "extend", "guidance_rescale", "projection", "regions", "travel", "word", "matrix", "default_style"}
+    plain |= {"strength", "extend", "guidance_rescale", "projection", "regions", "travel", "word", "matrix"}
+    plain |= {"conditions", "guidance_of"}
+    plain |= {"default_style"}
     for command in program.commands.values():
         for parameter in command.params:
             if parameter.type is click.STRING:
@@ -100,7 +102,7 @@ def fields(kind: type[Settings]) -> list[tuple[str, bool]]:
 
 def test_every_setting_that_is_a_path_is_one() -> None:
     paths = {name for name, is_path in fields(TrainConfig) if is_path}
-    assert paths == {"output", "encoder", "cache", "path", "files", "name", "decoded", "init_from"}
+    assert paths == {"output", "encoder", "cache", "path", "files", "name", "decoded", "init_from", "teacher"}
 
 
 def test_settings_of_a_run_mean_home_and_are_kept_as_what_they_mean(home: Path) -> None:

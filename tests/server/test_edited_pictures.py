@@ -102,6 +102,98 @@ def test_a_picture_of_the_gallery_is_changed_by_its_id(server: Live, pipeline: C
     assert np.array_equal(again, np.array(pipeline("a fox", seed=2, image=image, strength=0.5).images[0]))
 
 
+LANGUAGE: list[dict[str, Any]] = [
+    {"prompt": "a (red:1.4) fox AND a box:0.5", "prompt_language": True},
+    {"prompt": "two shapes", "regions": [{"box": [0, 0, 0.5, 1], "prompt": "a fox"}]},
+    {"prompt": "a fox", "guidance": 4, "guidance_rescale": 0.7},
+    {"prompt": "a fox", "guidance": 4, "projection": 0.2},
+    {"prompt": "a fox", "guidance": 4, "projection": {"base": {"parallel": 0.0, "momentum": -0.5}}},
+    {"prompt": "a red fox of the apple " * 20, "long_prompts": "chunk"},
+    {"prompt": "a fox", "variation": ["9", 0.5], "variation_noise": "all"},
+]
+
+
+def as_call(asked: dict[str, Any]) -> dict[str, Any]:
+    """The request as arguments of the pipeline."""
+    call = dict(asked)
+    if "regions" in call:
+        call["regions"] = [(region["box"], region["prompt"]) for region in call["regions"]]
+    if isinstance(call.get("projection"), float):
+        call["projection"] = {"parallel": call["projection"]}
+    if "variation" in call:
+        call["variation"] = (int(call["variation"][0]), call["variation"][1])
+    return call
+
+
+@pytest.mark.parametrize("asked", LANGUAGE, ids=lambda asked: next(name for name in list(asked)[::-1]))
+def test_prompts_regions_and_guidance_are_as_the_pipeline_draws_them_and_are_read_back(
+    server: Live, pipeline: CascadePipeline, asked: dict[str, Any]
+) -> None:
+    job = server.draw(**asked, seed=5, until=8)
+    (first,) = job["pictures"].values()
+    found = np.array(Image.open(io.BytesIO(server.gallery.read(first["id"])[1])))
+    assert np.array_equal(found, np.array(pipeline(**as_call(asked), seed=5, until=8).images[0]))
+    assert not np.array_equal(found, np.array(pipeline("a fox", seed=5, until=8).images[0]))
+    again = server.client.get(f"/api/pictures/{first['id']}/asked").json()
+    (second,) = server.draw(**again)["pictures"].values()
+    assert np.array_equal(np.array(Image.open(io.BytesIO(server.gallery.read(second["id"])[1]))), found)
+
+
+def test_a_sheet_is_a_job_for_each_cell_with_one_seed(server: Live, pipeline: CascadePipeline) -> None:
+    asked = {"prompt": "a red fox", "until": 8}
+    answer = server.client.post("/api/matrix", json={"asked": asked, "matrix": ["words=red,blue", "steps=1,3"]})
+    assert answer.status_code == 202, answer.text
+    said = answer.json()
+    assert (said["columns"], said["rows"]) == (["red", "blue"], ["steps 1", "steps 3"])
+    (seed,) = {job["asked"]["seed"] for job in said["jobs"]}
+    cells = [("a red fox", 1), ("a blue fox", 1), ("a red fox", 3), ("a blue fox", 3)]
+    for job, (prompt, steps) in zip(said["jobs"], cells, strict=True):
+        (picture,) = server.over(job["id"])["pictures"].values()
+        found = np.array(Image.open(io.BytesIO(server.gallery.read(picture["id"])[1])))
+        expected = pipeline(prompt, steps=steps, seed=int(seed), until=8).images[0]
+        assert np.array_equal(found, np.array(expected))
+
+
+@pytest.mark.parametrize(
+    ("asked", "matrix", "reason"),
+    [
+        ({}, ["lora=0,1"], "the server's model has its adapters already"),
+        ({}, ["seed=1..65"], "65 pictures; at most 64"),
+        ({}, ["stepps=1"], "did you mean steps"),
+        ({}, ["steps=1,0"], "steps"),
+        ({}, ["sampler=ddim,eulr"], "eulr"),
+        ({}, ["words=red,blue"], "'red' is not in the prompt"),
+        ({"num_images_per_prompt": 2}, ["steps=1,2"], "has one drawn picture per cell"),
+    ],
+)
+def test_a_sheet_with_a_cell_that_cannot_be_drawn_draws_none(
+    server: Live, asked: dict[str, Any], matrix: list[str], reason: str
+) -> None:
+    answer = server.client.post("/api/matrix", json={"asked": {"prompt": "a fox", **asked}, "matrix": matrix})
+    assert answer.status_code == 400, answer.text
+    assert reason in answer.json()["error"]
+    assert all(job.over or job.stopping for job in server.queue.jobs())
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"prompt": "a (fox", "prompt_language": True}, "( is not closed"),
+        ({"regions": [{"box": [0.5, 0, 0.2, 1], "prompt": "x"}]}, "expected left, top, right, bottom"),
+        ({"regions": [{"box": [0, 0, 2, 1], "prompt": "x"}]}, "regions"),
+        ({"regions": ["/etc/passwd: x"]}, "regions"),
+        ({"regions": [{"box": [0, 0, 1, 1], "prompt": "x"}] * 17}, "regions"),
+        ({"projection": {"bse": 0.5}}, "no stage is called 'bse'"),
+        ({"known": "clean"}, "known: there is no picture to change"),
+    ],
+)
+def test_a_wrong_prompt_or_region_is_refused_with_the_reason(server: Live, asked: dict[str, Any], reason: str) -> None:
+    answer = server.client.post("/api/jobs", json={"prompt": "a fox", **asked})
+    assert answer.status_code in (400, 422), answer.text
+    assert reason in answer.json()["error"]
+    assert server.queue.jobs() == []
+
+
 @pytest.mark.parametrize("change", [{"strength": 0.6}, {"mask": True}, {"extend": {"top": 8}}, {"to": 64}])
 def test_what_a_picture_records_of_its_change_draws_it_again(server: Live, change: dict[str, Any]) -> None:
     if change.get("mask"):

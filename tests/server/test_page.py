@@ -186,6 +186,33 @@ def test_the_form_says_what_is_drawn(page: Page, studio: Live) -> None:
 
 
 @pytest.mark.slow
+def test_the_form_takes_the_prompt_language_regions_guidance_and_a_sheet(page: Page, studio: Live) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a (red:1.3) fox")
+    page.get_by_text("Advanced").click()
+    page.get_by_label("Read (word:1.3)").check()
+    page.get_by_label("Regions, one in each line").fill("0,0,0.5,1: a box\n")
+    page.locator("#guidance-base").fill("3")
+    page.locator("#guidance_rescale-base").fill("0.5")
+    page.locator("#projection-base").fill("0.2")
+    page.get_by_label("Columns of a sheet").fill("steps=1,2,3")
+    count = page.locator(".tile").count()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".tile")).to_have_count(count + 3)
+    jobs = studio.queue.jobs()[-3:]
+    assert [job.asked.steps for job in jobs] == [1, 2, 3]
+    asked = jobs[0].asked
+    assert asked.prompt_language
+    assert [(region.box, region.prompt) for region in asked.regions] == [((0, 0, 0.5, 1), "a box")]
+    assert (asked.guidance_rescale, asked.projection) == ({"base": 0.5}, {"base": 0.2})
+    assert len({job.asked.seed for job in jobs}) == 1
+    page.locator(".tile button").first.click()
+    page.get_by_role("button", name="Use settings").click()
+    expect(page.get_by_label("Regions, one in each line")).to_have_value("0,0,0.5,1: a box")
+    expect(page.get_by_label("Read (word:1.3)")).to_be_checked()
+    expect(page.locator("#projection-base")).to_have_value("0.2")
+
+
+@pytest.mark.slow
 def test_a_seed_is_open_until_it_is_locked(page: Page, studio: Live) -> None:
     page.locator("#seed-dice").click()
     rolled = page.locator("#seed").input_value()

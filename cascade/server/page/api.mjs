@@ -39,6 +39,7 @@ export const star = picture =>
 export const remove = picture => call("DELETE", `/api/pictures/${picture.id}`);
 export const restore = picture => call("POST", `/api/pictures/${picture.id}/restore`);
 export const ask = asked => call("POST", "/api/jobs", asked);
+export const askMatrix = (asked, matrix) => call("POST", "/api/matrix", { asked, matrix });
 export const stop = job => call("DELETE", `/api/jobs/${job.id}`);
 
 export const sourceOf = name => `/api/uploads/${name}`;

@@ -8,6 +8,14 @@ import { Start } from "./start.mjs";
 const SHAPES = { square: ["Square", 1, 1], wide: ["Wide", 1.5, 1], tall: ["Tall", 1, 1.5] };
 const PRESETS = { fast: "Fast", default: "Normal", best: "Best" };
 
+// `0,0,0.5,1: a red ring` as `POST /api/jobs` takes it. Throws an Error with a line for the user.
+function region(line) {
+  const [, numbers, prompt] = /^([\d.,\s]+):\s*(.+)$/.exec(line.trim()) ?? [];
+  const box = (numbers ?? "").split(",").map(Number);
+  if (box.length !== 4 || box.some(Number.isNaN)) throw new Error("A region is written like 0,0,0.5,1: a red ring");
+  return { box, prompt };
+}
+
 export class Composer {
   // card: of the model. onAsk: called with what is asked for.
   constructor(card, onAsk) {
@@ -38,8 +46,14 @@ export class Composer {
     if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
     if ($("seed").value) asked.seed = $("seed").value;
     const [width, height] = this.#size();
+    if ($("language").checked) asked.prompt_language = true;
+    const regions = $("regions").value.split("\n").filter(line => line.trim()).map(region);
+    if (regions.length) asked.regions = regions;
     return { ...asked, ...this.#preset(), ...(width ? { width, height } : {}), ...this.knobs.values() };
   }
+
+  // The axes of a sheet; none: a single request.
+  matrix() { return [$("columns").value.trim(), $("rows").value.trim()].filter(Boolean); }
 
   #preset() { return chosen("preset") === "default" ? {} : { preset: chosen("preset") }; }
 
@@ -53,10 +67,13 @@ export class Composer {
     const shape = Object.keys(SHAPES).find(name => String(this.#shaped(name)) === String([asked.width, asked.height]));
     choose("shape", shape ?? null);
     [$("width").value, $("height").value] = shape || !asked.width ? ["", ""] : [asked.width, asked.height];
+    $("language").checked = Boolean(asked.prompt_language);
+    $("regions").value = (asked.regions ?? []).map(({ box, prompt }) => `${box.join(",")}: ${prompt}`).join("\n");
+    [$("columns").value, $("rows").value] = ["", ""];
     this.start.fill(asked);
     this.knobs.fill(asked);
     this.#keepSeed(asked.seed ?? "");
-    $("advanced").open ||= this.knobs.filled || Boolean(asked.negative_prompt) || !(shape || asked.image);
+    $("advanced").open ||= this.knobs.filled || Boolean(asked.prompt_language || asked.regions) || Boolean(asked.negative_prompt) || !(shape || asked.image);
     this.#show();
   }
 

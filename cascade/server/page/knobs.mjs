@@ -5,6 +5,8 @@ import { el } from "./dom.mjs";
 const KNOBS = {
   steps: { label: "Steps", type: "number", min: 1, max: 1000, step: 1 },
   guidance: { label: "Guidance", type: "number", min: 0, max: 100, step: "any" },
+  guidance_rescale: { label: "Undo guidance's contrast", type: "number", min: 0, max: 1, step: "any" },
+  projection: { label: "Keep guidance's saturation", type: "number", min: 0, max: 1, step: "any" },
   sampler: { label: "Sampler" },
   threshold: { label: "Threshold", type: "text" },
   aug_level: { label: "Noise on the smaller picture", type: "number", min: 0, max: 0.99, step: "any" },
@@ -24,7 +26,7 @@ export class Knobs {
     const values = {};
     for (const { stage, parts } of this.#shown()) {
       for (const [name, input] of Object.entries(parts)) {
-        const value = input.section?.kind === input.value ? input.section : plain(input.value.trim());
+        const value = input.section && shown(input.section) === input.value ? input.section : plain(input.value.trim());
         if (input.value.trim()) (values[name] ??= {})[stage.name] = value;
       }
     }
@@ -37,8 +39,8 @@ export class Knobs {
       for (const [name, input] of Object.entries(parts)) {
         const given = asked[name];
         const value = (given !== null && typeof given === "object" ? given[stage.name] : given) ?? "";
-        input.section = value.kind ? value : null; // a sampler with settings of its own, which the form has no field for
-        input.value = value.kind ?? value;
+        input.section = typeof value === "object" ? value : null; // with settings that the form has no field for
+        input.value = input.section ? shown(value) : value;
       }
     }
   }
@@ -78,5 +80,8 @@ export class Knobs {
 function labelled(text, input) {
   return el("div", {}, el("label", { htmlFor: input.id, textContent: text }), input);
 }
+
+// A section by what the form shows of it: a sampler's name, or the factor of projected guidance.
+const shown = section => String(section.kind ?? section.parallel ?? "");
 
 const plain = text => (/^-?\d*\.?\d+(e-?\d+)?$/i.test(text) ? Number(text) : text);

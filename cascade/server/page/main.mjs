@@ -1,6 +1,6 @@
 // The page: its parts, and what goes from one to another.
 
-import { ask, askedOf, call, follow, read } from "./api.mjs";
+import { ask, askMatrix, askedOf, call, follow, read } from "./api.mjs";
 import { Comparison } from "./compare.mjs";
 import { Composer } from "./composer.mjs";
 import { $, el, toast, trying } from "./dom.mjs";
@@ -51,6 +51,13 @@ async function draw(asked) {
   return job;
 }
 
+// A sheet, cell by cell; the seed of the first one is what a lock would keep.
+async function drawMatrix({ num_images_per_prompt: _, ...asked }, matrix) {
+  const { jobs } = await askMatrix(asked, matrix);
+  jobs.forEach(job => easel.update(job));
+  return jobs[0];
+}
+
 // A picture of the gallery is what the next one starts from.
 function start({ id, width, height, prompt }, mode) {
   composer?.start.use({ name: id, width, height }, mode);
@@ -89,7 +96,8 @@ const begin = trying(async () => {
   $("model").title = `Licence of the weights: ${card.license}; cascade ${card.version}`;
   Object.assign(easel, { stages: card.stages, enlargers: card.enlargers });
   if (!composer) composer = new Composer(card, trying(async () => {
-    composer.taken(await draw(composer.asked()));
+    const matrix = composer.matrix();
+    composer.taken(matrix.length ? await drawMatrix(composer.asked(), matrix) : await draw(composer.asked()));
     $("easel").scrollIntoView({ block: "nearest", behavior: "smooth" });
   }));
   easel.render();
