@@ -49,6 +49,7 @@ from cascade.sampling import resolve_sampling
 from cascade.save import Parts, model_for_hub, write_model
 from cascade.slots import StageSlot, TextSlot, adapters_in, check_memory, shortage_names
 from cascade.stage import Stage
+from cascade.text.captions import Styles
 from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
@@ -79,6 +80,8 @@ class CascadePipeline:
         self.slots = _slots(stages)
         self.enlargers = self.slots if enlargers is None else _slots(enlargers)
         self.name, self.license = name, license
+        self.styles = Styles()
+        """The model's style words, and the default style of prompts that have none."""
         self.device, self.dtype = torch.device("cpu"), torch.float32
         for slot in self.slots:
             if slot.held:
@@ -168,6 +171,7 @@ class CascadePipeline:
         variation_noise: str = "start",
         prompt_language: bool = False,
         long_prompts: str = "cut",
+        default_style: str | None = None,
         regions: GivenRegions | None = None,
         conditions: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         guidance_of: Mapping[str, float] | None = None,
@@ -184,16 +188,18 @@ class CascadePipeline:
         image: a picture to change; mask: white where it is redrawn, elsewhere every bit stays; strength, extend,
         resampling, known, variation, variation_noise: see `cascade.drawing.changes`. prompt_language: prompts may have
         weights and phases, see `cascade.text.language`. long_prompts: beyond the encoder's limit a prompt is "cut", or
-        read in windows ("chunk"). regions: parts with their own prompts, [(box or mask, prompt)], a box being (left,
-        top, right, bottom) as shares of width and height. conditions: {"age": 41, "layout": picture}, for models that
-        read more than text, for all prompts or one mapping for each; guidance_of: a weight of guidance for single ones,
-        see `SamplingConfig`.
+        read in windows ("chunk"). default_style: style words for prompts without any, default the model's
+        own; "none" adds nothing, as does `prompt_language`. regions: parts with their own prompts, [(box or mask,
+        prompt)], a box being (left, top, right, bottom) as shares of width and height. conditions: {"age": 41,
+        "layout": picture}, for models that read more than text, for all prompts or one mapping for each; guidance_of: a
+        weight of guidance for single ones, see `SamplingConfig`.
         batch_size: pictures per network call, default 1 on a CPU and 8 on a GPU; a short last batch is padded.
         output_type: PIL, NumPy (B, H, W, C) in the data's own type, uint8 for `rgb`, or torch (B, C, H, W) float32 in
         [-1, 1], colours multiplied by alpha where there is one. Raises CascadeError for arguments that do not fit.
         """
         check_output_arguments(output_type, callback, self.pictures)
         prompts = prompts_of(prompt, prompt_embeds, conditions is not None)
+        prompts = self._styled(prompts, "none" if prompt_language else default_style)
         seeds = seeds_of(seed, len(prompts))
         slots = self.slots_until(until)
         sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "aug_level": aug_level}
@@ -311,7 +317,7 @@ class CascadePipeline:
         card = card or Card()
         enlargers = None if self.enlargers is self.slots else self.enlargers
         sheet = self._sheet(card.prompts) if card.prompts else None
-        parts = Parts(self._text.load(), self.slots, enlargers, self.name, self.license, card, sheet)
+        parts = Parts(self._text.load(), self.slots, enlargers, self.name, self.license, card, sheet, self.styles)
         write_model(folder, parts, dtype)
 
     def _sheet(self, prompts: Sequence[str]) -> Image.Image:
@@ -409,6 +415,10 @@ class CascadePipeline:
     def engine(self, conduct: Conduct | None = None, shelf: Shelf | None = None) -> Engine:
         """An engine that draws tasks with this pipeline's stages on their current device."""
         return Engine(self.encode, self.device, conduct, shelf, lambda text: self.text_encoder.windows(text))
+
+    def _styled(self, prompts: Sequence[str], default_style: str | None) -> list[str]:
+        styles = self.styles.choose(default_style)
+        return [styles.added(prompt) for prompt in prompts]
 
     def _rows(self, embeds: TextEmbeddings | None, count: int) -> list[TextEmbeddings] | list[None]:
         """The given embeddings, one row per prompt, or None for each. Raises CascadeError for another width."""

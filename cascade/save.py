@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from cascade.errors import CascadeError
 from cascade.files.paths import plain_path
 from cascade.files.text import read_text
 from cascade.slots import StageSlot
+from cascade.text.captions import Styles
 from cascade.text.t5 import TextEncoder
 
 
@@ -36,6 +37,7 @@ class Parts:
     license: str
     card: Card
     sheet: Image.Image | None = None
+    styles: Styles = field(default_factory=Styles)
 
 
 def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = None) -> None:
@@ -61,9 +63,16 @@ def write_model(folder: str | Path, model: Parts, dtype: torch.dtype | None = No
                 "text_padded": text_encoder.padded,
                 "captions": text_encoder.captions,
                 "null_text": text_encoder.null_text,
+                **styles_section(model.styles),
             },
         )
         _write_card(temporary, folder, model)
+
+
+def styles_section(styles: Styles) -> dict[str, object]:
+    """The section of cascade.json; none without styles, as in earlier versions."""
+    section = {"words": list(styles.words), "default": styles.default}
+    return {"styles": {name: value for name, value in section.items() if value}} if any(section.values()) else {}
 
 
 def _write_card(temporary: Path, folder: Path, model: Parts) -> None:

@@ -57,3 +57,29 @@ def test_a_wrong_wish_is_refused_before_anything_is_written(
         generate_files(["a fox"], tmp_path / "out", model=model, device="cpu", **wishes)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_records_the_default_style_and_its_pictures_are_drawn_again(model: str, tmp_path: Path) -> None:
+    """The prompt is recorded as drawn, so that redrawing needs no default style; another one is another run."""
+    call = {"model": model, "device": "cpu", "seed": 3, "until": 8}
+    generate_files(["a fox", "a star, fox style"], tmp_path / "out", default_style="fox style", **call)
+    generate_files(["a fox, fox style", "a star, fox style"], tmp_path / "plain", **call)
+    lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["a fox, fox style", "a star, fox style"]
+    drawn = files(tmp_path / "out")
+    name = next(name for name in drawn if "a-fox" in name)
+    again = [
+        "generate",
+        "--from-image",
+        str(tmp_path / "out" / name),
+        "--model",
+        model,
+        "--out",
+        str(tmp_path / "again"),
+    ]
+    assert main(again) == 0
+    assert files(tmp_path / "again")[name] == drawn[name]
+    command = ["generate", "a fox", "a star, fox style", "--model", model, "--device", "cpu", "--seed", "3"]
+    command += ["--until", "8", "--out", str(tmp_path / "out")]
+    assert main([*command, "--default-style", "fox style"]) == 0, "continues"
+    assert main([*command, "--default-style", "none"]) != 0, "is another run"

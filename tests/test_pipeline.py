@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,13 @@ from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, 
 from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, Stage
+from cascade.batch.identity import model_identity
+from cascade.evaluation.drawing import draw, draw_stages
+from cascade.evaluation.report import Request
+from cascade.load.index import read_index
 from cascade.load.pipeline import assemble
 from cascade.slots import StageSlot
+from cascade.text.captions import Styles
 
 LONG = "a blue star and two green circles of the fox style"
 
@@ -228,6 +235,61 @@ def test_saving_replaces_a_cascade_but_nothing_else(pipeline: CascadePipeline, t
     with pytest.raises(CascadeError, match="holds other files"):
         pipeline.save_pretrained(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "the only copy"
+
+
+@pytest.fixture(scope="module")
+def styled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, of two styles, one of them its default."""
+    pipeline = CascadePipeline.from_pretrained(model, device="cpu")
+    pipeline.styles = Styles(("fox style", "box style"), "fox style")
+    pipeline.save_pretrained(folder := tmp_path_factory.mktemp("styled") / "model")
+    return folder
+
+
+def test_a_model_s_default_style_is_the_style_words_in_the_prompt(pipeline: CascadePipeline, styled: Path) -> None:
+    own = CascadePipeline.from_pretrained(styled, device="cpu")
+    drawn = own("a red apple", seed=1)
+    assert drawn.prompts == ["a red apple, fox style"]
+    assert pixels(own, "a red apple") == pixels(pipeline, "a red apple, fox style")
+    for other in ({"default_style": "none"}, {"prompt_language": True}):
+        assert pixels(own, "a red apple", **other) == pixels(pipeline, "a red apple")
+    assert pixels(own, "a Box Style apple") == pixels(pipeline, "a Box Style apple")
+    assert pixels(pipeline, "a red apple", default_style="box style") == pixels(pipeline, "a red apple, box style")
+    assert pixels(own, ["", "a star"]) == pixels(pipeline, ["", "a star, fox style"])
+
+
+def test_a_suite_draws_its_prompts_without_a_default_style(pipeline: CascadePipeline, styled: Path) -> None:
+    own = CascadePipeline.from_pretrained(styled, device="cpu")
+    for one in (own, pipeline):
+        (picture,) = draw(one, ["a red apple"], Request(seed=0))
+        (again,) = draw_stages(one, ["a red apple"], Request(seed=0), {8: 1})[8]
+        assert picture.tobytes() == again.tobytes() == draw(pipeline, ["a red apple"], Request(seed=0))[0].tobytes()
+
+
+def test_the_default_style_is_kept_by_saving_and_is_part_of_the_model_s_identity(model: Path, styled: Path) -> None:
+    assert read_index(styled).styles == Styles(("fox style", "box style"), "fox style")
+    assert "styles" not in json.loads((model / "cascade.json").read_text())
+    before, named = model_identity(read_index(styled)), read_index(styled)
+    assert model_identity(replace(named, styles=Styles(("box style",), "box style"))) != before
+    words_alone = replace(read_index(model), styles=Styles(("box style",)))
+    assert model_identity(words_alone) == model_identity(read_index(model)), "they change no picture"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ([], r"styles: \[\]; expected a section with words and default"),
+        ({"defaults": "a"}, "styles: .*defaults.*; expected a section with words and default"),
+        ({"words": "a"}, "styles.words: 'a'; expected a list of style words"),
+        ({"words": [""]}, "styles.words: .*; expected a list of style words"),
+        ({"default": 3}, "styles.default: 3; expected style words, or leave it out"),
+    ],
+)
+def test_wrong_style_words_of_a_folder_are_named(model: Path, tmp_path: Path, section: object, message: str) -> None:
+    index = json.loads((model / "cascade.json").read_text())
+    (tmp_path / "cascade.json").write_text(json.dumps({**index, "styles": section}))
+    with pytest.raises(CascadeError, match=f"cascade.json: {message}"):
+        read_index(tmp_path)
 
 
 def test_super_resolution_stages_can_be_exchanged(pipeline: CascadePipeline, model: Path) -> None:

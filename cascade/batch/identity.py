@@ -20,6 +20,8 @@ def model_identity(index: ModelIndex) -> str:
     digest = hashlib.sha256(str(index.max_text_length).encode())
     if index.text_padded or index.captions != "as_is":
         digest.update(f" padded={index.text_padded} {index.captions}".encode())
+    if index.styles.default is not None:
+        digest.update(f" styles={index.styles}".encode())
     for folder in (index.text_encoder, *index.stages):
         for path in _files(folder):
             digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())

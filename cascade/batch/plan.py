@@ -43,8 +43,8 @@ class DrawOptions:
     run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
     batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
-    language, long_prompts, regions: see `Recipe`; a line may have its own regions. conditions: values by name, to which
-    a line adds.
+    language, long_prompts, regions: see `Recipe`; a line may have its own regions. default_style: see `Styles.choose`.
+    conditions: values by name, to which a line adds.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.
     strict: the first failure ends the run. low_memory: smaller pictures are kept on disk between stages.
     adapted: the stages with their low-rank adapters' scales times a factor, for lines with one.
@@ -64,6 +64,7 @@ class DrawOptions:
     changes: Changes = field(default_factory=Changes)
     language: bool = False
     long_prompts: str = "cut"
+    default_style: str | None = None
     regions: Regions = field(default_factory=Regions)
     conditions: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
@@ -156,6 +157,7 @@ class Planner:
     def __init__(self, pipeline: CascadePipeline, options: DrawOptions) -> None:
         """Raises CascadeError for settings of the call itself that this cascade cannot satisfy, whatever the line."""
         self._options = options
+        self._styles = pipeline.styles.choose(options.default_style)
         self._configs = [slot.config for slot in pipeline.slots]
         resolve_sampling(self._configs, options.preset, options.sampling)
         self.slots = pipeline.slots_until(options.until)
@@ -168,6 +170,8 @@ class Planner:
 
     def job(self, record: PromptRecord) -> Job:
         """The job of a prompt. Raises CascadeError for settings of its own that this cascade cannot satisfy."""
+        if not self._options.language:  # a phase or an AND may not end in further words
+            record = replace(record, prompt=self._styles.added(record.prompt))
         options, own = self._options, {"steps": record.steps, "guidance": record.guidance, **record.sampling}
         overrides = {**options.sampling, **{name: value for name, value in own.items() if value is not None}}
         settings = resolve_sampling(self._configs, record.preset or options.preset, overrides)

@@ -115,6 +115,7 @@ class BatchRequest:
     variation: tuple[int, float] | None = None
     prompt_language: bool = False
     long_prompts: str = "cut"
+    default_style: str | None = None
     regions: GivenRegions | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
     guidance_of: Mapping[str, float] | None = None
@@ -292,6 +293,7 @@ class BatchRequest:
         device = choose_device(self.device)
         own = ("seed", "num_images_per_prompt", "negative_prompt", *SETTINGS, "preset", "until", "height", "width")
         newer = {name: value for name in _GUIDANCE if (value := getattr(self, name)) is not None}
+        newer |= {} if self.default_style is None else {"default_style": self.default_style}
         newer |= {"matrix": list(self.matrix)} if self.matrix else {}
         stored = ("batch_size", "format", "save_stages")
         return {
@@ -352,6 +354,7 @@ class BatchRequest:
             changes=self.changes(),
             language=self.prompt_language or self.travel is not None,
             long_prompts=one_of("long_prompts", self.long_prompts, LONG_PROMPTS),
+            default_style=self.default_style,
             regions=regions_of(self.regions),
             conditions=self.conditions,
             strict=self.strict,

@@ -161,6 +161,9 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     help="A prompt beyond the encoder's limit: cut, or read in windows.",
 )
 @click.option(
+    "--default-style", metavar="TEXT", help="Style words for prompts without any; none: not even the model's own."
+)
+@click.option(
     "--region", "regions", multiple=True, metavar="PLACE: PROMPT", help="A part's own prompt: 0,0,0.5,1: a red ring."
 )
 @click.option(

@@ -51,6 +51,7 @@ def trace(prompt: str, out: str, model: str | None, word: str | None, **values: 
 
     check_free(Path(out))
     pipeline = CascadePipeline.from_pretrained(model, device=values.pop("device"), dtype=values.pop("dtype"))
+    prompt = pipeline.styles.added(prompt)
     words = words_of(pipeline.text_encoder, prompt)
     if word is not None and word not in words:
         raise CascadeError(f"--word {quoted(word)}: is not in the prompt; expected one of {', '.join(words)}")

@@ -21,8 +21,7 @@ def draw(
     The noise depends on (run seed, text, number of earlier equal texts), not on the other prompts.
     """
     until = until or base_resolution(pipeline)
-    arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
-    output = pipeline(prompts, seed=prompt_seeds(prompts, request.seed), until=until, **arguments)
+    output = pipeline(prompts, seed=prompt_seeds(prompts, request.seed), until=until, **_arguments(request))
     return cast(list[Image.Image], output.images)
 
 
@@ -34,17 +33,22 @@ def draw_stages(
     A prompt's pictures of all sizes are drawn in one run, with the noise of `draw`.
     """
     seeds = prompt_seeds(prompts, request.seed)
-    arguments: dict[str, Any] = {**request.sampling, "batch_size": request.batch_size, "progress": request.progress}
     drawn: dict[int, list[Image.Image]] = {size: [] for size in sorted(counts)}
     start = 0
     for size in sorted(counts, reverse=True):
         end = max(start, min(counts[size], len(prompts)))
         if end > start:
-            output = pipeline(list(prompts[start:end]), seed=seeds[start:end], until=size, **arguments)
+            output = pipeline(list(prompts[start:end]), seed=seeds[start:end], until=size, **_arguments(request))
             for smaller in (other for other in drawn if other <= size):
                 drawn[smaller] += cast(list[Image.Image], output.stages[smaller])
         start = end
     return drawn
+
+
+def _arguments(request: Request) -> dict[str, Any]:
+    """Of the pipeline; without the model's default style, because a suite measures its own prompts."""
+    own = {"batch_size": request.batch_size, "progress": request.progress}
+    return {**request.sampling, **own, "default_style": "none"}
 
 
 def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:

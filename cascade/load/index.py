@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -17,6 +17,7 @@ from cascade.files.paths import expanded, plain_path
 from cascade.hub import download, may_be_on_hub
 from cascade.quoting import quoted
 from cascade.streaming import stored_bytes
+from cascade.text.captions import Styles
 from cascade.text.embeddings import NullText
 from cascade.text.t5_files import text_weights
 
@@ -45,6 +46,7 @@ class ModelIndex:
     text_padded: bool = False
     captions: Captions = "as_is"
     null_text: NullText = "encoded"
+    styles: Styles = field(default_factory=Styles)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -86,6 +88,7 @@ def read_index(model: str | Path | None = None) -> ModelIndex:
         text_padded=reading.padded,
         captions=reading.captions,
         null_text=reading.null_text,
+        styles=_styles(data, path),
     )
 
 
@@ -123,6 +126,20 @@ def _one_of(known: Sequence[NameT], index: Mapping[str, object], key: str, defau
         if value == name:
             return name
     raise CascadeError(f"{path}: {key}: {quoted(value)}; expected one of {', '.join(known)}")
+
+
+def _styles(index: Mapping[str, object], path: Path) -> Styles:
+    """The section `styles`: {"words": [...], "default": ...}, both optional."""
+    section = index.get("styles", {})
+    known = {"words", "default"}
+    if not isinstance(section, dict) or not section.keys() <= known:
+        raise CascadeError(f"{path}: styles: {quoted(section)}; expected a section with words and default")
+    words, default = section.get("words", []), section.get("default")
+    if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+        raise CascadeError(f"{path}: styles.words: {quoted(words)}; expected a list of style words")
+    if default is not None and (not isinstance(default, str) or not default.strip()):
+        raise CascadeError(f"{path}: styles.default: {quoted(default)}; expected style words, or leave it out")
+    return Styles(tuple(words), default)
 
 
 def _strings(index: dict[str, object], key: str, path: Path) -> list[str]:

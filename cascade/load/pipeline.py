@@ -87,7 +87,7 @@ def load_pipeline(model: str | Path | None = None, options: LoadOptions | None =
         enlargers=None if enlargers is None else [slots[folder] for folder in enlargers],
         reload_text_encoder=load_text if low_memory else None,
     )
-    pipeline.device, pipeline.dtype = target, number_format
+    pipeline.device, pipeline.dtype, pipeline.styles = target, number_format, index.styles
     return pipeline
 
 

@@ -173,7 +173,7 @@ def gallery_router(queue: Queue) -> APIRouter:
     def asked(id: str) -> dict[str, Any]:
         """The request that draws this picture again."""
         with found("picture"):
-            return asked_of(gallery.said(id), _stages(queue))
+            return asked_of(gallery.said(id), _stages(queue), queue.pipeline.styles)
 
     @router.put("/pictures/{id}/star")
     def star(id: str, star: Star) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def files_router(queue: Queue) -> APIRouter:
 def _asked_in(content: bytes, queue: Queue) -> dict[str, Any]:
     checked_size(content)
     said, _ = read_metadata(io.BytesIO(content))
-    return asked_of(said, _stages(queue))
+    return asked_of(said, _stages(queue), queue.pipeline.styles)
 
 
 def _stages(queue: Queue) -> list[StageConfig]:

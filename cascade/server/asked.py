@@ -25,6 +25,7 @@ from cascade.seeds import MAX_SEED, fresh_seed
 from cascade.server.enlarged import EnlargedJob
 from cascade.server.sources import Sources
 from cascade.settings import Settings, parse
+from cascade.text.captions import Styles
 from cascade.upscaling import read_picture
 from cascade.values import SETTINGS
 
@@ -74,6 +75,8 @@ class Asked(Settings):
     """Description of the pictures."""
     negative_prompt: Text = ""
     """Description of what the pictures should not show."""
+    default_style: Text | None = None
+    """Style words if the prompt has none; default the model's own; "none" adds nothing."""
     seed: Seed | None = None
     """Equal seeds give equal pictures; a number, or its digits as text. None: a random seed, which is reported."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=MOST_PICTURES)
@@ -146,6 +149,7 @@ class Asked(Settings):
             width=self.width,
             sampling=self._sampling(),
             preset=self.preset,
+            default_style=self.default_style,
             language=self.prompt_language,
             long_prompts=self.long_prompts,
             regions=regions_of([(region.box, region.prompt) for region in self.regions]),
@@ -220,10 +224,11 @@ class Asked(Settings):
         return {**values, "prompt": self.prompt} | ({} if self.seed is None else {"seed": str(self.seed)})
 
 
-def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str, Any]:
+def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Styles | None = None) -> dict[str, Any]:
     """`Asked.to_json` of a picture, from its line of a manifest or its own metadata.
 
-    stages: of the model; their default values are left out. Raises CascadeError if cascade did not draw the picture.
+    stages, styles: of the model; default values of the stages are left out. Raises CascadeError if cascade did not
+    draw the picture.
     """
     recipe = Recipe.from_json(said, "picture")
     if any(region.mask for region in recipe.regions):
@@ -240,6 +245,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
     asked = {
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
+        "default_style": "none" if _was_unstyled(recipe, styles) else None,
         "seed": str(recipe.seed),
         "num_images_per_prompt": said["num_images"],
         "number": recipe.number if said["num_images"] > 1 else None,
@@ -253,6 +259,11 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig]) -> dict[str
         **_change_of(recipe),
     }
     return {name: value for name, value in asked.items() if value not in (None, "", {}, [])}
+
+
+def _was_unstyled(recipe: Recipe, styles: Styles | None) -> bool:
+    """Whether the model's default style would change the prompt, which was drawn without it."""
+    return styles is not None and not recipe.language and styles.added(recipe.prompt) != recipe.prompt
 
 
 def _change_of(recipe: Recipe) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""Cleaning of captions before the text encoder. DeepFloyd IF was trained on cleaned captions only.
+"""Preparation of captions: a default style for prompts without style words, and cleaning before the text encoder.
 
-The rules remove what IF's cleaning removes: markup, addresses, article numbers, file names, Chinese, Japanese and
-Korean letters, and all but one kind of dash and of quote. IF's own code also repairs broken Unicode with ftfy and
-parses markup with beautifulsoup4; here an embedding does not depend on the installed packages.
+DeepFloyd IF was trained on cleaned captions only. The rules remove what IF's cleaning removes: markup, addresses,
+article numbers, file names, Chinese, Japanese and Korean letters, and all but one kind of dash and of quote. IF's own
+code also repairs broken Unicode with ftfy and parses markup with beautifulsoup4; here an embedding does not depend on
+the installed packages.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
+
+from cascade.errors import CascadeError
+from cascade.quoting import quoted
 
 if TYPE_CHECKING:
     from cascade.config.data import Captions
@@ -62,6 +67,39 @@ _ENDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^\.\S+$", ""),
     )
 )
+
+
+@dataclass(frozen=True)
+class Styles:
+    """Style words of a model, such as "noto style".
+
+    default: added to prompts that contain none of them; None: prompts stay as they are. A model of many styles draws
+    such prompts in a random mixture.
+    """
+
+    words: tuple[str, ...] = ()
+    default: str | None = None
+
+    def choose(self, default: str | None) -> Styles:
+        """The same with the default style of a call: None keeps the model's, "none" adds nothing.
+
+        Raises CascadeError for anything but a text with words.
+        """
+        if default is None:
+            return self
+        if not isinstance(default, str) or not default.strip():
+            raise CascadeError(f"default_style: {quoted(default)}; expected style words such as noto style, or none")
+        return replace(self, default=None if default == "none" else default.strip())
+
+    def added(self, prompt: str) -> str:
+        """The prompt with the default style after a comma; unchanged if it is empty or contains style words."""
+        if self.default is None or not prompt.strip() or self._named_in(prompt):
+            return prompt
+        return f"{prompt.rstrip().rstrip(',')}, {self.default}"
+
+    def _named_in(self, prompt: str) -> bool:
+        words = "|".join(map(re.escape, (*self.words, self.default or "")))
+        return re.search(rf"(?<!\w)(?:{words})(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def prepare_caption(text: str, how: Captions) -> str:

@@ -15,6 +15,7 @@ from cascade.batch.metadata import read_metadata
 from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.server.gallery import Gallery
+from cascade.text.captions import Styles
 
 
 def generate(model: Path, out: Path, *arguments: str) -> int:
@@ -129,6 +130,19 @@ def test_the_job_of_a_picture_draws_it_again(server: Live) -> None:
     second = server.over(again["id"])["pictures"]["0"]
     one, other = (server.gallery.read(picture["id"])[1] for picture in (first, second))
     assert Image.open(io.BytesIO(one)).tobytes() == Image.open(io.BytesIO(other)).tobytes()
+
+
+def test_the_job_of_a_picture_without_the_default_style_leaves_it_out_again(model: Path, tmp_path: Path) -> None:
+    pipeline = CascadePipeline.from_pretrained(model, device="cpu")
+    pipeline.styles = Styles(("fox style",), "fox style")
+    with live(lambda: pipeline, tmp_path) as server:
+        for style, prompt in ((None, "a box, fox style"), ("none", "a box"), ("owl style", "a box, owl style")):
+            own = {} if style is None else {"default_style": style}
+            first = server.draw("a box", seed=1, until=8, **own)["pictures"]["0"]
+            assert server.client.get(f"/api/pictures/{first['id']}").json()["prompt"] == prompt
+            said = server.client.get(f"/api/pictures/{first['id']}/asked").json()
+            again = server.over(server.client.post("/api/jobs", json=said).json()["id"])["pictures"]["0"]
+            assert server.client.get(f"/api/pictures/{again['id']}").json()["prompt"] == prompt
 
 
 def test_a_dropped_picture_gives_its_settings_and_a_foreign_one_a_reason(server: Live) -> None:

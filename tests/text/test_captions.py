@@ -1,10 +1,11 @@
-"""Captions are cleaned like DeepFloyd IF's: word for word as in diffusers, where both apply."""
+"""Captions are cleaned like DeepFloyd IF's, word for word as in diffusers where both apply; the default style."""
 
 from __future__ import annotations
 
 import pytest
 
-from cascade.text.captions import clean_caption, prepare_caption
+from cascade.errors import CascadeError
+from cascade.text.captions import Styles, clean_caption, prepare_caption
 
 NASTY = [
     "A photo of a red fox, 4k!",
@@ -67,3 +68,38 @@ def test_what_is_no_description_is_removed(caption: str, cleaned: str) -> None:
 def test_captions_may_be_left_as_they_are_or_lowered() -> None:
     assert prepare_caption(" A <b> ", "as_is") == " A <b> "
     assert prepare_caption(" A <b> ", "lower") == "a <b>"
+
+
+STYLES = Styles(("noto style", "flat vector icon"), "noto style")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn"),
+    [
+        ("a cat", "a cat, noto style"),
+        ("a cat, ", "a cat, noto style"),
+        ("a cat, Noto Style", "a cat, Noto Style"),
+        ("flat vector icon of a cat", "flat vector icon of a cat"),
+        ("flat vector icons", "flat vector icons, noto style"),  # whole words only
+        ("", ""),
+        ("  ", "  "),
+    ],
+)
+def test_the_default_style_is_added_to_prompts_without_style_words(prompt: str, drawn: str) -> None:
+    assert STYLES.added(prompt) == drawn
+    assert STYLES.added(drawn) == drawn
+    assert STYLES.choose("none").added(prompt) == prompt
+    assert Styles(STYLES.words).added(prompt) == prompt
+
+
+def test_another_default_style_of_a_call_leaves_prompts_with_the_models_style_words_alone() -> None:
+    blob = STYLES.choose(" blob style ")
+    assert blob.added("a cat") == "a cat, blob style"
+    assert blob.added("a cat, noto style") == "a cat, noto style"
+    assert STYLES.choose(None) is STYLES
+
+
+@pytest.mark.parametrize("wrong", ["", " ", 3, True])
+def test_a_default_style_without_words_is_refused(wrong: object) -> None:
+    with pytest.raises(CascadeError, match=r"default_style: .*; expected style words such as noto style, or none"):
+        STYLES.choose(wrong)  # type: ignore[arg-type]
