@@ -11,9 +11,8 @@ from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
 from cascade.config.data import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
-from cascade.data.dataset import ALL, BadRecordError, Record, caption_variants, encoded_picture
-from cascade.data.order import SceneSource, ShuffledSource, StreamSource
-from cascade.data.sources import open_records, open_source
+from cascade.data.records import ALL, BadRecordError, Record, caption_variants, encoded_picture
+from cascade.data.sources import SceneSource, ShuffledSource, StreamSource, open_records, open_source
 from cascade.data.tables import _stream_records
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
