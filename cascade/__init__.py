@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cascade._version import __version__
     from cascade.batch.request import generate_files
-    from cascade.conditioning import Conditioning
+    from cascade.conditioning import Conditioning, TextEmbeddings
     from cascade.config.stage import StageConfig
     from cascade.config.training import TrainConfig
+    from cascade.drawing.output import CascadeOutput
     from cascade.errors import CascadeError, DownloadError, ShortageError, StorageError
-    from cascade.load.training import load_train_config
-    from cascade.output import CascadeOutput
     from cascade.pipeline import CascadePipeline
     from cascade.stage import Stage
-    from cascade.text.embeddings import TextEmbeddings
+    from cascade.storage.saving import Card
+    from cascade.storage.training import load_train_config
     from cascade.text.t5 import TextEncoder
 
 __all__ = [
+    "Card",
     "CascadeError",
     "CascadeOutput",
     "CascadePipeline",
@@ -43,8 +44,9 @@ __all__ = [
 
 _MODULES = {
     "__version__": "_version",
+    "Card": "storage.saving",
     "CascadeError": "errors",
-    "CascadeOutput": "output",
+    "CascadeOutput": "drawing.output",
     "CascadePipeline": "pipeline",
     "Conditioning": "conditioning",
     "DownloadError": "errors",
@@ -52,11 +54,11 @@ _MODULES = {
     "Stage": "stage",
     "StageConfig": "config.stage",
     "StorageError": "errors",
-    "TextEmbeddings": "text.embeddings",
+    "TextEmbeddings": "conditioning",
     "TextEncoder": "text.t5",
     "TrainConfig": "config.training",
     "generate_files": "batch.request",
-    "load_train_config": "load.training",
+    "load_train_config": "storage.training",
 }
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.arguments import (
+from cascade.conditioning import TextEmbeddings
+from cascade.conditions.values import recorded, restored, settled
+from cascade.config.data import Captions
+from cascade.config.sampling import SamplingConfig
+from cascade.drawing.arguments import (
     PerStage,
     check_chain,
     check_result,
@@ -22,37 +26,30 @@ from cascade.arguments import (
     one_text,
     positive,
     prompts_of,
+    resolve_sampling,
     seeds_of,
     stage_sizes,
 )
-from cascade.bounds import PICTURES
-from cascade.card import Card
-from cascade.conditions import recorded, restored, settled
-from cascade.config.data import Captions
-from cascade.config.sampling import SamplingConfig
-from cascade.device import choose_device
-from cascade.drawing.batch_size import default_batch_size
-from cascade.drawing.changes import Changes
-from cascade.drawing.edit import Edit, digest_of
-from cascade.drawing.engine import Conduct, Engine
+from cascade.drawing.changes import Changes, GivenRegions, regions_of
+from cascade.drawing.edit import Edit, ImageLike, digest_of, fitted, read_picture, route, target_size, tile_of
+from cascade.drawing.engine import Conduct, Engine, default_batch_size
+from cascade.drawing.output import Callback, CascadeOutput, Watcher, check_output_arguments
 from cascade.drawing.recipe import LONG_PROMPTS, Recipe
-from cascade.drawing.regions import GivenRegions, regions_of
-from cascade.drawing.script import script_of
-from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Drawn, Pass, Task, passes, with_conditions
+from cascade.drawing.slots import StageSlot, TextSlot, adapters_in, check_memory, shortage_names
+from cascade.drawing.task import Drawn, Pass, Shelf, Task, passes, with_conditions
+from cascade.drawing.texts import script_of
 from cascade.errors import CascadeError
-from cascade.images import contact_sheet
-from cascade.output import Callback, CascadeOutput, Watcher, check_output_arguments
-from cascade.pixels import PictureFormat
-from cascade.probe import settled_dtype
-from cascade.sampling import resolve_sampling
-from cascade.save import Parts, model_for_hub, write_model
-from cascade.slots import StageSlot, TextSlot, adapters_in, check_memory, shortage_names
+from cascade.pictures.format import PictureFormat
+from cascade.pictures.images import contact_sheet
+from cascade.resources.number_format import settled_dtype
+from cascade.settings import PICTURES
 from cascade.stage import Stage
-from cascade.text.captions import Styles
-from cascade.text.embeddings import TextEmbeddings
+from cascade.system.device import choose_device
+from cascade.text.language import Styles
 from cascade.text.t5 import TextEncoder
-from cascade.upscaling import ImageLike, fitted, read_picture, route, target_size, tile_of
+
+if TYPE_CHECKING:
+    from cascade.storage.saving import Card
 
 _SHEET_CELL = 256  # pixels of a picture on a card's sheet
 
@@ -108,7 +105,7 @@ class CascadePipeline:
 
         super_resolution: stage folders or `model/stage` that replace the model's own stages after the base stage.
         device: default the GPU if there is one. dtype: default float32 on a CPU, bfloat16 on a GPU that supports it;
-            `auto`: on a CPU whichever of the two computes faster, see `cascade.probe`.
+            `auto`: on a CPU whichever of the two computes faster, see `cascade.resources.number_format`.
         low_memory: stages are loaded one at a time, the text encoder is released after reading the prompts, and a part
             that still does not fit into memory is read from disk layer by layer.
         text_8bit: the text encoder's linear weights are int8; needs the extra `quantized`.
@@ -116,7 +113,7 @@ class CascadePipeline:
         adapters: folders of low-rank adapters by the name of the stage that they are added to, e.g. {"base": folder} or
             {"base": ["a:0.8", "b:0.5"]}, with the scale of each.
         """
-        from cascade.load.pipeline import LoadOptions, load_pipeline  # a higher layer; see docs/architecture.md
+        from cascade.storage.pipeline import LoadOptions, load_pipeline  # a higher layer; see docs/architecture.md
 
         options = LoadOptions(super_resolution, device, dtype, low_memory, captions, text_8bit, adapters)
         return load_pipeline(model, options)
@@ -284,8 +281,8 @@ class CascadePipeline:
 
         image: a PIL picture, a path, or NumPy uint8 (H, W, 3 or 4); transparent parts become white. prompt: a
         description of it. conditions: those of the stages in use, as for drawing. to: longer side of the result,
-        default the last stage's. `cascade.upscaling.route` gives the sequence of stages; a result larger than `to` is
-        averaged down. tile: side of the square tiles in which the network draws, see `Stage.tiled`; results above
+        default the last stage's. `cascade.drawing.edit.route` gives the sequence of stages; a result larger than `to`
+        is averaged down. tile: side of the square tiles in which the network draws, see `Stage.tiled`; results above
         4 megapixels always use tiles, of 1024 by default.
         `stages` of the result are keyed by the longer side. Raises CascadeError for arguments that do not fit.
         """
@@ -314,6 +311,8 @@ class CascadePipeline:
         and how to draw; a sheet of its prompts is drawn. An existing cascade in `folder` is replaced, except for a
         README.md that was written by hand; raises CascadeError if the folder holds anything else.
         """
+        from cascade.storage.saving import Card, Parts, write_model  # a higher layer
+
         card = card or Card()
         enlargers = None if self.enlargers is self.slots else self.enlargers
         sheet = self._sheet(card.prompts) if card.prompts else None
@@ -327,6 +326,8 @@ class CascadePipeline:
 
     def push_to_hub(self, repo: str, *, private: bool = False, card: Card | None = None) -> None:
         """Upload the folder that `save_pretrained` writes to a model repository of the Hugging Face hub."""
+        from cascade.storage.saving import model_for_hub  # a higher layer
+
         with model_for_hub(repo, private) as folder:
             self.save_pretrained(folder, card=card)
 

@@ -1,4 +1,4 @@
-"""A stage: a network, its noise schedule and what it predicts, at one resolution."""
+"""A stage: a network, its noise schedule and what it predicts, at one resolution; built from its settings."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.conditioning import Conditioning
-from cascade.conditions import TEXT, blank
+from cascade.conditions.settings import TEXT
 from cascade.config.sampling import SamplingConfig
-from cascade.config.stage import StageConfig
-from cascade.diffusion import denoisers
-from cascade.diffusion.editing import (
-    Known,
-    is_redrawn,
-    keep_known,
-    levels_from,
-    sample_repaint,
-    see_known,
-    start_from,
+from cascade.config.stage import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    ScheduleConfig,
+    SquaredCosineSchedule,
+    StageConfig,
 )
+from cascade.diffusion import denoisers, schedules
+from cascade.diffusion.editing import Known, is_redrawn, keep_known, levels_from, sample_repaint, see_known, start_from
 from cascade.diffusion.guidance import (
     Act,
     Projected,
@@ -34,8 +33,7 @@ from cascade.diffusion.guidance import (
     switch,
 )
 from cascade.diffusion.loss import Weighting, diffusion_loss
-from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.noise import Denoiser, Estimate, alpha, diffuse, log_snr_from_std, to_x
 from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, evaluations
 from cascade.diffusion.schedules import (
     DiscreteSchedule,
@@ -46,11 +44,10 @@ from cascade.diffusion.schedules import (
     step_grid,
 )
 from cascade.errors import CascadeError
-from cascade.images import upsample, upsample_corners
-from cascade.models.network import Network
-from cascade.models.tiled import TiledNetwork
-from cascade.streaming import is_streamed, move_streamed
-from cascade.transfer import on_device
+from cascade.files.tensors import is_streamed, move_streamed
+from cascade.models.network import Network, TiledNetwork
+from cascade.pictures.images import upsample, upsample_corners
+from cascade.system.transfer import on_device
 
 NetworkCall = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -317,21 +314,6 @@ def _revealed(cond: Conditioning, null: Conditioning, groups: Sequence[Sequence[
     return found
 
 
-def blank_call(
-    config: StageConfig, pictures: int, text_tokens: int, side: int | None = None
-) -> tuple[Tensor, Tensor, Conditioning]:
-    """Arguments of a call of a stage's network, all zeros, for counting its cost: (z, log SNR, conditions).
-
-    side: height and width of the pictures, default the stage's own. On the default device, such as `meta`.
-    """
-    side = side or config.resolution
-    z, level = torch.zeros(pictures, config.pictures.channels, side, side), torch.zeros(pictures, 1, 1, 1)
-    text = torch.zeros(pictures, text_tokens, config.model.text_dim)
-    given = blank(config.conditions, pictures, (side, side))
-    cond = Conditioning(text, torch.ones(pictures, text_tokens, dtype=torch.bool), given=given)
-    return z, level, cond if config.low_resolution is None else replace(cond, low_res=z, low_res_log_snr=level)
-
-
 def _ignore(step: int, x_hat: Tensor) -> None:
     """The default callback, which does nothing."""
 
@@ -375,6 +357,38 @@ def run_sampler(
     return SAMPLERS[sampler.kind](denoise, z, log_snrs, rng, on_step, **sampler.own)
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Number of weights."""
-    return sum(parameter.numel() for parameter in module.parameters())
+# --- from settings ---------------------------------------------------------------------------------------------------
+# From settings to objects.
+
+
+def build_schedule(config: ScheduleConfig, resolution: int) -> schedules.NoiseSchedule:
+    """The noise schedule of a stage of this resolution."""
+    match config:
+        case ConstantSchedule():
+            return schedules.DiscreteSchedule(schedules.constant_betas(config.beta, config.steps))
+        case LinearSchedule():
+            return schedules.DiscreteSchedule(schedules.linear_betas(config.beta_start, config.beta_end, config.steps))
+        case SquaredCosineSchedule():
+            return schedules.DiscreteSchedule(schedules.squared_cosine_betas(config.steps, config.max_beta))
+        case CosineSchedule():
+            reference = config.reference_resolution
+            shift = schedules.resolution_shift(resolution, reference) if reference else 0.0
+            return schedules.CosineSchedule(shift, (config.log_snr_min, config.log_snr_max), config.offset)
+
+
+def build_network(config: StageConfig) -> Network:
+    """The network of a stage, with fresh weights."""
+    channels = config.pictures.channels
+    network = config.model.build(channels, 0 if config.low_resolution is None else channels)
+    if config.conditions:  # last, so that they change none of the other fresh weights
+        network.add_conditions(config.conditions)
+    return network
+
+
+def build_stage(config: StageConfig, device: torch.device | str = "cpu", seed: int = 0) -> Stage:
+    """A stage with fresh weights that follow from `seed`; `device` may be "meta" to hold none at all."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        network = build_network(config)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Stage(config, network, build_schedule(config.schedule, config.resolution))

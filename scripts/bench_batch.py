@@ -35,12 +35,12 @@ from cascade import CascadePipeline, StageConfig, TextEncoder
 from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Planner
 from cascade.batch.run import run_batch
-from cascade.build import build_stage
 from cascade.config.sampling import SamplingConfig
-from cascade.load.index import BUNDLED
 from cascade.models.unet import UNetConfig
 from cascade.prompts.reading import read_prompts
-from cascade.prompts.record import PromptRecord
+from cascade.prompts.records import PromptRecord
+from cascade.stage import build_stage
+from cascade.storage.index import BUNDLED
 
 PARTS = ("overhead", "start-up", "memory", "processes")
 MEMORY = """

@@ -26,15 +26,14 @@ from measure import load_average, once
 from peer_networks import make_step
 from torch import Tensor
 
-from cascade.build import build_stage
 from cascade.cli.train import find_config
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, TextEmbeddings
 from cascade.data.scenes import describe, random_scene
-from cascade.load.index import BUNDLED
-from cascade.load.training import load_train_config
+from cascade.stage import build_stage
+from cascade.storage.index import BUNDLED
+from cascade.storage.training import load_train_config
 from cascade.text.cache import EmbeddingCache
-from cascade.text.embeddings import TextEmbeddings
-from cascade.text.tokens import TokenCounter
+from cascade.text.t5_files import TokenCounter
 
 PADDED = 256
 """Tokens of a padded embedding."""

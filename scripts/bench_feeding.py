@@ -134,7 +134,7 @@ def on_a_fast_gpu() -> None:
     from accelerate import Accelerator
 
     from cascade.training import step, trainer
-    from cascade.training.unread import Numbers
+    from cascade.training.log import Numbers
 
     def ones(steps: Sequence[Any], _accelerator: object) -> list[Numbers]:
         count = len(steps[0].samples)
@@ -156,7 +156,7 @@ def on_a_fast_gpu() -> None:
 
 def feed(config: Any, cache: Path) -> Fed:
     """Run the trainer and measure its second half. Call in a separate process."""
-    from cascade.build import build_stage
+    from cascade.stage import build_stage
     from cascade.text.cache import EmbeddingCache
     from cascade.text.cached import CachedTextEncoder
     from cascade.training.trainer import Trainer

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline
-from cascade.device import choose_device, choose_dtype
+from cascade.system.device import choose_device, choose_dtype
 
 
 def stage_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) -> dict[str, float]:

@@ -21,17 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config.noise import SquaredCosineSchedule
-from cascade.config.stage import StageConfig
+from cascade.config.stage import SquaredCosineSchedule, StageConfig
 from cascade.models.if_unet import IF_NOISE, IFUNetConfig
+from cascade.stage import build_stage
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from diffusers import UNet2DConditionModel
 
-from cascade.deepfloyd import unet_settings
+from cascade.storage.diffusers import unet_settings
 
 FIRST = {"name": "base", "resolution": 64}
 SECOND = {"name": "sr256", "resolution": 256, "low_resolution": 64}

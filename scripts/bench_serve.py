@@ -28,12 +28,11 @@ import click
 from measure import load_average
 
 from cascade import CascadePipeline
-from cascade.server.app import make_app
+from cascade.server.app import Server, listening, make_app
 from cascade.server.gallery import Gallery
 from cascade.server.guard import Rules
 from cascade.server.models import Models
 from cascade.server.queue import Queue
-from cascade.server.run import Server, listening
 
 PROMPT = "a red fox, noto style"
 

@@ -36,16 +36,15 @@ import torch
 from measure import convolution_peak, count_gflop, load_average, once, peak_memory
 from peer_networks import NetworkStep, diffusers_step, imagen_step, our_step
 
-from cascade.allocator import keep_freed_memory
-from cascade.build import build_stage
 from cascade.cli.train import find_config
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, TextEmbeddings
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
-from cascade.device import choose_device
-from cascade.load.training import load_train_config
-from cascade.text.embeddings import TextEmbeddings
-from cascade.training.precision import DTYPES, settled
+from cascade.stage import build_stage
+from cascade.storage.training import load_train_config
+from cascade.system.device import choose_device
+from cascade.system.process import keep_freed_memory
+from cascade.training.accelerator import DTYPES, settled
 
 TOKENS = 16
 """Tokens per caption, about as in real captions."""

@@ -25,11 +25,11 @@ from cascade import CascadePipeline
 from cascade.config.training import TrainConfig
 from cascade.data.scenes import Scene, SceneObject, draw
 from cascade.evaluation.scene_reader import Found, read_scene
-from cascade.images import contact_sheet
-from cascade.load.index import BUNDLED
-from cascade.load.stage import load_stage
-from cascade.load.training import load_trainer
+from cascade.pictures.images import contact_sheet
 from cascade.settings import parse
+from cascade.storage.index import BUNDLED
+from cascade.storage.stage import load_stage
+from cascade.storage.training import load_trainer
 from cascade.text.t5 import TextEncoder
 
 SIDE = 32

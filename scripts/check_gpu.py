@@ -110,12 +110,11 @@ def gradient_error(device: torch.device) -> float:
 
 def some_stage(name: str) -> Any:
     """A stage of the bundled cascade, or one with IF's network, small, and random weights."""
-    from cascade.build import build_stage
-    from cascade.config.noise import SquaredCosineSchedule
-    from cascade.config.stage import StageConfig
-    from cascade.load.index import find_stage
-    from cascade.load.stage import load_stage
+    from cascade.config.stage import SquaredCosineSchedule, StageConfig
     from cascade.models.if_unet import IFUNetConfig
+    from cascade.stage import build_stage
+    from cascade.storage.index import find_stage
+    from cascade.storage.stage import load_stage
 
     if name != "if":
         return load_stage(find_stage(f"bundled/{name}"))
@@ -189,7 +188,7 @@ def train_rows(device: torch.device, compiled: bool) -> list[Row]:
     """The real trainer's pictures per second and MFU, and its peak memory compared with preflight's estimate."""
     from bench_train import machine_peak, pass_gflop, run_trainer, settings
 
-    from cascade.memory import training_memory
+    from cascade.training.memory import training_memory
 
     gpu = device.type == "cuda"
     preset, precision = ("preset:small/base", "bf16") if gpu else ("preset:tiny/base", "fp32")
@@ -262,7 +261,7 @@ def short_run(steps: int, *changes: str) -> tuple[Any, list[dict[str, float]]]:
     """The trainer after a run of the tiny base stage, and a log entry a step."""
     from bench_train import RandomText, settings
 
-    from cascade.build import build_stage
+    from cascade.stage import build_stage
     from cascade.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:

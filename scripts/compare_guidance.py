@@ -21,11 +21,11 @@ from PIL import Image
 
 from cascade import CascadePipeline, Stage
 from cascade.data.scenes import draw
-from cascade.evaluation import drawing, scenes
+from cascade.drawing.slots import StageSlot
+from cascade.evaluation import report, scenes
 from cascade.evaluation.report import Request
 from cascade.evaluation.scene_reader import read_scene
-from cascade.load.stage import load_stage
-from cascade.slots import StageSlot
+from cascade.storage.stage import load_stage
 
 KINDS: dict[str, dict[str, Any]] = {
     "the model's own interval": {},
@@ -72,7 +72,7 @@ def rows(
         for kind in kinds:
             own = weaker if kind == AUTOGUIDANCE else None
             pipeline.slots[0] = StageSlot.holding(changed(stage, kind, weight, own))
-            pictures = drawing.draw(pipeline, [item.prompt for item in asked], request)
+            pictures = report.draw(pipeline, [item.prompt for item in asked], request)
             yield kind, weight, _figures(asked, pictures, truths)
     pipeline.slots[0] = StageSlot.holding(stage)
     yield "true scenes", 1.0, _figures(asked, truths, truths)

@@ -21,8 +21,8 @@ from torch import Tensor
 from cascade.drawing.engine import Engine
 from cascade.evaluation.super_resolution import measure, read_pairs
 from cascade.evaluation.tower import load_tower
-from cascade.load.pipeline import load_encoder
-from cascade.load.stage import load_stage
+from cascade.storage.pipeline import load_encoder
+from cascade.storage.stage import load_stage
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent color", "fluent 3d", "fluent mono")
 FIGURES = ("PSNR", "SSIM", "edge strength", "consistency")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from cascade import Stage
 from cascade.drawing.engine import Engine
+from cascade.drawing.slots import StageSlot
 from cascade.evaluation.super_resolution import AVERAGED, Pair, enlarged, measure, read_pairs, resized
 from cascade.evaluation.tower import load_tower
-from cascade.load.pipeline import load_encoder
-from cascade.load.stage import load_stage
-from cascade.slots import StageSlot
+from cascade.storage.pipeline import load_encoder
+from cascade.storage.stage import load_stage
 
 
 def drawn(

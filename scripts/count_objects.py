@@ -16,7 +16,7 @@ import click
 from cascade import CascadePipeline
 from cascade.data.buckets import bucket_sizes
 from cascade.evaluation import scenes
-from cascade.evaluation.drawing import prompt_seeds
+from cascade.evaluation.report import prompt_seeds
 from cascade.evaluation.scene_reader import read_scene
 
 KINDS = ("single object", "two objects", "relation", "size")

@@ -77,7 +77,7 @@ def draw_words(folder: Path) -> None:
     prompts = ("a cat", "a dog", "a house", "a red car", "a robot", "two cats", "a castle at night")
     script = f"""
 from cascade import CascadePipeline
-from cascade.images import contact_sheet
+from cascade.pictures.images import contact_sheet
 
 prompts = {[*prompts, "an astronaut riding a horse"]!r}
 images = CascadePipeline.from_pretrained()(prompts, seed=0).images

@@ -11,7 +11,7 @@ import click
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.images import contact_sheet
+from cascade.pictures.images import contact_sheet
 
 PROMPTS = (
     "a mimble",

@@ -29,18 +29,18 @@ from prepare_data import FULL_SIZE, encode, image_struct
 from torch import Tensor
 
 from cascade import Stage
-from cascade.checkpoint import atomic_file
 from cascade.conditioning import Conditioning
 from cascade.data.sources import matching_files
 from cascade.diffusion import denoisers
 from cascade.diffusion.editing import Known
 from cascade.diffusion.noise import CLEAN, diffuse, noise_like
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
-from cascade.images import downsample, from_pil, to_float, to_uint8
-from cascade.load.pipeline import load_encoder
-from cascade.load.stage import load_stage
+from cascade.files.atomic import atomic_file
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
 from cascade.seeds import generator
 from cascade.stage import limit, run_sampler
+from cascade.storage.pipeline import load_encoder
+from cascade.storage.stage import load_stage
 
 BATCH = 8
 Row = dict[str, Any]

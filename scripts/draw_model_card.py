@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from cascade import CascadePipeline
-from cascade.images import contact_sheet
+from cascade.pictures.images import contact_sheet
 
 SEEN = (
     "red apple, noto style",

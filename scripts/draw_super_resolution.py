@@ -14,9 +14,9 @@ import click
 from PIL import Image
 
 from cascade import CascadePipeline
+from cascade.drawing.arguments import resolve_sampling
 from cascade.evaluation.super_resolution import crops, enlarged, held_out_file, read_pairs
-from cascade.images import contact_sheet
-from cascade.sampling import resolve_sampling
+from cascade.pictures.images import contact_sheet
 
 
 @click.command()

@@ -33,8 +33,7 @@ import hypothesis
 from fuzzing.targets import TARGETS, Target
 from hypothesis import HealthCheck, Phase, strategies
 
-from cascade.errors import CascadeError
-from cascade.quoting import message
+from cascade.errors import CascadeError, message
 
 SECONDS, BYTES = 60, 4 << 30
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}$")

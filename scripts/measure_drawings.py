@@ -23,16 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.checkpoint import write_text
 from cascade.errors import CascadeError
 from cascade.evaluation import art_look
 from cascade.evaluation.art import choose
-from cascade.evaluation.art_data import read_art
-from cascade.evaluation.art_pictures import shelf
-from cascade.evaluation.drawing import prompt_seeds
-from cascade.evaluation.report import Figure, shown
+from cascade.evaluation.art_data import read_art, shelf
+from cascade.evaluation.report import Figure, prompt_seeds, shown
 from cascade.evaluation.tower import load_tower
-from cascade.images import from_pil
+from cascade.files.atomic import write_text
+from cascade.pictures.images import from_pil
 
 DATA = click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 

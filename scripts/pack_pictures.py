@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cascade.checkpoint import atomic_file
 from cascade.errors import CascadeError
+from cascade.files.atomic import atomic_file
 
 COLUMNS = ("image", "style", "caption_styled", "captions", "lossless")
 SIDED = re.compile(

@@ -15,12 +15,11 @@ import torch
 from measure import count_gflop, once
 from torch import Tensor, nn
 
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning
-from cascade.config.noise import SquaredCosineSchedule
-from cascade.config.stage import StageConfig
-from cascade.deepfloyd import unet_settings
+from cascade.config.stage import SquaredCosineSchedule, StageConfig
 from cascade.models.if_unet import IFUNetConfig
+from cascade.stage import build_stage
+from cascade.storage.diffusers import unet_settings
 from cascade.training.optim import AdamW
 
 Call = Callable[[nn.Module], Tensor]

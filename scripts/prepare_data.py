@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.images import downsample, from_pil, to_float, to_pil
+from cascade.pictures.images import downsample, from_pil, to_float, to_pil
 
 SIZES = (64, 256)
 FULL_SIZE = 1024

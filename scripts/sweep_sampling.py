@@ -23,9 +23,9 @@ import torch
 
 from cascade import CascadePipeline, Stage
 from cascade.diffusion.samplers import SAMPLERS, evaluations
+from cascade.drawing.slots import StageSlot
 from cascade.evaluation import art, scenes
 from cascade.evaluation.report import Report, Request
-from cascade.slots import StageSlot
 
 HIGHER = {
     "art": ("retrieval at 10 of 100, training subjects", "style obeyed"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from cascade.load.training import load_train_config
+from cascade.storage.training import load_train_config
 
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs" / "bundled"

@@ -31,15 +31,15 @@ from gpu.recipe import NO_SQUARES, RECIPES, REST, SHARES, phases, stage_config, 
 from gpu.views import BaseViews, EnlargingViews, View, Views
 from torch import Tensor
 
-from cascade.build import build_stage
-from cascade.checkpoint import load_weights, save_tensors, write_json
 from cascade.conditioning import Conditioning
-from cascade.config.common import FORMAT_VERSION
+from cascade.config.data import FORMAT_VERSION
 from cascade.config.stage import StageConfig
-from cascade.device import choose_device
 from cascade.errors import CascadeError
-from cascade.stage import Stage
-from cascade.training.interrupt import stop_signals
+from cascade.files.atomic import write_json
+from cascade.files.tensors import load_weights, save_tensors
+from cascade.stage import Stage, build_stage
+from cascade.system.device import choose_device
+from cascade.system.process import stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cascade._version import __version__
 from cascade.evaluation.art_data import Art, Concept, read_art
 from cascade.evaluation.tower import FEATURES, STYLES, StyleReader, Tower, buckets, save_tower
-from cascade.images import WHITE, downsample, to_float
+from cascade.pictures.images import WHITE, downsample, to_float
 
 BATCH = 192
 LEARNING_RATE = 2e-3

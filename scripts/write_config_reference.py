@@ -19,9 +19,8 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cascade.bounds import AtMost
 from cascade.config.training import TrainConfig
-from cascade.settings import Settings
+from cascade.settings import AtMost, Settings
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration reference

@@ -135,9 +135,9 @@ def _import_all() -> None:
 
     import cascade.batch.request
     import cascade.cli.program
-    import cascade.load.training as loading
     import cascade.text.t5
     import cascade.training.trainer  # noqa: F401
+    from cascade.storage import training as loading
 
     torch.set_num_threads(1)
     build = loading.build_stage

@@ -8,9 +8,9 @@ import torch
 from helpers_text import make_tiny_t5
 
 from cascade import CascadePipeline, Stage, StageConfig, TextEncoder
-from cascade.build import build_stage
 from cascade.config.sampling import PresetConfig, SamplingConfig
 from cascade.models.unet import UNetConfig
+from cascade.stage import build_stage
 
 TEXT_DIM = 32
 STAGES = ("base", "sr16", "sr32")

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.build import build_stage
+from cascade.conditioning import TextEmbeddings
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
-from cascade.preflight import check_run
 from cascade.settings import override, parse, to_yaml
-from cascade.stage import Stage
-from cascade.text.embeddings import TextEmbeddings
+from cascade.stage import Stage, build_stage
 from cascade.training.log import MEASURED
+from cascade.training.memory import check_run
 
 TEXT_DIM = 16
 
@@ -120,7 +119,7 @@ def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
 
     Behind a zero last layer most of a network would have no effect.
     """
-    from cascade.load.training import load_trainer
+    from cascade.storage.training import load_trainer
 
     def filled(settings: StageConfig, seed: int) -> Stage:
         stage = build_stage(settings, seed=seed)
@@ -128,9 +127,9 @@ def trainer(config: TrainConfig, text: WordEncoder | None = None) -> Any:
         return stage
 
     with (
-        patch("cascade.load.training.check_run", _check_once),
-        patch("cascade.load.training.load_text_encoder", lambda _settings: text or WordEncoder()),
-        patch("cascade.load.training.build_stage", filled),
+        patch("cascade.storage.training.check_run", _check_once),
+        patch("cascade.storage.training.load_text_encoder", lambda _settings: text or WordEncoder()),
+        patch("cascade.storage.training.build_stage", filled),
     ):
         return load_trainer(config)
 

@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, sys
-from cascade.allocator import keep_freed_memory
+from cascade.system.process import keep_freed_memory
 
 def use() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -19,15 +19,14 @@ from PIL import Image
 from cascade import CascadeError, CascadePipeline
 from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Planner, Target, plan
-from cascade.batch.report import write_grid
+from cascade.batch.reports import write_grid
 from cascade.batch.run import Summary, run_batch
 from cascade.drawing.batches import draw_batch
 from cascade.drawing.engine import Engine
-from cascade.drawing.shelf import Shelf
-from cascade.drawing.task import Drawn, Result, Undrawn
-from cascade.images import to_pil
+from cascade.drawing.task import Drawn, Result, Shelf, Undrawn
+from cascade.pictures.images import to_pil
 from cascade.prompts.reading import given_prompts
-from cascade.prompts.record import Failure, PromptRecord
+from cascade.prompts.records import Failure, PromptRecord
 from cascade.seeds import MAX_SEED
 
 
@@ -168,7 +167,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 
     records = [PromptRecord(index, "a", index) for index in range(5)]
     monkeypatch.setattr("cascade.drawing.engine.draw_batch", limited)
-    monkeypatch.setattr("cascade.drawing.batch_size._LARGEST_ON_CPU", 16)
+    monkeypatch.setattr("cascade.drawing.engine._LARGEST_ON_CPU", 16)
     call = options(batch_size="auto")
     results = draw(pipeline, records, call)
     assert [isinstance(result, Drawn) and result.batch_sizes["base"] for _, result in results] == [2] * 5
@@ -184,7 +183,7 @@ def test_the_pieces_of_work_do_not_depend_on_the_memory_that_a_process_finds_fre
     """Or processes would cut the prompts differently, and leave some to nobody."""
     windows = []
     for free in (1, 10**13):
-        monkeypatch.setattr("cascade.drawing.batch_size.free_bytes", lambda _device, free=free: free)
+        monkeypatch.setattr("cascade.drawing.engine.free_bytes", lambda _device, free=free: free)
         call = options(batch_size="auto")
         windows.append(Planner(pipeline, call).window(pipeline.engine(call.conduct()).batch_sizes))
     assert windows == [4, 4]

@@ -24,12 +24,12 @@ from pyarrow import parquet
 from torch import Tensor
 
 from cascade import CascadeError
-from cascade.batch.layout import Layout
-from cascade.batch.locks import Claims
+from cascade.batch.folder import Layout
 from cascade.batch.output import Output
-from cascade.batch.pictures import Finished
 from cascade.batch.plan import subfolder
-from cascade.batch.writer import BackgroundWriter
+from cascade.batch.run import BackgroundWriter
+from cascade.batch.stores import Finished
+from cascade.batch.team import Claims
 from cascade.cli.program import main
 from cascade.drawing.batches import draw_batch
 
@@ -299,7 +299,7 @@ def test_what_one_process_finished_no_other_does_again_and_what_a_dead_one_left_
     def process() -> subprocess.Popen[str]:
         """Takes 0 and 1, finishes 0, and keeps 1 until it is killed."""
         code = (
-            "import sys; from pathlib import Path; from cascade.batch.locks import Claims\n"
+            "import sys; from pathlib import Path; from cascade.batch.team import Claims\n"
             "claims = Claims(Path(sys.argv[1]))\n"
             "assert claims.take(0) and claims.take(1)\n"
             "claims.finish(0); print('ready', flush=True); sys.stdin.read()\n"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cascade.batch.report import write_page
+from cascade.batch.reports import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MANY = 10_000

@@ -11,10 +11,9 @@ from helpers_model import make_tiny_cascade
 from helpers_training import micro_config
 
 from cascade import CascadeError, CascadePipeline
-from cascade.bounds import AtMost
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
-from cascade.settings import override, parse
+from cascade.settings import AtMost, override, parse
 
 MANY = 10**30
 
@@ -107,7 +106,7 @@ def test_an_argument_beyond_its_bound_is_refused_with_the_reason(
 def test_pictures_that_do_not_fit_into_memory_are_refused_before_the_first(
     pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade.arguments.free_bytes", lambda _device: 10 * 32 * 32 * 3)
+    monkeypatch.setattr("cascade.drawing.arguments.free_bytes", lambda _device: 10 * 32 * 32 * 3)
     assert len(pipeline("a fox", num_images_per_prompt=10, seed=1, steps=1).images) == 10
     monkeypatch.setattr(CascadePipeline, "task", lambda *_, **__: pytest.fail("begun"))
     with pytest.raises(CascadeError, match=r"11 pictures of 32x32 take 0\.0 GB"):

@@ -9,7 +9,7 @@ import yaml
 from helpers_model import make_tiny_cascade, tiny_configs
 
 from cascade import CascadePipeline
-from cascade.card import MARK, Card, card_text
+from cascade.storage.saving import MARK, Card, card_text
 
 
 def front_matter(text: str) -> dict[str, object]:

@@ -12,20 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from cascade.checkpoint import (
-    atomic_file,
-    atomic_folder,
-    load_tensors,
-    load_weights,
-    read_json,
-    read_stage_config,
-    save_stage,
-    save_tensors,
-    write_json,
-    write_text,
-)
-from cascade.config.stage import StageConfig
+from cascade.config.stage import StageConfig, read_stage_config, save_stage
 from cascade.errors import CascadeError
+from cascade.files.atomic import atomic_file, atomic_folder, read_json, write_json, write_text
+from cascade.files.tensors import load_tensors, load_weights, save_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -87,7 +77,7 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from cascade.checkpoint import save_tensors
+from cascade.files.tensors import save_tensors
 from cascade.errors import CascadeError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

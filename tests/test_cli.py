@@ -28,12 +28,12 @@ from cascade.cli.train import find_config, known_presets
 from cascade.conditioning import Conditioning
 from cascade.config.data import TextConfig
 from cascade.config.sampling import SamplingConfig
-from cascade.cost import StageCost
-from cascade.load.training import load_train_config
+from cascade.resources.memory import StageCost
 from cascade.settings import to_yaml
 from cascade.stage import Stage
+from cascade.storage.training import load_train_config
 from cascade.text.cache import EmbeddingCache
-from cascade.text.tokens import TokenCounter
+from cascade.text.t5_files import TokenCounter
 
 
 @pytest.fixture(scope="module")

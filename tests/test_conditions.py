@@ -16,26 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import CascadeError
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning, Given
-from cascade.conditions import (
-    RESERVED,
-    ClassCondition,
-    NumberCondition,
-    PictureCondition,
-    VectorCondition,
-    checked,
-    joined,
-    measured,
-    settled,
-)
+from cascade.conditions.settings import RESERVED, ClassCondition, NumberCondition, PictureCondition, VectorCondition
+from cascade.conditions.values import checked, joined, measured, settled
 from cascade.config.sampling import SamplingConfig
-from cascade.cost import StageCost
 from cascade.data.loader import batches
-from cascade.load.stage import load_stage
-from cascade.load.training import load_train_config
-from cascade.prompts.columns import COLUMNS
-from cascade.stage import Stage, calls_at_once, links
+from cascade.prompts.records import COLUMNS
+from cascade.resources.memory import StageCost
+from cascade.stage import Stage, build_stage, calls_at_once, links
+from cascade.storage.stage import load_stage
+from cascade.storage.training import load_train_config
 
 SHAPE = ClassCondition(labels=("circle", "square", "star"))
 AGE = NumberCondition(range=(0.0, 100.0))

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, TextEncoder
 from cascade.batch.request import BatchRequest, generate_files
-from cascade.checkpoint import read_stage_config
 from cascade.cli.program import main
-from cascade.conditions import ClassCondition, NumberCondition, PictureCondition, recorded, settled
-from cascade.load.stage import load_stage
+from cascade.conditions.settings import ClassCondition, NumberCondition, PictureCondition
+from cascade.conditions.values import recorded, settled
+from cascade.config.stage import read_stage_config
+from cascade.storage.stage import load_stage
 
 SHAPE = ClassCondition(labels=("circle", "square", "star"))
 AGE = NumberCondition(range=(0.0, 100.0))

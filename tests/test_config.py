@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
-from cascade.checkpoint import read_stage_config
-from cascade.config.noise import CosineSchedule
 from cascade.config.sampling import SamplingConfig
-from cascade.config.stage import StageConfig
+from cascade.config.stage import CosineSchedule, StageConfig, read_stage_config
 from cascade.config.training import TrainConfig
 from cascade.diffusion.noise import LOG_SNR_RANGE
 from cascade.errors import CascadeError
-from cascade.load.index import BUNDLED
-from cascade.load.training import load_train_config
 from cascade.settings import override, parse, read_yaml, to_yaml
+from cascade.storage.index import BUNDLED
+from cascade.storage.training import load_train_config
 
 SMALLEST: dict[str, Any] = {
     "output": "runs/x",

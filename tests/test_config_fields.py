@@ -34,26 +34,23 @@ from helpers_training import (
 from PIL import Image
 from torch import Tensor
 
-from cascade.build import build_stage
-from cascade.conditioning import Conditioning, Given
+from cascade.conditioning import Conditioning, Given, TextEmbeddings
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.data.survey import with_range
 from cascade.diffusion.loss import uniform_levels
+from cascade.drawing.arguments import resolve_sampling
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.drawing.engine import Engine
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Pass, Task
 from cascade.errors import CascadeError
-from cascade.load.training import load_text_encoder, load_trainer
-from cascade.sampling import resolve_sampling
 from cascade.settings import Settings
-from cascade.slots import StageSlot
-from cascade.stage import Stage
-from cascade.text.embeddings import TextEmbeddings
-from cascade.training.samples import SampleGrid
+from cascade.stage import Stage, build_stage
+from cascade.storage.training import load_text_encoder, load_trainer
+from cascade.training.actions import SampleGrid, Validation
 from cascade.training.state import load_newest
-from cascade.training.validation import Validation
 
 # --- what can be observed ----------------------------------------------------------------------------------------
 

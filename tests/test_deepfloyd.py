@@ -14,28 +14,25 @@ from helpers_if import TEXT_DIM, make_if, make_unet, own_picture, peer_picture
 from torch import Tensor
 
 from cascade import CascadePipeline
-from cascade.batch.identity import model_identity
+from cascade.batch.metadata import model_identity
 from cascade.batch.plan import DrawOptions, plan
-from cascade.build import build_stage
-from cascade.checkpoint import save_stage
 from cascade.cli.program import main
 from cascade.conditioning import Conditioning
-from cascade.config.noise import SquaredCosineSchedule
 from cascade.config.sampling import SamplingConfig
-from cascade.config.stage import StageConfig
-from cascade.convert import convert
-from cascade.deepfloyd import read_stage, read_weights
+from cascade.config.stage import SquaredCosineSchedule, StageConfig, save_stage
 from cascade.diffusion.editing import Known
 from cascade.diffusion.schedules import SECTIONS, named_steps, spaced_steps
 from cascade.errors import CascadeError
-from cascade.load.index import read_index
-from cascade.load.stage import load_stage
-from cascade.memory import stage_memory
 from cascade.models.convolution import Convolution
 from cascade.models.if_unet import IF_NOISE, IFUNetConfig
 from cascade.models.unet import UNetConfig
 from cascade.prompts.reading import given_prompts
-from cascade.stage import Stage, count_parameters
+from cascade.resources.memory import count_parameters, stage_memory
+from cascade.stage import Stage, build_stage
+from cascade.storage.convert import convert
+from cascade.storage.diffusers import read_stage, read_weights
+from cascade.storage.index import read_index
+from cascade.storage.stage import load_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 

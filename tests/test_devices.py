@@ -14,21 +14,18 @@ from helpers_model import make_tiny_cascade, tiny_stage_config
 from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_config
 
 from cascade import CascadePipeline
-from cascade.build import build_stage
 from cascade.cli.program import main
-from cascade.conditioning import Conditioning
-from cascade.config.noise import LinearSchedule, SquaredCosineSchedule
+from cascade.conditioning import Conditioning, TextEmbeddings
 from cascade.config.sampling import SamplingConfig
-from cascade.config.stage import StageConfig
+from cascade.config.stage import LinearSchedule, SquaredCosineSchedule, StageConfig
 from cascade.config.training import TrainConfig
-from cascade.device import choose_device, choose_dtype
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
 from cascade.errors import CascadeError
 from cascade.models.if_unet import IFUNetConfig
 from cascade.models.unet import UNetConfig
-from cascade.probe import settled_dtype
-from cascade.stage import Stage
-from cascade.text.embeddings import TextEmbeddings
+from cascade.resources.number_format import settled_dtype
+from cascade.stage import Stage, build_stage
+from cascade.system.device import choose_device, choose_dtype
 from cascade.training.state import load_newest
 from cascade.training.trainer import Trainer
 
@@ -224,9 +221,9 @@ def test_bfloat16_is_taken_only_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = torch.device("cuda:0")
-    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: True)
+    monkeypatch.setattr("cascade.system.device.has_bfloat16", lambda _device: True)
     assert choose_dtype(None, gpu) == torch.bfloat16
-    without_bfloat16(monkeypatch, "cascade.device")
+    without_bfloat16(monkeypatch, "cascade.system.device")
     for _ in range(2):
         assert choose_dtype(None, gpu) == torch.float32
     assert [record.message for record in caplog.records] == [
@@ -241,9 +238,9 @@ def test_an_older_gpu_imitates_bfloat16_and_one_line_says_how_slowly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = torch.device("cuda:0")
-    without_bfloat16(monkeypatch, "cascade.device")
-    without_bfloat16(monkeypatch, "cascade.probe")
-    monkeypatch.setattr("cascade.probe.time_share", lambda *_: 3.4)
+    without_bfloat16(monkeypatch, "cascade.system.device")
+    without_bfloat16(monkeypatch, "cascade.resources.number_format")
+    monkeypatch.setattr("cascade.resources.number_format.time_share", lambda *_: 3.4)
     configs = [tiny_stage_config("base", 8)]
     assert settled_dtype("bfloat16", gpu, configs) == torch.bfloat16
     assert caplog.messages == ["bfloat16 takes 3.4 times as long as float32 on Tesla T4"]
@@ -254,7 +251,7 @@ def test_bfloat16_is_refused_where_there_is_none_at_all(monkeypatch: pytest.Monk
     from cascade.training.accelerator import build_accelerator
 
     mps = torch.device("mps")
-    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _device: False)
+    monkeypatch.setattr("cascade.system.device.has_bfloat16", lambda _device: False)
     with pytest.raises(CascadeError, match=r"dtype: device mps does not support bfloat16; use float32, or float16"):
         choose_dtype("bfloat16", mps)
     monkeypatch.setattr("cascade.training.accelerator.has_bfloat16", lambda _device: False)
@@ -269,7 +266,7 @@ def test_a_large_text_encoder_of_ours_is_bfloat16_beside_stages_that_are(
 ) -> None:
     folder = make_tiny_cascade(tmp_path / "cascade")
     assert CascadePipeline.from_pretrained(folder, dtype=dtype).text_encoder.dtype == torch.float32
-    monkeypatch.setattr("cascade.load.index.LARGE_ENCODER", 100)
+    monkeypatch.setattr("cascade.storage.index.LARGE_ENCODER", 100)
     assert CascadePipeline.from_pretrained(folder, dtype=dtype).text_encoder.dtype == expected
 
 
@@ -323,7 +320,7 @@ def test_losses_are_read_from_a_gpu_when_they_are_logged(tmp_path: Path) -> None
     entries = log_entries(tmp_path)
     assert [entry["step"] for entry in entries] == [3, 6]
     assert all(entry["loss"] == entry["gradient_norm"] == 1.0 for entry in entries)  # what is read from there
-    assert len([wait for wait in mode.waits if "training/unread.py" in wait]) == 2 * len(entries)
+    assert len([wait for wait in mode.waits if "training/log.py" in wait]) == 2 * len(entries)
 
 
 @pytest.mark.usefixtures("gpu")

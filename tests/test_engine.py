@@ -10,11 +10,11 @@ from helpers_model import make_tiny_cascade
 from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline
+from cascade.conditioning import TextEmbeddings
+from cascade.drawing.arguments import resolve_sampling
 from cascade.drawing.engine import Conduct, Engine, StoppedError
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn, Step, Task, enlarging
-from cascade.sampling import resolve_sampling
-from cascade.text.embeddings import TextEmbeddings
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from helpers_model import make_tiny_cascade
 
 from cascade import CascadeError, CascadePipeline, DownloadError, ShortageError, StorageError
-from cascade.checkpoint import write_text
+from cascade.files.atomic import write_text
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
 
 
 def test_too_little_memory_is_a_shortage(pipeline: CascadePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascade.slots.free_bytes", lambda _device: 1000)
+    monkeypatch.setattr("cascade.drawing.slots.free_bytes", lambda _device: 1000)
     with pytest.raises(ShortageError, match="out of memory in stage base"):
         pipeline("a fox")
 

@@ -20,6 +20,8 @@ PACKAGE = Path(cascade.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_PARAMETERS, MANY_PARAMETERS = 6, 5
 LONGEST_FUNCTION = 55
+LONGEST_MODULE, MOST_MODULES = 450, 160
+TINY, MOST_TINY = 80, 8
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -55,6 +57,19 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
     long = {place: lines(node) for place, node in functions() if lines(node) > LONGEST_FUNCTION}
     assert not long
+
+
+def test_modules_are_neither_many_nor_tiny_nor_long() -> None:
+    """Packages, which hold a docstring or the public names, are not counted."""
+    lines = {
+        path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines())
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
+    assert len(lines) <= MOST_MODULES
+    assert {path: count for path, count in lines.items() if count > LONGEST_MODULE} == {}
+    tiny = [path for path, count in lines.items() if count < TINY]
+    assert len(tiny) <= MOST_TINY, tiny
 
 
 def public(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:

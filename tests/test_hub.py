@@ -19,11 +19,11 @@ from helpers_model import make_tiny_cascade
 from huggingface_hub import constants
 
 from cascade import CascadePipeline
-from cascade.card import Card
-from cascade.convert import convert
 from cascade.errors import CascadeError
-from cascade.hub import download
-from cascade.load.stage import load_stage
+from cascade.storage.convert import convert
+from cascade.storage.index import download
+from cascade.storage.saving import Card
+from cascade.storage.stage import load_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 

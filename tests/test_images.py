@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cascade.images import contact_sheet, downsample, flatten, from_pil, to_float, to_pil, to_uint8, upsample
+from cascade.pictures.images import contact_sheet, downsample, flatten, from_pil, to_float, to_pil, to_uint8, upsample
 
 
 def random_picture(*shape: int) -> torch.Tensor:

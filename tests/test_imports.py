@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +18,16 @@ PACKAGE = Path(cascade.__file__).parent
 HEAVY = {"transformers", "accelerate", "datasets"}
 
 LAYERS = (
-    "errors _version bounds quoting system values transfer files seeds locks scratch machine device allocator settings "
-    "streaming hub images pixels rasters finish",
-    "conditioning conditions config checkpoint diffusion models text data stage build deepfloyd",
-    "arguments sampling cost slots upscaling drawing output save pipeline prompts training evaluation memory preflight"
-    " load probe card making",
-    "batch convert integrations server cli __init__ __main__",
+    "errors _version seeds system files settings pictures",
+    "conditioning conditions config diffusion models text data stage",
+    "resources drawing pipeline prompts training evaluation storage making",
+    "batch integrations server cli __init__ __main__",
 )
 """Tools, the method, systems made of it, programs. A part is a module of the package or one of its folders; it imports
 parts of its own layer and of those before it, and no circle of parts is closed."""
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts.split()}
-# The one late import against the direction: CascadePipeline.from_pretrained.
-EXCEPTED = {("pipeline", "load")}
+# The late imports against the direction: CascadePipeline's from_pretrained, save_pretrained and push_to_hub.
+EXCEPTED = {("pipeline", "storage")}
 
 
 def modules() -> list[Path]:
@@ -101,7 +100,22 @@ def test_the_mathematics_imports_torch_alone() -> None:
         assert outside <= MATHEMATICS_MAY_USE, f"{module} imports {', '.join(sorted(outside - MATHEMATICS_MAY_USE))}"
         ours = {name if name in files else name.rpartition(".")[0] for name in names if name.startswith("cascade.")}
         waiting |= ours - seen
-    assert {module for module in seen if not module.startswith("cascade.diffusion")} == {"cascade.transfer"}
+    assert {module for module in seen if not module.startswith("cascade.diffusion")} == {"cascade.system.transfer"}
+
+
+IMPORT = re.compile(r"^ *(?:from (cascade[\w.]*) import (.+)|import (cascade[\w.]*).*)$", re.MULTILINE)
+
+
+def test_the_documentation_imports_public_names_alone() -> None:
+    root = PACKAGE.parent
+    found = 0
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        for module, names, plain in IMPORT.findall(page.read_text(encoding="utf-8")):
+            found += 1
+            public = module == "cascade" and set(names.split(", ")) <= set(cascade.__all__)
+            known = public or plain == "cascade" or module.startswith(("cascade.diffusion.", "cascade.integrations."))
+            assert known, f"{page.name}: {module}{plain}"
+    assert found >= 5
 
 
 LOADED = """
@@ -122,7 +136,7 @@ def test_importing_cascade_loads_nothing_heavy() -> None:
 
 
 OTHER_SYSTEM = f"cascade.system.{'posix' if sys.platform == 'win32' else 'windows'}"
-BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions", "guards", "precision")}
+BRING_ACCELERATE = {f"cascade.training.{name}" for name in ("trainer", "accelerator", "actions")}
 
 
 def test_importing_any_module_but_the_trainer_loads_nothing_heavy() -> None:
@@ -136,7 +150,7 @@ def test_the_trainer_brings_accelerate_only() -> None:
     """accelerate may load what it finds; that ours loads no transformers or datasets is in the imports themselves."""
     imported = {
         name.partition(".")[0]
-        for file in ("trainer", "accelerator", "actions", "guards")
+        for file in ("trainer", "accelerator", "actions")
         for node in ast.parse((PACKAGE / "training" / f"{file}.py").read_text(encoding="utf-8")).body
         for name in imported_names(node)
     }
@@ -186,7 +200,7 @@ def test_importing_cascade_asks_no_network() -> None:
         "def refuse(event, _arguments):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname'): sys.exit(event)\n"
         "sys.addaudithook(refuse)\n"
-        "import cascade, cascade.cli.program, cascade.load.pipeline, cascade.load.training\n"
+        "import cascade, cascade.cli.program, cascade.storage.pipeline, cascade.storage.training\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).returncode == 0
 

@@ -25,7 +25,7 @@ from cascade.batch.metadata import read_metadata
 from cascade.cli.program import main
 from cascade.integrations.ray import Drawer, draw_options
 from cascade.prompts.reading import read_prompts
-from cascade.prompts.record import PromptRecord
+from cascade.prompts.records import PromptRecord
 from cascade.seeds import derive_seed
 
 UNTIL = 8

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from helpers_model import make_tiny_cascade, tiny_stage_config
 from PIL import Image
 
-from cascade.build import build_stage
-from cascade.checkpoint import save_stage
-from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.config.stage import save_stage
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
+from cascade.stage import build_stage
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

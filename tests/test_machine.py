@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade.machine import control_group_free_bytes, free_bytes, own_gpu
+from cascade.system.device import control_group_free_bytes, free_bytes, own_gpu
 
 
 def control_groups(root: Path, mine: str, files: dict[str, str]) -> Path:
@@ -51,9 +51,9 @@ def test_control_groups_of_version_1_are_read_where_the_container_sees_them(tmp_
 def test_without_control_groups_the_machine_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert control_group_free_bytes(tmp_path) == []
-    monkeypatch.setattr("cascade.machine.control_group_free_bytes", lambda: [])
+    monkeypatch.setattr("cascade.system.device.control_group_free_bytes", lambda: [])
     assert free_bytes() > 1000
-    monkeypatch.setattr("cascade.machine.control_group_free_bytes", lambda: [1000, 2000])
+    monkeypatch.setattr("cascade.system.device.control_group_free_bytes", lambda: [1000, 2000])
     assert free_bytes() == 1000
 
 

@@ -15,9 +15,9 @@ from helpers_model import make_tiny_cascade, tiny_configs
 from helpers_text import make_tiny_t5
 
 from cascade.cli.program import main
-from cascade.config.noise import SquaredCosineSchedule
-from cascade.config.stage import StageConfig
-from cascade.memory import (
+from cascade.config.stage import SquaredCosineSchedule, StageConfig
+from cascade.models.if_unet import IFUNetConfig
+from cascade.resources.memory import (
     OVERHEAD_BYTES,
     LiveBytes,
     TextMemory,
@@ -27,7 +27,6 @@ from cascade.memory import (
     ways,
     weight_bytes,
 )
-from cascade.models.if_unet import IFUNetConfig
 
 
 def test_the_peak_is_that_of_tensors_alive_at_the_same_time() -> None:
@@ -110,8 +109,8 @@ def test_transformed_kernels_of_wide_convolutions_are_counted(monkeypatch: pytes
 
 
 def test_weights_are_counted_exactly() -> None:
-    from cascade.build import build_stage
-    from cascade.stage import count_parameters
+    from cascade.resources.memory import count_parameters
+    from cascade.stage import build_stage
 
     config = tiny_configs()[0]
     assert stage_memory(config).weights == 4 * count_parameters(build_stage(config).network)
@@ -121,7 +120,7 @@ def test_weights_are_counted_exactly() -> None:
 def test_info_says_which_setting_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: int, advice: str
 ) -> None:
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: free)
+    monkeypatch.setattr("cascade.system.device.free_bytes", lambda _device=None: free)
     assert main(["info", str(make_tiny_cascade(tmp_path / "tiny"))]) == 0
     assert advice in capsys.readouterr().out
 
@@ -143,9 +142,9 @@ def test_a_step_at_the_size_of_if_i_m_stays_within_the_estimate(dtype: str) -> N
     """In a process of its own, whose largest size the system remembers; 372 million random weights."""
     script = textwrap.dedent(f"""
         import pathlib, resource, torch
-        from cascade.build import build_stage
+        from cascade.stage import build_stage
         from cascade.conditioning import Conditioning
-        from cascade.config.noise import SquaredCosineSchedule
+        from cascade.config.stage import SquaredCosineSchedule
         from cascade.config.sampling import SamplingConfig
         from cascade.config.stage import StageConfig
         from cascade.models.if_unet import IFUNetConfig
@@ -169,9 +168,8 @@ def test_a_step_at_the_size_of_if_i_m_stays_within_the_estimate(dtype: str) -> N
             print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    from cascade.config.noise import SquaredCosineSchedule
     from cascade.config.sampling import SamplingConfig
-    from cascade.config.stage import StageConfig
+    from cascade.config.stage import SquaredCosineSchedule, StageConfig
     from cascade.models.if_unet import IFUNetConfig
 
     config = StageConfig(

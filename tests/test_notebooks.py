@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.output import CascadeOutput
+from cascade.drawing.output import CascadeOutput
 
 
 def drawn(count: int, output_type: str = "pil", prompt: str = "a red circle") -> CascadeOutput:

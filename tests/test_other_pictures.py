@@ -23,21 +23,21 @@ from reference import gaussian
 from torch import nn
 
 from cascade import CascadePipeline, Stage, StageConfig
-from cascade.arguments import check_chain
-from cascade.build import build_schedule
-from cascade.checkpoint import read_stage_config
 from cascade.cli.program import main
 from cascade.conditioning import Conditioning
+from cascade.config.stage import read_stage_config
 from cascade.config.training import TrainConfig
-from cascade.cost import StageCost
 from cascade.data.loader import batches
+from cascade.drawing.arguments import check_chain
 from cascade.errors import CascadeError
-from cascade.finish import Finish, chosen, limited, oklab, read_palette, repeated
-from cascade.load.training import with_measured_range
 from cascade.models.network import Network
-from cascade.pixels import RGBA, PictureFormat
-from cascade.rasters import read_stored
+from cascade.pictures.finish import Finish, chosen, limited, oklab, read_palette, repeated
+from cascade.pictures.format import RGBA, PictureFormat
+from cascade.pictures.rasters import read_stored
+from cascade.resources.memory import StageCost
 from cascade.settings import parse
+from cascade.stage import build_schedule
+from cascade.storage.training import with_measured_range
 
 BANDS = ("blue", "green", "red", "nir")
 KINDS: dict[str, dict[str, Any]] = {

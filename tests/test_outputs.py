@@ -12,7 +12,7 @@ import pytest
 from helpers_model import make_tiny_cascade
 
 from cascade.cli.program import main
-from cascade.cli.say import say
+from cascade.cli.terminal import say
 from cascade.errors import StorageError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="/dev/full, closed handles and the umask are of POSIX")

@@ -17,13 +17,12 @@ from helpers_model import RESOLUTIONS, STAGES, make_tiny_cascade, tiny_configs, 
 from torch import Tensor
 
 from cascade import CascadeError, CascadePipeline, Stage
-from cascade.batch.identity import model_identity
-from cascade.evaluation.drawing import draw, draw_stages
-from cascade.evaluation.report import Request
-from cascade.load.index import read_index
-from cascade.load.pipeline import assemble
-from cascade.slots import StageSlot
-from cascade.text.captions import Styles
+from cascade.batch.metadata import model_identity
+from cascade.drawing.slots import StageSlot
+from cascade.evaluation.report import Request, draw, draw_stages
+from cascade.storage.index import read_index
+from cascade.storage.pipeline import assemble
+from cascade.text.language import Styles
 
 LONG = "a blue star and two green circles of the fox style"
 

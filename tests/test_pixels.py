@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.data.transforms import jitter, resize, square
-from cascade.images import downsample, to_float, to_uint8
-from cascade.pixels import RGB, RGBA, PictureFormat, as_stored, mirrored
+from cascade.pictures.format import RGB, RGBA, PictureFormat, as_stored, mirrored
+from cascade.pictures.images import downsample, to_float, to_uint8
 
 GRAY16 = PictureFormat.of("gray", "uint16")
 BANDS = PictureFormat.of(("blue", "green", "red", "nir"), "uint16", ((0, 4000), (0, 4000), (100, 5000), (0, 9000)))
@@ -153,7 +153,7 @@ def test_mirroring_any_type(form: PictureFormat) -> None:
 
 
 def test_a_sheet_shows_transparency_on_a_checkerboard() -> None:
-    from cascade.images import contact_sheet
+    from cascade.pictures.images import contact_sheet
 
     sheet = contact_sheet([Image.new("RGBA", (64, 64), (0, 0, 0, 0))], 1)
     assert sorted({colour for _, colour in sheet.getcolors()}) == [(204, 204, 204), (255, 255, 255)]

@@ -14,13 +14,13 @@ from helpers_training import SUPER_RESOLUTION, WordEncoder, micro_config, micro_
 from PIL import Image
 from safetensors.torch import load_file
 
-from cascade.checkpoint import write_text
 from cascade.cli.program import main
 from cascade.errors import CascadeError
-from cascade.memory import LiveBytes, TrainingMemory, training_memory, weight_bytes
-from cascade.preflight import check_memory, check_run, run_bytes
+from cascade.files.atomic import write_text
+from cascade.resources.memory import LiveBytes, weight_bytes
 from cascade.settings import override, parse, to_yaml
 from cascade.text.t5 import TextEncoder
+from cascade.training.memory import TrainingMemory, check_memory, check_run, run_bytes, training_memory
 
 Patch = pytest.MonkeyPatch
 
@@ -57,7 +57,7 @@ def free_disk(size: float) -> Callable[[Path, Patch], object]:
 
 
 def free_memory(size: float) -> Callable[[Path, Patch], object]:
-    return lambda _folder, patch: patch.setattr("cascade.preflight.free_bytes", lambda: int(size))
+    return lambda _folder, patch: patch.setattr("cascade.training.memory.free_bytes", lambda: int(size))
 
 
 def memory_for_half_a_batch(folder: Path, patch: Patch) -> None:

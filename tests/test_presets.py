@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cascade.build import build_stage
-from cascade.load.training import load_train_config
-from cascade.preflight import run_bytes
-from cascade.stage import count_parameters
+from cascade.resources.memory import count_parameters
+from cascade.stage import build_stage
+from cascade.storage.training import load_train_config
+from cascade.training.memory import run_bytes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDERS = ("tiny", "prince", "small", "imagen", "bundled", "deepfloyd", "fine-tune")

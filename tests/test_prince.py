@@ -11,14 +11,13 @@ from helpers_training import fill
 from numpy.typing import NDArray
 from reference import chapter18
 
-from cascade.build import build_stage
 from cascade.cli.program import main
 from cascade.conditioning import Conditioning
 from cascade.diffusion.loss import uniform_levels
 from cascade.diffusion.noise import noise_like
-from cascade.load.training import load_train_config, load_trainer
 from cascade.seeds import generator
-from cascade.stage import Stage
+from cascade.stage import Stage, build_stage
+from cascade.storage.training import load_train_config, load_trainer
 from cascade.training.step import TrainingBatch, draw_noise
 
 BOOK = Path(__file__).parents[1] / "configs" / "prince" / "base.yaml"

@@ -11,13 +11,14 @@ import torch
 from helpers_model import make_tiny_cascade, tiny_stage_config
 from helpers_training import micro_config, trainer
 
-from cascade import CascadePipeline, probe, system
-from cascade.checkpoint import read_stage_config
+from cascade import CascadePipeline, system
 from cascade.cli.program import main
-from cascade.load.index import read_index
-from cascade.load.training import load_train_config
-from cascade.probe import Work, faster_format, settled_dtype, time_share, warn_if_slow
+from cascade.config.stage import read_stage_config
+from cascade.resources import number_format
+from cascade.resources.number_format import Work, faster_format, settled_dtype, time_share, warn_if_slow
 from cascade.settings import read_yaml
+from cascade.storage.index import read_index
+from cascade.storage.training import load_train_config
 
 CPU = torch.device("cpu")
 WORK = [Work(tiny_stage_config("base", 8))]
@@ -31,7 +32,7 @@ def takes(monkeypatch: pytest.MonkeyPatch, share: float) -> list[int]:
         calls.append(1)
         return share
 
-    monkeypatch.setattr(probe, "_measured", measured)
+    monkeypatch.setattr(number_format, "_measured", measured)
     return calls
 
 
@@ -81,24 +82,24 @@ def test_the_measurement_finds_the_format_whose_layers_are_slowed_down(
 ) -> None:
     """The clock of one format runs ten times as fast: the ratio of the two moves by that, whatever the machine."""
     work = [Work(read_stage_config(read_index(None).stages[0]), 2, trained)]
-    honest = probe._seconds
+    honest = number_format._seconds
 
     def slowed(module: torch.nn.Module, x: torch.Tensor, trained: bool) -> float:
         return honest(module, x, trained) * (1000 if x.dtype == torch.bfloat16 else 1)
 
-    monkeypatch.setattr(probe, "_seconds", slowed)
+    monkeypatch.setattr(number_format, "_seconds", slowed)
     assert time_share(work, CPU, torch.bfloat16) > 50
     assert torch.get_num_threads() >= 1
 
 
 def test_what_is_measured_has_the_shapes_of_the_stage_and_is_small() -> None:
     config = read_stage_config(read_index(None).stages[0])
-    layers = probe._largest(Work(config, pictures=16, trained=True))
+    layers = number_format._largest(Work(config, pictures=16, trained=True))
     assert layers
     for layer in layers:
         cut = layer.cut()
         operations = layer.operations * torch.Size(cut).numel() / torch.Size(layer.shape).numel()
-        assert operations <= 2 * probe._OPERATIONS
+        assert operations <= 2 * number_format._OPERATIONS
         assert cut[1] == layer.shape[1] == layer.module.in_channels
         assert layer.shape[0] == 16
 
@@ -133,7 +134,7 @@ def test_a_batch_keeps_the_format_that_it_began_with(monkeypatch: pytest.MonkeyP
     takes(monkeypatch, 0.5)
     assert main([*command, "a"]) == 0
     assert json.loads((out / "run.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
-    monkeypatch.setattr(probe, "_remembered", dict)
+    monkeypatch.setattr(number_format, "_remembered", dict)
     takes(monkeypatch, 7.0)
     assert main([*command, "a", "b"]) == 0
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -147,7 +148,7 @@ def test_training_writes_its_precision_down_and_a_resumed_run_keeps_it(
     config = micro_config(tmp_path / "run", "training.precision=auto", "training.steps=2")
     assert trainer(config).run()
     assert read_yaml(tmp_path / "run" / "config.yaml")["training"]["precision"] == "bf16"
-    monkeypatch.setattr(probe, "_remembered", dict)
+    monkeypatch.setattr(number_format, "_remembered", dict)
     takes(monkeypatch, 7.0)
     caplog.clear()
     longer = micro_config(tmp_path / "run", "training.precision=auto", "training.steps=3")
@@ -171,18 +172,18 @@ def test_training_in_a_slow_precision_is_done_with_one_warning(
 def test_info_says_where_and_in_which_format_a_cascade_is_drawn_and_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cascade.device.own_gpu", lambda: None)
+    monkeypatch.setattr("cascade.system.device.own_gpu", lambda: None)
     takes(monkeypatch, 7.0)
     assert main(["info", str(make_tiny_cascade(tmp_path / "tiny"))]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "drawn on the processor, since torch sees no GPU, in float32;"
         " bfloat16 takes 7 times as long here, so --dtype auto takes float32"
     )
-    monkeypatch.setattr(probe, "has_bfloat16", lambda _: False)
-    monkeypatch.setattr("cascade.device.has_bfloat16", lambda _: False)
-    monkeypatch.setattr(probe, "name_of", lambda _: "Tesla T4")
-    monkeypatch.setattr("cascade.device.name_of", lambda _: "Tesla T4")
-    said = probe.explained(torch.device("cuda", 0), [])
+    monkeypatch.setattr(number_format, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr("cascade.system.device.has_bfloat16", lambda _: False)
+    monkeypatch.setattr(number_format, "name_of", lambda _: "Tesla T4")
+    monkeypatch.setattr("cascade.system.device.name_of", lambda _: "Tesla T4")
+    said = number_format.explained(torch.device("cuda", 0), [])
     assert said == "drawn on Tesla T4 in float32: it does not support bfloat16"
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from cascade import CascadeError
 from cascade.cli.program import main
 from cascade.diffusion.noise import NoiseBetween, noise_like
-from cascade.prompts.sets import prompts_of_set, way_between
+from cascade.prompts.reading import prompts_of_set, way_between
 from cascade.seeds import generator
 from cascade.text.language import read_prompt
 

@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 from cascade import CascadeError
 from cascade.prompts.reading import given_prompts, read_prompts
-from cascade.prompts.record import Failure, PromptRecord
+from cascade.prompts.records import Failure, PromptRecord
 from cascade.prompts.sources import count_prompts, rows_of
 from cascade.seeds import derive_seed
 

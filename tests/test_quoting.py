@@ -12,11 +12,11 @@ import pytest
 from helpers_model import make_tiny_cascade
 from PIL import Image
 
-from cascade.batch.progress import JsonLog, Progress
+from cascade.batch.reports import JsonLog, Progress
 from cascade.cli.program import main
-from cascade.cli.say import PlainFormatter
-from cascade.prompts.record import Failure
-from cascade.quoting import LONGEST, LONGEST_LINE, message, named, quoted, shown, shown_json, shown_lines
+from cascade.cli.terminal import PlainFormatter
+from cascade.errors import LONGEST, LONGEST_LINE, message, named, quoted, shown, shown_json, shown_lines
+from cascade.prompts.records import Failure
 from cascade.settings import override
 
 CLEAR = "\x1b[2J"

@@ -14,19 +14,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from cascade.data.dataset import BadRecordError, Record
+from cascade.data.records import BadRecordError, Record
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
-from cascade.pixels import RGB, RGBA, PictureFormat
-from cascade.rasters import (
-    as_pil,
-    file_formats,
-    read_given,
-    read_stored,
-    shown,
-    size_of,
-    write_array,
-)
+from cascade.pictures.format import RGB, RGBA, PictureFormat
+from cascade.pictures.rasters import as_pil, file_formats, read_given, read_stored, shown, size_of, write_array
 
 GRAY = PictureFormat.of("gray")
 GRAY16 = PictureFormat.of("gray", "uint16")

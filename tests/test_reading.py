@@ -14,15 +14,15 @@ from helpers_text import make_tiny_t5
 from helpers_training import micro_settings
 
 from cascade import CascadePipeline
-from cascade.checkpoint import save_stage
 from cascade.cli.program import main
 from cascade.config.data import TextReading
-from cascade.deepfloyd import READING as IF_READING
+from cascade.config.stage import save_stage
 from cascade.errors import CascadeError
-from cascade.load.index import read_index
-from cascade.load.pipeline import assemble, load_encoder
-from cascade.load.reading import read_reading
-from cascade.load.training import load_train_config, load_trainer
+from cascade.storage.diffusers import READING as IF_READING
+from cascade.storage.index import read_index
+from cascade.storage.pipeline import assemble, load_encoder
+from cascade.storage.stage import read_reading
+from cascade.storage.training import load_train_config, load_trainer
 
 PADDED = TextReading(max_length=150, padded=True, captions="deepfloyd")
 ZEROS = TextReading(max_length=150, null_text="zeros")

@@ -94,7 +94,7 @@ from pathlib import Path
 from PIL import Image
 from cascade.batch.plan import Target
 from cascade.cli.program import main
-from cascade.drawing.shelf import Shelf
+from cascade.drawing.task import Shelf
 
 plain, spice = Target.recipe.func, "hot"
 Target.recipe = property(lambda target: plain(target).model_copy(update={"spice": spice}))

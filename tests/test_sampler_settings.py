@@ -13,16 +13,15 @@ from torch import Tensor
 
 import cascade
 from cascade.batch.manifest import made_by
-from cascade.build import build_stage
-from cascade.config.samplers import SECTIONS, section, with_sampler_section
-from cascade.config.sampling import PresetConfig, SamplingConfig
+from cascade.config.sampling import SECTIONS, PresetConfig, SamplingConfig, section, with_sampler_section
 from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import Denoiser
 from cascade.diffusion.samplers import SAMPLERS, Generators, OnStep, Option
+from cascade.drawing.arguments import resolve_sampling
 from cascade.errors import CascadeError
 from cascade.models.unet import UNetConfig
-from cascade.sampling import resolve_sampling
 from cascade.settings import parse
+from cascade.stage import build_stage
 
 PACKAGE = Path(cascade.__file__).parent
 STOCHASTIC = {"kind": "ddim", "eta": 0.5}
@@ -97,9 +96,10 @@ def test_every_setting_of_a_sampler_has_a_description() -> None:
 
 MAY_NAME_SAMPLERS = {
     "diffusion/samplers.py",  # where they are
-    "config/samplers.py",  # the default, and the settings of earlier versions
-    "deepfloyd.py",  # what DeepFloyd IF's own settings say
-    "making/sizes.py",  # the settings of its stages, as in configs/
+    "config/sampling.py",  # the default, and the settings of earlier versions
+    "storage/diffusers.py",  # what DeepFloyd IF's own settings say
+    "config/training.py",  # the sampler for which a distilled stage is trained
+    "making/plan.py",  # the settings of its stages, as in configs/
     "server/a1111.py",  # what another program's clients call ours
 }
 

@@ -17,7 +17,7 @@ from cascade.cli.program import main
 from cascade.config.sampling import SamplingConfig
 from cascade.drawing.edit import region_mask
 from cascade.drawing.recipe import Recipe, Region
-from cascade.drawing.script import layered
+from cascade.drawing.texts import layered
 
 
 @pytest.fixture(scope="module")

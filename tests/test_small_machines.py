@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from helpers_model import make_tiny_cascade
 
-from cascade import locks, system
+from cascade import system
 from cascade.cli.program import main
+from cascade.files import locks
 
 
 @pytest.fixture(scope="module")

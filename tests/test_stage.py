@@ -11,19 +11,18 @@ import torch
 from helpers_diffusion import from_x
 from torch import Tensor
 
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.diffusion.denoisers import clip, guide
 from cascade.diffusion.loss import Weighting
-from cascade.diffusion.noise import alpha, diffuse, noise_like
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.noise import alpha, diffuse, noise_like, to_x
 from cascade.diffusion.samplers import OnStep, sample_ddim
 from cascade.diffusion.schedules import log_snr_grid
-from cascade.images import upsample, upsample_corners
+from cascade.pictures.images import upsample, upsample_corners
+from cascade.resources.memory import count_parameters
 from cascade.settings import parse
-from cascade.stage import Stage, count_parameters
+from cascade.stage import Stage, build_stage
 
 MODEL: dict[str, Any] = {
     "channels": (8, 16),

@@ -14,7 +14,7 @@ from PIL import Image
 from cascade import CascadeError, CascadePipeline
 from cascade.cli.program import main
 from cascade.evaluation.report import check_folder
-from cascade.files.replaceable import check_png
+from cascade.pictures.reading import check_png
 from cascade.settings import to_yaml
 
 MINE = "somebody's\n"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cascade import CascadePipeline
 from cascade.errors import CascadeError
-from cascade.streaming import is_streamed, move_streamed, stored_bytes, stream
+from cascade.files.tensors import is_streamed, move_streamed, stored_bytes, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own
 
@@ -57,7 +57,7 @@ def test_a_missing_unknown_or_misshapen_weight_is_named(tmp_path: Path) -> None:
 def test_a_damaged_text_encoder_that_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_cascade(tmp_path / "model")
     (tmp_path / "model" / "text_encoder" / "config.json").write_text("{")
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: 1000)
+    monkeypatch.setattr("cascade.system.device.free_bytes", lambda _device=None: 1000)
     with pytest.raises(CascadeError, match=r"text_encoder: not a loadable T5 .*; copy the folder again"):
         CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
 
@@ -85,7 +85,7 @@ def test_a_cascade_that_does_not_fit_draws_the_same_from_disk(
         make_if(tmp_path / "model", **({"max_shard_size": "100KB"} if kind == "sharded" else {}))
     call: dict[str, Any] = {"prompt": "a red apple", "seed": 1, "steps": 1, "output_type": "pt"}
     expected = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)(**call).images
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: 1000)
+    monkeypatch.setattr("cascade.system.device.free_bytes", lambda _device=None: 1000)
     pipeline = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
     for slot in pipeline.slots:
         assert all(parameter.is_meta for parameter in slot.load().network.parameters())
@@ -103,7 +103,7 @@ def test_a_streamed_cascade_moves_to_another_number_format_and_draws_the_same(
     call: dict[str, Any] = {"prompt": "a red apple", "seed": 1, "steps": 1, "output_type": "pt"}
     whole = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu")
     expected = whole.to("cpu", torch.bfloat16)(**call).images
-    monkeypatch.setattr("cascade.machine.free_bytes", lambda _device=None: 1000)
+    monkeypatch.setattr("cascade.system.device.free_bytes", lambda _device=None: 1000)
     streamed = CascadePipeline.from_pretrained(tmp_path / "model", device="cpu", low_memory=True)
     assert torch.equal(streamed.to("cpu", torch.bfloat16)(**call).images, expected)
     assert torch.equal(streamed(**call).images, expected)  # loaded again, and moved again

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from cascade.cli.threads import wait_asleep_on_a_busy_machine
+from cascade.system.process import wait_asleep_on_a_busy_machine
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 

@@ -9,19 +9,16 @@ import torch
 from helpers_model import tiny_stage, tiny_stage_config
 from torch import Tensor
 
-from cascade.build import build_network
 from cascade.conditioning import Conditioning
-from cascade.config.network import ModelConfig
-from cascade.config.noise import SquaredCosineSchedule
-from cascade.config.stage import StageConfig
+from cascade.config.stage import ModelConfig, SquaredCosineSchedule, StageConfig
 from cascade.diffusion.noise import noise_like
 from cascade.errors import CascadeError
-from cascade.memory import LiveBytes
 from cascade.models.if_unet import IFUNetConfig
-from cascade.models.tiled import in_tiles, tiles
+from cascade.models.network import in_tiles, tiles
 from cascade.models.unet import UNetConfig
+from cascade.resources.memory import LiveBytes
 from cascade.seeds import generator
-from cascade.stage import Stage
+from cascade.stage import Stage, build_network
 
 NETWORKS = {
     "patch": UNetConfig(channels=(8,), blocks=(1,), strides=(1,), attention=(False,), patch=4, norm="pixel"),

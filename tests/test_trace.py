@@ -16,24 +16,22 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import CascadePipeline, Stage
-from cascade.build import build_schedule
 from cascade.cli.program import main
-from cascade.conditioning import Conditioning
+from cascade.conditioning import Conditioning, TextEmbeddings
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.noise import alpha, one_minus_alpha
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Pass, Step, Task
 from cascade.drawing.trace import Recorder, traced
-from cascade.drawing.trace_files import main_word
-from cascade.drawing.trace_pictures import shown_steps, source_of
+from cascade.drawing.trace_files import main_word, shown_steps, source_of
 from cascade.models.attention import Attention
 from cascade.models.network import Network
 from cascade.seeds import generator
-from cascade.slots import StageSlot
-from cascade.text.embeddings import TextEmbeddings
-from cascade.text.words import words_of
+from cascade.stage import build_schedule
+from cascade.text.t5 import words_of
 
 STD, WEIGHT = 0.25, 2.5
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from cascade.load.training import load_train_config
+from cascade.storage.training import load_train_config
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_bundled.py"
 

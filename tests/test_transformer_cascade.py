@@ -17,9 +17,10 @@ from cascade import CascadePipeline, TextEncoder
 from cascade.cli.program import main
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
-from cascade.memory import stage_memory, training_memory
 from cascade.models.transformer import TransformerConfig
+from cascade.resources.memory import stage_memory
 from cascade.settings import override
+from cascade.training.memory import training_memory
 from cascade.training.optim import Muon, build_optimizer
 
 SMALL = TransformerConfig(width=16, depth=2, patch=2, bottleneck=8, head_dim=8, embedding_dim=16, text_dim=TEXT_DIM)
@@ -52,7 +53,7 @@ def test_it_draws_pictures_of_other_shapes_the_same_from_memory_and_from_disk(
     assert held.size == (40, 16)
     other = CascadePipeline.from_pretrained(model, device="cpu")("a bear", **options).images[0]
     assert held.tobytes() != other.tobytes()
-    monkeypatch.setattr("cascade.load.stage.fits", lambda *_: False)  # so that each layer is read when it runs
+    monkeypatch.setattr("cascade.storage.stage.fits", lambda *_: False)  # so that each layer is read when it runs
     streamed = CascadePipeline.from_pretrained(model, device="cpu", low_memory=True)("a fox", **options).images[0]
     assert streamed.tobytes() == held.tobytes()
 

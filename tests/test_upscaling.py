@@ -16,11 +16,11 @@ import cascade
 from cascade import CascadeError, CascadePipeline
 from cascade.config.stage import StageConfig
 from cascade.drawing.batches import Inputs, Picture, Texts, draw_batch
-from cascade.evaluation.fidelity import consistency
-from cascade.images import back_project, downsample, to_float
-from cascade.load.stage import load_stage
+from cascade.drawing.edit import padded, read_picture, route, target_size
+from cascade.evaluation.distances import consistency
+from cascade.pictures.images import back_project, downsample, to_float
+from cascade.storage.stage import load_stage
 from cascade.text.t5 import TextEmbeddings
-from cascade.upscaling import padded, read_picture, route, target_size
 
 BUNDLED_MODEL = Path(cascade.__file__).parent / "pretrained"
 BUNDLED = [

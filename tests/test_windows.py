@@ -26,10 +26,9 @@ from PIL import Image
 import cascade
 from cascade import system
 from cascade.cli.model import _adapters
-from cascade.files.names import alike
-from cascade.files.paths import expanded
-from cascade.hub import may_be_on_hub
+from cascade.files.paths import alike, expanded
 from cascade.settings import override
+from cascade.storage.index import may_be_on_hub
 
 TESTS = Path(__file__).parent
 STOP = signal.SIGINT if sys.platform != "win32" else signal.CTRL_BREAK_EVENT
@@ -178,7 +177,7 @@ def test_a_run_of_training_reads_in_other_processes_and_is_resumed(desk: Desk) -
 
 LAUNCHES = """
 from pathlib import Path
-from cascade.batch.locks import RunLock
+from cascade.batch.team import RunLock
 from cascade.errors import CascadeError
 
 def begun(launch):

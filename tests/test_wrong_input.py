@@ -18,11 +18,11 @@ from helpers_model import TEXT_DIM, make_tiny_cascade, tiny_stage, tiny_stage_co
 from helpers_text import make_tiny_t5
 from helpers_training import micro_settings
 
-from cascade.checkpoint import save_stage
 from cascade.cli.program import main
+from cascade.config.stage import save_stage
 from cascade.errors import CascadeError
-from cascade.load.index import find_stage
 from cascade.models.unet import UNet
+from cascade.storage.index import find_stage
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_only_bad_lines_is_a_failure_that_leaves_nothing(
 def test_what_looks_local_is_not_asked_of_the_hub(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr("cascade.load.index.download", None)
+    monkeypatch.setattr("cascade.storage.index.download", None)
     with pytest.raises(CascadeError, match=f"^{source}: no stage here; give a folder"):
         find_stage(source)
 
@@ -332,6 +332,6 @@ def test_a_stage_that_the_hub_does_not_give_is_one_line_that_names_it(
         raise CascadeError(f"{repo}: neither a folder nor a model on the hub: offline")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cascade.load.index.download", offline)
+    monkeypatch.setattr("cascade.storage.index.download", offline)
     with pytest.raises(CascadeError, match=r"^runs/nope/base: no stage here; .* \(runs/nope: neither .*offline\)$"):
         find_stage("runs/nope/base")

@@ -14,12 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cascade import system
 from cascade.drawing.recipe import Recipe
-from cascade.errors import StorageError
-from cascade.files.parsed import parse_json
-from cascade.files.text import check_regular, json_text
-from cascade.locks import held
-from cascade.quoting import LONGEST, quoted
-from cascade.scratch import ScratchTable
+from cascade.errors import LONGEST, StorageError, quoted
+from cascade.files.locks import ScratchTable, held
+from cascade.files.text import check_regular, json_text, parse_json
 
 logger = logging.getLogger("cascade.batch")
 _CHUNK = 1 << 20

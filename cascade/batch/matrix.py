@@ -14,14 +14,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from cascade.errors import CascadeError
-from cascade.pixels import RGB, PictureFormat
-from cascade.prompts.record import PromptRecord
-from cascade.quoting import quoted
-from cascade.rasters import shown_file
+from cascade.config.values import PRESETS, number, per_stage, threshold_value, whole_number
+from cascade.errors import CascadeError, quoted
+from cascade.pictures.format import RGB, PictureFormat
+from cascade.pictures.rasters import shown_file
+from cascade.prompts.records import PromptRecord
 from cascade.seeds import MAX_SEED
-from cascade.text.captions import well_formed
-from cascade.values import PRESETS, number, per_stage, threshold_value, whole_number
+from cascade.text.language import well_formed
 
 MOST_CELLS = 10_000
 """Upper bound of the pictures of a matrix."""

@@ -1,15 +1,17 @@
-"""Metadata inside PNG, WebP and JPEG files: enough to draw the same bytes again."""
+"""Metadata inside PNG, WebP and JPEG files, enough to draw the same bytes again; the identity of model and software."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_origin
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
@@ -17,17 +19,18 @@ from torch import Tensor
 
 from cascade._version import __version__
 from cascade.batch.plan import DrawOptions, Target
-from cascade.checkpoint import read_json
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.files.picture import open_picture, picture_errors
+from cascade.files.atomic import read_json
+from cascade.files.text import parse_json
+from cascade.pictures.format import PictureFormat
+from cascade.pictures.rasters import ARRAY_FORMATS, array_format, array_text, as_pil, write_array
+from cascade.pictures.reading import open_picture, picture_errors
 from cascade.pipeline import CascadePipeline
-from cascade.pixels import PictureFormat
-from cascade.rasters import ARRAY_FORMATS, array_format, array_text, as_pil, write_array
 from cascade.settings import Noted
-from cascade.text.captions import well_formed
+from cascade.storage.index import ModelIndex
+from cascade.text.language import well_formed
 
 FORMATS = {"png": "png", "webp": "webp", "jpeg": "jpg", **ARRAY_FORMATS}
 """File formats and their file name endings."""
@@ -202,3 +205,57 @@ def _parsed(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
 def _known(text: Mapping[str, str]) -> dict[str, str]:
     """The chunks that `encode` writes; others, such as a camera's, may hold anything."""
     return {name: str(value) for name, value in text.items() if name in (*Recipe.model_fields, *_ORIGIN, "settings")}
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+# The identity of a model and of the software: a continued run must have the same.
+
+_ENDS_BYTES = 1 << 16
+
+
+def model_identity(index: ModelIndex) -> str:
+    """A model's name and a digest of its files: settings in full; of weights the size, the beginning and the end."""
+    digest = hashlib.sha256(str(index.max_text_length).encode())
+    if index.text_padded or index.captions != "as_is":
+        digest.update(f" padded={index.text_padded} {index.captions}".encode())
+    if index.styles.default is not None:
+        digest.update(f" styles={index.styles}".encode())
+    for folder in (index.text_encoder, *index.stages):
+        for path in _files(folder):
+            digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
+            digest.update(_ends_of(path))
+    return f"{index.name} {digest.hexdigest()[:12]}"
+
+
+def _ends_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_ENDS_BYTES)
+            file.seek(max(0, path.stat().st_size - _ENDS_BYTES))
+            return beginning + file.read(_ENDS_BYTES)
+    except OSError as error:
+        raise CascadeError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def weights_sha256(index: ModelIndex) -> str:
+    """SHA-256 over all weights of a model, hexadecimal: the safetensors files of text encoder and stages, in full."""
+    digest = hashlib.sha256()
+    for folder in (index.text_encoder, *index.folders):
+        for path in _files(folder):
+            if path.suffix == ".safetensors":
+                digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def versions() -> str:
+    """Versions of the software that draws; another version may change the last bits."""
+    return f"cascade {__version__}, torch {torch.__version__}"
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """The model's files in a folder of cascade, or of DeepFloyd IF in diffusers' layout."""
+    places = [folder, *(folder / name for name in ("unet", "scheduler", "tokenizer"))]
+    found = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path for path in found if path.suffix in (".json", ".safetensors"))

@@ -11,18 +11,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from cascade import system
-from cascade.batch.earlier import MADE_BY, PROGRAM, RUN, STATE, EarlierRun, with_seed
-from cascade.batch.layout import Layout
+from cascade.batch.folder import MADE_BY, PROGRAM, RUN, STATE, EarlierRun, Layout, with_seed
 from cascade.batch.manifest import Manifest
-from cascade.batch.pictures import Finished, Pictures
 from cascade.batch.plan import Target
-from cascade.batch.stores import FolderStore, Store, TarStore
+from cascade.batch.stores import Finished, FolderStore, Pictures, Store, TarStore
 from cascade.batch.team import Team
 from cascade.errors import StorageError
+from cascade.files.locks import held
 from cascade.files.paths import path_of
 from cascade.files.text import check_regular, json_text
-from cascade.locks import held
-from cascade.prompts.record import Failure
+from cascade.prompts.records import Failure
 
 
 class Output:

@@ -11,21 +11,19 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from cascade.arguments import stage_sizes
-from cascade.conditions import Value, given_values, recorded, settled
+from cascade.conditions.settings import Value
+from cascade.conditions.values import given_values, recorded, settled
 from cascade.config.sampling import SamplingConfig
-from cascade.drawing.batch_size import BatchSize, BatchSizes
-from cascade.drawing.changes import Changes
+from cascade.drawing.arguments import resolve_sampling, stage_sizes
+from cascade.drawing.changes import Changes, Regions, regions_of
 from cascade.drawing.edit import Edit
-from cascade.drawing.engine import Conduct
+from cascade.drawing.engine import BatchSize, BatchSizes, Conduct
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.regions import Regions, regions_of
-from cascade.drawing.script import script_of
+from cascade.drawing.slots import StageSlot, adapters_in
 from cascade.drawing.task import Pass, Task, passes
+from cascade.drawing.texts import script_of
 from cascade.pipeline import CascadePipeline
-from cascade.prompts.record import PromptRecord
-from cascade.sampling import resolve_sampling
-from cascade.slots import StageSlot, adapters_in
+from cascade.prompts.records import PromptRecord
 
 FILES_PER_FOLDER = 10_000
 """Maximum number of pictures in one folder; after that, subfolders begin."""
@@ -42,7 +40,7 @@ class DrawOptions:
 
     run_seed: the seed that those of the prompts derive from, for the manifest.
     sampling: steps, guidance, sampler, aug_level and threshold, each a value, {stage: value} or None.
-    batch_size: see `drawing.batch_size.BatchSize`. changes: a picture to change, and how; a line may have its own.
+    batch_size: see `drawing.engine.BatchSize`. changes: a picture to change, and how; a line may have its own.
     language, long_prompts, regions: see `Recipe`; a line may have its own regions. default_style: see `Styles.choose`.
     conditions: values by name, to which a line adds.
     window: prompts drawn together, stage after stage; None: one batch. save_stages: keep the smaller pictures.

@@ -11,36 +11,31 @@ from typing import Any
 
 import torch
 
-from cascade.arguments import PerStage, one_of
-from cascade.batch.identity import model_identity, versions
-from cascade.batch.layout import WEBDATASET, Layout
+from cascade.batch.folder import WEBDATASET, Layout
 from cascade.batch.matrix import Matrix, write_sheet
+from cascade.batch.metadata import model_identity, versions
 from cascade.batch.output import Output
 from cascade.batch.plan import DrawOptions, Planner
-from cascade.batch.progress import Progress
-from cascade.batch.report import write_animation, write_grid, write_page, write_parquet
+from cascade.batch.reports import Progress, write_animation, write_grid, write_page, write_parquet
 from cascade.batch.run import LOW_MEMORY_WINDOW, Summary, run_batch
-from cascade.device import choose_device
-from cascade.drawing.batch_size import BatchSize
-from cascade.drawing.changes import Changes
+from cascade.config.values import SETTINGS
+from cascade.drawing.arguments import PerStage, one_of
+from cascade.drawing.changes import Changes, GivenRegions, regions_of
+from cascade.drawing.engine import BatchSize
 from cascade.drawing.recipe import LONG_PROMPTS
-from cascade.drawing.regions import GivenRegions, regions_of
-from cascade.errors import CascadeError
-from cascade.finish import Finish, read_palette
-from cascade.load.adapters import adapters_for, read_adapter
-from cascade.load.index import read_index
-from cascade.load.pipeline import with_adapters_scaled
-from cascade.load.stage import read_config
+from cascade.errors import CascadeError, quoted
+from cascade.pictures.finish import Finish, read_palette
+from cascade.pictures.format import PictureFormat
+from cascade.pictures.rasters import ARRAY_FORMATS, Background, file_formats
 from cascade.pipeline import CascadePipeline
-from cascade.pixels import PictureFormat
-from cascade.probe import settled_dtype
-from cascade.prompts.reading import given_prompts, read_prompts
-from cascade.prompts.record import Failure, PromptRecord
-from cascade.prompts.sets import between_seeds, prompts_of_set, way_between
+from cascade.prompts.reading import between_seeds, given_prompts, prompts_of_set, read_prompts, way_between
+from cascade.prompts.records import Failure, PromptRecord
 from cascade.prompts.sources import count_prompts
-from cascade.quoting import quoted
-from cascade.rasters import ARRAY_FORMATS, Background, file_formats
-from cascade.values import SETTINGS
+from cascade.resources.number_format import settled_dtype
+from cascade.storage.index import read_index
+from cascade.storage.pipeline import with_adapters_scaled
+from cascade.storage.stage import adapters_for, read_adapter, read_config
+from cascade.system.device import choose_device
 
 _GUIDANCE = ("guidance_rescale", "projection", "guidance_of")
 """Sampling settings that only drawing into a folder and the pipeline take from the caller."""

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cascade.cli.paths import path_argument, path_option
-from cascade.cli.say import say
+from cascade.cli.terminal import path_argument, path_option, say
 from cascade.cli.train import find_config
-from cascade.text.captions import prepare_caption
+from cascade.text.language import prepare_caption
 
 if TYPE_CHECKING:
     from cascade.config.data import DataConfig, TextConfig
     from cascade.config.stage import StageConfig
     from cascade.config.training import TrainConfig
     from cascade.data.survey import Survey
-    from cascade.text.tokens import TokenCounter
+    from cascade.text.t5_files import TokenCounter
 
 _PROGRAM = "cascade check-data"
 _JUDGED_FROM = 10  # records from which captions that are all alike are worth a warning
@@ -42,11 +41,11 @@ def check_data(config: str, assignments: tuple[str, ...], limit: int | None, she
     """
     from PIL.PngImagePlugin import PngInfo
 
-    from cascade.checkpoint import atomic_file, writing
     from cascade.data.survey import view_sheet
-    from cascade.files.replaceable import SOFTWARE, check_png
-    from cascade.load.training import load_train_config, text_encoder_source, with_measured_range
-    from cascade.text.tokens import TokenCounter
+    from cascade.files.atomic import atomic_file, writing
+    from cascade.pictures.reading import SOFTWARE, check_png
+    from cascade.storage.training import load_train_config, text_encoder_source, with_measured_range
+    from cascade.text.t5_files import TokenCounter
 
     check_png(Path(sheet), _PROGRAM)
     settings = load_train_config(find_config(config), assignments)

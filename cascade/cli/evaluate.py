@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cascade.cli.generate import for_stages
-from cascade.cli.paths import path_argument, path_option
-from cascade.cli.say import say
+from cascade.cli.terminal import path_argument, path_option, say
+from cascade.config.values import number, whole_number
 from cascade.errors import CascadeError
 from cascade.seeds import MAX_SEED
-from cascade.values import number, whole_number
 
 if TYPE_CHECKING:
     from cascade.evaluation.report import Request, Suite
@@ -146,9 +145,9 @@ def _run(model: str | None, pipeline: CascadePipeline, request: Request) -> dict
     import torch
 
     from cascade._version import __version__
-    from cascade.batch.identity import weights_sha256
-    from cascade.evaluation.drawing import used_sampling
-    from cascade.load.index import read_index
+    from cascade.batch.metadata import weights_sha256
+    from cascade.evaluation.report import used_sampling
+    from cascade.storage.index import read_index
 
     return {
         "model": {"name": pipeline.name, "sha256": weights_sha256(read_index(model))},

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade.cli.paths import path_option
-from cascade.cli.say import say
-from cascade.errors import CascadeError
-from cascade.quoting import quoted
+from cascade.cli.terminal import path_option, say
+from cascade.config.values import PRESETS, number, per_stage, threshold_value, whole_number
+from cascade.errors import CascadeError, quoted
 from cascade.seeds import MAX_SEED
 from cascade.system import STOP_SIGNALS
-from cascade.values import PRESETS, number, per_stage, threshold_value, whole_number
 
 if TYPE_CHECKING:
-    from cascade.batch.progress import Progress
+    from cascade.batch.reports import Progress
     from cascade.batch.request import BatchRequest, Outcome
 
 
@@ -231,7 +229,7 @@ class Screen:
 
     def progress(self) -> Progress:
         """The progress display during the run."""
-        from cascade.batch.progress import Bar, JsonLog, Progress
+        from cascade.batch.reports import Bar, JsonLog, Progress
 
         if self.log_json:
             return JsonLog()

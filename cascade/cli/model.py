@@ -1,4 +1,4 @@
-"""`cascade info` and `cascade assemble`: describe a model folder, and make one from trained stages."""
+"""`cascade info`, `assemble`, `convert` and `trace`: a model folder described, made, converted, and seen at work."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade.cli.paths import path_argument, path_option
-from cascade.cli.say import say
-from cascade.errors import CascadeError
-from cascade.quoting import quoted
-from cascade.values import per_stage
+from cascade.cli.generate import for_stages
+from cascade.cli.terminal import path_argument, path_option, say
+from cascade.config.values import PRESETS, SETTINGS, number, per_stage, threshold_value, whole_number
+from cascade.errors import CascadeError, quoted
+from cascade.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from cascade.config.stage import StageConfig
-    from cascade.load.index import ModelIndex
-    from cascade.memory import Way
+    from cascade.resources.memory import Way
+    from cascade.storage.index import ModelIndex
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,12 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
 
     MODEL is a folder or hub id; default: the bundled cascade. A step with guidance takes two network calls.
     """
-    from cascade.config.common import FORMAT_VERSION
-    from cascade.device import choose_device
-    from cascade.load.index import find_stage, read_index
-    from cascade.load.stage import read_config
-    from cascade.machine import free_bytes
-    from cascade.memory import text_memory, ways
-    from cascade.probe import explained
+    from cascade.config.data import FORMAT_VERSION
+    from cascade.resources.memory import text_memory, ways
+    from cascade.resources.number_format import explained
+    from cascade.storage.index import find_stage, read_index
+    from cascade.storage.stage import read_config
+    from cascade.system.device import choose_device, free_bytes
 
     index = read_index(model)
     if super_resolution:
@@ -89,7 +88,7 @@ def _memory(possible: Sequence[Way], free: int) -> str:
 
 
 def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
-    from cascade.load.stage import read_config
+    from cascade.storage.stage import read_config
 
     stages = [
         replace(_stage_part(folder, read_config(folder), index.max_text_length), draws=folder in index.stages)
@@ -100,7 +99,7 @@ def _parts(index: ModelIndex, text_parameters: int) -> list[Part]:
 
 
 def _stage_part(folder: Path, config: StageConfig, text_tokens: int) -> Part:
-    from cascade.cost import StageCost
+    from cascade.resources.memory import StageCost
 
     cost = StageCost(config)
     return Part(
@@ -192,7 +191,7 @@ def assemble(
     """
     import torch
 
-    from cascade.load.pipeline import assemble as assemble_pipeline
+    from cascade.storage.pipeline import assemble as assemble_pipeline
 
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     pipeline = assemble_pipeline(
@@ -224,8 +223,69 @@ def convert(source: str, out: str, super_resolution: tuple[str, ...]) -> int:
     SOURCE is a folder or hub id. A diffusers folder becomes OUT, a cascade. A cascade becomes diffusers folders: OUT
     itself if it has one stage, else one folder per stage in OUT.
     """
-    from cascade.convert import convert as convert_model
+    from cascade.storage.convert import convert as convert_model
 
     names = convert_model(source, out, super_resolution)
     say(f"{', '.join(names)} in {out}")
+    return 0
+
+
+# --- trace -----------------------------------------------------------------------------------------------------------
+# `cascade trace`: records the inputs and outputs of each stage at every step of one picture.
+
+
+@click.command()
+@click.argument("prompt")
+@path_option("--out", default="trace", show_default=True, metavar="FOLDER", help="Folder of the trace.")
+@path_option("--model", metavar="MODEL", help="A folder or hub id; default: the bundled cascade.")
+@click.option("--word", metavar="WORD", help="Word whose attention the sheet shows; default: the last before a comma.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Same seed, same picture; default: random, and printed.")
+@click.option("--negative-prompt", metavar="TEXT", help="Description of what to avoid.")
+@for_stages("--steps", whole_number, "Sampling steps, e.g. 20 or base=20,sr256=4.")
+@for_stages("--guidance", number, "Weight of the prompt, 1 = none.")
+@for_stages("--sampler", str, "By name; docs/configuration.md lists them.")
+@for_stages("--aug-level", number, "Noise on the smaller picture, 0 to 1.")
+@for_stages("--threshold", threshold_value, "A quantile such as 0.995, clip, or none.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Steps and samplers chosen for speed or quality.")
+@click.option("--until", type=click.IntRange(min=1), help="Stop after the stage of this size, in pixels.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
+@click.option("--dtype", help="float32, bfloat16, float16, or auto; default: bfloat16 if the GPU supports it.")
+def trace(prompt: str, out: str, model: str | None, word: str | None, **values: Any) -> int:
+    """Draw a picture and record every step: z_t, x_hat, guidance, attention to words, and the forward process.
+
+    FOLDER gets sheet.png, the animation trace.webp, a picture of each quantity at each step, and trace.json.
+
+    \b
+    cascade trace "a fox, noto style" --seed 7 --until 64
+    """
+    from cascade.batch.plan import DrawOptions, plan
+    from cascade.drawing.engine import Conduct
+    from cascade.drawing.trace import Recorder, traced
+    from cascade.drawing.trace_files import check_free, write_trace
+    from cascade.pipeline import CascadePipeline
+    from cascade.prompts.records import PromptRecord
+    from cascade.seeds import fresh_seed
+    from cascade.text.t5 import words_of
+
+    check_free(Path(out))
+    pipeline = CascadePipeline.from_pretrained(model, device=values.pop("device"), dtype=values.pop("dtype"))
+    prompt = pipeline.styles.added(prompt)
+    words = words_of(pipeline.text_encoder, prompt)
+    if word is not None and word not in words:
+        raise CascadeError(f"--word {quoted(word)}: is not in the prompt; expected one of {', '.join(words)}")
+    seed = fresh_seed() if values["seed"] is None else values["seed"]
+    options = DrawOptions(
+        run_seed=seed,
+        negative_prompt=values["negative_prompt"],
+        until=values["until"],
+        preset=values["preset"],
+        sampling={name: values[name] for name in SETTINGS},
+    )
+    (target,) = plan(pipeline, PromptRecord(0, prompt, seed, origin="trace"), options).targets()
+    recorder = Recorder(words)
+    pipeline.engine(Conduct(1, on_step=recorder.step)).draw_all([traced(target.task(), recorder)])
+    entries = {"prompt": prompt, "seed": str(seed), "model": pipeline.name, "license": pipeline.license}
+    write_trace(Path(out), recorder, entries, word)
+    steps = sum(len(stage.moments) for stage in recorder.stages)
+    say(f"{out}: {steps} steps of seed {seed}; see sheet.png and trace.webp")
     return 0

@@ -15,16 +15,13 @@ from cascade._version import __version__
 from cascade.cli.data import check_data
 from cascade.cli.evaluate import evaluate
 from cascade.cli.generate import generate
-from cascade.cli.make import make
-from cascade.cli.model import assemble, convert, info
-from cascade.cli.plot import plot
-from cascade.cli.say import PlainFormatter, say
+from cascade.cli.model import assemble, convert, info, trace
 from cascade.cli.serve import serve, studio
-from cascade.cli.threads import wait_asleep_on_a_busy_machine
-from cascade.cli.trace import trace
-from cascade.cli.train import encode, train
+from cascade.cli.terminal import PlainFormatter, say
+from cascade.cli.train import encode, make, plot, train
 from cascade.cli.upscale import upscale
 from cascade.errors import CascadeError
+from cascade.system.process import wait_asleep_on_a_busy_machine
 
 __all__ = ["main"]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade._version import __version__
-from cascade.cli.say import say
-from cascade.errors import CascadeError, StorageError
-from cascade.quoting import quoted
+from cascade.cli.terminal import say
+from cascade.errors import CascadeError, StorageError, quoted
 
 if TYPE_CHECKING:
     from cascade.batch.request import BatchRequest
@@ -36,7 +35,7 @@ def redraw(picture: str, request: BatchRequest) -> int:
         raise CascadeError(f"{picture}: would be overwritten; name another folder with --out")
     if target.exists():
         read_metadata(target)  # another program's picture is refused before anything is drawn, and kept
-    content = _drawn(metadata, format, picture, request)
+    content = _drawn_again(metadata, format, picture, request)
     same = content == Path(picture).read_bytes()
     if target.exists() and not request.overwrite and target.read_bytes() != content:
         raise CascadeError(f"{target}: exists, and is another picture; give --overwrite, or name another --out")
@@ -49,16 +48,16 @@ def redraw(picture: str, request: BatchRequest) -> int:
     return 0 if same else 1
 
 
-def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
+def _drawn_again(metadata: dict[str, Any], format: str, picture: str, request: BatchRequest) -> bytes:
     """The content of the picture file, as the original run wrote it; an earlier stage's picture by its size."""
     from cascade.batch.metadata import encode
     from cascade.drawing.engine import Conduct
     from cascade.drawing.recipe import Recipe
+    from cascade.drawing.slots import adapters_in
     from cascade.drawing.task import Drawn
-    from cascade.finish import Finish
+    from cascade.pictures.finish import Finish
+    from cascade.pictures.rasters import size_of
     from cascade.pipeline import CascadePipeline
-    from cascade.rasters import size_of
-    from cascade.slots import adapters_in
 
     recipe = Recipe.from_json(metadata, picture)
     if recipe.source:
@@ -89,7 +88,7 @@ def _drawn(metadata: dict[str, Any], format: str, picture: str, request: BatchRe
 
 def _task(recipe: Recipe, pipeline: CascadePipeline, picture: str, request: BatchRequest) -> Task:
     """The task that drew the picture. Raises CascadeError when a file that it was drawn with is not given."""
-    from cascade.drawing.regions import regions_of
+    from cascade.drawing.changes import regions_of
 
     masks = regions_of(request.regions).masks
     if any(region.mask and region.mask not in masks for region in recipe.regions):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cascade.cli.paths import path_option
-from cascade.cli.say import say
+from cascade.cli.terminal import path_option, say
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -98,11 +97,10 @@ class Request:
     def run(self) -> int:
         """Serve until stopped; returns the exit status."""
         rules = self._rules()
-        from cascade.server.app import make_app
+        from cascade.server.app import Server, listening, make_app
         from cascade.server.gallery import Gallery
         from cascade.server.models import Models
         from cascade.server.queue import Queue
-        from cascade.server.run import Server, listening
 
         with listening(self.host, self.port, _OTHER_PORTS if self.page and self.port else 0) as own:
             gallery = Gallery(self.out)
@@ -137,10 +135,9 @@ class Request:
 
     def _load(self, model: str | None) -> CascadePipeline:
         """The adapters of --lora belong to the model of --model; another one is loaded without."""
-        from cascade.load.adapters import adapters_for
-        from cascade.load.index import read_index
-        from cascade.load.stage import read_config
         from cascade.pipeline import CascadePipeline
+        from cascade.storage.index import read_index
+        from cascade.storage.stage import adapters_for, read_config
 
         lora = self.lora if model == self.model else ()
         stages = [read_config(folder).name for folder in read_index(model).stages] if lora else []

@@ -1,4 +1,4 @@
-"""`cascade train` and `cascade encode`: a training run of one stage, and the text embeddings for it."""
+"""`cascade make`, `train`, `encode` and `plot`: from pictures to a cascade, or one training run and its curves."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cascade.allocator import keep_freed_memory
-from cascade.cli.paths import path_argument
-from cascade.cli.say import say
+from cascade.cli.terminal import path_argument, path_option, say
 from cascade.errors import CascadeError
+from cascade.system.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from cascade.config.training import TrainConfig
+
 
 PRESET = "preset:"
 _PACKAGE = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     cascade train preset:tiny/base training.steps=200 output=runs/mine
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
-    from cascade.load.training import load_train_config, load_trainer
+    from cascade.storage.training import load_train_config, load_trainer
     from cascade.training.state import checkpoints
 
     keep_freed_memory()
@@ -69,11 +69,11 @@ def encode(config: str, assignments: tuple[str, ...], batch_size: int, device: s
     """
     from tqdm import tqdm
 
-    from cascade.batch.locks import processes
-    from cascade.device import choose_device
-    from cascade.load.training import encoder_settings, load_plain_text_encoder, load_train_config, open_cache
+    from cascade.batch.team import processes
+    from cascade.storage.training import encoder_settings, load_plain_text_encoder, load_train_config, open_cache
+    from cascade.system.device import choose_device
+    from cascade.system.process import stop_signals
     from cascade.text.cached import Pace, fill
-    from cascade.training.interrupt import stop_signals
 
     path = find_config(config)
     settings = load_train_config(path, assignments)
@@ -127,3 +127,84 @@ def known_presets() -> dict[str, Path]:
         if files:
             return files
     return {}
+
+
+# --- make ------------------------------------------------------------------------------------------------------------
+# `cascade make`: from a folder of pictures to a cascade.
+
+DEFAULT_HOURS = 10.0
+
+
+@click.command()
+@path_argument("pictures")
+@path_option("--out", required=True, metavar="FOLDER", help="Folder for the settings, the runs and the model.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=DEFAULT_HOURS, show_default=True)
+@path_option("--from", "start", metavar="MODEL", help="Start from a model's weights: bundled, a folder or a hub id.")
+@click.option("--whole", is_flag=True, help="With --from: train all weights, not a low-rank adapter.")
+@click.option("--name", help="Name of the cascade; default: that of the folder.")
+@click.option("--license", default="unstated", show_default=True, help="Licence of the weights, such as CC-BY-4.0.")
+@click.option("--plan", is_flag=True, help="Look, measure and write the YAML files, then stop.")
+def make(
+    pictures: str, out: str, hours: float, start: str | None, whole: bool, name: str | None, license: str, plan: bool
+) -> int:
+    """Make a cascade from a folder of pictures with captions.
+
+    Looks at the pictures, chooses stages that this machine can train in --hours, measures their speed, prints time,
+    memory and disk, trains, chooses steps and guidance on held-out pictures, and writes FOLDER/model with a card. Each
+    stage has a YAML file in FOLDER, which may be edited. Stopped, the same command continues.
+
+    \b
+    cascade make pictures --out my-cascade --hours 2
+    cascade make pictures --out my-cascade --hours 1 --from bundled
+    """
+    from cascade.making.make import Order
+    from cascade.making.make import make as make_cascade
+
+    keep_freed_memory()
+    folder = Path(out)
+    order = Order(
+        Path(pictures), folder, hours, name or folder.name, license, _model(start), whole, lambda text: say(text)
+    )
+    finished = make_cascade(order, plan_only=plan)
+    if not finished:
+        say("cascade: stopped; the same command continues", error=True)
+    elif plan:
+        say(f"the settings are in {folder}; the same command without --plan trains")
+    return 0 if finished else 1
+
+
+def _model(start: str | None) -> str | None:
+    """`bundled` is the package's own cascade, which has a folder."""
+    from cascade.storage.index import BUNDLED
+
+    return str(BUNDLED) if start == "bundled" else start
+
+
+# --- plot ------------------------------------------------------------------------------------------------------------
+# `cascade plot`: draws the curves of training runs.
+
+_PROGRAM = "cascade plot"
+
+
+@click.command()
+@path_argument("runs", nargs=-1, required=True)
+@path_option("--out", default="curves.png", show_default=True)
+def plot(runs: tuple[str, ...], out: str) -> int:
+    """Draw the logs of runs: loss, loss by noise level, learning rate, gradient norm, pictures per second.
+
+    RUNS are folders of training runs; each is a line in every panel. Needs no server and no display.
+
+    \b
+    cascade plot runs/base
+    cascade plot runs/wide runs/deep --out both.png
+    """
+    from cascade.files.atomic import atomic_file
+    from cascade.pictures.reading import SOFTWARE, check_png
+    from cascade.training.watch import draw_curves, read_curves
+
+    check_png(Path(out), _PROGRAM)
+    figure = draw_curves({run: read_curves(Path(run)) for run in runs})
+    with atomic_file(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={SOFTWARE: _PROGRAM})
+    say(f"{len(runs)} runs: {out}" if len(runs) > 1 else out)
+    return 0

@@ -1,1 +1,1 @@
-"""The settings of a stage and of a training run. `cascade.build` makes objects from them."""
+"""The settings of a stage and of a training run. `cascade.stage` makes objects from them."""

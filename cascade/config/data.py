@@ -1,19 +1,44 @@
-"""The training data of a stage: captions, their encoder, and pictures."""
+"""The training data of a stage (captions, their encoder, pictures), and types that all sections share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cascade.bounds import COUNT, PROCESSES, Pictures, Side, Tokens
-from cascade.conditions import ConditionName
-from cascade.config.common import AugSpread, Fraction, PathText
-from cascade.settings import Settings
+from cascade.conditions.settings import ConditionName
+from cascade.errors import CascadeError, quoted
+from cascade.files.paths import expanded
+from cascade.settings import COUNT, PROCESSES, Pictures, Settings, Side, Tokens
+
+# --- common ----------------------------------------------------------------------------------------------------------
+# Types that several sections of the settings share: bounded numbers, names, the version of the files.
+
+FORMAT_VERSION = 1
+"""Version of every file written from these settings; `cascade.storage` reads this version."""
+
+AugSpread = Literal["std", "time"]
+"""The quantity in which the noise on a smaller picture is uniform in training; see `training.step.aug_levels`."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError("is empty; name a file or folder")
+    return expanded(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path, or the name of something on the hub: not empty; a leading `~` is the home folder."""
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+# The training data of a stage: captions, their encoder, and pictures.
 
 Captions = Literal["as_is", "lower", "deepfloyd"]
-"""Ways to clean captions; see `cascade.text.captions`."""
+"""Ways to clean captions; see `cascade.text.language`."""
 
 
 class TextReading(Settings):
@@ -245,3 +270,15 @@ class DataConfig(Settings):
         if self.jitter and own_lows(self.sources):
             raise ValueError("jitter would move a picture away from its low_column; leave it 0")
         return self
+
+
+# --- format ----------------------------------------------------------------------------------------------------------
+
+
+def check_format(path: str | Path, version: object) -> None:
+    """Raises CascadeError unless a file's `format` is the one that this version of cascade reads."""
+    if version != FORMAT_VERSION:
+        raise CascadeError(
+            f"{path}: format {quoted(version)}; this version of cascade reads format {FORMAT_VERSION}; use the version"
+            " that wrote the file, or write it again with this one"
+        )

@@ -3,22 +3,110 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+import torch
+from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
+from torch import Tensor
 
-from cascade.bounds import Side
-from cascade.conditions import RESERVED, TEXT, ConditionConfig, ConditionName, PictureCondition
-from cascade.config.network import ModelConfig
-from cascade.config.noise import CosineSchedule, ScheduleConfig
-from cascade.config.samplers import SamplerConfig
-from cascade.config.sampling import PresetConfig, SamplingConfig
-from cascade.diffusion.parameterization import Kind
+from cascade.conditions.settings import RESERVED, TEXT, ConditionConfig, ConditionName, PictureCondition
+from cascade.config.data import FORMAT_VERSION, TextReading, check_format
+from cascade.config.sampling import PresetConfig, SamplerConfig, SamplingConfig
+from cascade.diffusion.noise import LOG_SNR_RANGE, Prediction
+from cascade.errors import quoted
+from cascade.files.atomic import atomic_folder, read_json, write_json
+from cascade.files.tensors import save_tensors
+from cascade.models.if_unet import IFUNetConfig
 from cascade.models.network import Geometry
+from cascade.models.transformer import TransformerConfig
 from cascade.models.unet import UNetConfig
-from cascade.pixels import NAMED, PictureFormat, ValueType
-from cascade.quoting import quoted
-from cascade.settings import Settings
+from cascade.pictures.format import NAMED, PictureFormat, ValueType
+from cascade.settings import NoiseSteps, Settings, Side, parse
+
+# --- network ---------------------------------------------------------------------------------------------------------
+# The networks that a stage can have; each has its settings in the same file.
+
+
+def _kind_of_model(value: Any) -> Any:
+    """Read a model without `kind` as the U-Net, because older files have no `kind`."""
+    return value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
+
+
+ModelConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")]
+    | Annotated[IFUNetConfig, Tag("if_unet")]
+    | Annotated[TransformerConfig, Tag("transformer")],
+    Discriminator(_kind_of_model),
+]
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+# The noise of a stage: a schedule, built by `cascade.stage.build_schedule`.
+
+LogSnr = Annotated[float, Field(ge=LOG_SNR_RANGE[0], le=LOG_SNR_RANGE[1])]
+
+
+class ConstantSchedule(Settings):
+    """The same beta at every step (Prince ch. 18)."""
+
+    kind: Literal["constant"] = "constant"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the variance that is replaced by noise in each step."""
+    steps: NoiseSteps = 1000
+    """Number of diffusion steps T."""
+
+
+class LinearSchedule(Settings):
+    """beta grows linearly from `beta_start` to `beta_end` (Ho et al. 2020)."""
+
+    kind: Literal["linear"] = "linear"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """First beta."""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Last beta."""
+    steps: NoiseSteps = 1000
+    """Number of diffusion steps T."""
+
+
+class SquaredCosineSchedule(Settings):
+    """Discrete cosine of Nichol & Dhariwal (2021) with capped betas, as diffusers and DeepFloyd IF write it."""
+
+    kind: Literal["squared_cosine"] = "squared_cosine"
+    steps: NoiseSteps = 1000
+    """Number of diffusion steps T."""
+    max_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Cap on beta, which would reach 1 at the last step."""
+
+
+class CosineSchedule(Settings):
+    """Continuous cosine; shifted by resolution when `reference_resolution` is given (simple diffusion, 2023)."""
+
+    kind: Literal["cosine"] = "cosine"
+    reference_resolution: Side | None = None
+    """Resolution whose noise levels are kept: log SNR moves by 2 log(reference / resolution). None: no shift."""
+    offset: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Time by which the cosine starts early, so that the first steps have some noise; 0.008 in Nichol & Dhariwal (2021)
+    and Imagen."""
+    log_snr_min: LogSnr = -20.0
+    """Log SNR at t = 1 is clipped to this."""
+    log_snr_max: LogSnr = 20.0
+    """Log SNR at t = 0 is clipped to this."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.log_snr_min >= self.log_snr_max:
+            raise ValueError(f"log_snr_min {self.log_snr_min} must be less than log_snr_max {self.log_snr_max}")
+        return self
+
+
+ScheduleConfig = Annotated[
+    ConstantSchedule | LinearSchedule | SquaredCosineSchedule | CosineSchedule, Field(discriminator="kind")
+]
+
+
+# --- stage -----------------------------------------------------------------------------------------------------------
 
 _BAND = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _MOST_BANDS = 1024
@@ -70,7 +158,7 @@ class StageConfig(Settings):
     """The diffused variable: the picture, or (super-resolution) its difference from the upsampled smaller one."""
     residual_scale: Annotated[float, Field(gt=0)] = 1.0
     """`path: residual`: the difference is divided by this, which gives it about unit variance."""
-    parameterization: Kind = "eps"
+    parameterization: Prediction = "eps"
     """The quantity that the network predicts."""
     schedule: ScheduleConfig = CosineSchedule()
     """Noise level as a function of time."""
@@ -203,3 +291,42 @@ def _pairs(stated: object) -> tuple[tuple[float, float], ...]:
     """One pair, or one for each channel, as pairs."""
     assert isinstance(stated, tuple)
     return stated if isinstance(stated[0], tuple) else (stated,)
+
+
+# --- stage.json ------------------------------------------------------------------------------------------------------
+
+_READING = "text"
+"""Key of stage.json that is not a setting of the stage: how its training read text, as in a run's section `text`."""
+
+
+def save_stage(
+    folder: str | Path,
+    config: StageConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    reading: TextReading | None = None,
+) -> None:
+    """Write a stage folder: stage.json, the settings that rebuild it, and model.safetensors, as `dtype` if given.
+
+    reading: how training read its text; stage.json records it if the network reads text.
+    """
+    noted = {} if reading is None or not config.model.reads_text else {_READING: reading.model_dump(mode="json")}
+    with atomic_folder(folder) as temporary:
+        write_json(temporary / "stage.json", {"format": FORMAT_VERSION, **config.model_dump(mode="json"), **noted})
+        save_tensors(temporary / "model.safetensors", weights, dtype)
+
+
+def read_stage_config(folder: str | Path) -> StageConfig:
+    """The settings in a stage folder. Raises CascadeError for another format version or a wrong setting."""
+    path = Path(folder) / "stage.json"
+    data = read_json(path)
+    check_format(path, data.pop("format", None))
+    data.pop(_READING, None)
+    return parse(StageConfig, data, str(path))
+
+
+def read_stage_reading(folder: str | Path) -> TextReading | None:
+    """How training read the stage's text, from its stage.json; None if an earlier version wrote the file."""
+    path = Path(folder) / "stage.json"
+    data = read_json(path)
+    return parse(TextReading, data[_READING], f"{path}: {_READING}") if _READING in data else None

@@ -8,14 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cascade.bounds import COUNT, WIDTH, Batches, Pictures, PositiveInt
-from cascade.conditions import ClassCondition, NumberCondition, PictureCondition
-from cascade.config.common import PathText
-from cascade.config.data import DataConfig, FolderSource, ScenesSource, SourceConfig, TextConfig, own_lows
+from cascade.conditions.settings import ClassCondition, NumberCondition, PictureCondition
+from cascade.config.data import DataConfig, FolderSource, PathText, ScenesSource, SourceConfig, TextConfig, own_lows
 from cascade.config.sampling import SamplingConfig, StepCount
 from cascade.config.stage import StageConfig
-from cascade.diffusion.parameterization import Kind
-from cascade.settings import Settings
+from cascade.diffusion.noise import Prediction
+from cascade.settings import COUNT, WIDTH, Batches, Pictures, PositiveInt, Settings
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
@@ -41,7 +39,7 @@ class LogitNormalLevels(Settings):
 class LossConfig(Settings):
     """The training loss: a weighted square, and the distribution of noise levels."""
 
-    space: Kind = "eps"
+    space: Prediction = "eps"
     """The squared error is between true and predicted eps, v, x or velocity, whatever the network predicts."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Weight min(SNR, gamma) on the squared error in x (Hang et al. 2023), instead of `space`."""

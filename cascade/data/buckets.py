@@ -18,13 +18,12 @@ from PIL import Image
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig, WebDatasetSource
 from cascade.config.stage import StageConfig
-from cascade.data.dataset import BadRecordError, Record, Records, Wanted
-from cascade.data.order import Key, Mixture, SceneSource, ShardedSource, ShuffledSource, Source
-from cascade.data.sources import open_records
+from cascade.data.records import BadRecordError, Record, Records, Wanted
+from cascade.data.sources import Key, Mixture, SceneSource, ShardedSource, ShuffledSource, Source, open_records
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
-from cascade.files.picture import size_of_picture
-from cascade.pixels import RGB, PictureFormat
+from cascade.pictures.format import RGB, PictureFormat
+from cascade.pictures.reading import size_of_picture
 from cascade.seeds import derive_seed
 
 logger = logging.getLogger("cascade.data")

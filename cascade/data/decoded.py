@@ -25,15 +25,15 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cascade.checkpoint import atomic_file, read_json, write_json
-from cascade.config.common import FORMAT_VERSION
-from cascade.data.dataset import BadRecordError, Record, Records
+from cascade.config.data import FORMAT_VERSION
+from cascade.data.records import BadRecordError, Record, Records
 from cascade.data.transforms import check_strip, decode, resize, square
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.locks import lock_file
-from cascade.pixels import RGB, PictureFormat
+from cascade.files.atomic import atomic_file, read_json, write_json
+from cascade.files.locks import lock_file
+from cascade.files.text import parse_json
+from cascade.pictures.format import RGB, PictureFormat
 from cascade.settings import Noted, parse
 
 logger = logging.getLogger("cascade.data")

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config.data import FolderSource
-from cascade.data.dataset import ALL, PICTURE_SUFFIXES, BadRecordError, Record, Wanted, caption_variants
-from cascade.data.wording import caption_of_name
-from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.files.table import BadRowError, csv_rows
-from cascade.files.text import NotTextError, read_text
-from cascade.files.walk import Walk, walk
-from cascade.quoting import quoted
+from cascade.data.records import (
+    ALL,
+    PICTURE_SUFFIXES,
+    BadRecordError,
+    Record,
+    Wanted,
+    caption_of_name,
+    caption_variants,
+)
+from cascade.errors import CascadeError, quoted
+from cascade.files.containers import BadRowError, csv_rows
+from cascade.files.paths import Walk, walk
+from cascade.files.text import NotTextError, parse_json, read_text
 
 logger = logging.getLogger("cascade.data")
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cascade.conditioning import NULL_TEXT, Given
-from cascade.conditions import Value, joined
+from cascade.conditions.settings import Value
+from cascade.conditions.values import joined
 from cascade.config.data import (
     DataConfig,
     FolderSource,
@@ -31,15 +32,13 @@ from cascade.config.data import (
 )
 from cascade.config.stage import StageConfig
 from cascade.data.buckets import Buckets, Place
-from cascade.data.dataset import BadRecordError, Record, Wanted
-from cascade.data.order import Mixture, ShardedSource, ShuffledSource, Source
-from cascade.data.sources import open_records, open_source
+from cascade.data.records import BadRecordError, Record, Wanted, has_endless_wordings, wordings
+from cascade.data.sources import Mixture, ShardedSource, ShuffledSource, Source, open_records, open_source
 from cascade.data.tables import open_stream
 from cascade.data.transforms import choose_caption, condition_values, decode, dropped, prepared
-from cascade.data.wording import has_endless_wordings, wordings
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
-from cascade.pixels import RGB, PictureFormat
+from cascade.pictures.format import RGB, PictureFormat
 from cascade.seeds import derive_seed
 
 logger = logging.getLogger("cascade.data")

@@ -17,18 +17,17 @@ from torch.utils.data import Dataset
 
 from cascade.config.data import DataConfig, HubSource, ScenesSource, SourceConfig
 from cascade.config.stage import MeasuredRange, StageConfig
-from cascade.data.dataset import BadRecordError, Record, Records, Wanted
 from cascade.data.folder import FolderRecords
 from cascade.data.loader import Views
-from cascade.data.order import SceneSource
-from cascade.data.sources import open_records
+from cascade.data.records import BadRecordError, Record, Records, Wanted
+from cascade.data.sources import SceneSource, open_records
 from cascade.data.tables import open_stream
 from cascade.data.transforms import condition_values, decode, prepared
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
-from cascade.images import contact_sheet, downsample
-from cascade.pixels import PictureFormat
-from cascade.rasters import shown
+from cascade.pictures.format import PictureFormat
+from cascade.pictures.images import contact_sheet, downsample
+from cascade.pictures.rasters import shown
 from cascade.settings import parse
 
 logger = logging.getLogger("cascade.data")

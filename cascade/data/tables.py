@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.config.data import HubSource, ParquetSource
-from cascade.data.dataset import ALL, BadRecordError, Record, Wanted, caption_variants, encoded_picture
-from cascade.errors import CascadeError
-from cascade.quoting import quoted
+from cascade.data.records import ALL, BadRecordError, Record, Wanted, caption_variants, encoded_picture
+from cascade.errors import CascadeError, quoted
 
 _ROWS_AT_ONCE = 16
 _UNREADABLE = (OSError, ValueError, OverflowError, LookupError, TypeError, NotImplementedError)

@@ -1,22 +1,192 @@
-"""Records of WebDataset tar shards, read by random access within the tar files."""
+"""Records of WebDataset tar shards, read by random access through an index of each shard."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+import logging
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
-from itertools import accumulate, islice
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass, fields
+from itertools import accumulate, chain, groupby, islice
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TypeAlias
 
-from cascade.data.dataset import ALL, BadRecordError, Record, Wanted, caption_variants
-from cascade.data.tar_index import Shard, open_shard, split_name
-from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.files.tar import members
-from cascade.files.text import decoded
-from cascade.files.walk import is_hidden
-from cascade.quoting import quoted
+import torch
+from torch import Tensor
+
+from cascade.data.records import ALL, PICTURE_SUFFIXES, BadRecordError, Record, Wanted, caption_variants
+from cascade.errors import CascadeError, quoted
+from cascade.files.containers import BadTarError, members
+from cascade.files.paths import is_hidden
+from cascade.files.tensors import load_tensors, save_tensors
+from cascade.files.text import decoded, parse_json
+
+# --- tar index -------------------------------------------------------------------------------------------------------
+# Index of the records in a tar shard, made by reading its headers once.
+#
+# The index is written next to the shard, in `.cascade-index/`, and memory-mapped, so that a hundred workers share one
+# copy.
+
+logger = logging.getLogger("cascade.data")
+
+INDEX_FOLDER = ".cascade-index"
+_INDEX_FORMAT = 3
+_Place: TypeAlias = tuple[int, int]
+"""Start and size of a member's content, in bytes."""
+_NOWHERE: _Place = (-1, 0)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file and the places of its records.
+
+    pictures: int64 (n, 2), start and size in bytes; start -1: no picture. captions: int64 (m, 2), start and size of the
+    captions of all records, in order; caption_ends: int64 (n,), end of each record's captions in that list. keys:
+    uint8, the joined names of the records; key_ends: int64 (n,), end of each name.
+    """
+
+    path: Path
+    pictures: Tensor
+    captions: Tensor
+    caption_ends: Tensor
+    keys: Tensor
+    key_ends: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def key(self, index: int) -> str:
+        """The common name of a record's members, without their endings."""
+        return bytes(_part(self.keys, self.key_ends, index).tolist()).decode(errors="replace")
+
+    def captions_of(self, index: int) -> list[tuple[int, int]]:
+        """(start, size) of each caption of a record."""
+        return [(start, size) for start, size in _part(self.captions, self.caption_ends, index).tolist()]
+
+
+def open_shard(path: Path, caption: str) -> Shard:
+    """The index of a shard: the stored one if it belongs to this version of the file, else a new one."""
+    stat = path.stat()
+    stamp = torch.tensor([_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns])
+    index = path.parent / INDEX_FOLDER / f"{path.name}.{caption}.safetensors"
+    tensors = _kept(index, stamp) or _walk(path, caption)
+    try:
+        save_tensors(index, {"stamp": stamp, **tensors})
+    except CascadeError as error:
+        logger.info("%s; every process will read the shard's headers again", error)
+    return Shard(path, **tensors)
+
+
+def _kept(index: Path, stamp: Tensor) -> dict[str, Tensor] | None:
+    """The tensors of a stored index of this version of the file; None if it is outdated, damaged or missing."""
+    try:
+        tensors = load_tensors(index)
+    except CascadeError:
+        return None
+    same = torch.equal(tensors.pop("stamp", torch.empty(0)), stamp)
+    names = {field.name for field in fields(Shard)} - {"path"}
+    return tensors if same and tensors.keys() == names and _fit(tensors, int(stamp[1])) else None
+
+
+def _fit(tensors: dict[str, Tensor], size: int) -> bool:
+    """Whether they have the shapes of an index, and no place lies outside the shard of `size` bytes."""
+    keys, rest = tensors["keys"], {name: value for name, value in tensors.items() if name != "keys"}
+    if keys.dtype != torch.uint8 or keys.ndim != 1 or any(value.dtype != torch.int64 for value in rest.values()):
+        return False
+    count = len(tensors["pictures"]) if tensors["pictures"].ndim else -1
+    for name, joined in (("key_ends", keys), ("caption_ends", tensors["captions"])):
+        ends = tensors[name]
+        if ends.shape != (count,) or bool((ends.diff(prepend=ends.new_zeros(1)) < 0).any()):
+            return False
+        if joined.ndim == 0 or (int(ends[-1]) if count else 0) != len(joined):
+            return False
+    for name in ("pictures", "captions"):
+        places = tensors[name]
+        if places.ndim != 2 or places.shape[1] != 2:
+            return False
+        start, length = places.unbind(dim=1)
+        first = -1 if name == "pictures" else 0  # `_NOWHERE`
+        if bool(((start < first) | (length < 0) | (length > size) | (start > size - length)).any()):
+            return False
+    return True
+
+
+def _walk(path: Path, caption: str) -> dict[str, Tensor]:
+    """The tensors of a shard's index, from the headers of its members.
+
+    Members are grouped by key as in WebDataset: neighbours whose names agree up to the first dot. Hidden ones, such as
+    macOS's `._0001.jpg`, are skipped.
+    """
+    keys: list[bytes] = []
+    pictures: list[_Place] = []
+    captions: list[list[_Place]] = []
+    try:
+        seen = (member for member in members(path) if not is_hidden(member.name))
+        for key, group in groupby(seen, lambda member: split_name(member.name)[0]):
+            # Collected here, because groupby discards a group's members when it moves to the next.
+            found = [(split_name(member.name)[1], (member.offset_data, member.size)) for member in group]
+            for picture, own_captions in _records(found, caption):
+                keys.append(key.encode(errors="surrogateescape"))
+                pictures.append(picture)
+                captions.append(own_captions)
+        _require_end(path)
+    except OSError as error:
+        raise CascadeError(
+            f"{path}: not a complete, uncompressed tar file ({error}); unpack .tar.gz to .tar, or download it again"
+        ) from None
+    return {
+        "pictures": _places(pictures),
+        "captions": _places(chain.from_iterable(captions)),
+        "caption_ends": _ends(captions),
+        "keys": torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
+        "key_ends": _ends(keys),
+    }
+
+
+def _records(members: Sequence[tuple[str, _Place]], caption: str) -> list[tuple[_Place, list[_Place]]]:
+    """(picture, captions) of the records in the members of one key, given as (ending, place); usually one record.
+
+    Several captions of one picture are variants. A key with several pictures is as many records: with an equal number
+    of captions they are paired in order, otherwise each record gets all captions.
+    """
+    first = next((ending for ending, _ in members if f".{ending}" in PICTURE_SUFFIXES), None)
+    pictures = [place for ending, place in members if ending == first] or [_NOWHERE]
+    captions = [place for ending, place in members if ending == caption]
+    if len(pictures) > 1 and len(captions) == len(pictures):
+        return [(picture, [own]) for picture, own in zip(pictures, captions, strict=True)]
+    return [(picture, captions) for picture in pictures]
+
+
+def _places(places: Iterable[_Place]) -> Tensor:
+    return torch.tensor(list(places), dtype=torch.int64).reshape(-1, 2)
+
+
+def _ends(parts: Sequence[Sized]) -> Tensor:
+    """The end of each part in their concatenation."""
+    return torch.tensor(list(accumulate(map(len, parts))), dtype=torch.int64)
+
+
+def _part(joined: Tensor, ends: Tensor, index: int) -> Tensor:
+    return joined[int(ends[index - 1]) if index else 0 : int(ends[index])]
+
+
+def _require_end(path: Path) -> None:
+    """Check for the block of zeros at the end of a complete tar; `tarfile` takes a truncated header for the end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
+        if file.read() != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise BadTarError("its end is missing")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`folder/0001.seg.png` -> (`folder/0001`, `seg.png`)."""
+    path = PurePosixPath(name)
+    stem, _, ending = path.name.partition(".")
+    return str(path.parent / stem), ending.lower()
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
 
 _LOOKED_AT = 100  # members listed in an error about a missing ending or key
 

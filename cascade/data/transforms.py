@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
-from cascade.conditions import Measure, NumberCondition, PictureCondition, Value, checked, is_missing, measured
+from cascade.conditions.settings import Measure, NumberCondition, PictureCondition, Value
+from cascade.conditions.values import checked, is_missing, measured
 from cascade.config.data import DataConfig, WordingConfig
 from cascade.config.stage import StageConfig
-from cascade.data.dataset import BadRecordError, Record
-from cascade.data.wording import PLAIN, worded
+from cascade.data.records import PLAIN, BadRecordError, Record, worded
 from cascade.errors import CascadeError
-from cascade.files.picture import MOST_PIXELS
-from cascade.images import downsample, upsample
-from cascade.pixels import RGB, PictureFormat, mirrored
-from cascade.rasters import WrongFormatError, read_stored
+from cascade.pictures.format import RGB, PictureFormat, mirrored
+from cascade.pictures.images import downsample, upsample
+from cascade.pictures.rasters import WrongFormatError, read_stored
+from cascade.pictures.reading import MOST_PIXELS
 
 _GROUND = PictureFormat.of(("condition",))
 """A format that pads with zeros, in which pictures of conditions have nothing."""

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion as functions on tensors. It imports torch alone."""

@@ -22,7 +22,7 @@ from cascade.diffusion.noise import (
 )
 from cascade.diffusion.samplers import Generators, OnStep
 from cascade.diffusion.schedules import NoiseSchedule
-from cascade.transfer import on_device
+from cascade.system.transfer import on_device
 
 
 @dataclass(frozen=True)

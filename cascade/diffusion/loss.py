@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import CLEAN, diffuse, posterior
-from cascade.diffusion.parameterization import Kind, log_weight_in_x, target, to_x
+from cascade.diffusion.noise import CLEAN, Prediction, diffuse, log_weight_in_x, posterior, target, to_x
 from cascade.diffusion.schedules import NoiseSchedule, ReverseStep
 
 
@@ -23,7 +22,7 @@ class Weighting:
     variational bound, for networks that predict their variance; step: the reverse step of the bound, set per batch.
     """
 
-    space: Kind = "eps"
+    space: Prediction = "eps"
     min_snr_gamma: float | None = None
     max_weight: float | None = None
     variance: float = 0.0
@@ -38,14 +37,14 @@ class Weighting:
             log_weight = log_weight.clamp(max=math.log(self.max_weight))
         return log_weight
 
-    def on_output(self, kind: Kind, log_snr: Tensor) -> Tensor:
+    def on_output(self, kind: Prediction, log_snr: Tensor) -> Tensor:
         """The weight on the squared error of a network's output of `kind`; exactly 1 where `kind` is `space`."""
         return (self.log_in_x(log_snr) - log_weight_in_x(kind, log_snr)).exp()
 
 
 def diffusion_loss(
     network: Callable[[Tensor, Tensor], Tensor],
-    kind: Kind,
+    kind: Prediction,
     weighting: Weighting,
     x: Tensor,
     log_snr: Tensor,

@@ -35,7 +35,7 @@ from cascade.diffusion.noise import (
     step_beta,
     x_of,
 )
-from cascade.transfer import on_device
+from cascade.system.transfer import on_device
 
 Generators = Sequence[NoiseSource]
 OnStep = Callable[[int, Tensor], None]

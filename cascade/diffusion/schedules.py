@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion.noise import CLEAN, LOG_SNR_RANGE
-from cascade.transfer import on_device
+from cascade.system.transfer import on_device
 
 
 class NoiseSchedule(Protocol):

@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioning, Given
+from cascade.conditioning import Conditioning, Given, TextEmbeddings
 from cascade.config.sampling import SamplingConfig
 from cascade.diffusion.editing import Known
 from cascade.diffusion.guidance import Act, Part, within
 from cascade.diffusion.noise import NoiseBetween, NoiseSource, noise_like
 from cascade.diffusion.samplers import OnStep
-from cascade.images import back_project, flatten
+from cascade.pictures.images import back_project, flatten
 from cascade.seeds import generator
 from cascade.stage import Stage
-from cascade.text.embeddings import TextEmbeddings
-from cascade.transfer import on_device
+from cascade.system.transfer import on_device
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from cascade.config.samplers import with_sampler_section
-from cascade.config.sampling import SamplingConfig
+from cascade.config.sampling import SamplingConfig, with_sampler_section
 from cascade.settings import Settings, parse
 
 _SIZE = ("height", "width")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import Denoiser, Estimate, diffuse, number_of, x_of
+from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Step, Task
 from cascade.models.attention import Attention
-from cascade.slots import StageSlot
 from cascade.stage import Stage
 
 LARGEST_ATTENTION = 64
@@ -89,7 +89,7 @@ class Recorder:
     """Records the drawing of one picture; of a batch, the first."""
 
     def __init__(self, words: Mapping[str, Sequence[int]]) -> None:
-        """words: rows of the token embeddings, by word; see `cascade.text.words.words_of`."""
+        """words: rows of the token embeddings, by word; see `cascade.text.t5.words_of`."""
         self.words, self.stages = words, list[StageTrace]()
         self._batch = 1
         self._call: Call | None = None

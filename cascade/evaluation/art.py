@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.evaluation import art_look, drawing
-from cascade.evaluation.art_data import FLAGS, Art, Concept, read_art
-from cascade.evaluation.art_pictures import shelf
+from cascade.evaluation import art_look, report
+from cascade.evaluation.art_data import FLAGS, Art, Concept, read_art, shelf
 from cascade.evaluation.distances import (
     NEIGHBOURS,
     kernel_distance,
@@ -28,7 +27,7 @@ from cascade.evaluation.distances import (
 from cascade.evaluation.published import Published
 from cascade.evaluation.report import Figure, Report, Request, judge_sha256, share
 from cascade.evaluation.tower import STYLES, Tower, at_resolution, load_tower
-from cascade.images import from_pil, to_float, to_pil
+from cascade.pictures.images import from_pil, to_float, to_pil
 from cascade.pipeline import CascadePipeline
 from cascade.seeds import generator
 
@@ -159,8 +158,8 @@ def _items(art: Art, concepts: Sequence[Concept]) -> list[Item]:
 
 def _draw(pipeline: CascadePipeline, request: Request, tower: Tower, items: Sequence[Item], art: Art) -> Drawn:
     counts = {size: _most(size) or len(items) for size in measured_sizes(pipeline, request)}
-    counts[drawing.base_resolution(pipeline)] = len(items)
-    drawn = drawing.draw_stages(pipeline, [item.prompt for item in items], request, counts)
+    counts[report.base_resolution(pipeline)] = len(items)
+    drawn = report.draw_stages(pipeline, [item.prompt for item in items], request, counts)
     pictures = drawn[min(drawn)]
     sizes = {size: torch.stack([from_pil(picture) for picture in own]) for size, own in drawn.items()}
     pixels = at_resolution(to_float(sizes[min(sizes)]))
@@ -237,8 +236,8 @@ def further(pipeline: CascadePipeline, request: Request, tower: Tower) -> list[F
     sizes = [size for size in measured_sizes(pipeline, request) if size <= art_look.FURTHER_SIZE]
     if not asked or not sizes:
         return []
-    counts = {**dict.fromkeys(sizes, len(asked)), drawing.base_resolution(pipeline): len(asked)}
-    drawn = drawing.draw_stages(pipeline, [one.prompt for one in asked], request, counts)
+    counts = {**dict.fromkeys(sizes, len(asked)), report.base_resolution(pipeline): len(asked)}
+    drawn = report.draw_stages(pipeline, [one.prompt for one in asked], request, counts)
     figures: list[Figure] = []
     for size in sizes:
         pictures = torch.stack([from_pil(picture) for picture in drawn[size]])

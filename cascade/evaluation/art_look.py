@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cascade.evaluation import look
-from cascade.evaluation.art_pictures import Shelf, shelf
+from cascade.evaluation.art_data import Shelf, shelf
 from cascade.evaluation.report import Direction, Figure
 from cascade.evaluation.tower import STYLES, Tower, at_resolution
-from cascade.images import to_float
+from cascade.pictures.images import to_float
 from cascade.seeds import generator
 
 PATCHES = (32, 64)

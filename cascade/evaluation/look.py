@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.evaluation.distances import sliced_wasserstein
 from cascade.evaluation.tower import Tower
-from cascade.images import downsample, to_float, upsample
+from cascade.pictures.images import downsample, to_float, upsample
 
 _FLAT = 2
 """A pixel is flat when no channel differs by this much, of 255, from the pixel to its right or below it."""

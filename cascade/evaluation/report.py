@@ -1,6 +1,6 @@
-"""The report of a run: named figures and a contact sheet, as JSON, a Markdown table and a picture.
+"""The report of a run: named figures and a contact sheet; and the drawing that it measures.
 
-A suite is a function (pipeline, request) -> Report. It draws with `cascade.evaluation.drawing.draw` and measures; the
+A suite is a function (pipeline, request) -> Report. It draws with `cascade.evaluation.report.draw` and measures; the
 model and the versions, common to all suites, are added when the report is written.
 """
 
@@ -11,16 +11,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from PIL import Image
 from torch import nn
 
-from cascade.checkpoint import atomic_file, read_json, write_json, write_text
+from cascade.drawing.arguments import resolve_sampling
 from cascade.errors import CascadeError
-from cascade.images import contact_sheet
+from cascade.files.atomic import atomic_file, read_json, write_json, write_text
+from cascade.pictures.images import contact_sheet
 from cascade.pipeline import CascadePipeline
+from cascade.seeds import derive_seed
 
 FILES = ("report.json", "report.md", "contact.png")
 FORMAT = 1
@@ -182,3 +184,70 @@ def shown(value: float, unit: str) -> str:
 
 def _versions(run: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+# Drawing for a measurement: every prompt has its own seed, derived from the run's seed and the prompt's text.
+
+
+def draw(
+    pipeline: CascadePipeline, prompts: Sequence[str], request: Request, until: int | None = None
+) -> list[Image.Image]:
+    """A picture for each prompt, from the stage of `until` px; None: the base stage.
+
+    The noise depends on (run seed, text, number of earlier equal texts), not on the other prompts.
+    """
+    until = until or base_resolution(pipeline)
+    output = pipeline(prompts, seed=prompt_seeds(prompts, request.seed), until=until, **_arguments(request))
+    return cast(list[Image.Image], output.images)
+
+
+def draw_stages(
+    pipeline: CascadePipeline, prompts: Sequence[str], request: Request, counts: Mapping[int, int]
+) -> dict[int, list[Image.Image]]:
+    """Pictures of several stages by size, each of the first `counts[size]` prompts; larger sizes have fewer.
+
+    A prompt's pictures of all sizes are drawn in one run, with the noise of `draw`.
+    """
+    seeds = prompt_seeds(prompts, request.seed)
+    drawn: dict[int, list[Image.Image]] = {size: [] for size in sorted(counts)}
+    start = 0
+    for size in sorted(counts, reverse=True):
+        end = max(start, min(counts[size], len(prompts)))
+        if end > start:
+            output = pipeline(list(prompts[start:end]), seed=seeds[start:end], until=size, **_arguments(request))
+            for smaller in (other for other in drawn if other <= size):
+                drawn[smaller] += cast(list[Image.Image], output.stages[smaller])
+        start = end
+    return drawn
+
+
+def _arguments(request: Request) -> dict[str, Any]:
+    """Of the pipeline; without the model's default style, because a suite measures its own prompts."""
+    own = {"batch_size": request.batch_size, "progress": request.progress}
+    return {**request.sampling, **own, "default_style": "none"}
+
+
+def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
+    """The seed of each prompt; equal prompts get different ones."""
+    seen: dict[str, int] = {}
+    seeds = []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        seeds.append(derive_seed(seed, "evaluate", prompt, seen[prompt]))
+    return seeds
+
+
+def base_resolution(pipeline: CascadePipeline) -> int:
+    """Resolution of the first stage, in pixels."""
+    return pipeline.slots[0].config.resolution
+
+
+def used_sampling(pipeline: CascadePipeline, request: Request) -> dict[str, Any]:
+    """The complete sampling settings of every stage, including the model's defaults.
+
+    Raises CascadeError for a stage or value that does not exist, before anything is drawn.
+    """
+    configs = [slot.config for slot in pipeline.slots]
+    settings = resolve_sampling(configs, None, request.sampling)
+    return {name: setting.model_dump(mode="json") for name, setting in settings.items()}

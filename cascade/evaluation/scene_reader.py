@@ -31,7 +31,7 @@ from cascade.data.scenes import (
     Size,
     draw,
 )
-from cascade.images import downsample, from_pil, upsample
+from cascade.pictures.images import downsample, from_pil, upsample
 
 RESOLUTION = 64
 """The resolution to which pictures of any size are resized."""

@@ -27,7 +27,7 @@ from cascade.data.scenes import (
     plural,
     random_scene,
 )
-from cascade.evaluation import drawing
+from cascade.evaluation import report
 from cascade.evaluation.report import Figure, Report, Request, share
 from cascade.evaluation.scene_reader import Found, Reading, read_scene, relation
 from cascade.pipeline import CascadePipeline
@@ -169,9 +169,9 @@ def _stand_right(scene: Scene, found: Sequence[Found]) -> bool:
 def run(pipeline: CascadePipeline, request: Request) -> Report:
     """Draw every prompt with the base stage, read the pictures, and count what is right."""
     asked = items(request.seed)[: request.limit]
-    pictures = drawing.draw(pipeline, [item.prompt for item in asked], request)
+    pictures = report.draw(pipeline, [item.prompt for item in asked], request)
     readings = [read_scene(picture) for picture in pictures]
-    resolution = drawing.base_resolution(pipeline)
+    resolution = report.base_resolution(pipeline)
     truths = [read_scene(draw(item.scene, resolution)) for item in asked]
     outcomes = [judge(item, reading) for item, reading in zip(asked, readings, strict=True)]
     ceiling = [judge(item, reading) for item, reading in zip(asked, truths, strict=True)]

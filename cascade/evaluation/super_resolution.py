@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.config.sampling import SamplingConfig
+from cascade.drawing.arguments import resolve_sampling
 from cascade.drawing.engine import Engine
+from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import enlarging
 from cascade.errors import CascadeError
-from cascade.evaluation.fidelity import (
+from cascade.evaluation.distances import (
     artefacts,
     colour_shift,
     consistency,
@@ -32,14 +34,12 @@ from cascade.evaluation.fidelity import (
 )
 from cascade.evaluation.report import Figure, Report, Request, judge_sha256
 from cascade.evaluation.tower import Tower, load_tower
-from cascade.files.parquet import PICTURE, Kinds, picture_bytes, read_table, row_of
-from cascade.images import downsample, from_pil, to_float, to_pil
+from cascade.files.containers import PICTURE, Kinds, picture_bytes, read_table, row_of
+from cascade.pictures.format import RGB, PictureFormat
+from cascade.pictures.images import downsample, from_pil, to_float, to_pil
+from cascade.pictures.rasters import read_given, shown
 from cascade.pipeline import CascadePipeline
-from cascade.pixels import RGB, PictureFormat
-from cascade.rasters import read_given, shown
-from cascade.sampling import resolve_sampling
 from cascade.seeds import generator
-from cascade.slots import StageSlot
 
 PICTURES = 48
 """Default number of held-out pictures for each stage."""

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.checkpoint import load_tensors, load_weights, save_tensors, write_json
-from cascade.images import downsample, upsample
+from cascade.files.atomic import write_json
+from cascade.files.tensors import load_tensors, load_weights, save_tensors
+from cascade.pictures.images import downsample, upsample
 
 BUNDLED_TOWER = Path(__file__).parents[1] / "pretrained" / "tower"
 RESOLUTION = 64

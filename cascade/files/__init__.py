@@ -1,1 +1,1 @@
-"""Reading the user's files: how they are named, found, opened and decoded, the same way everywhere."""
+"""Files: the user's, read the same way everywhere; and cascade's own, written whole or not at all."""

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.batch.metadata import Describer, encode
 from cascade.batch.plan import DrawOptions, Job, Planner, Target
+from cascade.config.values import SETTINGS
 from cascade.drawing.task import Result, Undrawn
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, quoted
+from cascade.pictures.rasters import file_formats
 from cascade.pipeline import CascadePipeline
-from cascade.prompts.columns import COLUMNS, checked, without_nulls
-from cascade.prompts.record import BadLineError, record_of
-from cascade.quoting import quoted
-from cascade.rasters import file_formats
-from cascade.values import SETTINGS
+from cascade.prompts.records import COLUMNS, BadLineError, checked, record_of, without_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,16 +1,23 @@
-"""A first look at a folder of pictures: what is in it, and what follows for a cascade that learns from it."""
+"""A first look at a folder of pictures, and at the pace of this machine: what follows for the cascade to make."""
 
 from __future__ import annotations
 
+import logging
+import shutil
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.config.data import DataConfig, FolderSource
 from cascade.config.stage import StageConfig
+from cascade.config.training import TrainConfig
 from cascade.data.survey import Survey, survey
 from cascade.errors import CascadeError
+from cascade.storage.training import load_trainer
+from cascade.training.memory import run_bytes, training_memory
 
 LEAST_PICTURES = 4
 HOLD_OUT_FROM = 64
@@ -101,3 +108,59 @@ def _some(what: str, lines: Sequence[str]) -> list[str]:
         return []
     more = [f"    and {len(lines) - _NAMED:,} more"] if len(lines) > _NAMED else []
     return [f"  {what}: {len(lines):,}", *(f"    {line}" for line in lines[:_NAMED]), *more]
+
+
+# --- pace ------------------------------------------------------------------------------------------------------------
+# How fast a stage trains on this machine: a few steps of the real training run, measured.
+
+_ENTRIES, _STEPS_AN_ENTRY = 4, 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured speed and counted cost of a training run. seconds: of one step."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def measure(config: TrainConfig, scratch: Path) -> Pace:
+    """Train a few steps in a folder that is deleted afterwards. The log's first entry, which warms up, is left out.
+
+    Raises CascadeError for a run that cannot start on this machine.
+    """
+    steps = _ENTRIES * _STEPS_AN_ENTRY
+    optimizer = config.training.optimizer.model_copy(update={"warmup_steps": 0, "decay_steps": 0})
+    brief = {
+        "steps": steps,
+        "log_every": _STEPS_AN_ENTRY,
+        "sample_every": 0,
+        "validation": None,
+        "optimizer": optimizer,
+    }
+    training = config.training.model_copy(update=brief)
+    trial = config.model_copy(update={"output": str(scratch), "training": training})
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with _quiet():
+            trainer = load_trainer(trial)
+            trainer.run()
+        assert trainer.log is not None
+        rates = [entry["images_per_second"] for entry in trainer.log.entries[1:]]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    memory = training_memory(config).total
+    return Pace(config.training.batch_size / statistics.median(rates), memory, run_bytes(config))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No lines of the training run: it is none."""
+    logger = logging.getLogger("cascade.training")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -11,39 +11,36 @@ from typing import Any
 
 import torch
 
-from cascade.card import Card
-from cascade.checkpoint import read_json, write_json, write_text
 from cascade.config.data import DataConfig
 from cascade.config.stage import StageConfig
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Views
 from cascade.data.sources import open_records
+from cascade.drawing.slots import StageSlot
 from cascade.errors import CascadeError
 from cascade.evaluation.tower import load_tower
-from cascade.images import to_float
-from cascade.load.index import read_index
-from cascade.load.pipeline import assemble
-from cascade.load.stage import load_stage, read_config
-from cascade.load.training import (
+from cascade.files.atomic import read_json, write_json, write_text
+from cascade.making import trials as sweeping
+from cascade.making.look import Look, look_at, measure
+from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, shares_of, shortened, training_run
+from cascade.making.trials import Trial, write_redrawn
+from cascade.pictures.images import to_float
+from cascade.pipeline import CascadePipeline
+from cascade.settings import parse, to_yaml
+from cascade.storage.index import read_index
+from cascade.storage.pipeline import assemble
+from cascade.storage.saving import Card
+from cascade.storage.stage import load_stage, read_config
+from cascade.storage.training import (
     encoder_settings,
     load_plain_text_encoder,
     load_train_config,
     load_trainer,
     open_cache,
 )
-from cascade.making import sweep as sweeping
-from cascade.making.look import Look, look_at
-from cascade.making.pace import measure
-from cascade.making.plan import LEAST_STEPS, Folder, Planned, choose, lines, shares_of, shortened, training_run
-from cascade.making.redraw import write_redrawn
-from cascade.making.sweep import Trial
-from cascade.pipeline import CascadePipeline
-from cascade.settings import parse, to_yaml
-from cascade.slots import StageSlot
 from cascade.text.cached import fill
-from cascade.training.folder import is_own_settings
-from cascade.training.spoken import duration
-from cascade.training.state import checkpoints
+from cascade.training.log import duration
+from cascade.training.state import checkpoints, is_own_settings
 
 logger = logging.getLogger("cascade.making")
 
@@ -281,7 +278,7 @@ def _save(order: Order, look: Look, folder: Folder, pipeline: CascadePipeline, t
 
 def _curves(folder: Folder) -> Path | None:
     """The curves of the runs as a picture; None without matplotlib."""
-    from cascade.training.plot import draw_curves, read_curves
+    from cascade.training.watch import draw_curves, read_curves
 
     path = folder.root / "curves.png"
     runs = {name: read_curves(folder.run(name)) for name in _planned_names(folder)}

@@ -21,14 +21,23 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade.bounds import Layers, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.diffusion.schedules import DiscreteSchedule, squared_cosine_betas
 from cascade.models.blocks import stacked
 from cascade.models.convolution import one_generation
-from cascade.models.if_blocks import IFAttention, IFResidualBlock, KeysValues, TextEmbedding, TwoLayers
-from cascade.models.if_levels import Level, Middle, level_down, level_up
+from cascade.models.if_blocks import (
+    IFAttention,
+    IFResidualBlock,
+    KeysValues,
+    Level,
+    Middle,
+    TextEmbedding,
+    TwoLayers,
+    level_down,
+    level_up,
+)
 from cascade.models.network import Geometry, Network, NetworkConfig, check_conditions
+from cascade.settings import Layers, Width, check_network
 
 IF_NOISE = DiscreteSchedule(squared_cosine_betas(1000))
 """The schedule whose step numbers the networks read, whatever schedule a stage is drawn with."""

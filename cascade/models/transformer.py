@@ -18,12 +18,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade.bounds import Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.models.attention import KeysValues, attend
 from cascade.models.blocks import depth_to_space, space_to_depth, stacked, zero_init
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list
+from cascade.settings import Layers, Side, Width, check_network
 
 LONGEST_TURN = 100.0
 """Wavelength, in patches over 2 pi, of the slowest rotation (Heo et al. 2024, RoPE for vision)."""

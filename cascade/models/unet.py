@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade.bounds import LAYERS, Layers, Side, Width, check_network
 from cascade.conditioning import Conditioning
 from cascade.models.attention import Attention, KeysValues
 from cascade.models.blocks import (
@@ -36,6 +35,7 @@ from cascade.models.blocks import (
 )
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list, rounded_up
+from cascade.settings import LAYERS, Layers, Side, Width, check_network
 
 
 class UNetConfig(NetworkConfig):

@@ -1,20 +1,21 @@
-"""Conversion of rows to records: each is checked, and gets an id and a seed."""
+"""From rows to checked records, and sets of prompts from one text."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, product
+from pathlib import Path
 
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, quoted
 from cascade.files.paths import expanded
-from cascade.prompts.columns import checked
-from cascade.prompts.disk import Counts
-from cascade.prompts.formats import Values
-from cascade.prompts.record import BadLineError, Failure, PromptRecord, record_of
-from cascade.prompts.sources import STANDARD_INPUT, PlacedRow, rows_of
-from cascade.quoting import quoted
-from cascade.text.captions import well_formed
+from cascade.files.text import NotTextError, read_text
+from cascade.prompts.records import BadLineError, Failure, PromptRecord, checked, record_of
+from cascade.prompts.sources import STANDARD_INPUT, Counts, PlacedRow, Values, rows_of
+from cascade.seeds import MAX_SEED
+from cascade.text.language import escaped, well_formed
 
 
 def given_prompts(prompts: Iterable[str], seed: int) -> Iterator[PromptRecord]:
@@ -60,3 +61,74 @@ def _record(
     if identifier is not None and counts.add("id", identifier):
         raise BadLineError(f"id: {quoted(identifier)} is used on an earlier line; every id must be different")
     return record_of(values, run_seed, earlier=counts.add("text", values["prompt"]), index=index, origin=origin)
+
+
+# --- sets ------------------------------------------------------------------------------------------------------------
+# Sets of prompts from one text: alternatives, wildcards from files, and frames from one prompt to another.
+
+MOST = 100_000
+"""Upper bound of prompts from one text."""
+_PIECES = re.compile(r"\\([{}|_\\])|\{([^{}]*)\}|__([A-Za-z0-9][A-Za-z0-9 .-]*?)__|(\{|\})")
+
+
+def prompts_of_set(text: str, folder: str | Path = ".") -> Iterator[str]:
+    """The prompts of `{red|green} car, __style__`: every choice of alternatives and of lines of style.txt, in order.
+
+    The last alternative changes fastest. folder: of the wildcards' files. A backslash takes the meaning from a letter
+    of {, }, | and _. Raises CascadeError for a brace alone, a file that is missing or empty, or too many prompts.
+    """
+    choices, place, count = list[list[str]](), 0, 1
+    for match in _PIECES.finditer(text):
+        choices.append([text[place : match.start()]])
+        place = match.end()
+        letter, alternatives, name, alone = match.groups()
+        if alone:
+            raise CascadeError(f"prompt: {quoted(text)} has a {alone} alone; write \\{alone} for the letter")
+        if letter is not None:
+            choices.append([letter])
+        elif name is not None:
+            choices.append(_lines(Path(folder) / f"{name}.txt"))
+        else:
+            choices.append([each.strip() for each in alternatives.split("|")])
+        count *= len(choices[-1])
+    if count > MOST:
+        raise CascadeError(f"prompt: {quoted(text)} stands for {count:,} prompts; at most {MOST:,} are possible")
+    return ("".join(chosen) for chosen in product(*choices, [text[place:]]))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a wildcard's file, without empty ones and comments."""
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except OSError as error:
+        raise CascadeError(f"{path}: wildcard cannot be read: {error.strerror or error}") from None
+    except NotTextError as error:
+        raise CascadeError(f"{path}: {error}") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise CascadeError(f"{path}: no lines in it; write one alternative per line")
+    return found
+
+
+def way_between(first: str, last: str, frames: int) -> list[str]:
+    """Prompts in the prompt language from one to another, in equal steps of their weights; the ends are these alone."""
+    if frames < 2:
+        raise CascadeError(f"frames: {frames}; expected at least 2")
+    shares = [frame / (frames - 1) for frame in range(frames)]
+    ends = escaped(first), escaped(last)
+    between = [f"{ends[0]}:{1 - share:.6f} AND {ends[1]}:{share:.6f}" for share in shares[1:-1]]
+    return [ends[0], *between, ends[1]]
+
+
+def between_seeds(frames: Sequence[PromptRecord], last: int) -> list[PromptRecord]:
+    """The frames with noise that leads, in equal steps along the sphere, from that of their seed to that of `last`.
+
+    The first frame has its own noise and the last one that of `last`, in every bit.
+    """
+    if len(frames) < 2:
+        raise CascadeError(f"frames: {len(frames)}; expected at least 2")
+    if not 0 <= last <= MAX_SEED:
+        raise CascadeError(f"travel_seed: {last}; expected a whole number in 0..{MAX_SEED}")
+    shares = [frame / (len(frames) - 1) for frame in range(1, len(frames) - 1)]
+    between = [replace(frame, variation=(last, share)) for frame, share in zip(frames[1:-1], shares, strict=True)]
+    return [frames[0], *between, replace(frames[-1], seed=last)]

@@ -1,33 +1,141 @@
-"""Sources of prompts: a file of a kind given by its ending, a folder of captions, standard input."""
+"""Sources of prompts and their formats: a file of a kind given by its ending, captions, standard input."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from gzip import GzipFile
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from cascade.errors import CascadeError
-from cascade.files.parquet import parquet_errors
-from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, read_text
-from cascade.files.walk import is_hidden
-from cascade.prompts.disk import in_order
-from cascade.prompts.formats import (
-    Lines,
-    Row,
-    Values,
-    csv_rows,
-    json_rows,
-    numbered_lines,
-    parquet_rows,
-    text_rows,
-)
-from cascade.prompts.record import BadLineError
+from cascade.files.containers import BadRowError, parquet_errors
+from cascade.files.containers import csv_rows as table_rows
+from cascade.files.locks import ScratchTable
+from cascade.files.paths import is_hidden
+from cascade.files.text import NoFileError, NotTextError, lines_of, open_regular, parse_json, read_text
+from cascade.prompts.records import BadLineError, check_header, from_text, utf8, without_nulls
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+# Formats of prompt files: conversion of numbered lines, or of a table, to rows of values by column.
+
+Lines: TypeAlias = Iterable[tuple[int, str]]
+"""Line numbers and lines without their ends."""
+
+Values: TypeAlias = "Mapping[str, Any] | BadLineError"
+"""The values of a row by column, or the row's defect."""
+
+Row: TypeAlias = tuple[int, Values]
+"""(line number, values or defect)."""
+
+
+def numbered_lines(file: BinaryIO) -> Lines:
+    """Numbered lines without their ends; bytes that are not UTF-8 become lone surrogates. Raises NotTextError."""
+    return enumerate(lines_of(file), start=1)
+
+
+def text_rows(lines: Lines) -> Iterator[Row]:
+    """One prompt per line."""
+    for line, text in lines:
+        if text.strip():
+            yield line, {"prompt": text.strip()}
+
+
+def json_rows(lines: Lines) -> Iterator[Row]:
+    """One JSON string or object per line."""
+    for line, text in lines:
+        if not text.strip():
+            continue
+        try:
+            value = parse_json(utf8(text))
+        except BadLineError as error:
+            yield line, error
+        except json.JSONDecodeError as error:
+            yield line, BadLineError(f"not valid JSON: {error.msg} at column {error.colno}")
+        except ValueError as error:
+            yield line, BadLineError(f"not valid JSON: {error}")
+        else:
+            if isinstance(value, (str, dict)):
+                yield line, {"prompt": value} if isinstance(value, str) else value
+            else:
+                yield line, BadLineError("expected a JSON string or object")
+
+
+def csv_rows(lines: Lines, name: str, separator: str | None = None, conditions: Collection[str] = ()) -> Iterator[Row]:
+    """Rows below a header that names the columns. An empty cell counts as missing.
+
+    separator: the separator of cells; None: commas, semicolons or tabs, as in the header.
+    Raises CascadeError, which begins with `name`, when the header is wrong, and for a quote that is not closed.
+    """
+    rows = table_rows((text for _, text in lines), name, separator)
+    line, header = next(rows, (0, list[str]()))
+    if isinstance(header, BadRowError):
+        raise CascadeError(f"{name}:{line}: {header}")
+    header = [cell.strip() for cell in header]
+    if header:
+        check_header(header, f"{name}:{line}", conditions)
+    for line, cells in rows:
+        yield line, BadLineError(str(cells)) if isinstance(cells, BadRowError) else _csv_row(header, cells)
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> Values:
+    if len(cells) != len(header):
+        return BadLineError(f"{len(cells)} cells, the header has {len(header)}")
+    try:
+        return {column: from_text(column, cell) for column, cell in zip(header, cells, strict=True) if cell.strip()}
+    except BadLineError as error:
+        return error
+
+
+def parquet_rows(file: BinaryIO, name: str, conditions: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of a Parquet file, in small batches. Raises CascadeError for a damaged file or a wrong header."""
+    from pyarrow import parquet
+
+    with parquet_errors(name):
+        table = parquet.ParquetFile(file)
+        check_header(table.schema_arrow.names, name, conditions)
+        rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        yield from enumerate(map(without_nulls, rows), start=1)
+
+
+# --- counts on disk --------------------------------------------------------------------------------------------------
+# Data about all lines of a prompt file, kept on disk so that memory use stays constant.
+
+
+class Counts:
+    """Counts of texts."""
+
+    def __init__(self) -> None:
+        self._table = ScratchTable("CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
+
+    def add(self, kind: str, text: str) -> int:
+        """Add `text`; returns how often it was added before."""
+        key = hashlib.sha256(f"{kind} {text}".encode()).digest()[:16]
+        row = self._table.execute(
+            "INSERT INTO seen VALUES (?, 0) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times", (key,)
+        ).fetchone()
+        return int(row[0])
+
+    def close(self) -> None:
+        """Delete the counts."""
+        self._table.close()
+
+
+def in_order(names: Iterable[str]) -> Iterator[str]:
+    """File names, sorted by their bytes."""
+    with closing(ScratchTable("CREATE TABLE names (name BLOB)")) as table:
+        table.fill("INSERT INTO names VALUES (?)", ((os.fsencode(name),) for name in names))
+        for (name,) in table.execute("SELECT name FROM names ORDER BY name"):
+            yield os.fsdecode(name)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
 
 STANDARD_INPUT = "-"
 _CAPTIONS = (".txt", ".caption")

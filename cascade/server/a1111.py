@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
+from cascade.server.api import drawn_size, finished, pictures_of, submitted
 from cascade.server.asked import Asked
-from cascade.server.pictures import from_base64
 from cascade.server.queue import Queue
-from cascade.server.waited import drawn_size, finished, pictures_of, submitted
+from cascade.server.sources import from_base64
 from cascade.settings import parse
 
 _SAMPLERS = {"DPM++ 2M": "dpm++", "DDIM": "ddim", "Heun": "heun", "DDPM": "ddpm"}

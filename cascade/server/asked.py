@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from cascade.batch.matrix import Matrix
-from cascade.batch.plan import DrawOptions, Planner
+from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.batch.plan import Job as Plan
-from cascade.config.samplers import SamplerConfig
-from cascade.config.sampling import ProjectionConfig
+from cascade.config.sampling import ProjectionConfig, SamplerConfig
 from cascade.config.stage import StageConfig
-from cascade.drawing.changes import Changes
+from cascade.config.values import SETTINGS
+from cascade.drawing.arguments import resolve_sampling
+from cascade.drawing.changes import Changes, regions_of
+from cascade.drawing.edit import fitted, read_picture
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.regions import regions_of
+from cascade.drawing.task import Drawn, Task
 from cascade.errors import CascadeError
 from cascade.pipeline import CascadePipeline
-from cascade.prompts.record import PromptRecord
-from cascade.sampling import resolve_sampling
+from cascade.prompts.records import PromptRecord
 from cascade.seeds import MAX_SEED, fresh_seed
-from cascade.server.enlarged import EnlargedJob
 from cascade.server.sources import Sources
 from cascade.settings import Settings, parse
-from cascade.text.captions import Styles
-from cascade.upscaling import read_picture
-from cascade.values import SETTINGS
+from cascade.text.language import Styles
+
+# --- enlarging -------------------------------------------------------------------------------------------------------
+# Enlarging an uploaded picture as a planned job, so that queue and gallery treat it like drawing.
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EnlargedJob(Job):
+    """Plan for one picture enlarged from another. task: for the engine."""
+
+    task: Task
+
+    def targets(self) -> Iterator[Target]:
+        """The picture."""
+        yield EnlargedTarget(self, 0)
+
+
+@dataclass(frozen=True)
+class EnlargedTarget(Target):
+    """The picture of an `EnlargedJob`."""
+
+    job: EnlargedJob
+
+    @property
+    def recipe(self) -> Recipe:
+        """See `Target.recipe`."""
+        return self.job.task.recipe
+
+    def task(self) -> Task:
+        """See `Target.task`."""
+        return replace(self.job.task, name=str(self.job.record.index))
+
+    def fitted(self, drawn: Drawn) -> Drawn:
+        """The picture at the requested size: area means of the last stage's picture."""
+        size = self.recipe.height, self.recipe.width
+        form = self.job.slots[-1].config.pictures
+        return replace(drawn, pixels=[fitted(drawn.pixels[-1][None], size, form)[0]])
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 LONGEST_PROMPT = 4000

@@ -14,19 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from cascade.batch.layout import Layout
-from cascade.batch.locks import RunLock
+from cascade.batch.folder import Layout
 from cascade.batch.manifest import Manifest
 from cascade.batch.metadata import sidecar
-from cascade.batch.pictures import Finished, Pictures
-from cascade.batch.stores import FolderStore, TarStore, place
+from cascade.batch.stores import Finished, FolderStore, Pictures, TarStore, place
+from cascade.batch.team import RunLock
 from cascade.errors import CascadeError, StorageError
-from cascade.files.parsed import parse_json, read_json_file
 from cascade.files.paths import is_within
-from cascade.files.picture import open_picture, read_rgb
-from cascade.server.catalogue import Catalogue, Row, picture_id, stored_in
+from cascade.files.text import parse_json, read_json_file
+from cascade.pictures.reading import open_picture, read_rgb
+from cascade.server.catalogue import Catalogue, Row, Traces, picture_id, stored_in
 from cascade.server.sources import Sources
-from cascade.server.traces import Traces
 
 PART = "studio"
 """Name of the server's subfolder of pictures, and part of the names of its manifest and lock."""

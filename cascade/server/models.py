@@ -1,14 +1,22 @@
-"""The available models: the server's first model, and the models in a folder."""
+"""The available models, and a model's card as shown on the page: stages, settings, examples and style words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from cascade.errors import CascadeError
-from cascade.load.index import find_model
+from cascade._version import __version__
+from cascade.config.sampling import SamplingConfig
+from cascade.config.values import PRESETS, SETTINGS
+from cascade.diffusion.samplers import SAMPLERS
+from cascade.drawing.arguments import common_step, resolve_sampling
+from cascade.errors import CascadeError, quoted
+from cascade.files.text import read_text
 from cascade.pipeline import CascadePipeline
-from cascade.quoting import quoted
+from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
+from cascade.settings import parse_yaml
+from cascade.storage.index import find_model
 
 Load = Callable[[str | None], CascadePipeline]
 SIGN = "cascade.json"
@@ -47,3 +55,70 @@ class Models:
             if (path / SIGN).is_file():
                 found.setdefault(path.name, str(path))
         return {**found, BUNDLED: None} if BUNDLED not in found else found
+
+
+# --- card ------------------------------------------------------------------------------------------------------------
+# The model as shown on the page: stages and settings, and the examples and style words of its model card.
+
+
+def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]:
+    """Everything that a form needs for a model. folder: of its README.md."""
+    configs = [slot.config for slot in pipeline.slots]
+    presets = ["default", *(name for name in PRESETS if any(name in config.presets for config in configs))]
+    said = {} if folder is None else front_matter(folder / "README.md")
+    resolved = {name: resolve_sampling(configs, name, {}) for name in presets}
+    return {
+        "name": pipeline.name,
+        "license": pipeline.license,
+        "version": __version__,
+        "device": pipeline.device.type,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "stages": [
+            {"name": config.name, "resolution": config.resolution, "multiple": common_step(configs[: place + 1])}
+            for place, config in enumerate(configs)
+        ],
+        "enlargers": [
+            {"name": slot.config.name, "resolution": slot.config.resolution}
+            for slot in pipeline.enlargers
+            if slot.config.low_resolution is not None
+        ],
+        "adapters": {slot.config.name: list(slot.adapters.values()) for slot in pipeline.slots if slot.adapters},
+        "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
+        "samplers": list(SAMPLERS),
+        **examples_of(said),
+        "limits": {"prompt": LONGEST_PROMPT, "pictures": MOST_PICTURES, "pixels": MOST_PIXELS},
+    }
+
+
+def front_matter(path: Path) -> Mapping[str, Any]:
+    """The YAML between two lines of dashes at the top of a model card, in the format of the Hugging Face hub; else {}.
+
+    `widget` holds example prompts ({"text": ...}), `styles` style words.
+    """
+    try:
+        text = read_text(path)
+        head = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+        said = parse_yaml(head)
+    except (OSError, ValueError, IndexError):
+        return {}
+    return said if isinstance(said, Mapping) else {}
+
+
+def examples_of(said: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The example prompts and style words in a front matter, which may hold anything."""
+    prompts = [example.get("text") for example in _list(said, "widget") if isinstance(example, Mapping)]
+    styles = _list(said, "styles")
+    return {
+        "examples": [prompt for prompt in prompts if isinstance(prompt, str)],
+        "styles": [style for style in styles if isinstance(style, str)],
+    }
+
+
+def _list(said: Mapping[str, Any], name: str) -> list[Any]:
+    values = said.get(name)
+    return values if isinstance(values, list) else []
+
+
+def _shown(settings: SamplingConfig) -> dict[str, Any]:
+    values = {**settings.model_dump(mode="json"), "sampler": settings.sampler.kind}
+    return {name: values[name] for name in SETTINGS}

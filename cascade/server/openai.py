@@ -20,16 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from cascade.batch.metadata import read_metadata
-from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
-from cascade.quoting import quoted
+from cascade.config.values import SETTINGS
+from cascade.errors import CascadeError, quoted
+from cascade.files.text import parse_json
+from cascade.server.api import check, drawn_size, finished, pictures_of, submitted, watched
 from cascade.server.asked import MOST_PICTURES, Asked
 from cascade.server.jobs import Job
-from cascade.server.pictures import transparency
 from cascade.server.queue import Queue
-from cascade.server.waited import check, drawn_size, finished, pictures_of, submitted, watched
+from cascade.server.sources import transparency
 from cascade.settings import parse
-from cascade.values import SETTINGS
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
 _OURS = ("seed", "negative_prompt", *SETTINGS, "strength", "extend", "resampling", "variation")

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.files.parsed import read_json_file
+from cascade.files.text import read_json_file
 from cascade.pipeline import CascadePipeline
 from cascade.server.asked import Asked
-from cascade.server.events import Event, Hub
 from cascade.server.gallery import Gallery
-from cascade.server.jobs import Job
-from cascade.server.waiting import WaitingLine
+from cascade.server.jobs import Event, Hub, Job, WaitingLine
 from cascade.server.worker import Worker
 from cascade.settings import parse
 

@@ -13,11 +13,10 @@ from statistics import median
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
+from cascade.files.text import parse_json
 from cascade.settings import read_yaml
-from cascade.training.folder import SETTINGS
-from cascade.training.plot import panels, read_curves, thinned
-from cascade.training.watch import HISTORY, IN_A_ROW, Watch
+from cascade.training.state import SETTINGS
+from cascade.training.watch import HISTORY, IN_A_ROW, Watch, panels, read_curves, thinned
 
 LOG = "log.jsonl"
 _DEEPEST = 3  # levels of folders below the monitored one

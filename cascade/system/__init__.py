@@ -1,7 +1,7 @@
-"""Functions that differ between operating systems: one module for POSIX, one for Windows, with the same names.
+"""The operating system, the machine and this process; what differs between systems is a function of this package.
 
-No other part of the package checks the system, or imports a module that only one system has. A function that a system
-cannot offer is a stub in its module, with the reason.
+`posix` and `windows` have the same names. No other part of the package checks the system, or imports a module that only
+one system has. A function that a system cannot offer is a stub in its module, with the reason.
 """
 
 import sys

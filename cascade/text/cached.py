@@ -10,11 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cascade.conditioning import NULL_TEXT
+from cascade.conditioning import NULL_TEXT, TextEmbeddings, TextEncoderProtocol
 from cascade.errors import CascadeError
-from cascade.text.cache import ANOTHER_ENCODER, EmbeddingCache
-from cascade.text.embeddings import TextEmbeddings, TextEncoderProtocol
-from cascade.text.lookup import hash_of
+from cascade.text.cache import ANOTHER_ENCODER, EmbeddingCache, hash_of
 
 _SLICE = 16  # batches encoded and rounded at a time while a cache is filled
 

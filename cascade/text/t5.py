@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any, Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from cascade.checkpoint import atomic_folder
+from cascade.conditioning import NullText, TextEmbeddings
 from cascade.config.data import Captions, TextReading
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, quoted
+from cascade.files.atomic import atomic_folder
 from cascade.files.paths import plain_path
-from cascade.quoting import quoted
-from cascade.streaming import move_streamed
-from cascade.text.captions import prepare_caption, well_formed
-from cascade.text.embeddings import NullText, TextEmbeddings
+from cascade.files.tensors import move_streamed
+from cascade.system.transfer import on_device
+from cascade.text.language import prepare_caption, well_formed
 from cascade.text.t5_files import (
+    call,
     check_folder,
     eight_bit_options,
     is_local,
@@ -30,9 +32,8 @@ from cascade.text.t5_files import (
     name_tokenizer_portably,
     quiet,
     streamed_t5,
+    token_ids,
 )
-from cascade.text.tokenizer import call, token_ids
-from cascade.transfer import on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_WINDOWS = 32
@@ -347,3 +348,21 @@ def _describe(tokenizer: Any) -> str:
 
 def _shorten(prompt: str, length: int = 40) -> str:
     return prompt if len(prompt) <= length else prompt[: length - 1] + "…"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+# The words of a prompt, and the token embeddings of each.
+
+
+def words_of(encoder: TextEncoder, prompt: str) -> dict[str, list[int]]:
+    """Each word, in order of the prompt -> the rows of its tokens in the embedding.
+
+    A repeated word has the rows of all its occurrences. Words beyond the encoder's length are left out.
+    """
+    text, spans = encoder.spans(prompt)
+    rows: dict[str, list[int]] = {}
+    for match in re.finditer(r"[\w'-]+", text):
+        own = [row for row, (start, end) in enumerate(spans) if start < match.end() and end > match.start()]
+        if own:
+            rows.setdefault(match.group(), []).extend(own)
+    return rows

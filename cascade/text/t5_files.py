@@ -16,12 +16,99 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cascade.conditioning import NULL_TEXT
-from cascade.errors import CascadeError
-from cascade.files.parsed import read_json_file
-from cascade.files.variants import one_variant, variant_of
-from cascade.streaming import stream
+from cascade.config.data import Captions
+from cascade.errors import CascadeError, quoted
+from cascade.files.atomic import write_text
+from cascade.files.paths import one_variant, path_of, variant_of
+from cascade.files.tensors import stream
+from cascade.files.text import read_json_file
+from cascade.text.language import prepare_caption, well_formed
 from cascade.text.t5_network import T5Encoder, T5Settings
-from cascade.text.tokenizer import Tokenizer, is_plain
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+# A tokenizer.json read by the library `tokenizers`: the same ids as transformers', without importing it.
+
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizer classes that use a tokenizer.json unchanged; others, such as T5Tokenizer, modify it on loading."""
+
+
+class Tokenizer:
+    """Texts -> token ids: the part of transformers' PreTrainedTokenizerFast that an encoder needs, with its names."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: holds tokenizer.json and tokenizer_config.json. Lets errors of `tokenizers` through."""
+        from tokenizers import Tokenizer as Backend
+
+        self._config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+        settings = read_json_file(folder / "tokenizer_config.json")
+        self.split_special_tokens = bool(settings.get("split_special_tokens", False))
+        self.backend_tokenizer = Backend.from_file(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.encode_special_tokens = self.split_special_tokens
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        end = settings.get("eos_token")
+        name = end.get("content") if isinstance(end, dict) else end
+        self.eos_token_id = self.backend_tokenizer.token_to_id(name) if isinstance(name, str) else None
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        verbose: bool = True,  # noqa: ARG002 (transformers warns of long texts by it)
+        return_offsets_mapping: bool = False,
+    ) -> dict[str, Any]:
+        """`input_ids` of a text, or of each text; on request `offset_mapping`, each token's place in the text."""
+        one = isinstance(text, str)
+        encoded = self.backend_tokenizer.encode_batch([text] if isinstance(text, str) else list(text))
+        found: dict[str, Any] = {"input_ids": [each.ids for each in encoded]}
+        if return_offsets_mapping:
+            found["offset_mapping"] = [each.offsets for each in encoded]
+        return {name: values[0] for name, values in found.items()} if one else found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        write_text(Path(folder) / "tokenizer_config.json", self._config)
+        self.backend_tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def token_ids(tokenizer: Any, texts: str | Sequence[str]) -> Any:
+    """The ids of a text, or of each text. Raises CascadeError for a panic; see `call`."""
+    return call(tokenizer, texts)["input_ids"]
+
+
+def call(tokenizer: Any, texts: str | Sequence[str], **options: bool) -> Any:
+    """What a tokenizer gives for a text, or for each text.
+
+    Raises CascadeError when `tokenizers` panics, as it does for contradictions in a tokenizer.json that show only in
+    some texts: a panic of Rust is no `Exception`, and would end the program with a traceback.
+    """
+    try:
+        return tokenizer(texts, verbose=False, **options)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        text = texts if isinstance(texts, str) else " ".join(texts)
+        raise CascadeError(
+            f"the text encoder's tokenizer.json fails on {quoted(text)}: {reason}; copy the encoder's folder again"
+        ) from error
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a tokenizer.json that does not need transformers."""
+    if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
+        return False
+    try:
+        settings = read_json_file(folder / "tokenizer_config.json")
+    except ValueError:
+        return False  # transformers then raises an error that describes the problem
+    return isinstance(settings, dict) and settings.get("tokenizer_class") in PLAIN_CLASSES
+
+
+# --- t5 files --------------------------------------------------------------------------------------------------------
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 """The second name of the embedding in files, and the first."""
@@ -220,3 +307,45 @@ def quiet(*, progress: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+# Lengths of captions in tokens, without the weights of the encoder.
+
+
+class TokenCounter:
+    """Counts the tokens of a text as the encoder would read them, before truncation."""
+
+    def __init__(self, source: str | Path, captions: Captions = "as_is") -> None:
+        """source: folder or hub id of the encoder. captions: how texts are cleaned first.
+
+        Raises CascadeError when there is no such folder or tokenizer.
+        """
+        local = is_local(source)
+        if local:
+            check_folder(path_of(source))
+            source = tokenizer_folder(path_of(source))
+        try:
+            self._tokenizer = _load(source, local)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # damaged files raise nearly everything, panics of Rust too
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CascadeError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+        self._captions: Captions = captions
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its </s> included."""
+        if not texts:
+            return []
+        prepared = [well_formed(prepare_caption(text, self._captions)) for text in texts]
+        return [len(ids) for ids in token_ids(self._tokenizer, prepared)]
+
+
+def _load(source: str | Path, local: bool) -> Any:
+    """The tokenizer, loaded by transformers only where necessary."""
+    if local and is_plain(path_of(source)):
+        return Tokenizer(path_of(source))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(source), local_files_only=local)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from cascade.checkpoint import save_tensors, write_json
+from cascade.files.atomic import write_json
+from cascade.files.tensors import save_tensors
 
 EXACT_BUCKETS = 8  # of sixteen per direction: each distance from 0 to 7 has its own
 

@@ -1,23 +1,34 @@
-"""Setup of accelerate: one process or many, with replicated (DDP) or sharded (FSDP2) weights."""
+"""Setup of accelerate (one process or many, DDP or FSDP2), a run's precision, and checks in every step."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cascade.config.training import TrainConfig, TrainingConfig
-from cascade.errors import CascadeError
-from cascade.machine import has_bfloat16, name_of
+from cascade.errors import CascadeError, ShortageError
+from cascade.models.network import Network
+from cascade.resources.number_format import Work, faster_format, warn_if_slow
+from cascade.settings import read_yaml
+from cascade.system.device import has_bfloat16, is_out_of_memory, name_of
+from cascade.training.optim import build_optimizer
+from cascade.training.state import checkpoints
+from cascade.training.weights import add_low_rank, freeze
 
 ResultT = TypeVar("ResultT")
 TIMEOUT = timedelta(hours=2)
@@ -176,3 +187,133 @@ def _cpu_group(device: torch.device) -> torch.distributed.ProcessGroup | None:
 
 def _asks_for_sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def prepared(accelerator: Accelerator, network: Network, settings: TrainingConfig) -> tuple[nn.Module, Any]:
+    """The network and its optimizer, wrapped by accelerate."""
+    network.activation_checkpointing = settings.activation_checkpointing
+    if settings.lora_rank:
+        add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed)
+    freeze(network, settings.frozen, settings.trained)
+    if shards(accelerator):
+        check_shardable(settings)
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # required by FSDP
+    else:
+        network.to(accelerator.device)  # before the optimizer, which may hold views of the weights
+    compiled = torch.compile(network) if settings.compile else network
+    optimizer = build_optimizer(network, settings.optimizer)
+    wrapped: tuple[nn.Module, Any] = accelerator.prepare(compiled, optimizer)
+    return wrapped
+
+
+# --- guards ----------------------------------------------------------------------------------------------------------
+# Checks in every step that stop a run with a one-line error before it saves a bad checkpoint.
+
+
+def check_batch(pass_size: int, accelerator: Accelerator) -> None:
+    """Raise CascadeError unless the pictures of a pass divide evenly among the processes."""
+    processes = accelerator.num_processes
+    if pass_size % processes:
+        raise CascadeError(
+            f"training.batch_size / training.accumulation = {pass_size} does not divide among {processes} processes;"
+            f" make it a multiple of {processes}, or start another number of processes"
+        )
+
+
+class Views(Protocol):
+    """View numbers and captions of a batch."""
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """The view numbers in the run."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The captions, in the same order."""
+
+
+def check_finite(loss: Tensor, step: int, batch: Views, accelerator: Accelerator) -> None:
+    """Raise CascadeError in every process when a loss (B,) is not finite in any; each names its own views."""
+    finite = torch.isfinite(loss).flatten()
+    # Every process must stop, not only the one with the bad loss, or the others wait forever.
+    if any_process(accelerator, not bool(finite.all())):
+        bad = [sample for sample, ok in zip(batch.samples, finite.tolist(), strict=True) if not ok]
+        captions = [caption for caption, ok in zip(batch.captions, finite.tolist(), strict=True) if not ok]
+        where = f"views {bad} ({captions[:3]})" if bad else "in another process, which names the views"
+        raise CascadeError(
+            f"the loss is not finite at step {step}, {where}; the last checkpoint is intact."
+            " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+        )
+
+
+def check_gradient(norm: float, step: int, precision: str) -> None:
+    """Raise CascadeError for a gradient that is not finite, before weights changed by it are saved.
+
+    fp16's loss scaling skips such steps by itself.
+    """
+    if not math.isfinite(norm) and precision != "fp16":
+        raise CascadeError(
+            f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is intact."
+            " Lower training.optimizer.learning_rate, or use training.precision=fp32"
+        )
+
+
+_SMALLER_STEPS = (
+    "raise training.accumulation, which gives the same steps in smaller passes, or set"
+    " training.activation_checkpointing=true; the last checkpoint is intact"
+)
+
+
+@contextmanager
+def shortage_as_error(when: str = "in training", way_out: str = _SMALLER_STEPS) -> Iterator[None]:
+    """Turn an out-of-memory error into a ShortageError with a way out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ShortageError(f"out of memory {when} ({_first_line(error)}); {way_out}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+# The precision of a run whose settings say `auto`.
+
+logger = logging.getLogger("cascade.training")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The settings with `auto` replaced by the precision that the run began with, or the fastest on this machine.
+
+    An explicit precision stays; if it is slow, a line reports how slow. All processes together.
+    """
+    state = launched_processes()
+    training = config.training
+    if training.precision != "auto":
+        refused = training.precision == "fp16" and state.device.type == "cpu"  # the accelerator will refuse it
+        if state.is_main_process and training.precision != "fp32" and not refused:
+            warn_if_slow([_work(config)], state.device, DTYPES[training.precision])
+        return config
+    chosen = from_main(state, lambda: _begun_in(config) or _NAMES[faster_format([_work(config)], state.device)])
+    return config.model_copy(update={"training": training.model_copy(update={"precision": chosen})})
+
+
+def _begun_in(config: TrainConfig) -> str | None:
+    """The precision of the run in the output folder, if there is one."""
+    folder = Path(config.output)
+    if not checkpoints(folder):
+        return None
+    known = read_yaml(folder / "config.yaml").get("training", {}).get("precision", "fp32")
+    return None if known == "auto" else str(known)
+
+
+def _work(config: TrainConfig) -> Work:
+    training = config.training
+    pictures = max(1, training.batch_size // training.accumulation // launched_processes().num_processes)
+    return Work(config.stage, pictures, trained=True)

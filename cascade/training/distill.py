@@ -9,18 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.conditioning import NULL_TEXT, Conditioning
+from cascade.conditioning import NULL_TEXT, Conditioning, TextEncoderProtocol
 from cascade.config.training import DistillConfig, LossConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.guidance import rescaled
 from cascade.diffusion.loss import Weighting, stratify
-from cascade.diffusion.noise import CLEAN, Denoiser, Estimate, diffuse, predicted_eps, x_of
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.noise import CLEAN, Denoiser, Estimate, diffuse, predicted_eps, to_x, x_of
 from cascade.errors import CascadeError
 from cascade.stage import NetworkCall, Stage, limit
-from cascade.text.embeddings import TextEncoderProtocol
+from cascade.system.transfer import on_device
 from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
-from cascade.transfer import on_device
 
 _SAME = ("resolution", "low_resolution", "path", "residual_scale", "channels")
 

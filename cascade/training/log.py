@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line per interval, with the same values for accelerate's trackers."""
+"""The log of a run: one JSON line per interval, values that stay on the device until then, lines on progress."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import json
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from cascade.checkpoint import write_text, writing
 from cascade.errors import StorageError
-from cascade.files.parsed import parse_json
-from cascade.files.text import open_regular
+from cascade.files.atomic import write_text, writing
+from cascade.files.text import open_regular, parse_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 BAND_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
 """Log SNR at the edges of the noise bands of the loss: from almost noise to almost clean."""
@@ -148,3 +152,88 @@ def _is_number(value: Any) -> bool:
 def flatten(values: Tensor) -> list[float]:
     """The numbers of a tensor as a list."""
     return [float(value) for value in values.detach().flatten().cpu()]
+
+
+# --- values on the device --------------------------------------------------------------------------------------------
+# Values of steps that stay on the device until they are needed: reading one waits for all queued GPU work.
+
+MOST_UNREAD = 100
+"""Steps after which their values are read in any case: they take memory, and show a loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """The values of one step: loss and log SNR (B,) of this process' pictures, and the gradient norm of all processes.
+
+    samples, captions: of the pictures.
+    """
+
+    step: int
+    losses: Tensor
+    log_snrs: Tensor
+    norm: Tensor
+    samples: Sequence[int]
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The values after reading: `losses` and `log_snrs` of the pictures of all processes, process by process."""
+
+    step: Unread
+    own_losses: Tensor
+    losses: list[float]
+    log_snrs: list[float]
+    norm: float
+
+
+def read(steps: Sequence[Unread], accelerator: Accelerator) -> list[Numbers]:
+    """The values of several steps, in order, read together. All processes together."""
+    own = torch.stack([torch.stack([step.losses, step.log_snrs]) for step in steps])  # (steps, 2, B)
+    gathered = accelerator.gather(own).cpu().unflatten(0, (-1, len(steps)))  # (processes, steps, 2, B)
+    values = gathered.permute(1, 2, 0, 3).flatten(2).tolist()  # (steps, 2, B of all)
+    norms = torch.stack([torch.as_tensor(step.norm) for step in steps]).tolist()
+    mine = gathered[accelerator.process_index, :, 0]
+    return [
+        Numbers(step, own_losses, losses, log_snrs, norm)
+        for step, own_losses, (losses, log_snrs), norm in zip(steps, mine, values, norms, strict=True)
+    ]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+# Lines on a run's progress where no bar is drawn: output to a file, or the log of a cluster's job.
+
+SECONDS_BETWEEN = 20.0
+
+
+class Spoken:
+    """Turns entries of a run's log into lines, at most one every `SECONDS_BETWEEN`; the first and the last always."""
+
+    def __init__(self, name: str, first: int, last: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """name: of the stage. first: the step that the run goes on after. last: of the run. clock: seconds."""
+        self._name, self._first, self._last, self._clock = name, first, last, clock
+        self._start = clock()
+        self._spoken: float | None = None
+
+    def line(self, step: int, values: Mapping[str, float]) -> str | None:
+        """The line for an entry of the log, or None if the previous line is recent."""
+        now = self._clock()
+        if self._spoken is not None and step < self._last and now - self._spoken < SECONDS_BETWEEN:
+            return None
+        self._spoken = now
+        parts = [f"{self._name}: step {step} of {self._last}", f"loss {values['loss']:.4f}"]
+        if "images_per_second" in values:
+            parts.append(f"{values['images_per_second']:.1f} pictures/s")
+        if step < self._last and step > self._first:
+            parts.append(f"{duration((now - self._start) / (step - self._first) * (self._last - step))} left")
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time as people write it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"

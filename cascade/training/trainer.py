@@ -14,59 +14,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from cascade.checkpoint import load_weights, save_stage, write_text, writing
+from cascade.conditioning import TextEncoderProtocol
+from cascade.config.stage import save_stage
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Portion, batches
 from cascade.data.workers import ReaderDiedError
 from cascade.errors import CascadeError
+from cascade.files.atomic import writing
+from cascade.files.tensors import load_weights
 from cascade.seeds import derive_seed
-from cascade.settings import to_yaml
 from cascade.stage import Stage
+from cascade.system.process import Stopped, stop_signals
 from cascade.text.cached import CachedTextEncoder
-from cascade.text.embeddings import TextEncoderProtocol
 from cascade.training.accelerator import (
     any_process,
     build_accelerator,
-    check_shardable,
+    check_batch,
+    check_finite,
+    check_gradient,
     from_main,
+    prepared,
+    settled,
     shards,
+    shortage_as_error,
     start_trackers,
 )
-from cascade.training.actions import Action, Grid, LogEntry, Moment, Validate, is_due
+from cascade.training.actions import Action, Grid, LogEntry, Moment, SampleGrid, Validate, Validation, is_due
 from cascade.training.distill import Distillation
-from cascade.training.ema import EMA
-from cascade.training.folder import SETTINGS, check_new, check_resumed, is_own_settings, mark_begun
-from cascade.training.frozen import freeze
-from cascade.training.guards import check_batch, check_finite, check_gradient, shortage_as_error
-from cascade.training.interrupt import Stopped, stop_signals
-from cascade.training.log import Meter, RunLog
-from cascade.training.lora import add_low_rank, merged, save_adapter
+from cascade.training.log import MOST_UNREAD, Meter, RunLog, Spoken, Unread, read
 from cascade.training.optim import (
-    build_optimizer,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
 )
-from cascade.training.precision import settled
-from cascade.training.samples import SampleGrid
-from cascade.training.sharding import gather, spread_like, whole
-from cascade.training.spoken import Spoken
 from cascade.training.state import (
     RunState,
+    check_new,
+    check_resumed,
+    mark_begun,
     newest,
     only_writer,
     read_state,
     remove_unfinished,
     save_state,
+    write_settings,
 )
 from cascade.training.step import NoiseSource, Objective, TrainingBatch, training_batch
-from cascade.training.unread import MOST_UNREAD, Unread, read
-from cascade.training.validation import Validation
 from cascade.training.watch import Watch
+from cascade.training.weights import EMA, gather, merged, save_adapter, spread_like, whole
 
 logger = logging.getLogger("cascade.training")
 
@@ -92,7 +91,7 @@ class Trainer:
         text.to(self.accelerator.device)
         check_batch(self._pass_size, self.accelerator)
         self._plain = copy.deepcopy(stage.network).to("meta")  # without weights, to be filled with the averages
-        self.network, self.optimizer = self._prepared()
+        self.network, self.optimizer = prepared(self.accelerator, stage.network, settings)
         self.ema = EMA(stage.network, settings.ema)
         data, device = config.data, self.accelerator.device
         source = NoiseSource(settings.seed, data.max_aug_level, data.aug_spread, device=device)
@@ -345,23 +344,6 @@ class Trainer:
 
     # --- beginning ---------------------------------------------------------------------------------------------------
 
-    def _prepared(self) -> tuple[nn.Module, Any]:
-        """The network and its optimizer, wrapped by accelerate."""
-        settings, network = self.config.training, self.stage.network
-        network.activation_checkpointing = settings.activation_checkpointing
-        if settings.lora_rank:
-            add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed)
-        freeze(network, settings.frozen, settings.trained)
-        if shards(self.accelerator):
-            check_shardable(settings)
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # required by FSDP
-        else:
-            network.to(self.accelerator.device)  # before the optimizer, which may hold views of the weights
-        compiled = torch.compile(network) if settings.compile else network
-        optimizer = build_optimizer(network, settings.optimizer)
-        prepared, wrapped = self.accelerator.prepare(compiled, optimizer)
-        return prepared, wrapped
-
     def _alone(self, lock: ExitStack, resume: bool) -> None:
         """Lock the run's folder against other writers."""
         if resume and not self.output.exists():
@@ -414,19 +396,12 @@ class Trainer:
     def _open_folder(self, first: int) -> None:
         with writing(self.output):
             remove_unfinished(self.output)
-            self._write_settings()
+            write_settings(self.output, self.config)
             mark_begun(self.output)
         self.spoken = Spoken(self.config.stage.name, first, self.config.training.steps)
         logged = first - 1 if self._owes else first
         self.log = RunLog(self.output / "log.jsonl", logged)
         start_trackers(self.accelerator, self.config.stage.name, logged + 1)
-
-    def _write_settings(self) -> None:
-        path = self.output / SETTINGS
-        if path.exists() and not is_own_settings(path):
-            logger.warning("%s: was not written by a run, left unchanged; checkpoints hold the settings", path)
-        else:
-            write_text(path, to_yaml(self.config))
 
     def _batches(self, first_step: int) -> Generator[Batch, None, None]:
         settings = self.config.training

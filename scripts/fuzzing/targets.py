@@ -59,8 +59,8 @@ def _make_settings(folder: Path) -> None:
 
 
 def _read_settings(folder: Path) -> None:
-    from cascade.load.training import load_train_config
-    from cascade.training.folder import is_own_settings
+    from cascade.storage.training import load_train_config
+    from cascade.training.state import is_own_settings
 
     is_own_settings(folder / "run.yaml")
     load_train_config(folder / "run.yaml")
@@ -94,9 +94,9 @@ def _read_assignments(folder: Path) -> None:
 
 
 def _read_model(folder: Path) -> None:
-    from cascade.batch.identity import model_identity
-    from cascade.load.index import read_index
-    from cascade.load.reading import check_reading
+    from cascade.batch.metadata import model_identity
+    from cascade.storage.index import read_index
+    from cascade.storage.stage import check_reading
 
     index = read_index(folder / "tiny")
     check_reading(index.reading, index.folders)
@@ -104,14 +104,14 @@ def _read_model(folder: Path) -> None:
 
 
 def _read_stage(folder: Path) -> None:
-    from cascade.load.stage import load_stage
+    from cascade.storage.stage import load_stage
 
     load_stage(folder / "tiny" / "base")
 
 
 def _read_encoder(folder: Path) -> None:
     from cascade.text.t5 import TextEncoder
-    from cascade.text.tokens import TokenCounter
+    from cascade.text.t5_files import TokenCounter
 
     TokenCounter(folder / "tiny" / "text_encoder").count(["a fox"])
     TextEncoder.from_pretrained(folder / "tiny" / "text_encoder", max_length=8).encode(["a fox"])
@@ -122,7 +122,7 @@ def _make_model(folder: Path) -> None:
 
 
 def _read_card(folder: Path) -> None:
-    from cascade.server.card import examples_of, front_matter
+    from cascade.server.models import examples_of, front_matter
 
     examples_of(front_matter(folder / "README.md"))
 
@@ -161,8 +161,8 @@ def _entry() -> dict[str, Any]:
 
 def _make_pictures(folder: Path) -> None:
     from cascade.batch.metadata import FORMATS, encode
-    from cascade.images import from_pil
-    from cascade.pixels import RGB
+    from cascade.pictures.format import RGB
+    from cascade.pictures.images import from_pil
 
     for format, ending in FORMATS.items():
         red = from_pil(Image.new("RGB", (8, 8), "red"))
@@ -193,9 +193,8 @@ def _spoil_picture(rng: Random, folder: Path) -> None:
 def _read_pictures(folder: Path) -> None:
     from cascade.batch.metadata import read_metadata
     from cascade.drawing.recipe import Recipe
-    from cascade.files.frames import read_frames
-    from cascade.files.picture import read_rgb
-    from cascade.files.replaceable import check_png
+    from cascade.pictures.frames import read_frames
+    from cascade.pictures.reading import check_png, read_rgb
 
     def metadata(path: Path) -> None:
         Recipe.from_json(read_metadata(path)[0], str(path))
@@ -236,7 +235,7 @@ def _make_output(folder: Path) -> None:
 def _read_output(folder: Path) -> None:
     """A run that goes on, with its reports; then one that begins anew."""
     from cascade.batch.output import Output
-    from cascade.batch.report import write_grid, write_page, write_parquet
+    from cascade.batch.reports import write_grid, write_page, write_parquet
 
     def run(overwrite: bool) -> None:
         with Output(folder / "out", overwrite=overwrite) as output:
@@ -312,7 +311,7 @@ def _read_prompts(folder: Path) -> None:
 
 def _records(records: Any) -> None:
     """Read everything, broken ones passed over, as training does."""
-    from cascade.data.dataset import BadRecordError
+    from cascade.data.records import BadRecordError
     from cascade.data.transforms import decode
 
     for index in range(len(records)):
@@ -413,7 +412,7 @@ def _make_table(folder: Path) -> None:
 def _read_table(folder: Path) -> None:
     from cascade.config.data import ParquetSource
     from cascade.data.sources import open_records
-    from cascade.files.parquet import PICTURE, read_table, rows
+    from cascade.files.containers import PICTURE, read_table, rows
 
     source = ParquetSource(
         kind="parquet", files=(str(folder / "a.parquet"),), image_column="image", caption_column="caption"
@@ -489,7 +488,7 @@ def _config(folder: Path) -> Any:
 
 
 def _make_run(folder: Path) -> None:
-    from cascade.checkpoint import write_text
+    from cascade.files.atomic import write_text
     from cascade.training.optim import optimizer_state
     from cascade.training.state import RunState, save_state
 
@@ -508,7 +507,7 @@ def _make_run(folder: Path) -> None:
 
 def _spoil_run(rng: Random, folder: Path) -> None:
     """A checkpoint with its sums made to fit, so that what they guard is read."""
-    from cascade.checkpoint import load_tensors, save_tensors
+    from cascade.files.tensors import load_tensors, save_tensors
 
     checkpoint = folder / "run" / "checkpoints" / "step-00000002"
     if rng.random() < 0.2:
@@ -539,7 +538,7 @@ def _spoil_run(rng: Random, folder: Path) -> None:
 
 
 def _read_run(folder: Path) -> None:
-    from cascade.checkpoint import load_weights
+    from cascade.files.tensors import load_weights
     from cascade.training.log import Meter
     from cascade.training.optim import load_optimizer_state
     from cascade.training.state import load_newest
@@ -556,8 +555,7 @@ def _read_run(folder: Path) -> None:
 
 def _read_log(folder: Path) -> None:
     from cascade.training.log import RunLog
-    from cascade.training.plot import panels, read_curves, thinned
-    from cascade.training.watch import Watch
+    from cascade.training.watch import Watch, panels, read_curves, thinned
 
     def curves(path: Path) -> None:
         found = read_curves(path)

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config.stage import StageConfig
 from cascade.diffusion import denoisers
 from cascade.diffusion.noise import diffuse
 from cascade.diffusion.samplers import sample_dpmpp
-from cascade.images import to_pil, to_uint8
-from cascade.stage import Stage
+from cascade.pictures.images import to_pil, to_uint8
+from cascade.stage import Stage, build_stage
 from gpu import pictures
 from gpu.network import autocast, with_weights
 

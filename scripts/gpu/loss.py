@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade.diffusion.noise import diffuse
-from cascade.diffusion.parameterization import target, to_x
+from cascade.diffusion.noise import diffuse, target, to_x
 from cascade.models.unet import UNet
 from gpu.network import call
 from gpu.views import View

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.build import build_stage
-from cascade.checkpoint import load_tensors, load_weights
 from cascade.conditioning import Conditioning
 from cascade.config.stage import StageConfig
 from cascade.errors import CascadeError
+from cascade.files.tensors import load_tensors, load_weights
 from cascade.models.conditioned import Seen
 from cascade.models.unet import Block, UNet
+from cascade.stage import build_stage
 
 MOST_BYTES = 15 * 2**20
 """Most bytes of one weight file, for transfers limited to 16 MiB per file."""

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.errors import CascadeError
-from cascade.text.captions import well_formed
+from cascade.text.language import well_formed
 from cascade.text.t5_files import check_folder, load_t5, quiet, tokenizer_folder
 
 SIZE = 256

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import diffuse, log_snr_from_std
-from cascade.images import upsample
+from cascade.pictures.images import upsample
 from gpu.pictures import SIZE, Library, cut, mirror
 
 SMALL = 64

@@ -16,8 +16,8 @@ from PIL import Image
 from cascade.config.data import DataConfig, FolderSource, HubSource, ScenesSource, WebDatasetSource
 from cascade.config.stage import StageConfig
 from cascade.data.buckets import Buckets, bucket_sizes, nearest, size_of
-from cascade.data.dataset import Record
 from cascade.data.loader import Batch, Portion, batches
+from cascade.data.records import Record
 from cascade.errors import CascadeError
 from cascade.settings import parse
 

@@ -11,9 +11,8 @@ from PIL import Image
 from tiny_data import encoded, plain_picture, write_folder, write_parquet, write_tar
 
 from cascade.config.data import FolderSource, HubSource, ParquetSource, ScenesSource, SourceConfig, WebDatasetSource
-from cascade.data.dataset import BadRecordError, Record, caption_variants, encoded_picture
-from cascade.data.order import SceneSource, ShuffledSource, StreamSource
-from cascade.data.sources import open_records, open_source
+from cascade.data.records import ALL, BadRecordError, Record, caption_variants, encoded_picture
+from cascade.data.sources import SceneSource, ShuffledSource, StreamSource, open_records, open_source
 from cascade.data.tables import _stream_records
 from cascade.data.transforms import decode
 from cascade.errors import CascadeError
@@ -477,7 +476,7 @@ class BrokenStream:
 
 
 def test_a_stream_that_breaks_off_is_one_clear_line() -> None:
-    stream = _stream_records(BrokenStream(), HubSource(name="far/away"), 0)
+    stream = _stream_records(BrokenStream(), HubSource(name="far/away"), ALL, 0)
     assert [next(stream).captions for _ in range(2)] == [("a",), ("b",)]
     with pytest.raises(CascadeError, match=r"^data source far/away: the stream broke off: connection$"):
         next(stream)

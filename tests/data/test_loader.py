@@ -23,7 +23,7 @@ from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, Mixture, Portion, Views, batches, captions_of
 from cascade.data.workers import read_by_workers
 from cascade.errors import CascadeError
-from cascade.images import from_pil
+from cascade.pictures.images import from_pil
 
 
 def take(

@@ -17,7 +17,7 @@ from tiny_data import encoded
 from cascade.config.data import ParquetSource
 from cascade.data.scenes import Scene, SceneObject, draw
 from cascade.data.sources import open_records
-from cascade.images import downsample, from_pil, to_float, to_uint8
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 PICTURE = draw(Scene((SceneObject("star", "red", "small", 0.25, 0.25, 0.13),)), 1024)

@@ -11,17 +11,15 @@ import pytest
 import torch
 from tiny_data import encoded, plain_picture, write_tar
 
-from cascade.checkpoint import save_tensors
 from cascade.config.data import DataConfig, HubSource, SourceConfig, WebDatasetSource
 from cascade.config.stage import StageConfig
-from cascade.data.dataset import BadRecordError, Record
 from cascade.data.loader import Portion, batches, captions_of
-from cascade.data.order import ShardedSource
-from cascade.data.sources import open_records, open_source
-from cascade.data.tar_index import INDEX_FOLDER
-from cascade.data.tars import TarRecords
+from cascade.data.records import BadRecordError, Record
+from cascade.data.sources import ShardedSource, open_records, open_source
+from cascade.data.tars import INDEX_FOLDER, TarRecords
 from cascade.errors import CascadeError
-from cascade.files import tar as tars
+from cascade.files import containers as tars
+from cascade.files.tensors import save_tensors
 
 SHARDS = (5, 1, 7, 3)
 
@@ -133,7 +131,7 @@ def test_headers_are_walked_once_and_again_when_the_file_changed(shards: Path, m
         opened.append(path.name)
         return tars.members(path)
 
-    monkeypatch.setattr("cascade.data.tar_index.members", walked)
+    monkeypatch.setattr("cascade.data.tars.members", walked)
     open_records(source_of(shards))
     open_records(source_of(shards))
     assert opened == [f"{number}.tar" for number in range(4)]

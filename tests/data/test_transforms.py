@@ -12,7 +12,7 @@ from tiny_data import encoded
 
 from cascade.config.data import DataConfig, ScenesSource
 from cascade.config.stage import StageConfig
-from cascade.data.dataset import BadRecordError, Record
+from cascade.data.records import BadRecordError, Record
 from cascade.data.sources import open_source
 from cascade.data.transforms import (
     choose_caption,
@@ -23,8 +23,8 @@ from cascade.data.transforms import (
     square,
     training_pair,
 )
-from cascade.images import downsample, from_pil, to_float, to_uint8
 from cascade.models.unet import UNetConfig
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
 
 MODEL = UNetConfig(channels=(32,), blocks=(1,), strides=(1,), attention=(False,))
 SUPER_RESOLUTION = StageConfig(name="upscaler", resolution=64, low_resolution=16, model=MODEL)

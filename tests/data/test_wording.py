@@ -12,7 +12,7 @@ from PIL import Image
 from cascade.config.data import DataConfig, FolderSource, WordingConfig
 from cascade.config.stage import StageConfig
 from cascade.data.loader import Views, captions_of
-from cascade.data.wording import caption_of_name, worded, wordings
+from cascade.data.records import caption_of_name, worded, wordings
 from cascade.errors import CascadeError
 from cascade.settings import parse
 

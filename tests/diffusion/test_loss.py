@@ -19,10 +19,10 @@ from cascade.diffusion.loss import (
     stratify,
     uniform_levels,
 )
-from cascade.diffusion.parameterization import Kind, to_x
+from cascade.diffusion.noise import Prediction, to_x
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Prediction, ...] = get_args(Prediction)
 T = 1000
 SCHEDULE = DiscreteSchedule(linear_betas(1e-4, 0.02, T))
 
@@ -49,11 +49,11 @@ def test_eps_loss_is_algorithm_18_1() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("space", KINDS)
-def test_loss_is_the_square_in_its_space_whatever_the_network_predicts(kind: Kind, space: Kind) -> None:
+def test_loss_is_the_square_in_its_space_whatever_the_network_predicts(kind: Prediction, space: Prediction) -> None:
     x, eps = pictures(0).double(), pictures(1).double()
     log_snr = torch.tensor([-6.0, -1.0, 2.0, 6.0]).double()[:, None, None, None]
 
-    def predicts(what: Kind) -> torch.Tensor:
+    def predicts(what: Prediction) -> torch.Tensor:
         return diffusion_loss(
             lambda z, level: from_x(what, torch.tanh(z), z, level), what, Weighting(space), x, log_snr, eps
         )
@@ -63,13 +63,13 @@ def test_loss_is_the_square_in_its_space_whatever_the_network_predicts(kind: Kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_is_exactly_one_in_the_networks_own_space(kind: Kind) -> None:
+def test_weight_is_exactly_one_in_the_networks_own_space(kind: Prediction) -> None:
     log_snr = torch.linspace(-20, 20, 41)
     assert torch.equal(Weighting(kind).on_output(kind, log_snr), torch.ones(41))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_snr_weight_on_the_square_in_x_is_the_smaller_of_snr_and_gamma(kind: Kind) -> None:
+def test_min_snr_weight_on_the_square_in_x_is_the_smaller_of_snr_and_gamma(kind: Prediction) -> None:
     log_snr = torch.linspace(-8, 8, 17, dtype=torch.float64)
     snr = log_snr.exp()
     weighting = Weighting(min_snr_gamma=5.0)

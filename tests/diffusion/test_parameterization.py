@@ -8,10 +8,9 @@ import pytest
 import torch
 from helpers_diffusion import from_x
 
-from cascade.diffusion.noise import alpha, diffuse, one_minus_alpha
-from cascade.diffusion.parameterization import Kind, log_weight_in_x, target, to_x
+from cascade.diffusion.noise import Prediction, alpha, diffuse, log_weight_in_x, one_minus_alpha, target, to_x
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Prediction, ...] = get_args(Prediction)
 LEVELS = [-8.0, -2.0, 0.0, 3.0, 8.0]
 
 
@@ -25,21 +24,21 @@ def problem(log_snr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("log_snr", LEVELS)
-def test_the_target_stands_for_x(kind: Kind, log_snr: float) -> None:
+def test_the_target_stands_for_x(kind: Prediction, log_snr: float) -> None:
     x, eps, z, level = problem(log_snr)
     torch.testing.assert_close(to_x(kind, target(kind, x, eps, level), z, level), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("log_snr", LEVELS)
-def test_from_x_inverts_to_x(kind: Kind, log_snr: float) -> None:
+def test_from_x_inverts_to_x(kind: Prediction, log_snr: float) -> None:
     _, output, z, level = problem(log_snr)
     torch.testing.assert_close(from_x(kind, to_x(kind, output, z, level), z, level), output)
 
 
 @pytest.mark.parametrize("kind", ["x", "v", "velocity"])
 @pytest.mark.parametrize("log_snr", [-20.0, 20.0])
-def test_bounded_parameterizations_keep_float32_accuracy_at_the_ends(kind: Kind, log_snr: float) -> None:
+def test_bounded_parameterizations_keep_float32_accuracy_at_the_ends(kind: Prediction, log_snr: float) -> None:
     x, eps, _, level = (tensor.float() for tensor in problem(log_snr))
     z = diffuse(x, eps, level)
     torch.testing.assert_close(to_x(kind, target(kind, x, eps, level), z, level), x, rtol=0, atol=2e-6)
@@ -47,7 +46,7 @@ def test_bounded_parameterizations_keep_float32_accuracy_at_the_ends(kind: Kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("log_snr", LEVELS)
-def test_square_in_any_space_is_a_weighted_square_in_x(kind: Kind, log_snr: float) -> None:
+def test_square_in_any_space_is_a_weighted_square_in_x(kind: Prediction, log_snr: float) -> None:
     x, eps, z, level = problem(log_snr)
     x_hat = x + 0.1 * torch.sin(7 * x)
     square = (target(kind, x, eps, level) - from_x(kind, x_hat, z, level)).square()

@@ -11,8 +11,7 @@ import torch
 from reference import chapter18, gaussian
 from torch import Tensor
 
-from cascade.diffusion.noise import CLEAN, alpha, noise_like, one_minus_alpha
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.noise import CLEAN, alpha, noise_like, one_minus_alpha, to_x
 from cascade.diffusion.samplers import sample_ddim, sample_ddpm, sample_dpmpp, sample_heun
 from cascade.diffusion.schedules import CosineSchedule, DiscreteSchedule, linear_betas, log_snr_grid
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from cascade.drawing.output import CascadeOutput
 from cascade.errors import CascadeError
 from cascade.evaluation import art_look
-from cascade.evaluation.art_pictures import shelf
-from cascade.evaluation.drawing import draw_stages, prompt_seeds
-from cascade.evaluation.report import Request
+from cascade.evaluation.art_data import shelf
+from cascade.evaluation.report import Request, draw_stages, prompt_seeds
 from cascade.evaluation.tower import load_tower
-from cascade.output import CascadeOutput
 
 
 def encoded(number: int, size: int) -> dict[str, object]:

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from cascade.data.scenes import draw, random_scene
+from cascade.drawing.output import CascadeOutput
 from cascade.errors import CascadeError
 from cascade.evaluation.art import choose, measured_sizes, run, unmeasured
 from cascade.evaluation.art_data import read_art
 from cascade.evaluation.report import Report, Request, judge_sha256, write_report
 from cascade.evaluation.tower import STYLES, load_tower
-from cascade.images import to_pil
-from cascade.output import CascadeOutput
+from cascade.pictures.images import to_pil
 
 UNSEEN, TRAINING = 12, 20
 

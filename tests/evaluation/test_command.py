@@ -46,8 +46,8 @@ def test_a_run_leaves_a_report_that_says_how_it_was_made_and_is_the_same_twice(
 def test_another_weight_is_another_hash(model: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
-    from cascade.batch.identity import weights_sha256
-    from cascade.load.index import read_index
+    from cascade.batch.metadata import weights_sha256
+    from cascade.storage.index import read_index
 
     other = make_tiny_cascade(tmp_path / "other")
     assert weights_sha256(read_index(other)) == weights_sha256(read_index(model))
@@ -87,7 +87,7 @@ def test_a_wrong_call_is_one_line_and_status_2(
 def test_a_folder_that_cannot_be_written_is_reported_before_drawing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("cascade.evaluation.drawing.draw", None)
+    monkeypatch.setattr("cascade.evaluation.report.draw", None)
     (tmp_path / "file").write_text("kept")
     status, _, err = run(capsys, model, "--suite", "scenes", "--out", tmp_path / "file" / "report")
     assert status == 2

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cascade.evaluation.fidelity import (
+from cascade.evaluation.distances import (
     artefacts,
     colour_shift,
     consistency,
@@ -19,7 +19,7 @@ from cascade.evaluation.fidelity import (
     ssim,
 )
 from cascade.evaluation.tower import Tower
-from cascade.images import downsample, upsample
+from cascade.pictures.images import downsample, upsample
 
 SIDE = 64
 

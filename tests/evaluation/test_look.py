@@ -12,7 +12,7 @@ from cascade.data.scenes import draw, random_scene
 from cascade.evaluation import look
 from cascade.evaluation.art_look import Seen, View, measure, summary
 from cascade.evaluation.tower import load_tower
-from cascade.images import downsample, from_pil, to_float, to_uint8, upsample
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8, upsample
 from cascade.seeds import generator
 
 SIDE = 128

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.errors import CascadeError
-from cascade.evaluation.inception import Inception
-from cascade.evaluation.published import ClipScorer, Published, frechet_distance, load_inception
+from cascade.evaluation.published import ClipScorer, Inception, Published, frechet_distance, load_inception
 from cascade.evaluation.report import Request
 
 

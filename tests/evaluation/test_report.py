@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cascade.evaluation.drawing import prompt_seeds
-from cascade.evaluation.report import Figure, Report, share, write_report
+from cascade.evaluation.report import Figure, Report, prompt_seeds, share, write_report
 
 RUN = {
     "model": {"name": "tiny", "sha256": "0123456789abcdef"},

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from cascade.data.scenes import COLOURS, EMOJI_PAIRS, HELD_OUT_PAIRS, PLACES, SHAPES, Scene, SceneObject, draw
+from cascade.drawing.output import CascadeOutput
 from cascade.evaluation.report import Request
 from cascade.evaluation.scene_reader import read_scene, relation
 from cascade.evaluation.scenes import HELD_OUT_EVERY, KINDS, UNSEEN_PAIRS, Item, figures, items, judge, run, shuffled
-from cascade.output import CascadeOutput
 
 
 def as_jpeg(picture: Image.Image) -> Image.Image:

@@ -17,8 +17,8 @@ from PIL import Image
 from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.evaluation.super_resolution import AVERAGED, busiest, read_pairs, resized
-from cascade.images import downsample, to_float, to_uint8
-from cascade.rasters import write_array
+from cascade.pictures.images import downsample, to_float, to_uint8
+from cascade.pictures.rasters import write_array
 
 
 @pytest.fixture(scope="module")

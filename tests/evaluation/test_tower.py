@@ -12,7 +12,7 @@ from PIL import Image
 from cascade.errors import CascadeError
 from cascade.evaluation.art_data import Art, Concept
 from cascade.evaluation.tower import STYLES, Tower, buckets, load_tower, save_tower
-from cascade.images import from_pil, to_float
+from cascade.pictures.images import from_pil, to_float
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade.files.alpha import bled, is_opaque, with_alpha
+from cascade.pictures.frames import bled, is_opaque, with_alpha
 
 RED, GREEN = (200, 30, 10), (20, 180, 40)
 

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from cascade.errors import CascadeError
-from cascade.files.frames import Frames, check_pixels, read_frames, save_png
+from cascade.pictures.frames import Frames, check_pixels, read_frames, save_png
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.files.names import alike, portable
+from cascade.files.paths import alike, portable
 
 DEVICES = ("con", "prn", "aux", "nul", "com1", "lpt9")
 

@@ -12,10 +12,10 @@ from helpers_art import encoded, picture
 from pyarrow import parquet
 
 from cascade.errors import CascadeError
-from cascade.evaluation import art_pictures
+from cascade.evaluation import art_data
 from cascade.evaluation.art_data import read_art
 from cascade.evaluation.super_resolution import read_pairs
-from cascade.files.parquet import read_table, rows
+from cascade.files.containers import read_table, rows
 from cascade.prompts.reading import read_prompts
 from cascade.prompts.sources import count_prompts
 
@@ -34,9 +34,9 @@ GOOD = {
 def read_all(folder: Path) -> None:
     """Everything that evaluation and prompts read of a file of true pictures."""
     read_art(folder, "test")
-    for cached in (art_pictures.shelf, art_pictures._encoded):
+    for cached in (art_data.shelf, art_data._encoded):
         cached.cache_clear()
-    large = art_pictures.shelf(folder, 64)
+    large = art_data.shelf(folder, 64)
     large.pictures(list(large.entries))
     read_pairs(folder / "test-64.parquet", (32, 16), 2, 0)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cascade.checkpoint import read_json
 from cascade.errors import CascadeError
-from cascade.files.parsed import parse_json
+from cascade.files.atomic import read_json
+from cascade.files.text import parse_json
 from cascade.settings import override, read_yaml
 from cascade.training.log import RunLog
 

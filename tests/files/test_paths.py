@@ -14,17 +14,16 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from cascade import CascadePipeline, TextEncoder
-from cascade.bounds import AtMost
 from cascade.cli.program import main, program
 from cascade.config.training import TrainConfig
+from cascade.drawing.edit import read_picture
 from cascade.errors import CascadeError
 from cascade.files.paths import expanded
-from cascade.load.index import find_stage
-from cascade.load.stage import load_stage
-from cascade.load.training import load_train_config
 from cascade.prompts.reading import read_prompts
-from cascade.settings import Settings, to_yaml
-from cascade.upscaling import read_picture
+from cascade.settings import AtMost, Settings, to_yaml
+from cascade.storage.index import find_stage
+from cascade.storage.stage import load_stage
+from cascade.storage.training import load_train_config
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.files.patterns import matching
+from cascade.files.paths import matching
 
 
 @pytest.mark.parametrize("pattern", ["/**/*.parquet", "/**", "//**/a", "/*/**/a.tar", "/tmp/../**/a"])

@@ -14,12 +14,12 @@ import pytest
 from helpers_icc import ADOBE_RGB, DISPLAY_P3, SRGB, gray_profile, rgb_profile
 from PIL import Image, ImageCms
 
-from cascade.data.dataset import BadRecordError, Record
+from cascade.data.records import BadRecordError, Record
 from cascade.data.transforms import decode
+from cascade.drawing.edit import read_picture
 from cascade.errors import CascadeError
-from cascade.files.picture import _OPENING, open_picture, picture_errors, read_rgb, straight
-from cascade.images import from_pil
-from cascade.upscaling import read_picture
+from cascade.pictures.images import from_pil
+from cascade.pictures.reading import _OPENING, open_picture, picture_errors, read_rgb, straight
 
 ADOBE = rgb_profile(ADOBE_RGB, 563 / 256)
 

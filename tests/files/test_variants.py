@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cascade.convert import _needed
-from cascade.deepfloyd import weight_files
+from cascade.storage.convert import _needed
+from cascade.storage.diffusers import weight_files
 from cascade.text.t5_files import text_weights
 
 FULL, BF16, FP16 = "model.safetensors", "model.bf16.safetensors", "model.fp16.safetensors"

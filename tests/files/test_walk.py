@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade.files.walk import is_hidden, walk
+from cascade.files.paths import is_hidden, walk
 
 
 def files(folder: Path, *names: str) -> None:

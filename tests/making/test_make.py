@@ -15,19 +15,20 @@ from PIL import Image
 from test_plan import fill
 
 from cascade import CascadePipeline
-from cascade.checkpoint import write_json
 from cascade.config.data import FolderSource
 from cascade.data.survey import Survey
-from cascade.images import downsample, from_pil, to_float, to_uint8
-from cascade.load.pipeline import load_encoder
-from cascade.load.training import load_train_config
+from cascade.files.atomic import write_json
+from cascade.making import look as pace
 from cascade.making import make as making
-from cascade.making import pace, plan
+from cascade.making import plan
 from cascade.making.look import Look
 from cascade.making.make import Order, make
-from cascade.making.redraw import write_redrawn
-from cascade.making.sizes import Size
+from cascade.making.plan import Size
+from cascade.making.trials import write_redrawn
+from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
 from cascade.settings import to_yaml
+from cascade.storage.pipeline import load_encoder
+from cascade.storage.training import load_train_config
 from cascade.training.trainer import Trainer
 
 NETWORK = {"channels": [8], "blocks": [1], "strides": [1], "attention": [False], "embedding_dim": 16}

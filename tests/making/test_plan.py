@@ -12,14 +12,12 @@ from PIL import Image
 from cascade.config.training import TrainConfig
 from cascade.data.survey import Survey
 from cascade.errors import CascadeError
-from cascade.images import from_pil, to_float
-from cascade.load.training import load_train_config
 from cascade.making import plan
-from cascade.making.look import Look, look_at
-from cascade.making.pace import Pace
-from cascade.making.plan import SHARES, Folder, choose, residual_scales, shortened, training_run
-from cascade.making.sizes import SIZES
+from cascade.making.look import Look, Pace, look_at
+from cascade.making.plan import SHARES, SIZES, Folder, choose, residual_scales, shortened, training_run
+from cascade.pictures.images import from_pil, to_float
 from cascade.settings import to_yaml
+from cascade.storage.training import load_train_config
 
 GIGABYTE = 10**9
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cascade.making.sweep import Trial, best, match
+from cascade.making.trials import Trial, best, match
 
 
 def test_the_match_of_the_true_pictures_themselves_is_highest_and_that_of_shuffled_ones_is_negative() -> None:

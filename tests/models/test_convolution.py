@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cascade.models import phases, winograd
+from cascade.models import convolution as conv
 from cascade.models.convolution import LEAST_CHANNELS, Convolution, one_generation
 from cascade.models.if_blocks import IFResidualBlock
 from cascade.models.if_unet import IFUNetConfig
@@ -24,9 +24,9 @@ def frozen(channels: int = WIDE) -> Convolution:
 def is_transformed(convolution: Convolution, h: Tensor) -> bool:
     """Whether its sums are those of `winograd.convolve`, bit for bit."""
     assert convolution.bias is not None
-    kernel = winograd.transform_kernel(convolution.weight.detach())
+    kernel = conv.winograd_kernel(convolution.weight.detach())
     with one_generation(is_transformed):
-        return torch.equal(convolution(h), winograd.convolve(h, kernel, convolution.bias.detach()))
+        return torch.equal(convolution(h), conv.winograd_convolve(h, kernel, convolution.bias.detach()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,7 +86,7 @@ def test_a_block_that_enlarges_gives_the_same_with_and_without(dtype: torch.dtyp
     with one_generation("this"):
         quick = block.conv1.enlarging(exact)
     torch.testing.assert_close(
-        quick, phases.convolve(exact, phases.transform_kernel(block.conv1.weight), block.conv1.bias), rtol=0, atol=0
+        quick, conv.phase_convolve(exact, conv.phase_kernels(block.conv1.weight), block.conv1.bias), rtol=0, atol=0
     )
     block, h, embedding = block.to(dtype), h.to(dtype), embedding.to(dtype)
     with one_generation("this"):
@@ -136,8 +136,8 @@ def test_a_generation_never_meets_the_kernel_of_weights_before_it(
 
 def test_within_a_generation_a_kernel_is_transformed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    transform = winograd.transform_kernel
-    monkeypatch.setattr(winograd, "transform_kernel", lambda weight: made.append(1) or transform(weight))
+    transform = conv.winograd_kernel
+    monkeypatch.setattr(conv, "winograd_kernel", lambda weight: made.append(1) or transform(weight))
     convolution, h = frozen(), torch.randn(1, WIDE, 4, 4)
     for generation in ("first", "second"):
         for _ in range(3):
@@ -189,4 +189,4 @@ def test_an_empty_batch_or_picture_gives_an_empty_one(shape: tuple[int, ...]) ->
             assert IFResidualBlock(IFUNetConfig(), WIDE, WIDE, "up").requires_grad_(False)(
                 h, torch.zeros(0, IFUNetConfig().embedding_dim)
             ).shape == (0, WIDE, 8, 8)
-    assert winograd.convolve(h, winograd.transform_kernel(convolution.weight), convolution.bias).shape == shape
+    assert conv.winograd_convolve(h, conv.winograd_kernel(convolution.weight), convolution.bias).shape == shape

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from cascade.build import build_stage
-from cascade.config.network import ModelConfig
-from cascade.config.stage import StageConfig
+from cascade.config.stage import ModelConfig, StageConfig
 from cascade.models.network import Network, NetworkConfig
+from cascade.resources.memory import blank_call
 from cascade.settings import parse
-from cascade.stage import blank_call
+from cascade.stage import build_stage
 
 IF = {"kind": "if_unet", "channels": [8, 16], "blocks": [1, 1], "attention": [False, True], "embedding_dim": 16}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -83,7 +82,7 @@ def test_a_picture_is_drawn_at_each_multiple_of_the_divisor_and_at_no_other_size
 
 @KINDS
 def test_the_least_memory_is_a_lower_bound_of_what_a_call_makes(kind: str) -> None:
-    from cascade.memory import stage_memory
+    from cascade.resources.memory import stage_memory
 
     config = stage_config(kind)
     assert config.geometry.least_activations * 4 * 8 * 8 < stage_memory(config).activations

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.models.attention import Attention
-from cascade.models.blocks import Normalize, ResidualBlock, depth_to_space, space_to_depth
-from cascade.models.embeddings import LONGEST_PERIOD, SHORTEST_PERIOD, TextPooling, sinusoidal
-from cascade.models.group_norm import group_norm
+from cascade.models.blocks import Normalize, ResidualBlock, depth_to_space, group_norm, space_to_depth
+from cascade.models.conditioned import LONGEST_PERIOD, SHORTEST_PERIOD, TextPooling, sinusoidal
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -185,4 +185,4 @@ def test_nothing_in_the_package_but_one_union_names_the_transformer() -> None:
             words |= {str(node.module).rpartition(".")[2]} if isinstance(node, ast.ImportFrom) else set()
             if words & (names | {"transformer"}):
                 knowing.add(path.relative_to(PACKAGE).as_posix())
-    assert knowing == {"models/transformer.py", "config/network.py"}
+    assert knowing == {"models/transformer.py", "config/stage.py"}

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade.diffusion.noise import diffuse, posterior
-from cascade.diffusion.parameterization import to_x
+from cascade.diffusion.noise import diffuse, posterior, to_x
 from cascade.diffusion.schedules import CosineSchedule
 
 pytestmark = pytest.mark.slow

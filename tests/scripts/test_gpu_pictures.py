@@ -18,7 +18,7 @@ from helpers_text import make_tiny_t5
 from PIL import Image
 
 from cascade.errors import CascadeError
-from cascade.load.index import BUNDLED
+from cascade.storage.index import BUNDLED
 from cascade.text.t5 import TextEncoder
 
 CPU = torch.device("cpu")

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from cascade.conditioning import Conditioning
 from cascade.config.training import OptimizerConfig
-from cascade.diffusion.noise import diffuse
-from cascade.diffusion.parameterization import target
+from cascade.diffusion.noise import diffuse, target
 from cascade.errors import CascadeError
+from cascade.system.process import stop_signals
 from cascade.training import optim as library
-from cascade.training.interrupt import stop_signals
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from helpers_text import make_tiny_t5
 from PIL import Image
 from train_bundled_gpu import is_compiled, main
 
-from cascade.load.stage import load_stage
+from cascade.storage.stage import load_stage
 
 Call = Callable[..., tuple[int, str]]
 

@@ -15,10 +15,9 @@ from PIL import Image
 
 from cascade import CascadePipeline
 from cascade.batch.metadata import read_metadata
-from cascade.drawing.edit import digest_of
-from cascade.server.events import Event
+from cascade.drawing.edit import digest_of, read_picture
+from cascade.server.jobs import Event
 from cascade.server.sources import Sources
-from cascade.upscaling import read_picture
 
 
 def pixels(height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from cascade.batch.metadata import read_metadata
 from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.server.gallery import Gallery
-from cascade.text.captions import Styles
+from cascade.text.language import Styles
 
 
 def generate(model: Path, out: Path, *arguments: str) -> int:

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cascade import CascadePipeline
 from cascade.cli.program import main
-from cascade.server import run as server_run
+from cascade.server import app as server_run
 from cascade.server.guard import HEADERS, Rules
 
 

@@ -13,7 +13,7 @@ from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.server.events import Event
+from cascade.server.jobs import Event
 
 
 class Gate:

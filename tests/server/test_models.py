@@ -21,9 +21,9 @@ from PIL import Image
 from cascade import CascadePipeline
 from cascade.cli.serve import Request
 from cascade.errors import CascadeError
-from cascade.load.stage import load_stage
 from cascade.server.models import Models
-from cascade.training.lora import add_low_rank, save_adapter
+from cascade.storage.stage import load_stage
+from cascade.training.weights import add_low_rank, save_adapter
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cascade import CascadePipeline
-from cascade.server.events import Event
+from cascade.server.jobs import Event
 from cascade.server.models import Models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -10,7 +10,7 @@ from helpers_server import Live
 from PIL import Image
 
 from cascade import CascadePipeline
-from cascade.server import traces
+from cascade.server import catalogue
 
 
 def test_a_trace_holds_every_step_of_the_picture_and_leaves_the_gallery_alone(
@@ -57,7 +57,7 @@ def test_a_trace_is_of_one_picture_from_a_prompt(server: Live, asked: dict[str, 
 
 
 def test_old_traces_make_room(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "MOST", 2)
+    monkeypatch.setattr(catalogue, "MOST", 2)
     names = [server.draw(until=8, seed=seed, trace=True)["trace"] for seed in range(4)]
     there = [server.client.get(f"/api/traces/{name}").status_code == 200 for name in names]
     assert there == [False, False, True, True]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.load.index import BUNDLED
+from cascade.storage.index import BUNDLED
 
 FOLDER = BUNDLED / "text_encoder"
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import cascade
-from cascade.checkpoint import save_tensors
+from cascade.conditioning import TextEmbeddings
 from cascade.errors import CascadeError
-from cascade.text.cache import EmbeddingCache
+from cascade.files.tensors import save_tensors
+from cascade.text.cache import EmbeddingCache, Lookup, Place
 from cascade.text.cached import CachedTextEncoder, Pace, fill
-from cascade.text.embeddings import TextEmbeddings
-from cascade.text.lookup import Lookup, Place
 
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "fox of the sea", "🦊")]
 

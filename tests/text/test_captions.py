@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cascade.errors import CascadeError
-from cascade.text.captions import Styles, clean_caption, prepare_caption
+from cascade.text.language import Styles, clean_caption, prepare_caption
 
 NASTY = [
     "A photo of a red fox, 4k!",

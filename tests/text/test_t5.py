@@ -13,8 +13,8 @@ import torch
 from helpers_text import make_tiny_t5
 from torch import Tensor
 
+from cascade.conditioning import TextEmbeddings
 from cascade.errors import CascadeError
-from cascade.text.embeddings import TextEmbeddings
 from cascade.text.t5 import TextEncoder
 
 STRINGS = [

@@ -16,9 +16,8 @@ from pydantic import ValidationError
 
 from cascade.errors import CascadeError
 from cascade.text.t5 import TextEncoder
-from cascade.text.t5_files import load_own_t5, load_t5, quiet
+from cascade.text.t5_files import load_own_t5, load_t5, quiet, token_ids
 from cascade.text.t5_network import T5Encoder, T5Settings
-from cascade.text.tokenizer import token_ids
 
 BUNDLED = Path(__file__).parents[2] / "cascade" / "pretrained" / "text_encoder"
 TEXTS = ["a red apple", "", "  Two\tBLUE stars\n", "🦊 苹果 é ﬁ", "</s> <pad> <extra_id_0>", "\x00\u200b", "a " * 200]

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from cascade.seeds import derive_seed
-from cascade.training.counted import _GOLDEN, _mixed, counted_noise
-from cascade.training.step import NoiseSource, draw_noise
+from cascade.training.step import _GOLDEN, NoiseSource, _mixed, counted_noise, draw_noise
 
 KEYS = torch.tensor([derive_seed("view", number) for number in range(64)])
 

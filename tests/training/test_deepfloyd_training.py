@@ -10,20 +10,18 @@ import torch
 from helpers_if import TEXT_DIM, make_if, own_picture, peer_picture
 from helpers_training import log_entries
 
-from cascade.build import build_stage
 from cascade.conditioning import Conditioning
 from cascade.config.training import TrainConfig
-from cascade.convert import convert
-from cascade.deepfloyd import read_stage
 from cascade.diffusion.loss import Weighting, log_likelihood, variational_bits
-from cascade.diffusion.noise import diffuse, posterior
-from cascade.diffusion.parameterization import to_x
-from cascade.images import downsample, upsample_corners
-from cascade.load.stage import load_stage
-from cascade.load.training import load_trainer
+from cascade.diffusion.noise import diffuse, posterior, to_x
 from cascade.models.if_unet import IF_NOISE
+from cascade.pictures.images import downsample, upsample_corners
 from cascade.settings import parse
-from cascade.stage import Stage
+from cascade.stage import Stage, build_stage
+from cascade.storage.convert import convert
+from cascade.storage.diffusers import read_stage
+from cascade.storage.stage import load_stage
+from cascade.storage.training import load_trainer
 from cascade.training.step import NoiseSource, TrainingBatch, conditions, draw_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers' own

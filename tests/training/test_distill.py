@@ -12,14 +12,13 @@ import torch
 from helpers_training import SUPER_RESOLUTION, WordEncoder, fill, log_entries, micro_config, trainer
 from torch import Tensor, nn
 
-from cascade.build import build_stage
-from cascade.checkpoint import save_stage
 from cascade.conditioning import Conditioning
+from cascade.config.stage import save_stage
 from cascade.config.training import DistillConfig, LossConfig, TrainConfig
 from cascade.diffusion.noise import alpha, diffuse, one_minus_alpha, predicted_eps
 from cascade.errors import CascadeError
 from cascade.models.network import Network
-from cascade.stage import Stage
+from cascade.stage import Stage, build_stage
 from cascade.training.distill import Distillation, TeacherPath, teacher_share
 from cascade.training.step import NoiseSource, TrainingBatch
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from cascade.config.training import EMAConfig
-from cascade.memory import LiveBytes
-from cascade.training.ema import EMA
+from cascade.resources.memory import LiveBytes
+from cascade.training.weights import EMA
 
 
 def network_of(value: float) -> nn.Linear:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers_training import WordEncoder, micro_config
 
-from cascade.build import build_stage
 from cascade.config.training import TrainConfig
 from cascade.data.loader import batches
+from cascade.stage import build_stage
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder, fill
 from cascade.training.state import load_newest

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers_training import micro_config, trainer
 
-from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
+from cascade.files.tensors import load_tensors
 
 # Decay moves even weights that get no gradient, if only the optimizer holds them.
 DECAY = "training.optimizer.weight_decay=0.5"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import log_snr_from_std, noise_like
-from cascade.images import downsample, from_pil, to_float, upsample
-from cascade.load.stage import load_stage
+from cascade.pictures.images import downsample, from_pil, to_float, upsample
 from cascade.seeds import generator
 from cascade.stage import Stage
+from cascade.storage.stage import load_stage
 
 CAPTIONS = ("a red circle", "a blue square")
 LEARN = (

@@ -14,16 +14,15 @@ from helpers_training import TEXT_DIM, TRANSFORMER, fill, log_entries, micro_con
 from torch import nn
 
 from cascade import CascadePipeline
-from cascade.build import build_stage
-from cascade.checkpoint import load_tensors, save_tensors
 from cascade.conditioning import Conditioning
 from cascade.errors import CascadeError
-from cascade.load.adapters import Adapter
-from cascade.load.pipeline import assemble
-from cascade.load.stage import load_stage
+from cascade.files.tensors import load_tensors, save_tensors
 from cascade.models.network import Network
-from cascade.training.lora import add_low_rank, merge_adapter, merged, save_adapter
+from cascade.stage import build_stage
+from cascade.storage.pipeline import assemble
+from cascade.storage.stage import Adapter, load_stage
 from cascade.training.state import load_newest, save_state
+from cascade.training.weights import add_low_rank, merge_adapter, merged, save_adapter
 
 IF = (
     "stage.schedule={kind: squared_cosine}",

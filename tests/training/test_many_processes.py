@@ -103,7 +103,7 @@ def full_disk(rank: int, output: str) -> None:
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with patch("cascade.checkpoint.save_file", full):
+    with patch("cascade.files.tensors.save_file", full):
         try:
             run.run()
         except CascadeError as error:
@@ -132,7 +132,7 @@ def broken(rank: int, output: str) -> None:
     def divide(*_arguments: object, **_options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    with patch("cascade.training.samples.SampleGrid.drawn", divide):
+    with patch("cascade.training.actions.SampleGrid.drawn", divide):
         try:
             run.run()
         except expected as error:

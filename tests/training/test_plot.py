@@ -12,7 +12,7 @@ from PIL import Image
 from cascade.cli.program import main
 from cascade.errors import CascadeError
 from cascade.training.log import band_names
-from cascade.training.plot import MOST_POINTS, draw_curves, panels, read_curves, thinned
+from cascade.training.watch import MOST_POINTS, draw_curves, panels, read_curves, thinned
 
 
 def write_log(folder: Path, **values: list[float]) -> Path:

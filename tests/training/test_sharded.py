@@ -16,8 +16,8 @@ from helpers_processes import finish, start
 from helpers_sharded import CONFIGS, launcher_environment, refused_sharded, train_sharded
 from helpers_training import TRANSFORMER, log_entries, micro_config, trainer
 
-from cascade.checkpoint import load_tensors
-from cascade.load.stage import load_stage
+from cascade.files.tensors import load_tensors
+from cascade.storage.stage import load_stage
 from cascade.training.state import load_newest
 
 pytestmark = [

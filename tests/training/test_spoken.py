@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers_training import micro_config, trainer
 
-from cascade.training.spoken import SECONDS_BETWEEN, Spoken, duration
+from cascade.training.log import SECONDS_BETWEEN, Spoken, duration
 
 
 def test_a_line_has_step_loss_speed_and_the_time_that_is_left() -> None:
@@ -50,7 +50,7 @@ def test_a_run_whose_output_is_no_terminal_reports_its_first_and_last_entry(
 def test_grids_show_the_captions_of_held_out_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
-    from cascade.training.samples import first_views
+    from cascade.training.actions import first_views
 
     for name in ("seen", "held-out"):
         (tmp_path / name).mkdir()
@@ -64,7 +64,7 @@ def test_grids_show_the_captions_of_held_out_pictures(tmp_path: Path) -> None:
 
 def test_a_missing_folder_is_found_before_a_hub_is_asked_for_the_encoder(tmp_path: Path) -> None:
     from cascade.errors import CascadeError
-    from cascade.load.training import load_trainer
+    from cascade.storage.training import load_trainer
 
     sources = f"data.sources=[{{kind: folder, path: '{tmp_path / 'none'}'}}]"
     config = micro_config(tmp_path / "run", sources, "text.encoder=someone/an-encoder-that-nobody-has")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers_training import WordEncoder, log_entries, micro_config, trainer
 
-from cascade.checkpoint import read_json, write_json
 from cascade.config.training import TrainConfig
 from cascade.errors import CascadeError
+from cascade.files.atomic import read_json, write_json
 from cascade.settings import to_yaml
 from cascade.training.state import (
     RunState,

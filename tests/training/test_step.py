@@ -10,10 +10,9 @@ import yaml
 from helpers_training import SUPER_RESOLUTION, TEXT_DIM, fill, micro_config
 from reference import chapter18
 
-from cascade.build import build_stage
 from cascade.config.training import LossConfig, TrainConfig
 from cascade.diffusion.noise import log_snr_from_std
-from cascade.stage import Stage
+from cascade.stage import Stage, build_stage
 from cascade.training.step import Draw, NoiseSource, TrainingBatch, conditions, draw_noise, noise_levels, training_loss
 
 

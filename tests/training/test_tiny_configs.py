@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cascade.build import build_stage
-from cascade.load.training import load_train_config, load_trainer
-from cascade.stage import count_parameters
+from cascade.resources.memory import count_parameters
+from cascade.stage import build_stage
+from cascade.storage.training import load_train_config, load_trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 NAMES = ("base", "sr", "sr2")

@@ -17,12 +17,12 @@ from helpers_training import SUPER_RESOLUTION, WordEncoder, log_entries, micro_c
 from PIL import Image
 from torch import nn
 
-from cascade.checkpoint import load_tensors
 from cascade.errors import CascadeError
-from cascade.load.stage import load_stage
-from cascade.load.training import load_train_config, load_trainer
+from cascade.files.tensors import load_tensors
+from cascade.storage.stage import load_stage
+from cascade.storage.training import load_train_config, load_trainer
+from cascade.training.accelerator import check_finite
 from cascade.training.actions import Moment
-from cascade.training.guards import check_finite
 from cascade.training.log import MEASURED, Meter, RunLog, band_names
 from cascade.training.state import load_newest
 
@@ -465,7 +465,7 @@ def test_a_resume_needs_no_more_the_stage_that_its_settings_named(tmp_path: Path
 def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
     tmp_path: Path, tiny_t5: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cascade.load import training as load
+    from cascade.storage import training as load
     from cascade.text.cached import fill
 
     config = micro_config(tmp_path / "run", *tiny_t5, f"text.cache={tmp_path / 'cache'}").text
@@ -479,7 +479,7 @@ def test_with_a_complete_cache_the_text_encoder_is_never_loaded(
         loads.append(settings)
         return encoder
 
-    monkeypatch.setattr("cascade.load.training.load_plain_text_encoder", counted)
+    monkeypatch.setattr("cascade.storage.training.load_plain_text_encoder", counted)
     text = load.load_text_encoder(config)
     text.encode(["a red fox", ""])
     assert not loads

@@ -15,14 +15,13 @@ import torch
 from helpers_training import TEXT_DIM, WordEncoder, fill, log_entries, micro_settings, write_pictures
 from PIL import Image
 
-from cascade.build import build_stage
-from cascade.checkpoint import save_stage
 from cascade.cli.program import main
 from cascade.config.data import TextConfig
-from cascade.config.stage import StageConfig
+from cascade.config.stage import StageConfig, save_stage
 from cascade.config.training import TrainConfig
-from cascade.load.training import encoder_settings, load_train_config
 from cascade.settings import override, parse
+from cascade.stage import build_stage
+from cascade.storage.training import encoder_settings, load_train_config
 from cascade.text.cache import EmbeddingCache
 from cascade.training.state import RunState, load_newest
 

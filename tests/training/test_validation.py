@@ -13,10 +13,9 @@ from cascade.data import loader
 from cascade.errors import CascadeError
 from cascade.text.t5 import TextEncoder
 from cascade.training import step as step_module
-from cascade.training.actions import Moment, Validate
+from cascade.training.actions import Moment, Validate, Validation
 from cascade.training.step import Draw
 from cascade.training.trainer import Trainer
-from cascade.training.validation import Validation
 
 VALIDATE = "training.validation={sources: [{kind: scenes, held_out: true}], every: 2, batches: 3}"
 

@@ -1,0 +1,1 @@
+"""Conditions in addition to text: settings, and values."""

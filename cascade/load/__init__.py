@@ -1,1 +1,0 @@
-"""From files to objects: a folder or hub id becomes a stage, a pipeline, a text encoder or a training run."""

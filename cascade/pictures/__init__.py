@@ -1,0 +1,1 @@
+"""Pictures: files of every kind read and written, conversions, resizing, and the format of a cascade's pictures."""
