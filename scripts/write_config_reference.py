@@ -5,6 +5,7 @@ python scripts/write_config_reference.py [--check]
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import types
@@ -52,7 +53,7 @@ def section(kind: type[Settings], path: str) -> str:
     """Heading, description and table of one section."""
     choice = kind.model_fields.get("kind")
     title = f"{path}: {{kind: {choice.default}}}" if choice and path else path or "The file"
-    lines = [f"\n## {title}\n", (kind.__doc__ or "").strip()]
+    lines = [f"\n## {title}\n", inspect.cleandoc(kind.__doc__ or "")]  # from Python 3.13 on it already is
     rows = []
     for name, field in kind.model_fields.items():
         if name != "kind" or not path.count(".") or len(get_args(field.annotation)) > 1:

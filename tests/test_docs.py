@@ -164,4 +164,4 @@ def test_the_python_of_the_readme_runs(checkout: Path):
 def test_the_first_command_of_the_readme_draws_1024_pixels(tmp_path: Path):
     (command,) = [line for line in commands("README.md") if line.startswith('cascade generate "a red apple"')]
     run(command, tmp_path)
-    assert size(tmp_path / "out" / "000000-a-red-apple.png") == (1024, 1024)
+    assert size(tmp_path / "out" / "000000-a-red-apple-fluent-3d-style.png") == (1024, 1024)

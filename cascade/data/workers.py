@@ -69,6 +69,8 @@ def read_by_workers(items: Dataset[T], places: Iterable[Any], workers: int) -> G
         del loaded
         for process in started:
             process.kill()  # a hanging one, for example on a disk; Python would wait for it at exit
+        for process in started:
+            process.join(timeout=5)  # else it is a zombie for a while
 
 
 @dataclass(frozen=True)
