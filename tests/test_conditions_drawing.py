@@ -207,3 +207,56 @@ def test_a_model_without_conditions_says_that_it_reads_text_alone(tmp_path: Path
 def test_stage_folders_keep_their_conditions(model: Path) -> None:
     assert list(read_stage_config(model / "base").conditions) == ["shape", "age", "layout"]
     assert load_stage(model / "base").config.conditions["shape"] == SHAPE
+
+
+def test_info_lists_the_conditions_of_a_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "condition shape: one of 'circle', 'square', 'star'; none leaves it open" in shown
+    assert "condition age: " in shown
+    assert main(["info", str(model), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["conditions"]) == ["shape", "age", "layout", "edges"]
+
+
+def test_upscale_takes_conditions_and_draws_again_when_one_changes(
+    model: Path, pipeline: CascadePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, edges = tmp_path / "small.png", tmp_path / "edges.png"
+    Image.new("RGB", (8, 8), "blue").save(small)
+    Image.new("RGB", (16, 16), "red").save(edges)
+    command = ["upscale", str(small), "--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, "--condition", f"edges={edges}"]) == 0
+    (expected,) = pipeline.upscale(Image.open(small), seed=0, conditions={"edges": Image.open(edges)}).images
+    with Image.open(tmp_path / "out" / "small.png") as drawn:
+        assert drawn.convert("RGB").tobytes() == expected.tobytes()
+    assert main([*command, "--condition", f"edges={edges}"]) == 0
+    assert "kept" in capsys.readouterr().out
+    Image.new("RGB", (16, 16), "green").save(edges)
+    assert main([*command, "--condition", f"edges={edges}"]) == 2
+    assert "exists, but from another call" in capsys.readouterr().err
+    assert main([*command, "--condition", "edge=x"]) == 2
+    assert "did you mean edges?" in capsys.readouterr().err
+
+
+def test_a_matrix_has_an_axis_for_a_condition(
+    model: Path, pipeline: CascadePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "layout.png"
+    outline().save(path)
+    command = ["generate", "a fox", "--model", str(model), "--device", "cpu", "--seed", "1", "--until", "8"]
+    command += ["--condition", f"layout={path}", "--out", str(tmp_path / "out")]
+    axes = ["--matrix", "condition.shape=circle,star", "--matrix", "condition.age=3,none,90"]
+    assert main([*command, *axes]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: line["index"])
+    assert [(line["conditions"]["shape"], line["conditions"]["age"]) for line in lines] == [
+        *(("circle", 3.0), ("star", 3.0), ("circle", None), ("star", None), ("circle", 90.0), ("star", 90.0))
+    ]
+    expected = pipeline("a fox", seed=1, until=8, conditions={"shape": "star", "age": 90, "layout": outline()})
+    with Image.open(tmp_path / "out" / lines[-1]["file"]) as drawn:
+        assert drawn.convert("RGB").tobytes() == expected.images[0].tobytes()
+    assert (tmp_path / "out" / "matrix.png").exists()
+    assert main([*command, "--matrix", "condition.shape=circle,blob", "--overwrite"]) == 2
+    assert "'blob' is not one of" in capsys.readouterr().err
+    assert main([*command, "--matrix", "condition.=1", "--overwrite"]) == 2
+    assert "expected condition.NAME or one of" in capsys.readouterr().err

@@ -51,7 +51,8 @@ _RECORD: dict[str, Callable[[str], Any]] = {
 _FIELDS = {LORA: "adapter_factor"}
 """Fields of a record with another name than the setting."""
 NAMES = (PROMPT, WORDS, *_RECORD, *_SAMPLING)
-"""Settings that an axis may have."""
+"""Settings that an axis may have, besides `condition.NAME`."""
+_CONDITION = "condition."
 
 
 def _seed(text: str) -> int:
@@ -82,10 +83,12 @@ class Axis:
         Values are separated by commas, or where one of them has commas by `|`. Raises CascadeError.
         """
         given, equals, rest = text.partition("=")
-        name = given.strip().replace("-", "_")
-        if not equals or name not in NAMES:
+        name = given.strip()
+        if not name.startswith(_CONDITION):
+            name = name.replace("-", "_")
+        if not equals or not (name in NAMES or name.removeprefix(_CONDITION) not in ("", name)):
             close = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(NAMES)}"
+            hint = f"did you mean {close[0]}?" if close else f"expected condition.NAME or one of {', '.join(NAMES)}"
             raise CascadeError(f"--matrix: {quoted(text)}; {hint} It is written like steps=10,20,40")
         if name in (SEED, "steps"):
             rest = _RANGE.sub(_written_out, rest)
@@ -99,7 +102,8 @@ class Axis:
         """The label of a value."""
         if self.name in (PROMPT, WORDS):
             return self.written[place]
-        return f"{self.name.replace('_', ' ')} {self.written[place] or '(none)'}"
+        name = self.name.removeprefix(_CONDITION)
+        return f"{name.replace('_', ' ')} {self.written[place] or '(none)'}"
 
 
 def _written_out(match: re.Match[str]) -> str:
@@ -114,6 +118,8 @@ def _converted(name: str, text: str) -> Any:
         return text
     if not text and name != "negative_prompt":
         raise ValueError("a value is empty; write values like 10,20,40")
+    if name.startswith(_CONDITION):
+        return text
     return _RECORD[name](text) if name in _RECORD else per_stage(text, _SAMPLING[name])
 
 
@@ -197,6 +203,8 @@ def _with(record: PromptRecord, axis: Axis, place: int) -> PromptRecord:
         if not first or first not in record.prompt:
             raise CascadeError(f"--matrix words: {quoted(first)} is not in the prompt {quoted(record.prompt)}")
         return replace(record, prompt=record.prompt.replace(first, well_formed(value)))
+    if axis.name.startswith(_CONDITION):
+        return replace(record, conditions={**(record.conditions or {}), axis.name.removeprefix(_CONDITION): value})
     if axis.name in _RECORD:
         return replace(record, **{_FIELDS.get(axis.name, axis.name): value})
     return replace(record, sampling={**record.sampling, axis.name: value})

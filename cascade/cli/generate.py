@@ -58,7 +58,8 @@ def _batch_size(_context: click.Context, _parameter: click.Parameter, text: str 
     return size
 
 
-def _conditions(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+def conditions_option(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """`age=41` of each --condition, by name."""
     values: dict[str, str] = {}
     for text in texts:
         name, separator, value = (part.strip() for part in text.partition("="))
@@ -168,7 +169,7 @@ def _shard(_context: click.Context, _parameter: click.Parameter, text: str | Non
     "--condition",
     "conditions",
     multiple=True,
-    callback=_conditions,
+    callback=conditions_option,
     metavar="NAME=VALUE",
     help="A condition of the model: age=41, layout=FILE, or none.",
 )

@@ -68,13 +68,17 @@ def info(model: str | None, super_resolution: tuple[str, ...], as_json: bool) ->
     configs = [read_config(folder) for folder in index.stages]
     possible = ways(configs, text, index.max_text_length)
     free, place = free_bytes(), explained(choose_device(None), configs)
+    conditions = {name: read.described for config in configs for name, read in config.conditions.items()}
     if as_json:
         described = [asdict(part) | {"gflop_per_picture": part.gflop_per_picture} for part in parts]
-        head = {"name": index.name, "license": index.license, "format": FORMAT_VERSION, "device": place}
+        head: dict[str, Any] = {"name": index.name, "license": index.license, "format": FORMAT_VERSION, "device": place}
+        head |= {"conditions": conditions} if conditions else {}
         memory = {"free_bytes": free, "ways": [asdict(way) for way in possible]}
         say(json.dumps(head | {"parts": described, "memory": memory}, indent=2))
     else:
         say(f"{index.name}, licence {index.license}, format {FORMAT_VERSION}\n\n{_table(parts)}\n")
+        for name, values in conditions.items():
+            say(f"condition {name}: {values}; none leaves it open")
         say(f"{_memory(possible, free)}\n\n{place}")
     return 0
 

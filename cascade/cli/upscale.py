@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cascade.cli.generate import for_stages
+from cascade.cli.generate import conditions_option, for_stages
 from cascade.cli.terminal import path_argument, path_option, say
 from cascade.config.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 from cascade.errors import CascadeError, StorageError
@@ -58,7 +58,7 @@ class Enlarger:
             source = hashlib.sha256(Path(image).read_bytes()).hexdigest()
         except OSError as error:
             raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
-        asked = {"source_sha256": source, **self.options, **self.finish.described()}
+        asked = {"source_sha256": source, **self._settings(), **self.finish.described()}
         if target.exists() and self._is_kept(target, asked):
             return "kept"
         form = self._form(image)
@@ -68,6 +68,14 @@ class Enlarger:
         _write(target, drawn, self._entry(image, asked, drawn.images[0].size, len(drawn.images)))
         width, height = drawn.images[0].size
         return f"{width}x{height}, {len(drawn.images)} frames" if drawn.is_animated else f"{width}x{height}"
+
+    def _settings(self) -> dict[str, Any]:
+        """The options as a manifest has them: pictures and vectors among the conditions by digest."""
+        from cascade.conditions.values import recorded
+
+        plain = {name: value for name, value in self.options.items() if name != "conditions"}
+        conditions = recorded(self.options.get("conditions", {}))
+        return plain | ({"conditions": conditions} if conditions else {})
 
     def _form(self, image: str) -> PictureFormat:
         """The format of the pictures: the model's, or without one that of the file."""
@@ -266,6 +274,14 @@ _POSITIVE = click.IntRange(min=1)
     "--dtype",
     help="float32, bfloat16, float16, or auto, the fastest; default: bfloat16 if the GPU supports it, else float32.",
 )
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    callback=conditions_option,
+    metavar="NAME=VALUE",
+    help="A condition of the stages: age=41, layout=FILE, or none.",
+)
 @click.option("--low-memory", is_flag=True, help="Hold one stage in memory at a time.")
 @click.option("--scale", type=_POSITIVE, metavar="N", help="With --nearest: each pixel becomes a square of this side.")
 @click.option("--nearest", is_flag=True, help="Enlarge by --scale without smoothing and without a model.")
@@ -300,6 +316,7 @@ def upscale(
     cascade upscale out/*.png --to 4096 --tile 512
     cascade upscale sprite.png --scale 8 --nearest --palette 16
     """
+    from cascade.conditions.values import given_values
     from cascade.drawing.arguments import resolve_sampling
     from cascade.pictures.finish import Finish, read_palette
     from cascade.pictures.format import RGBA
@@ -327,6 +344,7 @@ def upscale(
         sampling = {name: options[name] for name in SETTINGS}
         configs = [slot.config for slot in pipeline.enlargers]
         resolve_sampling(configs, options["preset"], sampling)  # to report a mistake once, not for each picture
+        options["conditions"] = given_values([config.conditions for config in configs], options["conditions"])
         enlarger = Enlarger(pipeline, options, overwrite, finish)
     failed = 0
     for image, target in targets.items():
