@@ -396,12 +396,14 @@ def test_two_processes_and_three_kills_change_nothing(
         "import pathlib, sys, time\n"
         "from cascade.batch.output import Output\n"
         "from cascade.cli.program import main\n"
-        "write = Output.write\n"
-        "def written(self, *arguments):\n"
+        "begin, write = Output.begin, Output.write\n"
+        "def begun(self, *arguments, **options):\n"  # on a busy machine, one process may find nothing left to draw
         f"    pathlib.Path({str(log)!r}, f'{{self.team.rank}}-of-{{self.team.count}}').touch()\n"
+        "    return begin(self, *arguments, **options)\n"
+        "def written(self, *arguments):\n"
         "    time.sleep(0.1)\n"  # so that a kill finds it at work
         "    return write(self, *arguments)\n"
-        "Output.write = written\n"
+        "Output.begin, Output.write = begun, written\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [*LAUNCH, str(script), *call(model, prompts, out, *options)]
