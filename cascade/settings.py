@@ -262,7 +262,7 @@ def _walk(kind: type[Settings], location: Sequence[str | int]) -> tuple[type[Set
         elif len(sections) == 1 and name in sections[0].model_fields:
             path.append(str(name))
             sections = list(_settings_in(sections[0].model_fields[str(name)].annotation))
-        elif isinstance(name, int) or (sections and name != "[key]"):  # else one of the types of a plain value
+        elif isinstance(name, int) or (sections and not name.startswith("[")):  # else a type's name, or `[key]`
             path.append(str(name))
     return (sections[0] if sections else None), path
 
