@@ -36,6 +36,17 @@ class Noted(Settings):
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number and `2024-01-01` is text, as everybody expects."""
 
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node. Raises RecursionError at once for brackets nested too deep: each token costs their depth."""
+        if self._depth > _DEEPEST:
+            raise RecursionError
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
@@ -251,7 +262,7 @@ def _walk(kind: type[Settings], location: Sequence[str | int]) -> tuple[type[Set
         elif len(sections) == 1 and name in sections[0].model_fields:
             path.append(str(name))
             sections = list(_settings_in(sections[0].model_fields[str(name)].annotation))
-        elif isinstance(name, int) or (sections and name != "[key]"):  # else one of the types of a plain value
+        elif isinstance(name, int) or (sections and not name.startswith("[")):  # else a type's name, or `[key]`
             path.append(str(name))
     return (sections[0] if sections else None), path
 

@@ -55,7 +55,7 @@ LESSONS = {
     "labels": Lesson(
         ("shape", "colour", "size"),
         0.02,
-        3000,
+        8000,
         0.25,
         (("shape",), ("size",), ("shape", "size"), ("shape", "size", "colour")),
     ),
@@ -148,8 +148,14 @@ def settings(out: Path, name: str, lesson: Lesson, steps: int) -> TrainConfig:
         "training": {
             "steps": steps,
             "batch_size": 16,
-            "loss": {"space": "velocity", "max_weight": 400, "levels": {"kind": "logit_normal"}, "stratified": True},
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 50, "decay": "cosine"},
+            # Noisy levels: a little noise already shows the shape, so only the noisiest views teach the class.
+            "loss": {
+                "space": "velocity",
+                "max_weight": 400,
+                "levels": {"kind": "logit_normal", "mean": 1.4, "std": 1.4},
+                "stratified": True,
+            },
+            "optimizer": {"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 50, "decay": "cosine"},
             "ema": {"half_life_images": 4000},
             "log_every": 100,
             "sample_every": 1000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,13 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     refused("stage.conditions={a: {kind: number, range: [2.0, 1.0]}}", match="empty; give the smaller number first")
     refused("stage.conditions={a: {kind: picture, resolution: 3}}", match="does not divide the stage's resolution 8")
     refused("stage.conditions={a: {kind: picture}}", folder, "data.jitter=0.1", match="set data.jitter: 0")
+    refused("stage.conditions={a: {kind: picture}}", folder, "data.decoded=d", match="leave it out with condition a")
+    refused(
+        "stage.conditions={b: {kind: number, range: [1, 9], measure: height}}",
+        folder,
+        "data.decoded=d",
+        match="leave it out with condition b",
+    )
     refused("stage.conditions={a: {kind: vector, dim: 2}}", match="drawn scenes have no value of condition a")
     refused("stage.conditions={a: {kind: vectr}}", match="'vectr' is not one of class, number, vector, picture")
     refused("stage.sampling.guidance_of={a: 2.0}", match="guidance_of: a is not read by this stage, but text")
@@ -298,6 +306,47 @@ def test_values_of_records_reach_the_batch_with_their_picture(tmp_path: Path) ->
     assert torch.equal(batch.given["shape"].value, index % 3)
     assert batch.given["age"].present.all()
     assert batch.captions == [""] * 16
+
+
+def test_values_are_kept_beside_pictures_that_are_decoded_once(tmp_path: Path) -> None:
+    """Of a class, a number that some records lack, and a vector in a file that the record names."""
+
+    def style(index: int) -> str:
+        np.save(tmp_path / "data" / f"{index}.npy", np.full(2, index))
+        return f"{index}.npy"
+
+    folder = write_records(
+        tmp_path / "data",
+        age=lambda index: index if index % 2 else None,
+        shape=lambda index: SHAPE.labels[index % 3],
+        style=style,
+    )
+
+    def views(*more: str) -> list[dict[str, Given]]:
+        config = micro_config(
+            tmp_path / "run",
+            "stage.model.text=none",
+            "stage.conditions={shape: {kind: class, labels: [circle, square, star]},"
+            " age: {kind: number, range: [0.0, 100.0]}, style: {kind: vector, dim: 2}}",
+            f"data.sources=[{{kind: folder, path: {folder}}}]",
+            *more,
+        )
+        made = batches(config.data, config.stage, 0, batch_size=8)
+        found = [next(made).given for _ in range(3)]
+        made.close()
+        return found
+
+    plain, decoded = views(), views(f"data.decoded={tmp_path}/decoded")
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    again = views(f"data.decoded={tmp_path}/decoded", "data.workers=1")
+    for one, *others in zip(plain, decoded, again, strict=True):
+        assert one.keys() == {"shape", "age", "style"}
+        assert one["style"].value.abs().max() > 1
+        assert not one["age"].present.all()
+        for other in others:
+            for name, given in one.items():
+                assert torch.equal(given.value, other[name].value)
+                assert torch.equal(given.present, other[name].present)
 
 
 def test_dropout_of_one_condition_leaves_the_others_and_joint_dropout_takes_all(tmp_path: Path) -> None:

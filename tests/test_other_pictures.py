@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from cascade.conditioning import Conditioning
 from cascade.config.stage import read_stage_config
 from cascade.config.training import TrainConfig
 from cascade.data.loader import batches
+from cascade.data.tars import TarRecords
 from cascade.drawing.arguments import check_chain
 from cascade.errors import CascadeError
 from cascade.models.network import Network
@@ -461,6 +463,35 @@ def test_parquet_columns_of_raw_arrays_are_pictures(table: Path) -> None:
     assert batch.images[:, 3, 7, 7].tolist() == [363 + number for number in numbers]
 
 
+def test_arrays_in_tar_shards_are_pictures_and_beside_a_picture_they_are_not(tmp_path: Path) -> None:
+    def add(file: tarfile.TarFile, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        file.addfile(member, io.BytesIO(content))
+
+    def array(values: np.ndarray[Any, Any]) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        return buffer.getvalue()
+
+    with tarfile.open(tmp_path / "bands.tar", "w") as file:
+        for number in range(4):
+            add(file, f"{number}.npy", array(np.full((8, 8, 4), number, np.uint16)))
+            add(file, f"{number}.txt", f"field {number}".encode())
+    shards = f"data.sources=[{{kind: webdataset, files: ['{tmp_path}/bands.tar']}}]"
+    config = bands_settings(tmp_path, shards)
+    batch = next(iter(batches(config.data, config.stage, 0, batch_size=4)))
+    assert sorted(batch.images[:, 3, 7, 7].tolist()) == [0, 1, 2, 3]
+
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(png, "PNG")
+    with tarfile.open(tmp_path / "beside.tar", "w") as file:
+        for name, content in (("0.npy", array(np.zeros(512))), ("0.png", png.getvalue()), ("0.txt", b"red")):
+            add(file, name, content)
+    record = TarRecords([str(tmp_path / "beside.tar")], "txt", "caption")[0]
+    assert record.image == png.getvalue()
+
+
 def test_views_of_any_format_are_the_same_from_decoded_files_and_from_processes(table: Path) -> None:
     def views(*more: str) -> list[torch.Tensor]:
         config = bands_settings(table, "data.flip=0.5", "data.caption_dropout=0", *more)
@@ -497,6 +528,11 @@ def test_a_range_is_measured_once_and_kept_by_the_run(table: Path) -> None:
         ("stage.channels=[a, a]", "two that are the same"),
         ("stage.values=float32", "values: float32 needs a range"),
         ("stage.range=[5, 5]", "range: 5 is not below 5"),
+        ("stage.range=wide", "range: should be [low, high], one such pair for each channel, or {quantiles"),
+        ("stage.range=[1, 2, 3]", "range: should be [low, high], one such pair"),
+        ("stage.range=[1, high]", 'range.1: should be a valid number, not "high"'),
+        ("stage.range=[[1, 2], [3]]", "range.1.1 is missing"),
+        ("stage.range={quantile: [0, 1]}", "did you mean stage.range.quantiles?"),
         ("stage.range=[0, 70000]", "beyond values: uint16, 0 to 65535"),
         ("stage.range=[[0, 1], [0, 1]]", "range: 2 pairs for 4 channels"),
         ("stage.range={quantiles: [0.9, 0.1]}", "0.9 is not below 0.1"),

@@ -134,7 +134,30 @@ class MeasuredRange(Settings):
     """Shares of the values that are below the lowest and below the highest value of the range."""
 
 
-Range: TypeAlias = tuple[float, float] | tuple[tuple[float, float], ...] | MeasuredRange | None
+def _kind_of_range(value: Any) -> str | None:
+    """Which of the three is meant; None if it is none of them."""
+    if isinstance(value, (dict, MeasuredRange)):
+        return "[measured]"
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    if all(isinstance(one, (list, tuple)) for one in value):
+        return "[pairs]"
+    return "[pair]" if len(value) == 2 else None
+
+
+Range: TypeAlias = (
+    Annotated[
+        Annotated[tuple[float, float], Tag("[pair]")]
+        | Annotated[tuple[tuple[float, float], ...], Tag("[pairs]")]
+        | Annotated[MeasuredRange, Tag("[measured]")],
+        Discriminator(
+            _kind_of_range,
+            custom_error_type="range",
+            custom_error_message="[low, high], one such pair for each channel, or {quantiles: [low, high]}",
+        ),
+    ]
+    | None
+)
 
 
 class StageConfig(Settings):

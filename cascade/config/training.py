@@ -180,8 +180,15 @@ def _check_conditions(stage: StageConfig, data: DataConfig, sources: Sequence[So
     if pictures and (data.jitter or data.tiles):
         way = "jitter: 0" if data.jitter else "tiles: false"
         raise ValueError(f"data: condition {pictures[0]} is a picture and must lie on the other; set data.{way}")
-    if conditions and data.decoded is not None:
-        raise ValueError("data.decoded stores pictures and captions alone; leave it out with stage.conditions")
+    unstored = [
+        *pictures,
+        *(name for name, config in conditions.items() if isinstance(config, NumberCondition) and config.measure),
+    ]
+    if unstored and data.decoded is not None:
+        raise ValueError(
+            f"data.decoded stores pictures alone, at one size; leave it out with condition {unstored[0]}, which is"
+            " another picture or measured from the original"
+        )
     read = [name for name, config in conditions.items() if not (isinstance(config, NumberCondition) and config.measure)]
     for source in sources:
         folder = source.folder_condition if isinstance(source, FolderSource) else None

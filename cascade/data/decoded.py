@@ -1,8 +1,9 @@
 """Finite records with their pictures decoded once, square and at the stage's resolution, in one memory-mapped file.
 
 For each source, resolution and aspect a folder holds `NAME.pixels`, stored values (N, C, R, R), `NAME.records`, one
-line of JSON per record, and `NAME.json`, which describes their origin and is written last. All are replaced atomically.
-Any number of processes map the same file, of which the system holds one copy in memory.
+line of JSON per record (for a stage with conditions, with their values), and `NAME.json`, which describes their origin
+and is written last. All are replaced atomically. Any number of processes map the same file, of which the system holds
+one copy in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cascade.conditions.values import is_missing
 from cascade.config.data import FORMAT_VERSION
 from cascade.data.records import BadRecordError, Record, Records
 from cascade.data.transforms import check_strip, decode, resize, square
@@ -56,7 +58,8 @@ class Making:
     @property
     def name(self) -> str:
         """The name of the source's folder."""
-        digest = hashlib.sha256(json.dumps(self.of["source"], sort_keys=True).encode()).hexdigest()
+        source = self.of["source"] if "conditions" not in self.of else [self.of["source"], self.of["conditions"]]
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
         kind = "" if self.form.is_rgb else f"-{self.form.channels}-{self.form.values}"
         return f"{digest[:16]}-{self.resolution}-{self.aspect}{kind}"
 
@@ -66,9 +69,14 @@ class _Said(Noted):
 
     count: int = Field(ge=1, lt=1 << 40)
     resolution: int = Field(ge=1, lt=1 << 20)
+    of: dict[str, Any] = Field(default_factory=dict)
 
 
-_LINE = TypeAdapter(tuple[str, list[str], str | None])
+_Line = tuple[str, list[str], str | None]
+"""(name for messages, captions, problem or None)."""
+_Values = tuple[dict[str, Any], str | None]
+"""(values of the conditions by name, folder of relative paths among them)."""
+_LINE, _WITH_VALUES = TypeAdapter(_Line), TypeAdapter(tuple[_Line, _Values])
 
 
 class DecodedRecords:
@@ -84,6 +92,7 @@ class DecodedRecords:
         lines = folder / f"{name}.records"
         if not lines.is_file() or not lines.stat().st_size:
             raise CascadeError(f"{lines}: missing or empty; delete {folder} and start again")
+        self._valued = "conditions" in said.of
         # A plain array: slicing numpy's memmap class takes ten times as long.
         self._pixels = np.asarray(np.memmap(path, form.values, "r", shape=shape))
         self._lines = np.asarray(np.memmap(lines, np.uint8, "r"))
@@ -95,27 +104,31 @@ class DecodedRecords:
         return len(self._pixels)
 
     def __getitem__(self, index: int) -> Record:
-        origin, captions, reason = self._described(index)
+        (origin, captions, reason), (values, place) = self._described(index)
         if reason is not None:
             raise BadRecordError(origin, reason)
-        return Record(torch.from_numpy(np.array(self._pixels[index])), tuple(captions), origin)
+        picture = torch.from_numpy(np.array(self._pixels[index]))
+        return Record(picture, tuple(captions), origin, values=values, folder=None if place is None else Path(place))
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         for index in range(len(self)):
-            captions = self._described(index)[1]
-            if captions is not None:
-                yield tuple(captions)
+            (_, captions, _), _ = self._described(index)
+            yield tuple(captions)
 
-    def _described(self, index: int) -> tuple[str, list[str], str | None]:
-        """(name for messages, captions, problem or None)."""
+    def _described(self, index: int) -> tuple[_Line, _Values]:
+        """A record's line, and the values of its conditions."""
         start = int(self._ends[index - 1]) + 1 if index else 0
         line = self._lines[start : int(self._ends[index])].tobytes()
+        none: _Values = ({}, None)
         with suppress(ValueError):  # a name that is not UTF-8 is written as lone surrogates, which this parser refuses
-            return _LINE.validate_json(line)
+            return _WITH_VALUES.validate_json(line) if self._valued else (_LINE.validate_json(line), none)
         try:
-            return _LINE.validate_python(parse_json(line), strict=False)
+            read = parse_json(line)
+            if self._valued:
+                return _WITH_VALUES.validate_python(read, strict=False)
+            return _LINE.validate_python(read, strict=False), none
         except ValueError:
-            return f"{self._folder / self._name}.records, line {index + 1}", [], "its line is damaged"
+            return (f"{self._folder / self._name}.records, line {index + 1}", [], "its line is damaged"), none
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a path: another process maps the same files."""
@@ -164,14 +177,20 @@ def _make(records: Records, making: Making) -> None:
         closing(_made(_Squares(records, making), count, making.workers)) as made,
     ):
         nothing = bytes(making.form.bytes_per_pixel * side**2)
-        for origin, captions, reason, picture in made:
+        for line, values, picture in made:
             pixels_file.write(nothing if picture is None else picture.numpy().tobytes())
-            lines_file.write(json.dumps([origin, captions, reason]) + "\n")
+            whole = [line, values] if "conditions" in making.of else line
+            lines_file.write(json.dumps(whole, default=_plain) + "\n")
     write_json(f"{base}.json", _description(making, count))
 
 
-_Square = tuple[str, tuple[str, ...], str | None, Tensor | None]
-"""(name for messages, captions, problem or None, picture)."""
+def _plain(value: Any) -> Any:
+    """An array as a list; what JSON cannot hold as text, which reading refuses with its reason."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+_Square = tuple[_Line, _Values, Tensor | None]
+"""What is stored of a record; None: it has no picture."""
 
 
 class _Squares(Dataset[_Square]):
@@ -188,8 +207,10 @@ class _Squares(Dataset[_Square]):
             making = self._making
             picture = resize(square(picture, making.aspect, making.form), making.resolution, making.form)
         except BadRecordError as error:
-            return error.origin, (), error.reason, None
-        return record.origin, record.captions, None, picture
+            return (error.origin, [], error.reason), ({}, None), None
+        values = {name: value for name, value in record.values.items() if not is_missing(value)}
+        folder = None if record.folder is None else str(record.folder)
+        return (record.origin, list(record.captions), None), (values, folder), picture
 
 
 def _made(squares: _Squares, count: int, workers: int) -> Generator[_Square, None, None]:

@@ -272,19 +272,27 @@ def open_source(
     if isinstance(config, WebDatasetSource):
         tars = _open_tars(config, wanted)
         return ShardedSource(
-            _perhaps_decoded(tars, config, data, resolution, form), tars.starts, config.shuffle_block, key
+            _perhaps_decoded(tars, config, data, resolution, form, wanted), tars.starts, config.shuffle_block, key
         )
-    return ShuffledSource(_perhaps_decoded(open_records(config, form, wanted), config, data, resolution, form), key)
+    records = open_records(config, form, wanted)
+    return ShuffledSource(_perhaps_decoded(records, config, data, resolution, form, wanted), key)
 
 
 def _perhaps_decoded(
-    records: Records, config: FiniteSource, data: DataConfig | None, resolution: int, form: PictureFormat
+    records: Records,
+    config: FiniteSource,
+    data: DataConfig | None,
+    resolution: int,
+    form: PictureFormat,
+    wanted: Wanted,
 ) -> Records:
     if data is None or data.decoded is None:
         return records
     unused = {"weight", "repeats", "wording", "shuffle_block", "columns", "folder_condition"}
     source = config.model_dump(mode="json", exclude=unused)
-    of = {"source": source, "stamp": _stamp(config, records)}
+    of: dict[str, Any] = {"source": source, "stamp": _stamp(config, records)}
+    if wanted.columns or wanted.folder_condition:
+        of["conditions"] = {"columns": dict(wanted.columns), "folder": wanted.folder_condition}
     return decoded(records, Making(Path(data.decoded), resolution, data.aspect, data.workers, of, form))
 
 

@@ -21,6 +21,7 @@ from cascade.files.containers import BadTarError, members
 from cascade.files.paths import is_hidden
 from cascade.files.tensors import load_tensors, save_tensors
 from cascade.files.text import decoded, parse_json
+from cascade.pictures.rasters import ARRAY_SUFFIXES
 
 # --- tar index -------------------------------------------------------------------------------------------------------
 # Index of the records in a tar shard, made by reading its headers once.
@@ -31,7 +32,7 @@ from cascade.files.text import decoded, parse_json
 logger = logging.getLogger("cascade.data")
 
 INDEX_FOLDER = ".cascade-index"
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _Place: TypeAlias = tuple[int, int]
 """Start and size of a member's content, in bytes."""
 _NOWHERE: _Place = (-1, 0)
@@ -148,9 +149,14 @@ def _records(members: Sequence[tuple[str, _Place]], caption: str) -> list[tuple[
     """(picture, captions) of the records in the members of one key, given as (ending, place); usually one record.
 
     Several captions of one picture are variants. A key with several pictures is as many records: with an equal number
-    of captions they are paired in order, otherwise each record gets all captions.
+    of captions they are paired in order, otherwise each record gets all captions. An array is a picture where there is
+    no other; beside one it may be anything, such as an embedding.
     """
-    first = next((ending for ending, _ in members if f".{ending}" in PICTURE_SUFFIXES), None)
+    endings = [ending for ending, _ in members]
+    known = (
+        ending for suffixes in (PICTURE_SUFFIXES, ARRAY_SUFFIXES) for ending in endings if f".{ending}" in suffixes
+    )
+    first = next(known, None)
     pictures = [place for ending, place in members if ending == first] or [_NOWHERE]
     captions = [place for ending, place in members if ending == caption]
     if len(pictures) > 1 and len(captions) == len(pictures):

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cascade.errors import CascadeError
 from cascade.files.atomic import read_json
 from cascade.files.text import parse_json
-from cascade.settings import override, read_yaml
+from cascade.settings import override, parse_yaml, read_yaml
 from cascade.training.log import RunLog
 
 SPOILT = {
@@ -73,3 +74,19 @@ def test_settings_too_deep_to_be_read_are_refused(tmp_path: Path) -> None:
         read_yaml(tmp_path / "a.yaml")
     with pytest.raises(CascadeError, match="is not a YAML value"):
         override({}, ["a=" + "[" * 10_000])
+
+
+def test_brackets_without_end_are_not_read_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further token would cost as much as the brackets are deep."""
+    read = 0
+    fetch = yaml.SafeLoader.fetch_more_tokens
+
+    def counted(loader: yaml.SafeLoader) -> None:
+        nonlocal read
+        read += 1
+        fetch(loader)
+
+    monkeypatch.setattr(yaml.SafeLoader, "fetch_more_tokens", counted)
+    with pytest.raises(ValueError, match="brackets are nested too deep"):
+        parse_yaml("[" * 100_000)
+    assert 100 < read < 1200  # it looks 1,024 letters ahead, where a bracket may open a key
