@@ -162,22 +162,13 @@ def make(
 
     keep_freed_memory()
     folder = Path(out)
-    order = Order(
-        Path(pictures), folder, hours, name or folder.name, license, _model(start), whole, lambda text: say(text)
-    )
+    order = Order(Path(pictures), folder, hours, name or folder.name, license, start, whole, lambda text: say(text))
     finished = make_cascade(order, plan_only=plan)
     if not finished:
         say("cascade: stopped; the same command continues", error=True)
     elif plan:
         say(f"the settings are in {folder}; the same command without --plan trains")
     return 0 if finished else 1
-
-
-def _model(start: str | None) -> str | None:
-    """`bundled` is the package's own cascade, which has a folder."""
-    from cascade.storage.index import BUNDLED
-
-    return str(BUNDLED) if start == "bundled" else start
 
 
 # --- plot ------------------------------------------------------------------------------------------------------------
