@@ -43,7 +43,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
         return open(handle, "rb")  # noqa: PTH123 - an open handle; raises IsADirectoryError
     os.close(handle)
-    raise NoFileError(errno.EINVAL, "a pipe or a device, not a file")
+    raise NoFileError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
 def content_of(path: str | Path) -> bytes:

@@ -99,7 +99,8 @@ def test_no_reader_of_a_whole_file_waits_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"content")
     assert content_of(tmp_path / "file") == b"content"
-    with pytest.raises(OSError, match="a pipe or a device"):
+    with pytest.raises(OSError, match="a pipe or a device") as caught:
         content_of(tmp_path / "pipe")
+    assert caught.value.filename == str(tmp_path / "pipe")
     with pytest.raises(CascadeError, match="a pipe or a device"):
         checked("style", VectorCondition(dim=2), str(tmp_path / "pipe"))
