@@ -277,8 +277,7 @@ def _meta_checksum(meta: Mapping[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
-    open_regular(path).close()  # a pipe would be waited for
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
