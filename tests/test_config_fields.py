@@ -613,6 +613,7 @@ ROWS: dict[str, Row] = {
     "training.seed": Row("1", trained_weights),
     "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
     "training.lora_rank": Row("2", trained_weights),
+    "training.lora_kind": Row("dora", trained_weights, ("training.lora_rank=2",)),
     "training.lora_layers": Row("all", trained_weights, ("training.lora_rank=2",)),
     "training.activation_checkpointing": Row("true", block_calls),
     "training.compile": Row("true", compilations),

@@ -40,10 +40,12 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
     from cascade.storage.training import load_train_config, load_trainer
-    from cascade.training.state import checkpoints
+    from cascade.training.state import check_begun, checkpoints
 
     keep_freed_memory()
     settings = load_train_config(find_config(config), assignments)
+    if resume:
+        check_begun(Path(settings.output))  # before anything is loaded, or drawn for `training.prior`
     trainer = load_trainer(settings)
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:

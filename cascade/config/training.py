@@ -17,6 +17,7 @@ from cascade.settings import COUNT, WIDTH, Batches, Pictures, PositiveInt, Setti
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
+LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
 """Layers that get a low-rank adapter: the linear ones of attention, or all linear and convolutional ones."""
 
 
@@ -146,6 +147,10 @@ class TrainingConfig(Settings):
     lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
     """Train only a low-rank adapter of this rank (needs the extra `peft`); the finished stage includes it, the folder
     `adapter` holds it separately. 0: train all weights."""
+    lora_kind: LowRankKind = "lora"
+    """The adapter's form: `lora`; `rslora` (a factor that keeps high ranks effective, Kalajdzievski 2023); `dora` (each
+    output's length learns apart from its direction, Liu et al. 2024; slower); `lokr` (a Kronecker product of two small
+    matrices, Yeh et al. 2024: smaller files)."""
     lora_layers: LowRankLayers = "attention"
     """Layers that get an adapter: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
