@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.conditioning import Conditioning, Given, TextEmbeddings
+from cascade.config.data import FolderSource
 from cascade.config.training import TrainConfig
 from cascade.data.loader import Batch, batches
 from cascade.data.survey import with_range
@@ -48,7 +49,8 @@ from cascade.drawing.task import Pass, Task
 from cascade.errors import CascadeError
 from cascade.settings import Settings
 from cascade.stage import Stage, build_stage
-from cascade.storage.training import load_text_encoder, load_trainer
+from cascade.storage.prior import with_prior
+from cascade.storage.training import load_plain_text_encoder, load_text_encoder, load_trainer
 from cascade.training.actions import SampleGrid, Validation
 from cascade.training.state import load_newest
 
@@ -230,6 +232,15 @@ class Outcome:
     compilations: int
 
 
+def preserved(config: TrainConfig) -> object:
+    """Where the start's drawings are, their captions, and their weight among the sources."""
+    source = with_prior(config, lambda: load_plain_text_encoder(config.text)).data.sources[-1]
+    assert isinstance(source, FolderSource)
+    lines = (Path(source.path) / "metadata.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["caption"] for line in lines]
+    return source.path.removeprefix(config.output), captions, source.weight
+
+
 def outcome(config: TrainConfig) -> Outcome:
     """Train. Files: names relative to the folder two above `output`, with fingerprints of the sample pictures."""
     encoder, block_calls = WordEncoder(), []
@@ -328,6 +339,7 @@ DISTILLED = (
     "stage.sampling={sampler: ddim, steps: 2, guidance: 1.0}",
     "training.distill={teacher: WORLD/stage, teacher_steps: 8}",
 )
+PRESERVED = (T5, FOLDER, "training.init_from=WORLD/stage", "training.prior={prompts: [red, blue], count: 2}")
 PROJECTED = ("stage.sampling.guidance=3.0", "stage.sampling.projection={parallel: 0.0}")
 
 
@@ -601,6 +613,7 @@ ROWS: dict[str, Row] = {
     "training.seed": Row("1", trained_weights),
     "training.init_from": Row("WORLD/stage", starting_weights, (T5,)),
     "training.lora_rank": Row("2", trained_weights),
+    "training.lora_kind": Row("dora", trained_weights, ("training.lora_rank=2",)),
     "training.lora_layers": Row("all", trained_weights, ("training.lora_rank=2",)),
     "training.activation_checkpointing": Row("true", block_calls),
     "training.compile": Row("true", compilations),
@@ -625,6 +638,10 @@ ROWS: dict[str, Row] = {
     "training.ema.warmup": Row("false", averaged_weights),
     "training.distill.teacher": Row("WORLD/other_stage", log, DISTILLED),
     "training.distill.teacher_steps": Row("16", log, DISTILLED),
+    "training.prior.prompts": Row("[green]", preserved, PRESERVED),
+    "training.prior.count": Row("3", preserved, PRESERVED),
+    "training.prior.share": Row("0.2", preserved, PRESERVED),
+    "training.prior.folder": Row("WORLD/preserved", preserved, PRESERVED),
     "training.frozen": Row("[stem]", trained_weights),
     "training.trained": Row("[head]", trained_weights, ("training.frozen=[stem, head]",)),
     "training.validation.every": Row("3", log, (HELD_OUT,)),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import cascade
+
 pytest.importorskip("mkdocs")
 ROOT = Path(__file__).parents[1]
 
@@ -21,15 +23,30 @@ def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, "-d", str(site)], capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.slow
-def test_the_site_builds_with_strict_links_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    done = build(ROOT, tmp_path / "site")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built with strict links."""
+    folder = tmp_path_factory.mktemp("built") / "site"
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stderr
-    for page in (tmp_path / "site").rglob("*.html"):
+    return folder
+
+
+@pytest.mark.slow
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
         loaded = re.findall(
             r"<(?:script|img|link)[^>]+(?:src|href)=\"?(https?://[^\" >]+)", page.read_text(encoding="utf-8")
         )
         assert not loaded, page
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_python_reference(site: Path) -> None:
+    page = (site / "python" / "index.html").read_text(encoding="utf-8")
+    modules = {f"diffusion.{path.stem}" for path in (ROOT / "cascade" / "diffusion").glob("[a-z]*.py")}
+    for name in (set(cascade.__all__) - {"__version__"}) | modules | {"CascadePipeline.__call__"}:
+        assert f'id="cascade.{name}"' in page, name
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from cascade.drawing.recipe import Recipe
 from cascade.drawing.task import Drawn
 from cascade.errors import CascadeError
 from cascade.files.atomic import read_json
-from cascade.files.text import parse_json
+from cascade.files.text import open_regular, parse_json
 from cascade.pictures.format import PictureFormat
 from cascade.pictures.rasters import ARRAY_FORMATS, array_format, array_text, as_pil, write_array
 from cascade.pictures.reading import open_picture, picture_errors
@@ -229,7 +229,7 @@ def model_identity(index: ModelIndex) -> str:
 
 def _ends_of(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             beginning = file.read(_ENDS_BYTES)
             file.seek(max(0, path.stat().st_size - _ENDS_BYTES))
             return beginning + file.read(_ENDS_BYTES)
@@ -244,7 +244,7 @@ def weights_sha256(index: ModelIndex) -> str:
         for path in _files(folder):
             if path.suffix == ".safetensors":
                 digest.update(f"{folder.name}/{path.name} {path.stat().st_size}".encode())
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

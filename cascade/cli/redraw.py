@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cascade._version import __version__
 from cascade.cli.terminal import say
 from cascade.errors import CascadeError, StorageError, quoted
+from cascade.files.text import content_of
 
 if TYPE_CHECKING:
     from cascade.batch.request import BatchRequest
@@ -36,7 +37,7 @@ def redraw(picture: str, request: BatchRequest) -> int:
     if target.exists():
         read_metadata(target)  # another program's picture is refused before anything is drawn, and kept
     content = _drawn_again(metadata, format, picture, request)
-    same = content == Path(picture).read_bytes()
+    same = content == content_of(picture)
     if target.exists() and not request.overwrite and target.read_bytes() != content:
         raise CascadeError(f"{target}: exists, and is another picture; give --overwrite, or name another --out")
     try:

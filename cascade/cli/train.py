@@ -40,10 +40,12 @@ def train(config: str, assignments: tuple[str, ...], resume: bool) -> int:
     accelerate launch -m cascade train configs/small/base.yaml --resume
     """
     from cascade.storage.training import load_train_config, load_trainer
-    from cascade.training.state import checkpoints
+    from cascade.training.state import check_begun, checkpoints
 
     keep_freed_memory()
     settings = load_train_config(find_config(config), assignments)
+    if resume:
+        check_begun(Path(settings.output))  # before anything is loaded, or drawn for `training.prior`
     trainer = load_trainer(settings)
     finished = trainer.run(resume)
     if trainer.accelerator.is_main_process:
@@ -162,22 +164,13 @@ def make(
 
     keep_freed_memory()
     folder = Path(out)
-    order = Order(
-        Path(pictures), folder, hours, name or folder.name, license, _model(start), whole, lambda text: say(text)
-    )
+    order = Order(Path(pictures), folder, hours, name or folder.name, license, start, whole, lambda text: say(text))
     finished = make_cascade(order, plan_only=plan)
     if not finished:
         say("cascade: stopped; the same command continues", error=True)
     elif plan:
         say(f"the settings are in {folder}; the same command without --plan trains")
     return 0 if finished else 1
-
-
-def _model(start: str | None) -> str | None:
-    """`bundled` is the package's own cascade, which has a folder."""
-    from cascade.storage.index import BUNDLED
-
-    return str(BUNDLED) if start == "bundled" else start
 
 
 # --- plot ------------------------------------------------------------------------------------------------------------

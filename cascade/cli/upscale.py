@@ -16,7 +16,7 @@ from cascade.cli.terminal import path_argument, path_option, say
 from cascade.config.values import PRESETS, SETTINGS, number, threshold_value, whole_number
 from cascade.errors import CascadeError, StorageError
 from cascade.files.paths import alike, portable
-from cascade.files.text import json_text, parse_json
+from cascade.files.text import content_of, json_text, open_regular, parse_json
 from cascade.seeds import MAX_SEED
 from cascade.text.language import well_formed
 
@@ -55,7 +55,7 @@ class Enlarger:
         from cascade.pictures.frames import read_frames
 
         try:
-            source = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+            source = hashlib.sha256(content_of(image)).hexdigest()
         except OSError as error:
             raise CascadeError(f"{image}: cannot be read: {error.strerror or error}") from None
         asked = {"source_sha256": source, **self._settings(), **self.finish.described()}
@@ -388,8 +388,8 @@ def _check_manifest(out: Path) -> None:
     if not path.exists():
         return
     try:
-        with path.open(encoding="utf-8") as file:
-            first = parse_json(file.readline() or "{}")
+        with open_regular(path) as file:
+            first = parse_json(file.readline() or b"{}")
         ours = isinstance(first, dict) and (not first or "upscale" in first)
     except (OSError, ValueError):
         ours = False

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cascade.errors import quoted
 from cascade.files.paths import expanded
+from cascade.files.text import open_regular
 from cascade.pictures.images import downsample, from_pil
 from cascade.pictures.reading import open_picture, picture_errors
 from cascade.settings import Settings, Side, Width
@@ -303,7 +304,7 @@ def _vector_in(value: str | os.PathLike[str], folder: Path | None) -> object:
     except ValueError:
         path = _path(value, folder)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None

@@ -17,6 +17,7 @@ from cascade.settings import COUNT, WIDTH, Batches, Pictures, PositiveInt, Setti
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
+LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
 """Layers that get a low-rank adapter: the linear ones of attention, or all linear and convolutional ones."""
 
 
@@ -96,6 +97,22 @@ class DistillConfig(Settings):
     """Steps of the teacher's path, a multiple of stage.sampling.steps."""
 
 
+class PriorConfig(Settings):
+    """Prior preservation (Ruiz et al. 2023): a base stage learns a new subject beside pictures that it drew before of
+    other things, and so forgets less of them."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What the start (`init_from`) draws, and the captions of these pictures; alternatives in braces and wildcards
+    stand for several, as with `--prompt-sets`. Name what must not be forgotten, above all the subject's like."""
+    count: Pictures = 200
+    """Pictures, the prompts in turn."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Their share of the views."""
+    folder: PathText | None = None
+    """Folder of these pictures, which are drawn once; other runs with the same settings may share it. None: `prior` in
+    the run's folder."""
+
+
 class ValidationConfig(Settings):
     """The averaged weights' loss on held-out pictures, always with the same noise."""
 
@@ -130,6 +147,10 @@ class TrainingConfig(Settings):
     lora_rank: Annotated[int, Field(ge=0), WIDTH.validator] = 0
     """Train only a low-rank adapter of this rank (needs the extra `peft`); the finished stage includes it, the folder
     `adapter` holds it separately. 0: train all weights."""
+    lora_kind: LowRankKind = "lora"
+    """The adapter's form: `lora`; `rslora` (a factor that keeps high ranks effective, Kalajdzievski 2023); `dora` (each
+    output's length learns apart from its direction, Liu et al. 2024; slower); `lokr` (a Kronecker product of two small
+    matrices, Yeh et al. 2024: smaller files)."""
     lora_layers: LowRankLayers = "attention"
     """Layers that get an adapter: the linear ones of attention, or all linear and convolutional ones."""
     activation_checkpointing: bool = False
@@ -144,6 +165,8 @@ class TrainingConfig(Settings):
     """The weight average."""
     distill: DistillConfig | None = None
     """Distillation of a trained stage. None: train on the pictures themselves."""
+    prior: PriorConfig | None = None
+    """Prior preservation, for fine-tuning. None: the pictures of data.sources alone."""
     validation: ValidationConfig | None = None
     """A validation loss. None: no validation."""
     log_every: PositiveInt = 50
@@ -221,6 +244,8 @@ class TrainConfig(Settings):
     def _consistent(self) -> Self:
         if self.training.distill is not None:
             _check_few_steps(self.training.distill, self.stage.sampling)
+        if self.training.prior is not None:
+            _check_prior(self)
         crop = self.data.crop
         validation = self.training.validation
         sources = (*self.data.sources, *(validation.sources if validation else ()))
@@ -242,6 +267,18 @@ class TrainConfig(Settings):
             if crop % step:
                 raise ValueError(f"data.crop {crop} must be a multiple of {step}")
         return self
+
+
+def _check_prior(config: TrainConfig) -> None:
+    """Raise ValueError for a run that has no start, or one that cannot draw pictures to learn from."""
+    stage = config.stage
+    if config.training.init_from is None:
+        raise ValueError("training.prior: nothing to preserve without training.init_from; set it, or leave prior out")
+    if stage.low_resolution is not None or stage.conditions or not stage.model.reads_text:
+        what = "conditions" if stage.conditions else "a smaller picture" if stage.low_resolution else "no text"
+        raise ValueError(f"training.prior is for stages that draw from text alone; {stage.name} reads {what}")
+    if any(getattr(source, "repeats", None) is not None for source in config.data.sources):
+        raise ValueError("training.prior mixes by weight; give the data.sources a weight in place of repeats")
 
 
 def _check_few_steps(distill: DistillConfig, sampling: SamplingConfig) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.errors import CascadeError
 from cascade.evaluation.tower import STYLES
 from cascade.files.containers import PICTURE, Kinds, picture_bytes, read_table, row_of, rows
+from cascade.files.text import content_of
 from cascade.pictures.images import downsample, from_pil, to_float, to_uint8
 from cascade.pictures.reading import open_picture, picture_errors
 
@@ -84,7 +85,7 @@ def read_art(folder: str | Path, *splits: str) -> Art:
     concepts: dict[str, Concept] = {}
     keys, styles = [], []
     for path in files:
-        digest.update(path.read_bytes())
+        digest.update(content_of(path))
         for row in _rows(path):
             key = row["id"].partition("-")[2]
             pixels.append(_pixels(row, path))

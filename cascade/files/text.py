@@ -36,14 +36,20 @@ class NoFileError(OSError):
     """A path names neither a file nor a folder."""
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """A file, opened for reading. Raises OSError: NoFileError for a pipe or device, on which reading might block."""
     handle = system.open_to_read(path)
     kind = os.fstat(handle).st_mode
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
         return open(handle, "rb")  # noqa: PTH123 - an open handle; raises IsADirectoryError
     os.close(handle)
-    raise NoFileError(errno.EINVAL, "a pipe or a device, not a file")
+    raise NoFileError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+
+
+def content_of(path: str | Path) -> bytes:
+    """All bytes of a file. Raises OSError: NoFileError for a pipe or device."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def check_regular(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from cascade.making.trials import Trial, write_redrawn
 from cascade.pictures.images import to_float
 from cascade.pipeline import CascadePipeline
 from cascade.settings import parse, to_yaml
-from cascade.storage.index import read_index
-from cascade.storage.pipeline import assemble
+from cascade.storage.diffusers import is_diffusers
+from cascade.storage.index import BUNDLED, read_index
+from cascade.storage.pipeline import LoadOptions, assemble, load_pipeline
 from cascade.storage.saving import Card
 from cascade.storage.stage import load_stage, read_config
 from cascade.storage.training import (
@@ -50,7 +51,11 @@ SHOWN = 12
 """Prompts on the card's sheet."""
 MOST_SWEPT = 48
 """Captions that the sweep draws at most."""
-_LORA_SHARE = 0.9  # of the time, if only the base stage is trained
+_BATCH = 8  # pictures in a step of further training
+_FURTHER_SHARE = 0.8  # of the time, for training a given base stage further; the rest tries settings and draws
+MOST_VIEWS = 500
+"""Views of each picture in further training at most: ten pictures, for instance, are learned by then, and any more
+views only teach the stage to draw those ten."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def make(order: Order, plan_only: bool = False) -> bool:
     plan_only: look, measure and write the YAML files, then end. Raises CascadeError for pictures that do not suffice.
     """
     folder, begun = Folder(order.out), time.monotonic()
+    _check_start(order, folder)
     look = look_at(order.pictures)
     order.say("\n".join(look.lines()))
     names = _planned_names(folder)
@@ -96,6 +102,17 @@ def make(order: Order, plan_only: bool = False) -> bool:
     return True
 
 
+def _check_start(order: Order, folder: Folder) -> None:
+    """Raise CascadeError for a model that is not there, and for a plan that was made from other weights."""
+    if order.start is not None:
+        read_index(order.start)
+    path = folder.root / "plan.json"
+    planned = read_json(path).get("start") if path.exists() else order.start
+    if planned != order.start:
+        began = f"with --from {planned}" if planned else "without --from"
+        raise CascadeError(f"{order.out}: was begun {began}; repeat that, or name another folder with --out")
+
+
 def _planned_names(folder: Folder) -> list[str]:
     """The stages of the plan in the folder, smallest first; none before there is one."""
     path = folder.root / "plan.json"
@@ -105,7 +122,7 @@ def _planned_names(folder: Folder) -> list[str]:
 def _write_plan(order: Order, look: Look, folder: Folder) -> list[str]:
     """Measure and choose, print the plan, write a YAML file for each stage, and plan.json last."""
     folder.root.mkdir(parents=True, exist_ok=True)
-    _fill_text(look, folder)
+    _fill_text(look, folder, _text_of(order))
     seconds = 3600 * order.hours
     begun = time.monotonic()
     runs = _continued(order, look, folder, seconds) if order.start else choose(look, folder, seconds)
@@ -126,9 +143,20 @@ def _write_plan(order: Order, look: Look, folder: Folder) -> list[str]:
     return list(steps)
 
 
-def _fill_text(look: Look, folder: Folder) -> None:
+def _text_of(order: Order) -> dict[str, Any]:
+    """The text encoder, and how it reads: those of the model to start from, so that its other stages fit as well."""
+    if order.start is None:
+        return {"encoder": "bundled"}
+    index = read_index(order.start)
+    own = index.text_encoder == BUNDLED / "text_encoder"
+    encoder = "bundled" if own else str(index.text_encoder)
+    return {"encoder": encoder, **index.reading.model_dump(mode="json")}
+
+
+def _fill_text(look: Look, folder: Folder, text: Mapping[str, Any]) -> None:
     """Encode every caption once."""
-    settings = training_run(StageConfig(name="text", resolution=16), look, folder, LEAST_STEPS, {"batch_size": 1}).text
+    stage = StageConfig(name="text", resolution=16)
+    settings = training_run(stage, look, folder, LEAST_STEPS, {"batch_size": 1}, text).text
     encoder = load_plain_text_encoder(settings)
     cache = open_cache(folder.text, encoder)
     cache.note_settings(encoder_settings(settings))
@@ -137,18 +165,42 @@ def _fill_text(look: Look, folder: Folder) -> None:
 
 def _continued(order: Order, look: Look, folder: Folder, seconds: float) -> list[Planned]:
     """The base stage of an existing model, to be trained further; its other stages stay as they are."""
+    assert order.start is not None
     source = read_index(order.start).stages[0]
     stage = read_config(source)
-    more: dict[str, Any]
-    if order.whole:
-        more = {"optimizer": {"learning_rate": 2e-4, "decay": "linear"}}
-    else:
-        more = {"lora_rank": 16, "lora_layers": "all", "optimizer": {"learning_rate": 2e-3, "decay": "linear"}}
-    more |= {"batch_size": 8, "init_from": str(source)}
-    pace = measure(training_run(stage, look, folder, LEAST_STEPS, more), folder.scratch)
-    steps = max(int(seconds * _LORA_SHARE / pace.seconds), LEAST_STEPS)
-    more["optimizer"] |= {"warmup_steps": min(20, steps // 2), "decay_steps": steps // 2}
-    return [Planned(training_run(stage, look, folder, steps, more), pace)]
+    if look.short_side < stage.resolution:
+        order.say(
+            f"  the pictures are about {look.short_side} px, and {stage.name} draws {stage.resolution} px: blurred"
+        )
+    pace = measure(_further(order, look, folder, source, LEAST_STEPS), folder.scratch)
+    steps = max(int(seconds * _FURTHER_SHARE / pace.seconds), LEAST_STEPS)
+    enough = max(MOST_VIEWS * look.usable // _BATCH, LEAST_STEPS)
+    if steps > enough:
+        order.say(f"  {enough:,} steps show each picture {MOST_VIEWS} times; more would teach these pictures by heart")
+    return [Planned(_further(order, look, folder, source, min(steps, enough)), pace)]
+
+
+def _further(order: Order, look: Look, folder: Folder, source: Path, steps: int) -> TrainConfig:
+    """A run of so many steps from the weights of the stage in `source`; the settings of configs/fine-tune/base.yaml."""
+    assert order.start is not None
+    stage = read_config(source)
+    rate = {"learning_rate": 2e-4} if order.whole else {"learning_rate": 2e-3}
+    more: dict[str, Any] = {
+        "batch_size": _BATCH,
+        "init_from": _start_of(order.start, source),
+        "optimizer": {**rate, "decay": "linear", "warmup_steps": min(20, steps // 2), "decay_steps": steps // 2},
+    }
+    if not order.whole:
+        more |= {"lora_rank": 16, "lora_layers": "all"}
+    if not stage.model.predicts_variance:
+        levels = {"kind": "logit_normal", "mean": 1.4, "std": 1.4}
+        more["loss"] = {"space": "velocity", "max_weight": 400, "levels": levels, "stratified": True}
+    return training_run(stage, look, folder, steps, more, _text_of(order))
+
+
+def _start_of(model: str, stage: Path) -> str:
+    """`training.init_from` for a stage's folder: MODEL/STAGE, or the model itself in diffusers' layout."""
+    return model if is_diffusers(stage) else f"{model}/{stage.name}"
 
 
 def _shorten(order: Order, folder: Folder, names: Sequence[str], left: float) -> None:
@@ -217,16 +269,29 @@ def _with_drawn(order: Order, look: Look, folder: Folder, before: Sequence[str],
 
 
 def _assembled(order: Order, folder: Folder, names: Sequence[str]) -> CascadePipeline:
-    """The trained stages; with `start`, its other stages after the base stage."""
-    stages: list[Path] = [folder.run(name) / "stage" for name in names]
+    """The trained stages; with `start`, that model with its base stage replaced.
+
+    Its style words stay, but not a default style: the base stage has learned captions without one.
+    """
     if order.start is None:
+        stages = [folder.run(name) / "stage" for name in names]
         return assemble("bundled", stages, name=order.name, license=order.license)
-    index = read_index(order.start)
-    return assemble(index.text_encoder, [*stages, *index.stages[1:]], name=order.name, license=order.license)
+    pipeline = load_pipeline(order.start, LoadOptions(device="cpu", dtype=torch.float32))
+    pipeline.slots[0] = StageSlot.holding(load_stage(folder.run(names[0]) / "stage"))
+    pipeline.name, pipeline.license = order.name, order.license
+    pipeline.styles = replace(pipeline.styles, default=None)
+    return pipeline
 
 
 def _swept(order: Order, look: Look, folder: Folder, pipeline: CascadePipeline) -> list[Trial]:
-    """Choose the base stage's steps and guidance, and set them in the pipeline."""
+    """Choose the base stage's steps and guidance, and set them in the pipeline.
+
+    A stage that was trained further on too few pictures to hold any out keeps its own settings, and nothing is tried:
+    it draws pictures that it has learned by heart best without guidance, and all others worse.
+    """
+    if order.start is not None and not look.holds_out:
+        order.say("steps and guidance: those of the model, since no picture is held out")
+        return []
     if folder.sweep.exists():
         found = [{name: one[name] for name in ("steps", "guidance", "distance", "match")} for one in _trials(folder)]
         trials = [Trial(int(one.pop("steps")), **one) for one in found]
@@ -268,7 +333,10 @@ def _save(order: Order, look: Look, folder: Folder, pipeline: CascadePipeline, t
     prompts = [captions[place] for place in sweeping.chosen_places(len(captions), SHOWN)]
     curves = _curves(folder)
     card = Card(
-        sections=[("Training", _training(look, folder)), ("Sampling settings tried", _table(trials))],
+        sections=[
+            ("Training", _training(order, look, folder)),
+            *([("Sampling settings tried", _table(trials))] if trials else []),
+        ],
         prompts=prompts,
         pictures={"Loss, learning rate and speed of the training runs.": curves} if curves else {},
     )
@@ -290,12 +358,18 @@ def _curves(folder: Folder) -> Path | None:
     return path
 
 
-def _training(look: Look, folder: Folder) -> str:
+def _training(order: Order, look: Look, folder: Folder) -> str:
     """The card's section on data and runs."""
     parts = [f"{look.usable:,} pictures with {len(look.found.captions):,} distinct captions."]
     for name in _planned_names(folder):
         config = load_train_config(folder.settings(name)).training
-        parts.append(f"Stage {name}: {config.steps:,} steps of {config.batch_size} pictures.")
+        kind = f" of a low-rank adapter (rank {config.lora_rank})" if config.lora_rank else ""
+        parts.append(f"Stage {name}: {config.steps:,} steps{kind} of {config.batch_size} pictures.")
+    if order.start is not None:
+        index = read_index(order.start)
+        parts.append(
+            f"The weights are those of {index.name} (licence: {index.license}), its base stage trained further."
+        )
     return " ".join(parts)
 
 

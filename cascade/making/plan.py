@@ -185,8 +185,18 @@ class Folder:
         return self.root / "sweep.json"
 
 
-def training_run(stage: StageConfig, look: Look, folder: Folder, steps: int, more: Mapping[str, Any]) -> TrainConfig:
-    """The training run of a stage; `more`: settings of `training` that differ from those of all stages."""
+def training_run(
+    stage: StageConfig,
+    look: Look,
+    folder: Folder,
+    steps: int,
+    more: Mapping[str, Any],
+    text: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """The training run of a stage; `more`: settings of `training` that differ from those of all stages.
+
+    text: the encoder and how it reads; None: the bundled encoder.
+    """
     optimizer = {"kind": "muon", "learning_rate": 1e-3, "weight_decay": 0.01, "decay": "linear"}
     warmup = min(100, steps // 10)
     data: dict[str, Any] = {
@@ -215,10 +225,11 @@ def training_run(stage: StageConfig, look: Look, folder: Folder, steps: int, mor
         training["loss"] = {"space": "velocity", "max_weight": 400, "levels": levels, "stratified": True}
     views = steps * int(training["batch_size"])
     training["ema"] = {"half_life_images": max(min(views // 20, 500_000), 1)}
+    training |= more  # it has the last word on the loss, too
     settings = {
         "output": str(folder.run(stage.name)),
         "stage": stage.model_dump(mode="json"),
-        "text": {"encoder": "bundled", "cache": str(folder.text)},
+        "text": {**(text or {"encoder": "bundled"}), "cache": str(folder.text)},
         "data": data,
         "training": training,
     }

@@ -188,10 +188,10 @@ def sweep(
     true = features(truth)
 
     def trial(steps: int, guidance: float) -> Trial:
-        side = pipeline.slots[0].config.resolution
+        stage = pipeline.slots[0].config
         drawn = pipeline(
-            list(captions), seed=list(range(len(captions))), until=side, steps={"base": steps},
-            guidance={"base": guidance}, batch_size=8,
+            list(captions), seed=list(range(len(captions))), until=stage.resolution, steps={stage.name: steps},
+            guidance={stage.name: guidance}, batch_size=8,
         )  # fmt: skip
         found = features(torch.stack([to_float(from_pil(image)) for image in drawn.images]))
         return Trial(steps, guidance, kernel_distance(_scaled(true, true), _scaled(found, true)), match(true, found))

@@ -18,6 +18,7 @@ from cascade.batch.plan import Target
 from cascade.drawing.trace import Recorder
 from cascade.drawing.trace_files import ANIMATION, SHEET, read_trace, write_trace
 from cascade.files.locks import ScratchTable
+from cascade.files.text import content_of, open_regular
 from cascade.pipeline import CascadePipeline
 
 _ORDER = "ORDER BY drawn DESC, id DESC"
@@ -132,11 +133,11 @@ class Catalogue:
 
     def _refresh(self, path: Path, stars: Collection[str]) -> None:
         try:
-            handle = os.open(path, os.O_RDONLY)
+            opened = open_regular(path)
         except OSError:
             return
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
+        with opened as file:
+            status = os.fstat(file.fileno())
             known = self._read.get(path)
             if known is None or known.inode != status.st_ino or status.st_size < known.end:
                 self._table.execute("DELETE FROM pictures WHERE manifest = ?", (str(path),))
@@ -171,7 +172,7 @@ def stored_in(file: str) -> str:
 def _line(manifest: str, start: int, length: int) -> dict[str, Any] | None:
     """A line of a manifest; None if the file has changed since it was read."""
     try:
-        with Path(manifest).open("rb") as file:
+        with open_regular(manifest) as file:
             file.seek(start)
             return json.loads(file.read(length))
     except (OSError, ValueError):
@@ -216,7 +217,7 @@ class Traces:
         if file not in {SHEET, ANIMATION, *(own for step in steps for own in step["files"].values())}:
             raise KeyError(file)
         try:
-            return (self._place(name) / file).read_bytes()
+            return content_of(self._place(name) / file)
         except OSError:
             raise KeyError(file) from None
 

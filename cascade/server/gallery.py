@@ -21,7 +21,7 @@ from cascade.batch.stores import Finished, FolderStore, Pictures, TarStore, plac
 from cascade.batch.team import RunLock
 from cascade.errors import CascadeError, StorageError
 from cascade.files.paths import is_within
-from cascade.files.text import parse_json, read_json_file
+from cascade.files.text import content_of, parse_json, read_json_file
 from cascade.pictures.reading import open_picture, read_rgb
 from cascade.server.catalogue import Catalogue, Row, Traces, picture_id, stored_in
 from cascade.server.sources import Sources
@@ -159,7 +159,7 @@ class Gallery:
     def _opened(self, path: Path) -> Manifest:
         """The server's manifest, without deleted pictures."""
         if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if self._names_a_file(line)]
+            lines = [line for line in content_of(path).splitlines(keepends=True) if self._names_a_file(line)]
             place(path, b"".join(lines), self._temporary)
         manifest = Manifest(path)
         manifest.refresh()

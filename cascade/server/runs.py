@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from cascade.errors import CascadeError
-from cascade.files.text import parse_json
+from cascade.files.text import content_of, parse_json
 from cascade.settings import read_yaml
 from cascade.training.state import SETTINGS
 from cascade.training.watch import HISTORY, IN_A_ROW, Watch, panels, read_curves, thinned
@@ -62,7 +62,7 @@ class Runs:
     def grid(self, id: str, step: int) -> bytes:
         """The sheet of sample pictures after a step, a PNG. Raises KeyError."""
         try:
-            return (self._path(id) / "samples" / f"step-{step:08d}.png").read_bytes()
+            return content_of(self._path(id) / "samples" / f"step-{step:08d}.png")
         except OSError:
             raise KeyError(step) from None
 
@@ -97,7 +97,7 @@ class Runs:
                 status = (path / LOG).stat()
                 stamp = (status.st_mtime, status.st_size)
                 if path not in self._known or self._known[path].stamp != stamp:
-                    entries = [entry for entry in map(_entry, (path / LOG).read_bytes().split(b"\n")) if entry]
+                    entries = [entry for entry in map(_entry, content_of(path / LOG).split(b"\n")) if entry]
                     self._known[path] = _Known(stamp, entries, list(_warnings(entries)))
             except OSError:
                 self._known[path] = _Known((0.0, 0))

@@ -20,6 +20,7 @@ from cascade.batch.metadata import encode_image
 from cascade.batch.stores import place
 from cascade.drawing.edit import Box, Edit, digest_of, read_mask, read_picture, resized
 from cascade.errors import CascadeError, StorageError
+from cascade.files.text import content_of
 from cascade.pictures.images import downsample, to_float, to_pil, to_uint8
 from cascade.pictures.reading import open_picture, over_white, picture_errors, read_rgb, straight
 
@@ -136,7 +137,7 @@ class Sources:
             if _UPLOAD.fullmatch(name):
                 path = self._path(name)
                 os.utime(path)
-                return path.read_bytes()
+                return content_of(path)
         except (KeyError, FileNotFoundError):
             pass
         raise CascadeError(f"{field}: no such picture here; upload it (again) and use the name in the response")

@@ -20,6 +20,7 @@ from cascade.errors import CascadeError, quoted
 from cascade.files.atomic import read_json
 from cascade.files.paths import path_of
 from cascade.files.tensors import load_tensors, load_weights, stored_bytes, stream
+from cascade.files.text import open_regular
 from cascade.models.convolution import Convolution
 from cascade.settings import parse, read_yaml
 from cascade.stage import Stage, build_stage
@@ -48,7 +49,7 @@ class Adapter:
         """16 hexadecimal digits of its weights' SHA-256. Raises CascadeError if there are none."""
         path = self.folder / WEIGHTS
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:16]
         except OSError:
             raise CascadeError(f"{self.folder}: no adapter here; give a folder with adapter_config.json") from None

@@ -22,6 +22,7 @@ from cascade.models.conditioned import key_of
 from cascade.settings import override, parse, read_yaml
 from cascade.stage import Stage, build_stage
 from cascade.storage.index import BUNDLED, find_stage
+from cascade.storage.prior import with_prior
 from cascade.storage.stage import load_stage, read_config, read_reading, read_weights, warn_of_other_reading
 from cascade.text.cache import EmbeddingCache
 from cascade.text.cached import CachedTextEncoder
@@ -123,6 +124,7 @@ def load_trainer(config: TrainConfig) -> Trainer:
     )  # before a hub is asked for an encoder
     config = with_measured_range(settled(config))
     check_run(config, *expected_processes())
+    config = with_prior(config, lambda: load_plain_text_encoder(config.text))
     with shortage_as_error("before the first step", "use a smaller stage.model, or FSDP over several GPUs"):
         return _load_trainer(config)
 

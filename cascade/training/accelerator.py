@@ -193,7 +193,7 @@ def prepared(accelerator: Accelerator, network: Network, settings: TrainingConfi
     """The network and its optimizer, wrapped by accelerate."""
     network.activation_checkpointing = settings.activation_checkpointing
     if settings.lora_rank:
-        add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed)
+        add_low_rank(network, settings.lora_rank, settings.lora_layers, settings.seed, settings.lora_kind)
     freeze(network, settings.frozen, settings.trained)
     if shards(accelerator):
         check_shardable(settings)

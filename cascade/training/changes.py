@@ -48,6 +48,7 @@ EFFECTS: dict[str, Effect] = {
     "training.init_from": Effect.SAME_RESULT,  # read only at the start
     "training.distill.teacher": Effect.SAME_RESULT,  # the same stage may have moved
     "training.lora_rank": Effect.OTHER_RUN,
+    "training.lora_kind": Effect.OTHER_RUN,
     "training.lora_layers": Effect.OTHER_RUN,
     "training.optimizer.kind": Effect.OTHER_RUN,
     "training.log_every": Effect.SAME_RESULT,

@@ -130,7 +130,7 @@ def trained_bytes(config: TrainConfig) -> TrainedBytes:
     """Counts the bytes of a run's weights on a network without data."""
     training, network = config.training, build_stage(config.stage, device="meta").network
     if training.lora_rank:
-        add_low_rank(network, training.lora_rank, training.lora_layers)
+        add_low_rank(network, training.lora_rank, training.lora_layers, kind=training.lora_kind)
     freeze(network, training.frozen, training.trained)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return TrainedBytes(

@@ -144,8 +144,7 @@ def newest(
             f"{output}: every checkpoint is damaged; to start again, delete {output / 'checkpoints'} and the results"
             " (stage, adapter), or set another output"
         )
-    if not (output / "config.yaml").exists():
-        raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
+    check_begun(output)
     return None
 
 
@@ -277,8 +276,7 @@ def _meta_checksum(meta: Mapping[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
-    open_regular(path).close()  # a pipe would be waited for
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -295,6 +293,12 @@ def check_new(output: Path) -> None:
     if checkpoints(output):
         raise CascadeError(f"{output}: already holds a run; continue it with --resume, or set another output")
     _check_beginning(output)
+
+
+def check_begun(output: Path) -> None:
+    """Raise CascadeError for a folder that holds no run to resume."""
+    if not checkpoints(output) and not (output / SETTINGS).exists():
+        raise CascadeError(f"{output}: no usable checkpoint to resume from; start the run without --resume")
 
 
 def check_resumed(output: Path) -> None:

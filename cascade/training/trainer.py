@@ -280,7 +280,7 @@ class Trainer:
 
     def averaged_stage(self) -> Stage:
         """The stage with the averaged, unsharded weights on this process' device. All processes together."""
-        weights = merged(gather(self.ema.of_all(self.stage.network)))
+        weights = merged(gather(self.ema.of_all(self.stage.network)), self.config.training.lora_kind)
         network = copy.deepcopy(self._plain)
         network.load_state_dict(weights, assign=True)
         return Stage(self.stage.config, network.eval(), self.stage.schedule).to(self.accelerator.device)
@@ -335,9 +335,10 @@ class Trainer:
             # The stage first: if the last checkpoint exists, so does everything else.
             averaged = state.network | state.ema
             reading = self.config.text.reading
-            save_stage(self.output / "stage", self.stage.config, merged(averaged), reading=reading)
-            if self.config.training.lora_rank:
-                save_adapter(self.output / "adapter", averaged)
+            lora = self.config.training
+            save_stage(self.output / "stage", self.stage.config, merged(averaged, lora.lora_kind), reading=reading)
+            if lora.lora_rank:
+                save_adapter(self.output / "adapter", averaged, lora.lora_rank, lora.lora_kind)
             save_state(self.output, state, self.config, self.config.training.keep_checkpoints)
 
         from_main(self.accelerator, write)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from cascade.config.training import EMAConfig, LowRankLayers
+from cascade.config.training import EMAConfig, LowRankKind, LowRankLayers
 from cascade.errors import CascadeError, quoted
 from cascade.files.atomic import atomic_folder
 from cascade.files.tensors import check_names, load_tensors, save_tensors
@@ -24,13 +26,19 @@ from cascade.models.network import Network
 # Low-rank adaptation: weights are frozen, and layers train a small difference, saved separately or merged.
 #
 # Source: Hu et al. (2021) arXiv 2106.09685, implemented by peft, an optional extra; in peft's folder layout, so that
-# adapters can be exchanged with other programs.
+# adapters can be exchanged with other programs. Other forms of the difference: Kalajdzievski (2023) arXiv 2312.03732,
+# Liu et al. (2024) arXiv 2402.09353, Yeh et al. (2024) arXiv 2309.14859.
 
-_BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+_BASE, _DOWN, _UP = ".base_layer.", "lora_A.default.weight", "lora_B.default.weight"
+_LENGTHS = "lora_magnitude_vector.default.weight"
 _PREFIX = "base_model.model."  # peft's name for the network
+_OF_ADAPTER = re.compile(r"^(.*)\.((?:lora|lokr)_.*)$")
+"""A layer's name and that of a tensor of its adapter."""
 
 
-def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention", seed: int = 0) -> None:
+def add_low_rank(
+    network: Network, rank: int, layers: LowRankLayers = "attention", seed: int = 0, kind: LowRankKind = "lora"
+) -> None:
     """Freeze all weights of a network and add a trainable difference of this rank, at first zero, to some layers.
 
     layers: the linear layers of attention, or all linear and convolutional layers.
@@ -38,32 +46,67 @@ def add_low_rank(network: Network, rank: int, layers: LowRankLayers = "attention
     peft = _peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(_peft_config(rank, _names(network, layers)), network)
+        peft.inject_adapter_in_model(_peft_config(kind, rank, _names(network, layers)), network)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, parameter in network.named_parameters():
+        if kind == "dora" and _OF_ADAPTER.match(name):  # peft looks at its kernels as rows
+            parameter.data = parameter.data.contiguous()
 
 
-def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(weights: Mapping[str, Tensor], kind: LowRankKind = "lora") -> dict[str, Tensor]:
     """Named weights with their differences added, under the network's original names."""
-    plain = {}
+    plain, of_layers = {}, _of_layers(weights)
     for name, weight in weights.items():
-        if name.endswith((_DOWN, _UP)):
+        if _OF_ADAPTER.match(name):
             continue
         layer, wrapped, part = name.partition(_BASE)
         if wrapped and part == "weight":
-            down, up = weights[layer + _DOWN], weights[layer + _UP]
-            weight = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            weight = _adapted(weight, of_layers[layer], kind)
         plain[f"{layer}.{part}" if wrapped else name] = weight
     return plain
 
 
-def save_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
+def _of_layers(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer's adapter, by their names there."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        if match := _OF_ADAPTER.match(name):
+            found.setdefault(match[1], {})[match[2]] = weight
+    return found
+
+
+def _adapted(weight: Tensor, own: Mapping[str, Tensor], kind: LowRankKind) -> Tensor:
+    """A layer's weight (out, in, ...) with the difference of its adapter."""
+    if kind == "lokr":
+        return weight + torch.kron(*(_factor(own, name) for name in ("lokr_w1", "lokr_w2"))).reshape(weight.shape)
+    down, up = own[_DOWN], own[_UP]
+    difference = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    if kind == "rslora":
+        return weight + math.sqrt(len(down)) * difference
+    if kind == "dora":
+        turned = (weight + difference).flatten(1)
+        lengths = own[_LENGTHS].flatten() / torch.linalg.vector_norm(turned, dim=1)
+        return (lengths[:, None] * turned).reshape(weight.shape)
+    return weight + difference
+
+
+def _factor(own: Mapping[str, Tensor], name: str) -> Tensor:
+    """A factor of the Kronecker product as a matrix: stored whole, or as a product of low rank."""
+    whole = own.get(f"{name}.default")
+    return own[f"{name}_a.default"] @ own[f"{name}_b.default"].flatten(1) if whole is None else whole.flatten(1)
+
+
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], rank: int, kind: LowRankKind = "lora") -> None:
     """Write only the differences, in peft's folder layout: adapter_config.json and adapter_model.safetensors."""
-    names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
-    rank = len(weights[names[0] + _DOWN])
-    own = {_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if name.endswith((_DOWN, _UP))}
+    own = {_stored(name): weight for name, weight in weights.items() if _OF_ADAPTER.match(name)}
     with atomic_folder(folder) as temporary:
-        _peft_config(rank, names, inference=True).save_pretrained(temporary)
+        _peft_config(kind, rank, list(_of_layers(weights)), inference=True).save_pretrained(temporary)
         save_tensors(temporary / "adapter_model.safetensors", own)
+
+
+def _stored(name: str) -> str:
+    """A parameter's name in peft's file."""
+    return _PREFIX + (name.removesuffix(".weight") if name.endswith(_LENGTHS) else name).replace(".default", "")
 
 
 def merge_adapter(network: nn.Module, folder: Path, scale: float = 1.0) -> None:
@@ -77,12 +120,12 @@ def merge_adapter(network: nn.Module, folder: Path, scale: float = 1.0) -> None:
         raise CascadeError(f"{folder}: no adapter here; name a folder with adapter_config.json")
     stored = load_tensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
-    names = {name.rpartition(".lora_")[0] for name in tensors}
+    names = {match[1] for match in map(_OF_ADAPTER.match, tensors) if match}
     unknown = sorted(names - dict(network.named_modules()).keys())
     if unknown:
         raise CascadeError(f"{folder}: was made for another network, which has {unknown[0]}")
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(folder)), network)
+        peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), network)
         check_names(peft.get_peft_model_state_dict(network), tensors, f"{folder}: ")
         peft.set_peft_model_state_dict(network, tensors)
         # Layer by layer: peft's own `merge_and_unload` requires the config of a language model.
@@ -108,9 +151,12 @@ def _names(network: Network, layers: LowRankLayers) -> list[str]:
     return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and layer in attends]
 
 
-def _peft_config(rank: int, names: list[str], inference: bool = False) -> Any:
-    """peft's settings with alpha = rank: the difference is up @ down, without a factor."""
-    return _peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=names, inference_mode=inference)
+def _peft_config(kind: LowRankKind, rank: int, names: list[str], inference: bool = False) -> Any:
+    """peft's settings with alpha = rank: the difference is the product of its parts, for `rslora` times sqrt(rank)."""
+    peft, shared = _peft(), {"r": rank, "target_modules": names, "inference_mode": inference}
+    if kind == "lokr":
+        return peft.LoKrConfig(alpha=rank, **shared)
+    return peft.LoraConfig(lora_alpha=rank, use_rslora=kind == "rslora", use_dora=kind == "dora", **shared)
 
 
 def _peft() -> Any:

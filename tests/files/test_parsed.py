@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cascade.conditions.settings import VectorCondition
+from cascade.conditions.values import checked
 from cascade.errors import CascadeError
 from cascade.files.atomic import read_json
-from cascade.files.text import parse_json
+from cascade.files.text import content_of, parse_json
 from cascade.settings import override, parse_yaml, read_yaml
 from cascade.training.log import RunLog
 
@@ -90,3 +92,15 @@ def test_brackets_without_end_are_not_read_to_their_end(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="brackets are nested too deep"):
         parse_yaml("[" * 100_000)
     assert 100 < read < 1200  # it looks 1,024 letters ahead, where a bracket may open a key
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_no_reader_of_a_whole_file_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"content")
+    assert content_of(tmp_path / "file") == b"content"
+    with pytest.raises(OSError, match="a pipe or a device") as caught:
+        content_of(tmp_path / "pipe")
+    assert caught.value.filename == str(tmp_path / "pipe")
+    with pytest.raises(CascadeError, match="a pipe or a device"):
+        checked("style", VectorCondition(dim=2), str(tmp_path / "pipe"))

@@ -101,7 +101,7 @@ def fields(kind: type[Settings]) -> list[tuple[str, bool]]:
 
 def test_every_setting_that_is_a_path_is_one() -> None:
     paths = {name for name, is_path in fields(TrainConfig) if is_path}
-    assert paths == {"output", "encoder", "cache", "path", "files", "name", "decoded", "init_from", "teacher"}
+    assert paths == {"output", "encoder", "cache", "path", "files", "name", "decoded", "init_from", "teacher", "folder"}
 
 
 def test_settings_of_a_run_mean_home_and_are_kept_as_what_they_mean(home: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers_model import tiny_stage, tiny_stage_config
+from helpers_model import make_tiny_cascade, tiny_stage, tiny_stage_config
 from PIL import Image
 from test_plan import fill
 
 from cascade import CascadePipeline
 from cascade.config.data import FolderSource
 from cascade.data.survey import Survey
+from cascade.errors import CascadeError
 from cascade.files.atomic import write_json
 from cascade.making import look as pace
 from cascade.making import make as making
@@ -135,3 +137,48 @@ def load_encoder_of(tmp_path: Path) -> object:
     from helpers_text import make_tiny_t5
 
     return load_encoder(make_tiny_t5(tmp_path / "t5", 32), [])
+
+
+# --- from weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def further(small: Order, tmp_path: Path) -> Order:
+    """The order to train the base stage of a tiny model further, of which another stage stays."""
+    return replace(small, start=str(make_tiny_cascade(tmp_path / "start")))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_from_a_model_the_base_stage_is_trained_further_and_the_others_stay(further: Order, whole: bool) -> None:
+    assert further.start is not None
+    start = Path(further.start)
+    assert make(replace(further, whole=whole))
+    model = further.out / "model"
+    assert weights(model / "base") != weights(start / "base")
+    for later in ("sr16", "sr32"):
+        assert weights(model / later) == weights(start / later)
+    run = load_train_config(further.out / "base.yaml")
+    assert (run.training.lora_rank > 0) == (not whole)
+    assert run.training.init_from == f"{start}/base"
+    assert CascadePipeline.from_pretrained(model)("noise", seed=0).images[0].size == (32, 32)
+    card = (model / "README.md").read_text()
+    assert "its base stage trained further" in card
+    assert ("low-rank adapter" in card) == (not whole)
+
+
+def test_a_plan_is_not_continued_from_other_weights(further: Order) -> None:
+    further.out.mkdir()
+    write_json(further.out / "plan.json", {"stages": ["base"], "steps": {"base": 4}, "start": "other"})
+    for start in (further.start, None):
+        with pytest.raises(CascadeError, match=r"was begun with --from other; repeat that, or name another folder"):
+            make(replace(further, start=start))
+
+
+def test_a_model_that_is_not_there_is_named_before_any_picture_is_read(small: Order, tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=r"gone: no such folder|gone"):
+        make(replace(small, start=str(tmp_path / "gone"), pictures=tmp_path / "none"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,13 @@ def test_a_sampler_with_settings_of_its_own_comes_back_whole(server: Live) -> No
     second = server.over(server.client.post("/api/jobs", json=said).json()["id"])["pictures"]["0"]
     one, other = (server.gallery.read(picture["id"])[1] for picture in (first, second))
     assert Image.open(io.BytesIO(one)).tobytes() == Image.open(io.BytesIO(other)).tobytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.jsonl")
+    gallery = Gallery(tmp_path)
+    try:
+        assert gallery.page("", False, None, 10)["pictures"] == []
+    finally:
+        gallery.close()

@@ -123,7 +123,7 @@ def test_an_adapter_of_the_command_line_belongs_to_the_first_model_and_is_in_the
         for parameter in weights.values():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-    save_adapter(tmp_path / "mascot", weights)
+    save_adapter(tmp_path / "mascot", weights, 2)
     adapters = {"base": [f"{tmp_path / 'mascot'}:0.5"]}
     expected = CascadePipeline.from_pretrained(model, device="cpu", adapters=adapters)("a fox", seed=1).images[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from cascade import CascadePipeline
 from cascade.conditioning import Conditioning
+from cascade.config.training import LowRankKind
 from cascade.errors import CascadeError
 from cascade.files.tensors import load_tensors, save_tensors
 from cascade.models.network import Network
@@ -63,49 +64,91 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+FORMS: tuple[LowRankKind, ...] = get_args(LowRankKind)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layers", ["attention", "all"])
-def test_nothing_changes_at_first_and_only_differences_learn(kind: str, layers: Any) -> None:
+def test_nothing_changes_at_first_and_only_differences_learn(kind: str, layers: Any, form: LowRankKind) -> None:
     network = network_of(kind)
     cond = some_conditions()
     before, names = output(network, cond), {name for name, _ in network.named_parameters()}
-    add_low_rank(network, 2, layers)
+    add_low_rank(network, 2, layers, kind=form)
     torch.testing.assert_close(output(network, cond), before, rtol=0, atol=1e-5)  # memory layout chooses kernels
     learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert learning
-    assert all(".lora_" in name for name in learning)
+    assert all((".lokr_" if form == "lokr" else ".lora_") in name for name in learning)
+    assert (".lora_magnitude_vector" in "".join(learning)) == (form == "dora")
     kernels = [parameter for name, parameter in network.named_parameters() if name in learning and parameter.ndim == 4]
     assert bool(kernels) == (layers == "all" and kind != "transformer")  # which has no convolutions
-    assert merged(dict(network.named_parameters())).keys() == names
+    assert merged(dict(network.named_parameters()), form).keys() == names
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layers", ["attention", "all"])
-def test_merged_weights_compute_what_the_differences_do(kind: str, layers: Any, tmp_path: Path) -> None:
+def test_merged_weights_compute_what_the_differences_do(
+    kind: str, layers: Any, form: LowRankKind, tmp_path: Path
+) -> None:
     """By our sum over named weights, by an adapter's folder, and by peft reading that folder."""
     import peft
 
     network, cond = network_of(kind), some_conditions()
     plain = output(network, cond)
-    add_low_rank(network, 2, layers)
+    add_low_rank(network, 2, layers, kind=form)
     weights = learn(network)
     expected = output(network, cond)
     assert (expected - plain).abs().max() > 1e-3  # fifty times what is tolerated below
-    save_adapter(tmp_path / "adapter", weights)
+    save_adapter(tmp_path / "adapter", weights, 2, form)
 
     ours, theirs, own = (network_of(kind) for _ in range(3))
-    ours.load_state_dict(merged(weights))
+    ours.load_state_dict(merged(weights, form))
     merge_adapter(theirs, tmp_path / "adapter")
     assert theirs.state_dict().keys() == ours.state_dict().keys(), "no wrapper is left behind"
-    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(tmp_path / "adapter")), own)
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")), own)
     tensors = load_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
     peft.set_peft_model_state_dict(own, {name.removeprefix("base_model.model."): t for name, t in tensors.items()})
     for result in (output(ours, cond), output(theirs, cond), output(own, cond)):
         torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)  # another order of float sums
 
 
+def test_each_form_is_its_formula() -> None:
+    """Of a 4 x 6 layer: W + BA, W + sqrt(r) BA, m (W + BA) / |W + BA| by rows, W + A kron B."""
+    torch.manual_seed(0)
+    weight, down, up, lengths = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2), torch.rand(4) + 1
+    lora = {"a.base_layer.weight": weight, "a.lora_A.default.weight": down, "a.lora_B.default.weight": up}
+    total = weight + up @ down
+    torch.testing.assert_close(merged(lora)["a.weight"], total)
+    torch.testing.assert_close(merged(lora, "rslora")["a.weight"], weight + 2**0.5 * up @ down)
+    dora = merged(lora | {"a.lora_magnitude_vector.default.weight": lengths}, "dora")["a.weight"]
+    torch.testing.assert_close(dora.norm(dim=1), lengths)
+    torch.testing.assert_close(dora / dora.norm(dim=1, keepdim=True), total / total.norm(dim=1, keepdim=True))
+    one, other = torch.randn(2, 3), torch.randn(2, 2)
+    base = {"a.base_layer.weight": weight}
+    lokr = merged(base | {"a.lokr_w1.default": one, "a.lokr_w2.default": other}, "lokr")["a.weight"]
+    blocks = [torch.cat([value * other for value in row], dim=1) for row in one]
+    torch.testing.assert_close(lokr, weight + torch.cat(blocks))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_of_each_form_resumes_and_its_adapter_gives_its_stage(tmp_path: Path, form: LowRankKind) -> None:
+    changes = ("training.lora_rank=2", "training.lora_layers=all", f"training.lora_kind={form}")
+    whole, halves = (micro_config(tmp_path / name, *changes) for name in ("whole", "halves"))
+    assert trainer(whole).run()
+    assert trainer(micro_config(tmp_path / "halves", *changes, "training.steps=2")).run()
+    assert trainer(halves).run(resume=True)
+    finished, resumed = (load_stage(tmp_path / name / "stage").network.state_dict() for name in ("whole", "halves"))
+    assert all(torch.equal(finished[name], resumed[name]) for name in finished)
+    start = build_stage(whole.stage, seed=whole.training.seed).network
+    fill(start, seed=whole.training.seed)
+    merge_adapter(start, tmp_path / "whole" / "adapter")
+    for name, weight in finished.items():
+        torch.testing.assert_close(start.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
 def test_an_adapter_is_small_and_holds_no_weight_of_the_network(tmp_path: Path) -> None:
     network = network_of("unet")
     add_low_rank(network, 1)
-    save_adapter(tmp_path / "adapter", dict(network.named_parameters()))
+    save_adapter(tmp_path / "adapter", dict(network.named_parameters()), 1)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -171,7 +214,7 @@ def adapter_for(model: Path, folder: Path) -> Path:
     """An adapter with random differences for the base stage of a model."""
     network = load_stage(model / "base").network
     add_low_rank(network, 2, "all")
-    save_adapter(folder, learn(network))
+    save_adapter(folder, learn(network), 2)
     return folder
 
 
@@ -251,7 +294,7 @@ def write_adapter(model: Path, folder: Path, seed: int) -> Path:
         for parameter in weights.values():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-    save_adapter(folder, weights)
+    save_adapter(folder, weights, 2)
     return folder
 
 
