@@ -17,9 +17,9 @@ from cascade.settings import COUNT, WIDTH, Batches, Pictures, PositiveInt, Setti
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
-_LEAST_FACTOR = 0.05  # a smaller one is meant as the rate of another optimizer
-LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
 """Layers that get a low-rank adapter: the linear ones of attention, or all linear and convolutional ones."""
+LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
+_LEAST_FACTOR = 0.05  # a smaller one is meant as the rate of another optimizer
 
 
 class UniformLevels(Settings):
@@ -79,9 +79,13 @@ class OptimizerConfig(Settings):
     """Gradients are scaled down to this norm. None: never."""
 
     @model_validator(mode="after")
-    def _as_its_kind_wants(self) -> Self:
+    def _suits_its_kind(self) -> Self:
         if self.kind == "schedule_free" and self.decay != "constant":
             raise ValueError("schedule_free averages in place of a decay; leave out optimizer.decay")
+        if self.kind == "schedule_free" and self.betas[0] == 0:
+            raise ValueError(
+                "schedule_free needs momentum; set the first of optimizer.betas above 0"
+            )
         if self.kind == "prodigy" and self.learning_rate < _LEAST_FACTOR:
             raise ValueError(
                 f"prodigy finds the rate itself, and learning_rate is a factor on it; with {self.learning_rate:g} it"

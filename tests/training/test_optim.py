@@ -265,6 +265,7 @@ def test_a_schedule_free_stage_is_the_optimizers_average(tmp_path: Path) -> None
     ("setting", "message"),
     [
         ("{kind: schedule_free, decay: cosine}", "averages in place of a decay; leave out optimizer.decay"),
+        ("{kind: schedule_free, betas: [0, 0.99]}", "set the first of optimizer.betas above 0"),
         ("{kind: prodigy}", "with 0.0001 it would stand still: set optimizer.learning_rate=1"),
     ],
 )
