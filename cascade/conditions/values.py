@@ -15,7 +15,7 @@ from cascade.conditioning import Given
 from cascade.conditions.settings import NONE, ConditionConfig, Conditions, Measure, NumberCondition, Value
 from cascade.errors import CascadeError, quoted
 
-_DIGEST = "sha256:"
+DIGEST = "sha256:"
 
 
 def checked(name: str, config: ConditionConfig, value: object, folder: Path | None = None) -> Value:
@@ -98,9 +98,7 @@ def _all_known(known: Conditions) -> str:
 
 def recorded(values: Mapping[str, Value]) -> dict[str, str | float | None]:
     """Values for a recipe: labels and numbers themselves, vectors and pictures by digest."""
-    return {
-        name: f"{_DIGEST}{_digest(value)}" if isinstance(value, Tensor) else value for name, value in values.items()
-    }
+    return {name: f"{DIGEST}{_digest(value)}" if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def restored(
@@ -112,7 +110,7 @@ def restored(
     """
     values: dict[str, object] = {name: NONE if value is None else value for name, value in entries.items()}
     for name, value in entries.items():
-        if isinstance(value, str) and value.startswith(_DIGEST):
+        if isinstance(value, str) and value.startswith(DIGEST):
             if name not in given:
                 raise CascadeError(
                     f"condition {name}: was a picture or vector; name the same with --condition {name}=FILE"

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
+from PIL import Image
 from pydantic import BeforeValidator, Field
 
 from cascade.batch.matrix import Matrix
 from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.batch.plan import Job as Plan
+from cascade.conditions.settings import NONE, ConditionConfig, PictureCondition, VectorCondition
+from cascade.conditions.values import DIGEST
 from cascade.config.sampling import ProjectionConfig, SamplerConfig
 from cascade.config.stage import StageConfig
 from cascade.config.values import SETTINGS
@@ -18,8 +21,8 @@ from cascade.drawing.arguments import resolve_sampling
 from cascade.drawing.changes import Changes, regions_of
 from cascade.drawing.edit import fitted, read_picture
 from cascade.drawing.recipe import Recipe
-from cascade.drawing.task import Drawn, Task
-from cascade.errors import CascadeError
+from cascade.drawing.task import Drawn, Task, with_conditions
+from cascade.errors import CascadeError, quoted
 from cascade.pipeline import CascadePipeline
 from cascade.prompts.records import PromptRecord
 from cascade.seeds import MAX_SEED, fresh_seed
@@ -77,6 +80,10 @@ MOST_PIXELS_ENLARGED = 16 << 20
 """Pixels of the largest picture that a stage draws when enlarging: 4096 x 4096."""
 MOST_REGIONS = 16
 """Regions of a picture, each of which takes the time of a picture."""
+MOST_NUMBERS = 16_384
+"""Numbers of a condition that is a vector."""
+MOST_CONDITIONS = 64
+"""Conditions of a request."""
 MOST_ROUNDS = 20
 """Most rounds of resampling, each of which takes the time of a picture."""
 
@@ -92,6 +99,7 @@ Text: TypeAlias = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 Name: TypeAlias = Annotated[str, Field(max_length=64)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Side: TypeAlias = Literal["left", "top", "right", "bottom"]
+Numbers: TypeAlias = Annotated[tuple[float, ...], Field(max_length=MOST_NUMBERS, strict=False)]
 _OF_A_DRAWING = ("prompt_language", "long_prompts", "regions", "guidance_rescale", "projection", "known")
 _OF_A_CHANGE = ("mask", "strength", "extend", "variation", "until", "height", "width", "number")
 
@@ -148,6 +156,11 @@ class Asked(Settings):
     """A prompt beyond the text encoder's limit is cut, or read in windows."""
     regions: tuple[AskedRegion, ...] = Field(default=(), max_length=MOST_REGIONS, strict=False)
     """Parts with their own prompts; a later one lies above."""
+    conditions: Annotated[dict[Name, Text | float | Numbers], Field(max_length=MOST_CONDITIONS)] = Field(
+        default_factory=dict
+    )
+    """Conditions of the model other than text, by name: a label, a number, a list of numbers, or the name of an upload;
+    "none" leaves one open."""
     image: Name | None = None
     """A picture to edit: the name of an upload, or the id of a picture in the gallery."""
     mask: Name | None = None
@@ -210,11 +223,18 @@ class Asked(Settings):
         record = PromptRecord(index, self.prompt, options.run_seed, origin="studio")
         if self.to is not None:
             return self._enlarging(pipeline, record, sources)
-        plan = Planner(pipeline, replace(options, changes=self._changes(sources))).job(record)
+        changed = replace(options, changes=self._changes(sources), conditions=self._given(pipeline, sources))
+        plan = Planner(pipeline, changed).job(record)
         height, width = plan.sizes[-1]
         if height * width > MOST_PIXELS:
             raise CascadeError(f"height and width: {height}x{width}; expected at most {MOST_PIXELS:,} pixels in all")
         return plan
+
+    def _given(self, pipeline: CascadePipeline, sources: Sources) -> dict[str, Any]:
+        """The conditions with pictures in place of their names."""
+        configs = [slot.config.conditions for slot in (*pipeline.slots, *pipeline.enlargers)]
+        known = {name: config for conditions in configs for name, config in conditions.items()}
+        return {name: _value(name, value, known.get(name), sources) for name, value in self.conditions.items()}
 
     def _changes(self, sources: Sources) -> Changes:
         """The edit with pictures in place of their names."""
@@ -242,6 +262,7 @@ class Asked(Settings):
         settings = resolve_sampling([slot.config for slot in slots], self.preset, sampling)
         picture = read_picture(sources.picture(self.image), slots[-1].config.pictures)[0]
         task = pipeline.upscale_task(picture, self.prompt, record.seed, settings, self.to)
+        task = with_conditions(task, self._given(pipeline, sources))
         height, width = task.passes[-1].size
         if height * width > MOST_PIXELS_ENLARGED:
             raise CascadeError(f"to: {width}x{height} would be drawn; expected at most {MOST_PIXELS_ENLARGED:,} pixels")
@@ -259,6 +280,37 @@ class Asked(Settings):
         if self.variation is not None:
             values["variation"] = [str(self.variation[0]), self.variation[1]]
         return {**values, "prompt": self.prompt} | ({} if self.seed is None else {"seed": str(self.seed)})
+
+
+def _value(name: str, value: Any, config: ConditionConfig | None, sources: Sources) -> Any:
+    """The value of a condition. Its text is a label, numbers or the name of an upload, never a file of the server."""
+    if not isinstance(value, str) or value == NONE:
+        return value
+    if isinstance(config, PictureCondition):
+        picture = Image.fromarray(sources.picture(value, f"condition {name}"))
+        return picture.convert("L") if config.labels else picture
+    if isinstance(config, VectorCondition):
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            raise CascadeError(f"condition {name}: {quoted(value)}; expected {config.dim} numbers") from None
+    return value
+
+
+def _conditions_of(recipe: Recipe, stages: Sequence[StageConfig]) -> dict[str, Any]:
+    """The conditions of a recipe as a request names them: pictures by digest, under which uploads are kept.
+
+    Raises CascadeError for a vector, of which the recipe holds a digest alone.
+    """
+    vectors = {name for stage in stages for name, c in stage.conditions.items() if isinstance(c, VectorCondition)}
+    values: dict[str, Any] = {}
+    for name, value in recipe.conditions.items():
+        if name in vectors and value is not None:
+            raise CascadeError(
+                f"picture: was drawn with condition {name}, whose numbers it does not hold; draw it anew"
+            )
+        values[name] = NONE if value is None else value.removeprefix(DIGEST) if isinstance(value, str) else value
+    return values
 
 
 def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Styles | None = None) -> dict[str, Any]:
@@ -292,6 +344,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Sty
         "prompt_language": recipe.language or None,
         "long_prompts": None if recipe.long_prompts == "cut" else recipe.long_prompts,
         "regions": [{"box": list(region.box), "prompt": region.prompt} for region in recipe.regions if region.box],
+        "conditions": _conditions_of(recipe, stages),
         **sampling,
         **_change_of(recipe),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade._version import __version__
+from cascade.conditions.settings import ClassCondition, ConditionConfig, NumberCondition
 from cascade.config.sampling import SamplingConfig
 from cascade.config.values import PRESETS, SETTINGS
 from cascade.diffusion.samplers import SAMPLERS
@@ -82,12 +83,28 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
             for slot in pipeline.enlargers
             if slot.config.low_resolution is not None
         ],
+        "reads_text": any(config.model.reads_text for config in configs),
+        "conditions": [
+            _field(name, config)
+            for name, config in {name: c for own in configs for name, c in own.conditions.items()}.items()
+        ],
         "adapters": {slot.config.name: list(slot.adapters.values()) for slot in pipeline.slots if slot.adapters},
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
         "samplers": list(SAMPLERS),
         **examples_of(said),
         "limits": {"prompt": LONGEST_PROMPT, "pictures": MOST_PICTURES, "pixels": MOST_PIXELS},
     }
+
+
+def _field(name: str, config: ConditionConfig) -> dict[str, Any]:
+    """A condition as a form shows it. values: in words. default: None if it must be given."""
+    shown: dict[str, Any] = {"name": name, "kind": config.kind, "values": config.described, "default": config.default}
+    match config:
+        case ClassCondition(labels=labels):
+            return {**shown, "labels": list(labels)}
+        case NumberCondition(range=(low, high)):
+            return {**shown, "range": [low, high]}
+    return shown
 
 
 def front_matter(path: Path) -> Mapping[str, Any]:

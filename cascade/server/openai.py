@@ -31,7 +31,7 @@ from cascade.server.sources import transparency
 from cascade.settings import parse
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
-_OURS = ("seed", "negative_prompt", *SETTINGS, "strength", "extend", "resampling", "variation")
+_OURS = ("seed", "negative_prompt", "conditions", *SETTINGS, "strength", "extend", "resampling", "variation")
 
 _MOST_FILES, _MOST_FIELDS = 17, 64
 

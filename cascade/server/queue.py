@@ -116,6 +116,7 @@ class Queue:
         job.missing = job.missing if missing is None else missing
         if job.plan.edit is not None:
             self.sources.keep(job.plan.edit)
+        self.sources.keep_conditions(job.plan.conditions)
         with self._lock:
             if loaded is not self.worker.pipeline:
                 raise BusyError("another model was chosen meanwhile; ask again")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cascade.batch.metadata import encode_image
 from cascade.batch.stores import place
+from cascade.conditions.settings import Value
 from cascade.drawing.edit import Box, Edit, digest_of, read_mask, read_picture, resized
 from cascade.errors import CascadeError, StorageError
 from cascade.files.text import content_of
@@ -120,6 +121,13 @@ class Sources:
         self._store(digest_of(edit.image), pixels)
         if edit.mask is not None:
             self._store(digest_of(edit.mask), (edit.mask * 255).round().to(torch.uint8).numpy())
+
+    def keep_conditions(self, values: Mapping[str, Value]) -> None:
+        """Store the pictures among the conditions of a drawing under the digests in its recipe."""
+        for value in values.values():
+            if isinstance(value, Tensor) and value.dtype == torch.uint8:
+                pixels = value.permute(1, 2, 0).contiguous().numpy()
+                self._store(digest_of(value), pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
     def picture(self, name: str, field: str = "image") -> Pixels:
         """(H, W, 3) uint8. Raises CascadeError for an unknown name. field: for messages."""

@@ -1,5 +1,6 @@
 // The form: what to draw. It gives and takes what `POST /api/jobs` takes.
 
+import { Conditions } from "./conditions.mjs";
 import { $, el, icon, isPressed, press } from "./dom.mjs";
 import { Knobs } from "./knobs.mjs";
 import { choose, chosen, segments } from "./segments.mjs";
@@ -22,6 +23,8 @@ export class Composer {
     this.card = card;
     this.lastSeed = "";
     this.knobs = new Knobs($("stages"), card);
+    this.conditions = new Conditions(card);
+    $("prompt").closest(".prompt").hidden = !card.reads_text;
     segments("shapes", "shape", Object.entries(SHAPES).map(([name, [label]]) => [name, label, name]), "square");
     const sizes = card.stages.map(stage => [String(stage.resolution), `${stage.resolution}`]);
     segments("until", "until", sizes.map(([value, text]) => [value, `${text} px`]), sizes.at(-1)[0]);
@@ -40,7 +43,9 @@ export class Composer {
   asked() {
     const prompt = $("prompt").value.trim();
     const start = this.start.asked();
-    if (!prompt && !start.to) throw new Error("Say what to draw first.");
+    if (!prompt && !start.to && this.card.reads_text) throw new Error("Say what to draw first.");
+    const given = this.conditions.values();
+    if (Object.keys(given).length) start.conditions = given;
     if (start.to) return { prompt, ...start, ...($("seed").value ? { seed: $("seed").value } : {}), ...this.#preset() };
     const asked = { prompt, num_images_per_prompt: Number($("count").value) || 1, until: this.#until(), ...start };
     if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
@@ -72,6 +77,7 @@ export class Composer {
     [$("columns").value, $("rows").value] = ["", ""];
     this.start.fill(asked);
     this.knobs.fill(asked);
+    this.conditions.fill(asked);
     this.#keepSeed(asked.seed ?? "");
     $("advanced").open ||= this.knobs.filled || Boolean(asked.prompt_language || asked.regions) || Boolean(asked.negative_prompt) || !(shape || asked.image);
     this.#show();

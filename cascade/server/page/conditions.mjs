@@ -1,0 +1,90 @@
+// What the model reads besides the prompt: a field for each condition; empty means its default, which stands there in grey.
+
+import { sourceOf, upload } from "./api.mjs";
+import { $, el, trying } from "./dom.mjs";
+
+const OPEN = "none"; // leaves a condition open
+
+export class Conditions {
+  constructor(card) {
+    this.fields = card.conditions.map(condition => new FIELDS[condition.kind](condition));
+    $("conditions").replaceChildren(...this.fields.map(field => field.node));
+    $("conditions-part").hidden = !this.fields.length;
+  }
+
+  // {name: value} of what was given. Throws an Error with a line for the user.
+  values() {
+    const given = this.fields.map(field => [field.condition.name, field.value]);
+    const missing = this.fields.find(field => field.value === "" && field.condition.default === null);
+    if (missing) throw new Error(`Say what ${missing.condition.name} is: ${missing.condition.values}.`);
+    return Object.fromEntries(given.filter(([, value]) => value !== ""));
+  }
+
+  fill(asked) {
+    for (const field of this.fields) field.value = asked.conditions?.[field.condition.name] ?? "";
+  }
+}
+
+class Field {
+  constructor(condition) {
+    this.condition = condition;
+    this.input = this.build(`condition-${condition.name}`);
+    this.node = el("div", {}, el("label", { htmlFor: this.input.id, textContent: condition.name }), this.input);
+  }
+
+  get usual() { return this.condition.default === OPEN ? "open" : this.condition.default ?? ""; }
+  get value() { return this.input.value.trim(); }
+  set value(value) { this.input.value = value; }
+}
+
+class ClassField extends Field {
+  build(id) {
+    const choice = (value, textContent) => el("option", { value, textContent });
+    const labels = this.condition.labels.map(label => choice(label, label));
+    return el("select", { id }, choice("", this.usual || "choose"), ...labels, choice(OPEN, "open"));
+  }
+}
+
+class NumberField extends Field {
+  build(id) {
+    const [min, max] = this.condition.range;
+    return el("input", { id, type: "number", step: "any", min, max, placeholder: this.usual || `${min} to ${max}` });
+  }
+
+  get value() { return this.input.value === "" ? "" : Number(this.input.value); }
+  set value(value) { this.input.value = value === OPEN ? "" : value; }
+}
+
+class VectorField extends Field {
+  build(id) { return el("input", { id, placeholder: this.usual || "numbers with commas between them" }); }
+
+  get value() { return this.input.value.trim(); }
+  set value(value) { this.input.value = Array.isArray(value) ? value.join(",") : value; }
+}
+
+class PictureField extends Field {
+  build(id) {
+    this.name = "";
+    this.shown = el("img", { alt: "", hidden: true });
+    const input = el("input", { id, type: "file", accept: "image/png,image/webp,image/jpeg" });
+    input.onchange = trying(async () => { this.value = input.files[0] ? (await upload(input.files[0])).name : ""; });
+    return input;
+  }
+
+  constructor(condition) {
+    super(condition);
+    this.node.append(this.shown);
+    this.node.classList.add("given-picture");
+  }
+
+  get value() { return this.name; }
+
+  set value(name) {
+    this.name = name === OPEN ? "" : name;
+    if (!this.name) this.input.value = "";
+    this.shown.hidden = !this.name;
+    if (this.name) this.shown.src = sourceOf(this.name);
+  }
+}
+
+const FIELDS = { class: ClassField, number: NumberField, vector: VectorField, picture: PictureField };
