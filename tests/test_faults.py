@@ -1,6 +1,7 @@
 """Each call about a file fails once, in turn: one line, nothing finished is lost, and the same command goes on.
 
-The fast suite tries two places of drawing and one of training, `pytest -m slow` forty; FAULTS=every, for the night, each one.
+The fast suite tries two places of drawing and one of training, `pytest -m slow` forty; FAULTS=every, for the night,
+each one.
 """
 
 from __future__ import annotations
