@@ -69,16 +69,22 @@ def model_router(queue: Queue, models: Models) -> APIRouter:
     @router.put("/model", status_code=202)
     def choose(chosen: Chosen) -> dict[str, Any]:
         """Switch to another model; status 409 while jobs are waiting or being drawn."""
+        switch(queue, models, chosen.name)
+        return {"models": models.names()}
+
+    return router
+
+
+def switch(queue: Queue, models: Models, name: str) -> None:
+    """Switch to another model. Raises CascadeError for an unknown name, BusyError while pictures are drawn."""
+    with models.lock:
         before = models.current
-        load = models.choose(chosen.name)
+        load = models.choose(name)
         try:
             queue.switch(load)
         except BusyError:
             models.choose(before)
             raise
-        return {"models": models.names()}
-
-    return router
 
 
 def jobs_router(queue: Queue) -> APIRouter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from cascade.files.text import read_text
 from cascade.pipeline import CascadePipeline
 from cascade.server.asked import LONGEST_PROMPT, MOST_PICTURES, MOST_PIXELS
 from cascade.settings import parse_yaml
-from cascade.storage.index import find_model
+from cascade.storage.index import find_model, read_index
 
 Load = Callable[[str | None], CascadePipeline]
 SIGN = "cascade.json"
@@ -31,10 +33,35 @@ class Models:
         """load: loads a folder or hub id, None: the bundled model. folder: its subfolders are further models."""
         self._load, self._first, self._folder = load, first, folder
         self.current = BUNDLED if first is None else Path(first).name or first
+        self.lock = threading.RLock()
+        """Held while `current` and the queue's model change together."""
+        self._titles: dict[str, str] = {}
 
     def names(self) -> list[str]:
         """Names of all models, the current one first."""
         return [self.current, *(name for name in self._places() if name != self.current)]
+
+    def ids(self, pipeline: CascadePipeline | None) -> dict[str, str]:
+        """Names by the id of each model in OpenAI's API: the name in its cascade.json, which its pictures record.
+
+        A model without a readable one, or with that of another model, has its folder's name. pipeline: of the current
+        model, None if it could not be loaded.
+        """
+        with self.lock:
+            if pipeline is not None:
+                self._titles[self.current] = pipeline.name
+            titles = {name: self._title(name) for name in self.names()}
+        count = Counter(titles.values())
+        return {title if count[title] == 1 else name: name for name, title in titles.items()}
+
+    def _title(self, name: str) -> str:
+        place = self._places().get(name)
+        if name not in self._titles and (place is None or Path(place).is_dir()):  # nothing is downloaded for a list
+            try:
+                self._titles[name] = read_index(place).name
+            except CascadeError:  # reported when it is chosen
+                return name
+        return self._titles.get(name, name)
 
     def choose(self, name: str) -> Callable[[], CascadePipeline]:
         """Make a model the current one; returns the function that loads it. Raises CascadeError for an unknown name."""

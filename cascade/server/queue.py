@@ -61,9 +61,12 @@ class Queue:
         """The model; waits while it is loading. Raises the error if loading failed."""
         return self.worker.pipeline.result()
 
-    def submit(self, asked: Asked, client: str) -> Job:
-        """Add a job. Raises CascadeError if it cannot be drawn, FullError when too much waits."""
-        return self._enter(asked.settled(), client)
+    def submit(self, asked: Asked, client: str, loaded: Future[CascadePipeline] | None = None) -> Job:
+        """Add a job. loaded: the model to draw with; BusyError if it is no longer the current one.
+
+        Raises CascadeError if the job cannot be drawn, FullError when too much waits.
+        """
+        return self._enter(asked.settled(), client, loaded=loaded)
 
     def submit_all(self, several: Sequence[Asked], client: str) -> list[Job]:
         """Add jobs, all or none. Raises CascadeError for one that cannot be drawn, FullError when too much waits."""
@@ -109,8 +112,14 @@ class Queue:
         pace = self.worker.pace
         return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
 
-    def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
-        loaded = self.worker.pipeline
+    def _enter(
+        self,
+        asked: Asked,
+        client: str,
+        missing: set[int] | None = None,
+        loaded: Future[CascadePipeline] | None = None,
+    ) -> Job:
+        loaded = loaded or self.worker.pipeline
         # Outside the lock, because decoding a picture takes a while.
         job = Job(asked, asked.plan(loaded.result(), self.gallery.next_index(), self.sources), client)
         job.missing = job.missing if missing is None else missing

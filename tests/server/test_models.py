@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import shutil
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from helpers_model import make_tiny_cascade
@@ -19,6 +22,7 @@ from helpers_server import Live, live
 from PIL import Image
 
 from cascade import CascadePipeline
+from cascade.batch.metadata import read_metadata
 from cascade.cli.serve import Request
 from cascade.errors import CascadeError
 from cascade.server.models import Models
@@ -83,6 +87,57 @@ def test_a_name_that_is_not_on_the_list_is_refused(
     assert answer.status_code == 400
     assert "expected one of" in answer.json()["error"]
     assert server.client.get("/api/model").json()["name"] == "tiny"
+
+
+def openai_client(server: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def sent(client: openai.OpenAI, model: str) -> str:
+    """The model in the metadata of a picture."""
+    (datum,) = client.images.generate(prompt="a fox", model=model, extra_body={"seed": 1}).data or []
+    return str(read_metadata(io.BytesIO(base64.b64decode(str(datum.b64_json))))[0]["model"])
+
+
+def test_a_request_of_openais_client_names_its_model(two: tuple[Live, list[weakref.ref[CascadePipeline]]]) -> None:
+    server, loaded = two
+    with openai_client(server) as client:
+        ids = [model.id for model in client.models.list()]
+        assert ids[:3] == ["tiny", "broken", "other"]
+        assert len(ids) == 4  # and the bundled one, by its own name
+        assert [sent(client, "tiny"), sent(client, "other")] == ["tiny", "other"]
+        assert next(model.id for model in client.models.list()) == "other"
+        assert sent(client, "tiny") == "tiny"
+        assert len(loaded) == 3
+        with pytest.raises(openai.NotFoundError, match="'third' is not available; this server has 'tiny', 'broken'"):
+            sent(client, "third")
+        with pytest.raises(openai.BadRequestError, match=r"cascade\.json"):
+            sent(client, "broken")
+        assert sent(client, "other") == "other"
+
+
+def test_requests_for_several_models_wait_for_each_other(
+    two: tuple[Live, list[weakref.ref[CascadePipeline]]],
+) -> None:
+    server, _ = two
+    with openai_client(server) as client, ThreadPoolExecutor(6) as pool:
+        names = ["tiny", "other"] * 3
+        assert list(pool.map(lambda name: sent(client, name), names)) == names
+
+
+def test_a_request_for_another_model_is_refused_when_the_current_one_stays_busy(
+    two: tuple[Live, list[weakref.ref[CascadePipeline]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = two
+    monkeypatch.setattr("cascade.server.openai._MODEL_SECONDS", 0.0)
+    hub, held = server.queue.hub, threading.Event()
+    publish = type(hub).publish.__get__(hub)
+    hub.publish = lambda event: (publish(event), event.kind == "step" and held.wait(30))  # type: ignore[method-assign]
+    id = server.client.post("/api/jobs", json={"prompt": "a fox"}).json()["id"]
+    with openai_client(server) as client, pytest.raises(openai.ConflictError, match="choose another model"):
+        sent(client, "other")
+    held.set()
+    assert server.over(id)["state"] == "done"
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_and_another_can_be_chosen(
