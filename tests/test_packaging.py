@@ -64,7 +64,7 @@ def test_every_extra_that_the_code_asks_for_is_one():
     asked = re.findall(r"pip install ('?)cascade-diffusion\[(\w+)\]('?)", text)
     assert all(quote == other == "'" for quote, _, other in asked)  # some shells read the brackets as a pattern
     assert {extra for _, extra, _ in asked} == {
-        *("dicom", "metrics", "peft", "plot", "quantized", "ray", "studio", "tensorboard", "tiff")
+        *("dicom", "metrics", "optimizers", "peft", "plot", "quantized", "ray", "studio", "tensorboard", "tiff")
     }
     assert {extra for _, extra, _ in asked} <= extras.keys()
 

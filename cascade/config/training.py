@@ -17,8 +17,9 @@ from cascade.settings import COUNT, WIDTH, Batches, Pictures, PositiveInt, Setti
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 LowRankLayers = Literal["attention", "all"]
-LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
 """Layers that get a low-rank adapter: the linear ones of attention, or all linear and convolutional ones."""
+LowRankKind = Literal["lora", "rslora", "dora", "lokr"]
+_LEAST_FACTOR = 0.05  # a smaller one is meant as the rate of another optimizer
 
 
 class UniformLevels(Settings):
@@ -57,9 +58,11 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """Optimizer and learning-rate schedule, counted in optimizer steps."""
 
-    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    kind: Literal["adamw", "adafactor", "muon", "schedule_free", "prodigy"] = "adamw"
     """`adamw`; `adafactor` (hardly any memory; Imagen's base stage); `muon` (orthogonal steps for the hidden layers'
-    matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings)."""
+    matrices and kernels, AdamW for the first and last layers, biases, norms and embeddings). With the extra
+    `optimizers`: `schedule_free` (AdamW whose own average is drawn with, in place of `ema`; no decay, Defazio et al.
+    2024); `prodigy` (finds the learning rate itself: set `learning_rate: 1`, Mishchenko & Defazio 2023)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
@@ -74,6 +77,21 @@ class OptimizerConfig(Settings):
     """Steps of the decrease; it ends at 0 with the last step of the run. 0 with a decay: all after the warm-up."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
+
+    @model_validator(mode="after")
+    def _suits_its_kind(self) -> Self:
+        if self.kind == "schedule_free" and self.decay != "constant":
+            raise ValueError("schedule_free averages in place of a decay; leave out optimizer.decay")
+        if self.kind == "schedule_free" and self.betas[0] == 0:
+            raise ValueError(
+                "schedule_free needs momentum; set the first of optimizer.betas above 0"
+            )
+        if self.kind == "prodigy" and self.learning_rate < _LEAST_FACTOR:
+            raise ValueError(
+                f"prodigy finds the rate itself, and learning_rate is a factor on it; with {self.learning_rate:g} it"
+                " would stand still: set optimizer.learning_rate=1"
+            )
+        return self
 
 
 class EMAConfig(Settings):

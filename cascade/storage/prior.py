@@ -1,7 +1,9 @@
-"""Prior preservation (Ruiz et al. 2023, section 3.3): pictures that the start of a fine-tuning draws of other things.
+"""Prior preservation: pictures that the start of a fine-tuning draws of other things, which it learns from as well.
 
-They are drawn once, before the run, each with its own seed, into a folder that is an ordinary data source beside the
+They are drawn once, before the run, each with its own seed, into a folder that is an ordinary data source next to the
 run's own. The loss is the same for both, as in the paper, whose weight of the two is the share of the views here.
+
+Source: Ruiz et al. (2023) arXiv 2208.12242, section 3.3 (DreamBooth).
 """
 
 from __future__ import annotations

@@ -99,10 +99,10 @@ def shards(accelerator: Accelerator) -> bool:
 
 def check_shardable(settings: TrainingConfig) -> None:
     """Raise CascadeError for settings that need whole weights."""
-    if settings.optimizer.kind == "muon":
+    if settings.optimizer.kind in ("muon", "prodigy", "schedule_free"):
         raise CascadeError(
-            "training.optimizer.kind: muon needs whole weights, and FSDP gives each process a part; use adamw or"
-            " adafactor, or start without FSDP"
+            f"training.optimizer.kind: {settings.optimizer.kind} needs whole weights, and FSDP gives each process a"
+            " part; use adamw or adafactor, or start without FSDP"
         )
     if settings.lora_rank:
         raise CascadeError(

@@ -147,6 +147,8 @@ def optimizer_numbers(kind: str, weight: Tensor) -> int:
             return remembered_numbers(weight)
         case "muon":
             return weight.numel()
+        case "prodigy":
+            return 4 * weight.numel()
         case _:
             return 2 * weight.numel()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.config.training import OptimizerConfig
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, quoted
 from cascade.models.network import Network
 from cascade.training.weights import is_sharded, spread_like
 
@@ -94,7 +97,7 @@ def _rms(tensor: Tensor) -> Tensor:
 
 
 def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, Adafactor or Muon; weight decay acts on matrices and kernels, not on biases and norms."""
+    """The optimizer; weight decay acts on matrices and kernels, not on biases and norms."""
     if config.kind == "muon":
         return Muon(network, config)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -107,6 +110,60 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Op
             return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         case "adafactor":
             return Adafactor(groups, lr=config.learning_rate)
+        case "schedule_free":
+            optimizer = _package("schedulefree").AdamWScheduleFree(groups, config.learning_rate, config.betas)
+            optimizer.train()  # and never `eval`: the network keeps the weights at which gradients are taken
+            return optimizer
+        case "prodigy":
+            with redirect_stdout(io.StringIO()):  # it says that weight decay is decoupled
+                return _package("prodigyopt").Prodigy(
+                    groups,
+                    config.learning_rate,
+                    config.betas,
+                    use_bias_correction=True,
+                    safeguard_warmup=config.warmup_steps > 0,
+                )
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise CascadeError(
+            f"training.optimizer.kind: needs {name}: pip install 'cascade-diffusion[optimizers]'"
+        ) from None
+
+
+# --- the optimizers of the extra ---
+# schedulefree and prodigyopt keep numbers of their own beside the state of the weights, equal in every group.
+
+_OWN_NUMBERS = {"k": int, "weight_sum": float, "lr_max": float, "d": float, "d_max": float, "d_numerator": float}
+"""Names in the groups, and their types."""
+
+
+def averaged_weights(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor] | None:
+    """The weights that schedule-free AdamW has averaged, by name, which draw; None for all other optimizers.
+
+    The network has y = (1 - beta_1) z + beta_1 x, at which gradients are taken, and the state z, which moves; x is the
+    average (Defazio et al. 2024, eq. 1 to 3).
+    """
+    if not _is_schedule_free(optimizer):
+        return None
+    beta = optimizer.param_groups[0]["betas"][0]
+    averages = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            z = optimizer.state.get(parameter, {}).get("z", parameter.detach())  # none yet: it had no gradient
+            averages[name] = torch.lerp(parameter.detach(), z, 1 - 1 / beta)
+    return averages
+
+
+def _is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    return "weight_sum" in optimizer.param_groups[0]
+
+
+def _is_prodigy(optimizer: torch.optim.Optimizer) -> bool:
+    return "d_numerator" in optimizer.param_groups[0]
 
 
 class AdamW(torch.optim.AdamW):
@@ -220,12 +277,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, `<parameter>::<quantity>`, for safetensors."""
-    state = {}
+    """The optimizer's state as named tensors, `<parameter>::<quantity>`, for safetensors; own numbers as `::<name>`."""
+    group = optimizer.param_groups[0]
+    own = _OWN_NUMBERS.keys() & group.keys() if _is_schedule_free(optimizer) or _is_prodigy(optimizer) else ()
+    state = {f"::{name}": torch.tensor(float(group[name]), dtype=torch.float64) for name in sorted(own)}
     for name, parameter in network.named_parameters():
         for quantity, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                state[f"{name}::{quantity}"] = torch.as_tensor(value)
+                number = float(value) if isinstance(value, int) else value
+                state[f"{name}::{quantity}"] = torch.as_tensor(number)
     return state
 
 
@@ -238,6 +298,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
     for key, value in state.items():
         name, _, quantity = key.partition("::")
         kept.setdefault(name, {})[quantity] = value
+    for quantity, value in kept.pop("", {}).items():
+        if quantity not in _OWN_NUMBERS or value.numel() != 1:
+            raise CascadeError(f"the optimizer's state has {quoted(quantity)}, which no optimizer keeps")
+        for group in optimizer.param_groups:
+            group[quantity] = _OWN_NUMBERS[quantity](value.item())
     for name, parameter in network.named_parameters():
         own = kept.get(name)
         if own:
@@ -249,6 +314,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
                 quantity: value if quantity == "step" and not fused else _placed_like(parameter, value)
                 for quantity, value in own.items()
             }
+            if _is_prodigy(optimizer):
+                optimizer.state[parameter]["step"] = int(own["step"])
 
 
 def _check_state(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, own: dict[str, Tensor]) -> None:

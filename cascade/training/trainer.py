@@ -46,6 +46,7 @@ from cascade.training.actions import Action, Grid, LogEntry, Moment, SampleGrid,
 from cascade.training.distill import Distillation
 from cascade.training.log import MOST_UNREAD, Meter, RunLog, Spoken, Unread, read
 from cascade.training.optim import (
+    averaged_weights,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
@@ -194,7 +195,11 @@ class Trainer:
         self.optimizer.zero_grad()
         # fp16's scaling skips the step of such a gradient, which accelerate does not notice with fused AdamW.
         if moves:
-            self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
+            averages = averaged_weights(self.optimizer.optimizer, self.stage.network)
+            if averages is None:
+                self.ema.update(self.stage.network, step * settings.batch_size, settings.batch_size)
+            else:
+                self.ema.load(averages)
         if len(self._unread) == MOST_UNREAD:
             self._read()
 

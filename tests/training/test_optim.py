@@ -1,13 +1,20 @@
 """The learning rate against its closed forms, and which weights decay."""
 
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers_training import micro_config, trainer
 
 from cascade.config.training import OptimizerConfig
+from cascade.errors import CascadeError
 from cascade.models.network import Network
-from cascade.training.optim import build_optimizer, learning_rate, set_learning_rate
+from cascade.storage.stage import load_stage
+from cascade.training.optim import averaged_weights, build_optimizer, learning_rate, set_learning_rate
+from cascade.training.state import load_newest
 
 
 def rates(steps: int, **settings: object) -> list[float]:
@@ -180,3 +187,95 @@ def test_adafactor_reads_no_number_from_the_device() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="meta"):  # torch's reads two for each weight
         torch.optim.Adafactor(layer.parameters()).step()
+
+
+# --- the optimizers of the extra -----------------------------------------------------------------------------------
+
+EXTRA = {"schedule_free": 0.05, "prodigy": 1.0}
+"""Each with its learning rate."""
+
+
+class Valley(torch.nn.Module):
+    """A loss with a known minimum: a matrix at 3, a vector at -1, of unlike curvature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix, self.vector = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(4))
+
+    def loss(self) -> torch.Tensor:
+        return (self.matrix - 3).square().sum() + 20 * (self.vector + 1).square().sum()
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_the_optimizers_of_the_extra_find_the_minimum(kind: Any) -> None:
+    valley = Valley()
+    optimizer = build_optimizer(valley, OptimizerConfig(kind=kind, learning_rate=EXTRA[kind]))
+    for _ in range(1200):
+        valley.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = averaged_weights(optimizer, valley) or dict(valley.named_parameters())
+    torch.testing.assert_close(found["matrix"].detach(), torch.full((3, 4), 3.0), rtol=0, atol=0.03)
+    torch.testing.assert_close(found["vector"].detach(), torch.full((4,), -1.0), rtol=0, atol=0.03)
+
+
+def test_what_schedule_free_draws_with_is_its_packages_average() -> None:
+    valley = Valley()
+    optimizer = build_optimizer(valley, OptimizerConfig(kind="schedule_free", learning_rate=0.05))
+    for _ in range(7):
+        valley.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = averaged_weights(optimizer, valley)
+    assert ours is not None
+    optimizer.eval()
+    for name, parameter in valley.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.detach(), rtol=0, atol=1e-6)
+    assert averaged_weights(build_optimizer(valley, OptimizerConfig()), valley) is None
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_a_run_with_an_optimizer_of_the_extra_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    settings = f"kind: {kind}, learning_rate: {EXTRA[kind]}, weight_decay: 0.1, warmup_steps: 1"
+    changes = (f"training.optimizer={{{settings}}}",)
+    whole, halves = (micro_config(tmp_path / name, *changes) for name in ("whole", "halves"))
+    assert trainer(whole).run()
+    assert trainer(micro_config(tmp_path / "halves", *changes, "training.steps=2")).run()
+    assert trainer(halves).run(resume=True)
+    first, second = (load_newest(tmp_path / name, config) for name, config in (("whole", whole), ("halves", halves)))
+    for part in ("network", "ema", "optimizer"):
+        one, other = getattr(first, part), getattr(second, part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert int(first.optimizer["::k"]) == whole.training.steps
+
+
+def test_a_schedule_free_stage_is_the_optimizers_average(tmp_path: Path) -> None:
+    changes = "training.optimizer={kind: schedule_free, learning_rate: 0.05, warmup_steps: 1}"
+    run = trainer(micro_config(tmp_path / "run", changes))
+    assert run.run()
+    averages = averaged_weights(run.optimizer.optimizer, run.stage.network)
+    assert averages is not None
+    stage = load_stage(tmp_path / "run" / "stage").network.state_dict()
+    assert all(torch.equal(stage[name], weight) for name, weight in averages.items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("{kind: schedule_free, decay: cosine}", "averages in place of a decay; leave out optimizer.decay"),
+        ("{kind: schedule_free, betas: [0, 0.99]}", "set the first of optimizer.betas above 0"),
+        ("{kind: prodigy}", "with 0.0001 it would stand still: set optimizer.learning_rate=1"),
+    ],
+)
+def test_a_rate_that_an_optimizer_does_not_want_is_one_line(setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CascadeError, match=message):
+        micro_config(tmp_path / "run", f"training.optimizer={setting}")
+
+
+@pytest.mark.parametrize(("kind", "package"), [("schedule_free", "schedulefree"), ("prodigy", "prodigyopt")])
+def test_without_its_package_the_extra_is_named(kind: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CascadeError, match=rf"needs {package}: pip install 'cascade-diffusion\[optimizers\]'"):
+        build_optimizer(Valley(), OptimizerConfig(kind=kind, learning_rate=1.0))
