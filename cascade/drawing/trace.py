@@ -19,9 +19,7 @@ from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import Denoiser, Estimate, diffuse, number_of, x_of
 from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Step, Task
-from cascade.models.attention import Attention
-from cascade.models.if_blocks import IFAttention
-from cascade.models.transformer import TokenAttention
+from cascade.models.attention import ReadsText
 from cascade.stage import Stage
 
 LARGEST_ATTENTION = 64
@@ -152,22 +150,19 @@ def traced(task: Task, recorder: Recorder) -> Task:
     return replace(task, passes=[replace(drawing, slot=slot_of(drawing.slot)) for drawing in task.passes])
 
 
-_READERS = (Attention, TokenAttention, IFAttention)
-
-
 @contextmanager
 def _attention(network: nn.Module, words: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
     """A context with a list of attention maps, (words, places) per layer, of the first picture; each call fills it."""
     maps: list[Tensor] = []
 
     def listen(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        assert isinstance(layer, _READERS), "only those are listened to"
+        assert isinstance(layer, ReadsText), "only those are listened to"
         shares = layer.text_shares(*given)
         if shares is not None:
             each = shares[0].float().mean(0)  # (places, tokens)
             maps.append(torch.stack([each[:, list(rows)].sum(1) for rows in words]).cpu())
 
-    layers = [layer for layer in network.modules() if isinstance(layer, _READERS)] if words else []
+    layers = [layer for layer in network.modules() if isinstance(layer, ReadsText)] if words else []
     handles = [layer.register_forward_pre_hook(listen) for layer in layers]
     try:
         yield maps

@@ -7,7 +7,7 @@ faster there than in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ from cascade.models.blocks import Normalize, zero_init
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A layer with attention to the text, whose shares a trace shows."""
+
+    def text_shares(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The share of each position's attention that each text token receives: (B, heads, positions, tokens).
+
+        Arguments as for `forward`. None without text.
+        """
 
 
 class Attention(nn.Module):
