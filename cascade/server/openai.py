@@ -36,7 +36,8 @@ from cascade.server.sources import transparency
 from cascade.settings import parse
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
-_OURS = ("seed", "negative_prompt", "conditions", *SETTINGS, "strength", "extend", "resampling", "variation")
+_OF_A_CHANGE = ("strength", "extend", "resampling", "variation")
+_OURS = ("seed", "negative_prompt", "conditions", "adapters", *SETTINGS, *_OF_A_CHANGE)
 
 _MOST_FILES, _MOST_FIELDS = 17, 64
 _MODEL_SECONDS, _LOOK_SECONDS = 60.0, 0.2  # that a request for another model waits for the pictures of the current one

@@ -16,6 +16,7 @@ from cascade.pipeline import CascadePipeline
 from cascade.server.asked import Asked
 from cascade.server.gallery import Gallery
 from cascade.server.jobs import Event, Hub, Job, WaitingLine
+from cascade.server.models import Adapters
 from cascade.server.worker import Worker
 from cascade.settings import parse
 
@@ -33,8 +34,15 @@ class Queue:
     """Jobs of all clients. `load` loads the pipeline in the drawing thread, so that the page is available earlier."""
 
     def __init__(
-        self, load: Callable[[], CascadePipeline], gallery: Gallery, *, most_waiting: int = MOST_WAITING
+        self,
+        load: Callable[[], CascadePipeline],
+        gallery: Gallery,
+        *,
+        most_waiting: int = MOST_WAITING,
+        adapters: Callable[[CascadePipeline], Adapters | None] = lambda _: None,
     ) -> None:
+        """adapters: those that requests may add to a model."""
+        self._adapters = adapters
         self.hub, self.gallery = Hub(), gallery
         self.line = WaitingLine(most_waiting)
         self.sources = gallery.sources()
@@ -60,6 +68,11 @@ class Queue:
     def pipeline(self) -> CascadePipeline:
         """The model; waits while it is loading. Raises the error if loading failed."""
         return self.worker.pipeline.result()
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that requests may add to the model; None: the server offers none."""
+        return self._adapters(self.pipeline)
 
     def submit(self, asked: Asked, client: str, loaded: Future[CascadePipeline] | None = None) -> Job:
         """Add a job. loaded: the model to draw with; BusyError if it is no longer the current one.
@@ -121,7 +134,10 @@ class Queue:
     ) -> Job:
         loaded = loaded or self.worker.pipeline
         # Outside the lock, because decoding a picture takes a while.
-        job = Job(asked, asked.plan(loaded.result(), self.gallery.next_index(), self.sources), client)
+        pipeline = loaded.result()
+        adapters = self._adapters(pipeline)
+        adapted = None if adapters is None else adapters.slots
+        job = Job(asked, asked.plan(pipeline, self.gallery.next_index(), self.sources, adapted), client)
         job.missing = job.missing if missing is None else missing
         if job.plan.edit is not None:
             self.sources.keep(job.plan.edit)
