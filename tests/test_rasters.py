@@ -140,6 +140,18 @@ def test_a_file_with_wrong_bytes_is_read_or_is_one_line(kind: str) -> None:
         assert "\n" not in message
 
 
+def test_a_tiff_of_more_strips_than_bytes_is_refused_before_any_is_decoded() -> None:
+    """Its rows are said to be 60,000 and its strips a row high, with an entry for one strip."""
+    content = bytearray(encoded(BANDS, "tiff"))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        tags = file.pages[0].tags
+        rows, strip = tags["ImageLength"], tags["RowsPerStrip"]
+    for tag, value in ((rows, 60_000), (strip, 1)):
+        content[tag.valueoffset : tag.valueoffset + 2] = value.to_bytes(2, "little")
+    with pytest.raises(CascadeError, match=r"it: .*60,000 strips or tiles, more than its bytes"):
+        read_given(bytes(content), BANDS, "it")
+
+
 def test_a_header_that_promises_more_than_the_file_takes_no_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(

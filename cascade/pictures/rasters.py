@@ -153,6 +153,9 @@ def _read_tiff(source: bytes | Path, format: PictureFormat) -> Tensor:
         page, series = file.pages[0], file.series[0]
         assert isinstance(page, tifffile.TiffPage)
         _check_size(series.size // format.channels)
+        parts = math.prod(page.chunked)
+        if parts > file.filehandle.size:  # each has an entry in the file; tifffile would decode absent ones, too
+            raise ValueError(f"its header promises {parts:,} strips or tiles, more than its bytes")
         if series.ndim > 3:
             found = " x ".join(map(str, series.shape))
             raise WrongFormatError(f"has {found} values; expected one picture of {format}")

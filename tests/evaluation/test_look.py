@@ -40,7 +40,7 @@ def noise_like(pictures: Tensor) -> Tensor:
 def ladder() -> dict[str, dict[str, Seen]]:
     """Every figure by name, of true pictures and of three kinds of worse ones."""
     # Half of the others are the true pictures: else another choice of subjects would be as far as so light a blur.
-    true, others = scenes(0, 16), scenes(0, 32)
+    true, others = scenes(0, 6), scenes(0, 12)
     nothing = (torch.zeros(0, 3, SIDE, SIDE, dtype=torch.uint8), ())
     kinds = {"true": true, "blurred": look.blurred(true), "smeared": smeared(true), "noise": noise_like(true)}
     tower = load_tower()

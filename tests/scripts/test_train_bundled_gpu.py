@@ -21,12 +21,19 @@ from cascade.storage.stage import load_stage
 Call = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture
-def call(packed: Callable[..., Path], configs: Path, tmp_path: Path) -> Call:
+@pytest.fixture(scope="module")
+def pack(packed: Callable[..., Path]) -> Path:
     colours = ("red", "blue", "green", "purple")
-    pack = packed([record(picture(colour), "noto", f"a {colour} star") for colour in colours * 8])
-    encoder = make_tiny_t5(tmp_path / "t5", 32)
+    return packed([record(picture(colour), "noto", f"a {colour} star") for colour in colours * 8])
 
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_t5(tmp_path_factory.mktemp("encoder") / "t5", 32)
+
+
+@pytest.fixture
+def call(pack: Path, encoder: Path, configs: Path, tmp_path: Path) -> Call:
     def invoke(command: str, *arguments: str) -> tuple[int, str]:
         shared = ["--configs", str(configs)]
         if command != "stage":
@@ -42,7 +49,7 @@ def call(packed: Callable[..., Path], configs: Path, tmp_path: Path) -> Call:
 
 def test_two_stages_are_trained_and_become_folders_that_load(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, said = call("train", "--out", str(out), "--minutes", "0.03", "--sr-minutes", "0.03", "--crops", "0.5")
+    status, said = call("train", "--out", str(out), "--minutes", "0.005", "--sr-minutes", "0.005", "--crops", "0.5")
     assert status == 0, said
     for name in ("base", "sr256"):
         for kind in ("", "raw-", "guide-", "other-"):
