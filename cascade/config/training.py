@@ -83,9 +83,7 @@ class OptimizerConfig(Settings):
         if self.kind == "schedule_free" and self.decay != "constant":
             raise ValueError("schedule_free averages in place of a decay; leave out optimizer.decay")
         if self.kind == "schedule_free" and self.betas[0] == 0:
-            raise ValueError(
-                "schedule_free needs momentum; set the first of optimizer.betas above 0"
-            )
+            raise ValueError("schedule_free needs momentum; set the first of optimizer.betas above 0")
         if self.kind == "prodigy" and self.learning_rate < _LEAST_FACTOR:
             raise ValueError(
                 f"prodigy finds the rate itself, and learning_rate is a factor on it; with {self.learning_rate:g} it"

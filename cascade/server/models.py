@@ -67,6 +67,7 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
     configs = [slot.config for slot in pipeline.slots]
     presets = ["default", *(name for name in PRESETS if any(name in config.presets for config in configs))]
     said = {} if folder is None else front_matter(folder / "README.md")
+    conditions = {name: condition for config in configs for name, condition in config.conditions.items()}
     resolved = {name: resolve_sampling(configs, name, {}) for name in presets}
     return {
         "name": pipeline.name,
@@ -84,10 +85,7 @@ def model_card(pipeline: CascadePipeline, folder: Path | None) -> dict[str, Any]
             if slot.config.low_resolution is not None
         ],
         "reads_text": any(config.model.reads_text for config in configs),
-        "conditions": [
-            _field(name, config)
-            for name, config in {name: c for own in configs for name, c in own.conditions.items()}.items()
-        ],
+        "conditions": [_field(name, config) for name, config in conditions.items()],
         "adapters": {slot.config.name: list(slot.adapters.values()) for slot in pipeline.slots if slot.adapters},
         "presets": {name: {stage: _shown(own) for stage, own in stages.items()} for name, stages in resolved.items()},
         "samplers": list(SAMPLERS),
