@@ -147,7 +147,7 @@ DEFAULT_HOURS = 10.0
     "--keep",
     multiple=True,
     metavar="PROMPT",
-    help="With --from: what must not be forgotten, with {a|b}; may be repeated.",
+    help="With --from: what must not be forgotten, with {a|b}, or none; default: for bundled, shapes and small art.",
 )
 @click.option("--name", help="Name of the cascade; default: that of the folder.")
 @click.option("--license", default="unstated", show_default=True, help="Licence of the weights, such as CC-BY-4.0.")
@@ -173,11 +173,15 @@ def make(
     cascade make pictures --out my-cascade --hours 2
     cascade make pictures --out my-cascade --hours 1 --from bundled
     """
-    from cascade.making.make import Order
+    from cascade.making.make import KEPT, Order
     from cascade.making.make import make as make_cascade
 
     if start is None and (whole or keep):
         raise CascadeError(f"{'--whole' if whole else '--keep'}: needs the weights of a model; add --from MODEL")
+    if start == "bundled" and not keep:
+        keep = KEPT
+    elif keep == ("none",):
+        keep = ()
     keep_freed_memory()
     folder = Path(out)
     licensed = (name or folder.name, license)

@@ -58,6 +58,13 @@ MOST_VIEWS = 500
 views only teach the stage to draw those ten."""
 _KEPT_PICTURES, _KEPT_SHARE = 128, 0.5  # drawings of what must not be forgotten, and their share of the views
 _FORWARD = 1 / 3  # of a training step's time
+KEPT = (
+    "a {red|blue|green|yellow|black|purple} {circle|square|triangle|star|heart|cross|ring}, drawn shapes",
+    "two {red|blue|green|yellow} {circles|squares|stars|hearts}, drawn shapes",
+    "{a cat|a dog|a fox|a bird|a fish|a face|a robot|an apple|a strawberry|a car|a house|a tree},"
+    " {noto style|twemoji style|fluent 3d style|fluent flat style}",
+)
+"""What the bundled base stage should not forget: of all that it draws, a little each."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from cascade.storage.pipeline import load_encoder
 from cascade.storage.training import load_train_config
 from cascade.training.trainer import Trainer
 
+ROOT = Path(__file__).parent.parent.parent
 NETWORK = {"channels": [8], "blocks": [1], "strides": [1], "attention": [False], "embedding_dim": 16}
 TINY = Size((8, 16), 0, 4, NETWORK, NETWORK)
 
@@ -185,6 +186,26 @@ def test_what_is_to_be_kept_is_drawn_once_and_learned_as_well(further: Order) ->
     assert [source.weight for source in learned] == [1, 1]
     card = (further.out / "model" / "README.md").read_text()
     assert "50% of its views are drawings of its start, so that it keeps `a {red|blue} fox`; `a cat`." in card
+
+
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        (["--from=bundled"], making.KEPT),
+        (["--from=bundled", "--keep=none"], ()),
+        (["--from=bundled", "--keep=a cat", "--keep=a dog"], ("a cat", "a dog")),
+        (["--from=other"], ()),
+    ],
+)
+def test_the_bundled_stage_keeps_what_its_preset_names_unless_told(
+    options: list[str], keep: tuple[str, ...], tmp_path: Path
+) -> None:
+    with patch.object(making, "make", return_value=True) as called:
+        CliRunner().invoke(make_command, [str(tmp_path), "--out", str(tmp_path / "out"), *options])
+    assert called.call_args.args[0].keep == keep
+    preset = load_train_config(ROOT / "configs" / "fine-tune" / "preserved.yaml").training.prior
+    assert preset is not None
+    assert preset.prompts == making.KEPT
 
 
 @pytest.mark.parametrize("option", ["--whole", "--keep=a cat"])
