@@ -2,9 +2,13 @@
 
     python scripts/bench_generate.py [--model MODEL] [--dtype float32] [--repeats 5]
     python scripts/bench_generate.py --enlarge 256 --enlarge 1024 --enlarge 1024/512
+    python scripts/bench_generate.py --operations
 
 The peak is measured in the same run, with 3x3 convolutions at the widths that U-Nets use, before and after. The load is
 printed: a second busy process costs several times, so measure on a quiet machine.
+
+`--operations` instead prints the share of each stage's time by kind of operation, from torch's profiler, which slows
+small operations down by some microseconds each.
 
 A second table measures `pipeline.upscale` of pictures of --enlarge px to four times that, in tiles of the number after
 the slash; each in a separate process, because memory is the peak of a process.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -23,7 +28,9 @@ import psutil
 import torch
 from measure import convolution_peak, load_average, once, peak_memory
 from PIL import Image
+from torch.autograd.profiler_util import FunctionEvent
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import CascadePipeline
@@ -56,6 +63,58 @@ def stage_gflop(pipeline: CascadePipeline, prompt: str, preset: str | None) -> t
     return {
         name: total - before for (name, total), before in zip(totals.items(), [0.0, *totals.values()], strict=False)
     }, steps
+
+
+KINDS = {
+    "convolutions": ("mkldnn_convolution", "_slow_conv2d_forward", "thnn_conv2d"),
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "_softmax", "masked_fill_"),
+    "norms": ("native_layer_norm", "native_group_norm"),
+    "SiLU": ("silu", "silu_"),
+    "copies": ("copy_", "cat", "fill_", "zero_", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"),
+}
+"""Operations of torch, without `aten::`, by kind; the rest of them is elementwise or a view."""
+REST, OUTSIDE = "other operations", "outside operations"
+
+
+def operation_seconds(pipeline: CascadePipeline, prompt: str, preset: str | None) -> dict[str, Counter[str]]:
+    """Seconds of each stage by kind of operation, in one run; outside of torch's operations it is Python's."""
+    kinds = {f"aten::{name}": kind for kind, names in KINDS.items() for name in names}
+
+    def mark(stage: str, _step: int, _steps: int, _x_hat: torch.Tensor) -> None:
+        with record_function(f"step of {stage}"):
+            pass
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("picture"):
+        pipeline(prompt, seed=0, preset=preset, callback=mark)
+    events: list[FunctionEvent] = list(profiler.events())
+    ordered = sorted(events, key=lambda event: event.time_range.start)
+    (start,) = (event.time_range.start for event in ordered if event.name == "picture")
+    steps = {event.name: event.time_range.start for event in ordered if event.name.startswith("step of ")}
+    found: dict[str, Counter[str]] = {}
+    for name, end in steps.items():  # the last step of each stage
+        inside = [event for event in events if start <= event.time_range.start < end]
+        seconds: Counter[str] = Counter()
+        for event in inside:
+            if event.name.startswith("aten::"):
+                seconds[kinds.get(event.name, REST)] += event.self_cpu_time_total / 1e6
+        seconds[OUTSIDE] = (end - start) / 1e6 - seconds.total()
+        found[name.removeprefix("step of ")], start = seconds, end
+    return found
+
+
+def operations_table(pipeline: CascadePipeline, prompt: str, preset: str | None, repeats: int) -> None:
+    """Print the share of each stage's time by kind of operation."""
+    operation_seconds(pipeline, prompt, preset)
+    total: dict[str, Counter[str]] = {}
+    for _ in range(repeats):
+        for stage, seconds in operation_seconds(pipeline, prompt, preset).items():
+            total.setdefault(stage, Counter()).update(seconds)
+    columns = [*KINDS, REST, OUTSIDE]
+    print(f"| part | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
+    for stage, seconds in total.items():
+        shares = (f"{seconds[kind] / seconds.total():.0%}" for kind in columns)
+        print(f"| {stage} | {' | '.join(shares)} |", flush=True)
 
 
 class Enlarging(NamedTuple):
@@ -106,6 +165,7 @@ def sizes_of(texts: tuple[str, ...]) -> tuple[tuple[int, int | None], ...]:
 @click.option("--preset", default=None)
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--enlarge", "enlarged", multiple=True, default=("256", "1024"), show_default=True, metavar="PX[/TILE]")
+@click.option("--operations", is_flag=True, help="Shares of time by kind of operation instead.")
 def main(
     model: str | None,
     prompt: str,
@@ -114,8 +174,14 @@ def main(
     preset: str | None,
     repeats: int,
     enlarged: tuple[str, ...],
+    operations: bool,
 ) -> None:
     """Print the tables."""
+    if operations:
+        target = choose_device(device)
+        pipeline = CascadePipeline.from_pretrained(model, device=target, dtype=choose_dtype(dtype, target))
+        operations_table(pipeline, prompt, preset, repeats)
+        return
     sizes = sizes_of(enlarged)
     generation_table(model, prompt, dtype, device, preset, repeats)
     enlarging_table(model, dtype, device, sizes)

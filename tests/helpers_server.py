@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from cascade import CascadePipeline
 from cascade.server.app import Server, listening, make_app
@@ -18,6 +19,8 @@ from cascade.server.gallery import Gallery
 from cascade.server.guard import Rules
 from cascade.server.models import Models
 from cascade.server.queue import Queue
+from cascade.storage.stage import load_stage
+from cascade.training.weights import add_low_rank, save_adapter
 
 Load = Callable[[], CascadePipeline]
 
@@ -70,6 +73,8 @@ def live(
 ) -> Iterator[Live]:
     """A server whose gallery is `folder`."""
     gallery = Gallery(folder)
+    if models is not None:
+        queue_options.setdefault("adapters", models.adapters_of)
     queue = Queue(load, gallery, **queue_options)
     started = threading.Event()
     app = make_app(queue, rules or Rules(), models or Models(lambda _: load()), page=True, runs=runs)
@@ -89,3 +94,16 @@ def live(
             thread.join(20)
             queue.close()
             gallery.close()
+
+
+def make_adapter(folder: Path, model: Path, seed: int = 0) -> None:
+    """An adapter with random weights for the base stage of a model."""
+    network = load_stage(model / "base").network
+    add_low_rank(network, 2, "all")
+    weights = dict(network.named_parameters())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in weights.values():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    save_adapter(folder, weights, 2)

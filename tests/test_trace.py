@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_model import make_tiny_cascade, tiny_stage_config
+from helpers_model import make_tiny_cascade, tiny_stage, tiny_stage_config
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from cascade import CascadePipeline, Stage
 from cascade.cli.program import main
 from cascade.conditioning import Conditioning, TextEmbeddings
 from cascade.config.sampling import SamplingConfig
-from cascade.diffusion.noise import alpha, one_minus_alpha
+from cascade.config.stage import SquaredCosineSchedule
+from cascade.diffusion.noise import alpha, one_minus_alpha, x_of
 from cascade.diffusion.samplers import SAMPLERS
 from cascade.drawing.engine import Conduct, Engine
 from cascade.drawing.recipe import Recipe
@@ -28,12 +29,29 @@ from cascade.drawing.task import Pass, Step, Task
 from cascade.drawing.trace import Recorder, traced
 from cascade.drawing.trace_files import main_word, shown_steps, source_of
 from cascade.models.attention import Attention
+from cascade.models.if_blocks import IFAttention
+from cascade.models.if_unet import IFUNetConfig
 from cascade.models.network import Network
+from cascade.models.transformer import TokenAttention, TransformerConfig, centres, rotations
 from cascade.seeds import generator
 from cascade.stage import build_schedule
 from cascade.text.t5 import words_of
 
 STD, WEIGHT = 0.25, 2.5
+SMALL = TransformerConfig(width=16, depth=2, patch=2, bottleneck=8, head_dim=8, embedding_dim=16, text_dim=12)
+IF_MODEL = IFUNetConfig(
+    channels=(32, 32),
+    blocks=(1, 1),
+    attention=(False, True),
+    embedding_dim=32,
+    text_dim=32,
+    context_dim=32,
+    head_dim=8,
+    pooling_heads=4,
+)
+RECIPE = Recipe(
+    prompt="a fox", negative_prompt="", seed=1, number=0, height=8, width=16, stages={"base": SamplingConfig()}
+)
 
 
 class Gaussian(Network):
@@ -237,6 +255,58 @@ def test_attention_to_a_word_lies_where_the_layer_looks_for_it() -> None:
     maps = shares.mean(1)[0, :, 1].reshape(4, 4)
     assert torch.allclose(maps[:2], torch.tensor(1.0))
     assert torch.allclose(maps[2:], torch.tensor(0.5))
+
+
+def test_shares_in_the_transformer_weigh_the_values_of_the_text() -> None:
+    """Attention is linear in the values: changed values of the text change its output by shares times the change."""
+    torch.manual_seed(0)
+    own = TokenAttention(SMALL).eval()
+    h, turns = torch.randn(2, 6, 16), rotations(centres(2, 3, torch.device("cpu")), 8)
+    key, value, change = torch.randn(3, 2, 2, 5, 8)
+    visible = torch.tensor([[True, True, True, False, False]] * 2)[:, None, None, :]
+    with torch.no_grad():
+        shares = own.text_shares(h, turns, (key, value), visible)
+        difference = own(h, turns, (key, value + change), visible) - own(h, turns, (key, value), visible)
+        assert shares is not None
+        expected = (shares @ change).transpose(1, 2).flatten(2) @ own.out.weight.T
+    assert torch.allclose(difference, expected, atol=1e-5)
+    assert (shares[..., 3:] == 0).all()
+    assert shares.sum(-1).max() < 1  # the patches have the rest
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_shares_in_deepfloyds_network_weigh_the_values_of_the_text(self_attention: bool) -> None:
+    torch.manual_seed(0)
+    own = IFAttention(IF_MODEL.model_copy(update={"self_attention": self_attention}), 32).eval()
+    h = torch.randn(2, 32, 2, 3)
+    key, value, change = torch.randn(3, 2, 4, 5, 8)
+    with torch.no_grad():
+        shares = own.text_shares(h, (key, value))
+        difference = own(h, (key, value + change)) - own(h, (key, value))
+        expected = (shares @ change).transpose(1, 2).flatten(2) @ own.to_out[0].weight.T
+    assert torch.allclose(difference.flatten(2).mT, expected, atol=1e-5)
+    assert torch.allclose(shares.sum(-1), torch.tensor(1.0)) != self_attention
+
+
+@pytest.mark.parametrize("model", ["transformer", "deepfloyd"])
+def test_other_networks_have_attention_maps_in_the_layout_of_the_picture(model: str) -> None:
+    theirs = {"model": IF_MODEL, "schedule": SquaredCosineSchedule(), "parameterization": "eps"}
+    config = tiny_stage_config("base", 8, **({"model": SMALL} if model == "transformer" else theirs))
+    stage = tiny_stage(config)
+    recorder = Recorder({"a": [0], "fox": [1, 2]})
+    own = traced(Task(RECIPE, [Pass(StageSlot.holding(stage), (8, 16), config.sampling, 0)]), recorder)
+    text = torch.randn(1, 4, config.model.text_dim)
+    cond = Conditioning(text, torch.ones(1, 4, dtype=torch.bool))
+    z, level = torch.randn(1, 3, 8, 16), torch.zeros(1, 1, 1, 1)
+    heard, told = own.passes[0].slot.load(), list[Tensor | None]()
+    recorder.called = lambda *said: told.append(said[-1])  # type: ignore[method-assign]
+    with torch.no_grad():
+        assert torch.equal(x_of(heard.prepare(cond)(z, level)), x_of(stage.prepare(cond)(z, level)))
+    (maps,) = told
+    assert maps is not None
+    assert maps.shape == (2, 8, 16)
+    assert (maps > 0).all()
+    assert (maps.sum(0) < 1).all()
 
 
 def test_words_have_the_rows_of_their_tokens(pipeline: CascadePipeline) -> None:

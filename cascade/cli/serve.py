@@ -30,6 +30,9 @@ _OPTIONS = (
     path_option(
         "--lora", multiple=True, metavar="[STAGE=]FOLDER[:SCALE]", help="A low-rank adapter to add, such as mascot:0.8."
     ),
+    path_option(
+        "--loras", metavar="FOLDER", help="Low-rank adapters that a request may add, at its own scale: its subfolders."
+    ),
     path_option("--models", metavar="FOLDER", help="Further models to choose from on the page: its subfolders."),
     path_option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Training runs to follow."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require a key."),
@@ -80,6 +83,7 @@ class Request:
 
     model: str | None
     lora: tuple[str, ...]
+    loras: str | None
     models: str | None
     out: str
     runs: str
@@ -104,9 +108,17 @@ class Request:
 
         with listening(self.host, self.port, _OTHER_PORTS if self.page and self.port else 0) as own:
             gallery = Gallery(self.out)
-            models = Models(self._load, self.model, None if self.models is None else Path(self.models))
+            models = Models(
+                self._load,
+                self.model,
+                None if self.models is None else Path(self.models),
+                adapters=None if self.loras is None else Path(self.loras),
+                fixed=self._fixed,
+            )
             models.card()  # a model that is not there ends the command at once
-            queue = Queue(models.choose(models.current), gallery, most_waiting=self.most_waiting)
+            queue = Queue(
+                models.choose(models.current), gallery, most_waiting=self.most_waiting, adapters=models.adapters_of
+            )
             address = self._address(own.getsockname()[1], rules)
             app = make_app(queue, rules, models, page=self.page, runs=Path(self.runs))
             queue.start()
@@ -133,20 +145,24 @@ class Request:
             )
         return Rules(hosts=(*self.allowed_host, self.host), key=None if self.no_auth else key)
 
-    def _load(self, model: str | None) -> CascadePipeline:
-        """The adapters of --lora belong to the model of --model; another one is loaded without."""
-        from cascade.pipeline import CascadePipeline
+    def _fixed(self, model: str | None) -> dict[str, list[str]]:
+        """The adapters of --lora, which belong to the model of --model; another one is loaded without."""
         from cascade.storage.index import read_index
         from cascade.storage.stage import adapters_for, read_config
 
-        lora = self.lora if model == self.model else ()
-        stages = [read_config(folder).name for folder in read_index(model).stages] if lora else []
+        if model != self.model or not self.lora:
+            return {}
+        return adapters_for(self.lora, [read_config(folder).name for folder in read_index(model).stages])
+
+    def _load(self, model: str | None) -> CascadePipeline:
+        from cascade.pipeline import CascadePipeline
+
         return CascadePipeline.from_pretrained(
             model,
             device=self.device,
             dtype=self.dtype,
             low_memory=self.low_memory,
-            adapters=adapters_for(lora, stages),
+            adapters=self._fixed(model),
         )
 
     def _address(self, port: int, rules: Rules) -> str:

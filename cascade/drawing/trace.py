@@ -19,7 +19,7 @@ from cascade.conditioning import Conditioning
 from cascade.diffusion.noise import Denoiser, Estimate, diffuse, number_of, x_of
 from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Step, Task
-from cascade.models.attention import Attention
+from cascade.models.attention import ReadsText
 from cascade.stage import Stage
 
 LARGEST_ATTENTION = 64
@@ -156,13 +156,13 @@ def _attention(network: nn.Module, words: Sequence[Sequence[int]]) -> Iterator[l
     maps: list[Tensor] = []
 
     def listen(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        assert isinstance(layer, Attention), "only those are listened to"
+        assert isinstance(layer, ReadsText), "only those are listened to"
         shares = layer.text_shares(*given)
         if shares is not None:
             each = shares[0].float().mean(0)  # (places, tokens)
             maps.append(torch.stack([each[:, list(rows)].sum(1) for rows in words]).cpu())
 
-    layers = [layer for layer in network.modules() if isinstance(layer, Attention)] if words else []
+    layers = [layer for layer in network.modules() if isinstance(layer, ReadsText)] if words else []
     handles = [layer.register_forward_pre_hook(listen) for layer in layers]
     try:
         yield maps

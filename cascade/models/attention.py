@@ -7,7 +7,7 @@ faster there than in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ from cascade.models.blocks import Normalize, zero_init
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the text, each (B, heads, N, d)."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A layer with attention to the text, whose shares a trace shows."""
+
+    def text_shares(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The share of each position's attention that each text token receives: (B, heads, positions, tokens).
+
+        Arguments as for `forward`. None without text.
+        """
 
 
 class Attention(nn.Module):
@@ -62,15 +73,13 @@ class Attention(nn.Module):
     def text_shares(self, h: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor | None:
         """The share of each pixel's attention that each text token receives: (B, heads, HW, N); None without text.
 
-        Arguments as for `forward`. Attention to the rows of the identity matrix in place of the values.
+        Arguments as for `forward`.
         """
         if text is None:
             return None
         query, *own = self._asked(h)
         key, _, mask = self._answers(own, text, visible)
-        tokens = text[0].shape[2]
-        rows = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)[:, -tokens:]
-        return F.scaled_dot_product_attention(query, key, rows.expand(*key.shape[:2], -1, -1), attn_mask=mask)
+        return shares(query, key, slice(-text[0].shape[2], None), mask)
 
     def _asked(self, h: Tensor) -> tuple[Tensor, ...]:
         """Queries, and keys and values of the pixels where these answer, too: each (B, heads, HW, d)."""
@@ -90,6 +99,15 @@ class Attention(nn.Module):
             return key, value, None
         mask = None if visible is None else F.pad(visible, (key.shape[2], 0), value=True)  # pixels are always visible
         return torch.cat([key, text[0]], dim=2), torch.cat([value, text[1]], dim=2), mask
+
+
+def shares(query: Tensor, key: Tensor, kept: slice, mask: Tensor | None = None) -> Tensor:
+    """The share of each query's attention that the `kept` keys receive: (B, heads, M, kept). Arguments as for `attend`.
+
+    Attention to rows of the identity matrix in place of the values.
+    """
+    rows = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)[:, kept]
+    return F.scaled_dot_product_attention(query, key, rows.expand(*key.shape[:2], -1, -1), attn_mask=mask)
 
 
 FEW_QUERIES = 256

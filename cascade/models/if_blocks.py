@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.models.attention import attend
+from cascade.models.attention import attend, shares
 from cascade.models.convolution import Convolution
 
 if TYPE_CHECKING:
@@ -123,6 +123,17 @@ class IFAttention(nn.Module):
         answer = attend(self._split(self.to_q(tokens)), key, value)  # (B, heads, HW, d)
         update = self.to_out[0](answer.transpose(1, 2).flatten(2))  # (B, HW, C)
         return h + update.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def text_shares(self, h: Tensor, text: KeysValues) -> Tensor:
+        """The share of each pixel's attention that each text token receives: (B, heads, HW, N).
+
+        Arguments as for `forward`.
+        """
+        tokens, (key, _) = self.group_norm(h).flatten(2).mT, text  # (B, HW, C)
+        kept = slice(key.shape[2])
+        if self.to_k is not None:
+            key = torch.cat([key, self._split(self.to_k(tokens))], dim=2)
+        return shares(self._split(self.to_q(tokens)), key, kept)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, d)."""

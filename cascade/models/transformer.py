@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade.conditioning import Conditioning
-from cascade.models.attention import KeysValues, attend
+from cascade.models.attention import KeysValues, attend, shares
 from cascade.models.blocks import depth_to_space, space_to_depth, stacked, zero_init
 from cascade.models.conditioned import ConditionedNetwork, Seen, TextUse
 from cascade.models.network import Geometry, NetworkConfig, module_list
@@ -104,13 +104,28 @@ class TokenAttention(nn.Module):
 
     def forward(self, h: Tensor, turns: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor:
         """h: (B, N, C); turns: see `rotations`; visible: (B, 1, 1, M), None when all text is real -> (B, N, C)."""
-        query, key, value = self.qkv(h).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        query, key = rotate(self.query_norm(query), turns), rotate(self.key_norm(key), turns)  # (B, heads, N, d)
+        query, key, value = self._asked(h, turns)
         mask = None
         if text is not None:
             mask = None if visible is None else F.pad(visible, (key.shape[2], 0), value=True)  # patches always are
             key, value = torch.cat([key, self.key_norm(text[0])], dim=2), torch.cat([value, text[1]], dim=2)
         return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+    def text_shares(self, h: Tensor, turns: Tensor, text: KeysValues | None, visible: Tensor | None) -> Tensor | None:
+        """The share of each patch's attention that each text token receives: (B, heads, N, M); None without text.
+
+        Arguments as for `forward`.
+        """
+        if text is None:
+            return None
+        query, key, _ = self._asked(h, turns)
+        mask = None if visible is None else F.pad(visible, (key.shape[2], 0), value=True)
+        return shares(query, torch.cat([key, self.key_norm(text[0])], dim=2), slice(key.shape[2], None), mask)
+
+    def _asked(self, h: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the patches: each (B, heads, N, d)."""
+        query, key, value = self.qkv(h).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        return rotate(self.query_norm(query), turns), rotate(self.key_norm(key), turns), value
 
 
 class TransformerBlock(nn.Module):

@@ -59,7 +59,7 @@ def model_router(queue: Queue, models: Models) -> APIRouter:
     @router.get("/model")
     def model() -> dict[str, Any]:
         """The model and its settings; waits while it is loading."""
-        return model_card(queue.pipeline, models.card())
+        return model_card(queue.pipeline, models.card(), queue.adapters)
 
     @router.get("/models")
     def every() -> dict[str, Any]:
@@ -69,16 +69,22 @@ def model_router(queue: Queue, models: Models) -> APIRouter:
     @router.put("/model", status_code=202)
     def choose(chosen: Chosen) -> dict[str, Any]:
         """Switch to another model; status 409 while jobs are waiting or being drawn."""
+        switch(queue, models, chosen.name)
+        return {"models": models.names()}
+
+    return router
+
+
+def switch(queue: Queue, models: Models, name: str) -> None:
+    """Switch to another model. Raises CascadeError for an unknown name, BusyError while pictures are drawn."""
+    with models.lock:
         before = models.current
-        load = models.choose(chosen.name)
+        load = models.choose(name)
         try:
             queue.switch(load)
         except BusyError:
             models.choose(before)
             raise
-        return {"models": models.names()}
-
-    return router
 
 
 def jobs_router(queue: Queue) -> APIRouter:
@@ -179,7 +185,7 @@ def gallery_router(queue: Queue) -> APIRouter:
     def asked(id: str) -> dict[str, Any]:
         """The request that draws this picture again."""
         with found("picture"):
-            return asked_of(gallery.said(id), _stages(queue), queue.pipeline.styles)
+            return _asked_again(gallery.said(id), queue)
 
     @router.put("/pictures/{id}/star")
     def star(id: str, star: Star) -> dict[str, Any]:
@@ -283,7 +289,14 @@ def files_router(queue: Queue) -> APIRouter:
 def _asked_in(content: bytes, queue: Queue) -> dict[str, Any]:
     checked_size(content)
     said, _ = read_metadata(io.BytesIO(content))
-    return asked_of(said, _stages(queue), queue.pipeline.styles)
+    return _asked_again(said, queue)
+
+
+def _asked_again(said: Mapping[str, Any], queue: Queue) -> dict[str, Any]:
+    """The request for a picture with these metadata; see `asked_of`. Adapters that are not here are left out."""
+    asked, adapters = asked_of(said, _stages(queue), queue.pipeline.styles), queue.adapters
+    named = {} if adapters is None else adapters.named(said.get("adapters") or {})
+    return {**asked, "adapters": named} if named else asked
 
 
 def _stages(queue: Queue) -> list[StageConfig]:

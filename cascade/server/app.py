@@ -80,7 +80,8 @@ def make_app(queue: Queue, rules: Rules, models: Models, *, page: bool, runs: Pa
     """The application. page: also serve the web page. runs: a folder of training runs."""
     app = _bare_app()
     app.include_router(model_router(queue, models))
-    for router in (jobs_router, gallery_router, files_router, openai_router, a1111_router, health_router):
+    app.include_router(openai_router(queue, models))
+    for router in (jobs_router, gallery_router, files_router, a1111_router, health_router):
         app.include_router(router(queue))
     app.include_router(runs_router(Runs(runs or Path("runs"))))
     if page:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -21,6 +21,7 @@ from cascade.drawing.arguments import resolve_sampling
 from cascade.drawing.changes import Changes, regions_of
 from cascade.drawing.edit import fitted, read_picture
 from cascade.drawing.recipe import Recipe
+from cascade.drawing.slots import StageSlot
 from cascade.drawing.task import Drawn, Task, with_conditions
 from cascade.errors import CascadeError, quoted
 from cascade.pipeline import CascadePipeline
@@ -84,6 +85,8 @@ MOST_NUMBERS = 16_384
 """Numbers of a condition that is a vector."""
 MOST_CONDITIONS = 64
 """Conditions of a request."""
+MOST_ADAPTERS = 16
+"""Low-rank adapters of a request."""
 MOST_ROUNDS = 20
 """Most rounds of resampling, each of which takes the time of a picture."""
 
@@ -100,7 +103,7 @@ Name: TypeAlias = Annotated[str, Field(max_length=64)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Side: TypeAlias = Literal["left", "top", "right", "bottom"]
 Numbers: TypeAlias = Annotated[tuple[float, ...], Field(max_length=MOST_NUMBERS, strict=False)]
-_OF_A_DRAWING = ("prompt_language", "long_prompts", "regions", "guidance_rescale", "projection", "known")
+_OF_A_DRAWING = ("prompt_language", "long_prompts", "regions", "guidance_rescale", "projection", "known", "adapters")
 _OF_A_CHANGE = ("mask", "strength", "extend", "variation", "until", "height", "width", "number")
 
 
@@ -161,6 +164,10 @@ class Asked(Settings):
     )
     """Conditions of the model other than text, by name: a label, a number, a list of numbers, or the name of an upload;
     "none" leaves one open."""
+    adapters: Annotated[dict[Name, Annotated[float, Field(ge=-2, le=2)]], Field(max_length=MOST_ADAPTERS)] = Field(
+        default_factory=dict
+    )
+    """Scales of low-rank adapters by name, of those that the server offers (`--loras`)."""
     image: Name | None = None
     """A picture to edit: the name of an upload, or the id of a picture in the gallery."""
     mask: Name | None = None
@@ -213,8 +220,17 @@ class Asked(Settings):
         own = {name: getattr(self, name) for name in SETTINGS}
         return {**own, "guidance_rescale": self.guidance_rescale, "projection": _section(projection)}
 
-    def plan(self, pipeline: CascadePipeline, index: int, sources: Sources) -> Plan:
-        """The complete plan. index: see `PromptRecord`. Raises CascadeError for a request that cannot be drawn."""
+    def plan(
+        self,
+        pipeline: CascadePipeline,
+        index: int,
+        sources: Sources,
+        adapted: Callable[[Mapping[str, float]], Sequence[StageSlot]] | None = None,
+    ) -> Plan:
+        """The complete plan. index: see `PromptRecord`. adapted: the stages with adapters of given scales.
+
+        Raises CascadeError for a request that cannot be drawn.
+        """
         options = self.options()
         if self.number is not None and self.number >= self.num_images_per_prompt:
             raise CascadeError(f"number: {self.number}; expected less than num_images_per_prompt")
@@ -224,6 +240,11 @@ class Asked(Settings):
         if self.to is not None:
             return self._enlarging(pipeline, record, sources)
         changed = replace(options, changes=self._changes(sources), conditions=self._given(pipeline, sources))
+        if any(self.adapters.values()):
+            if adapted is None:
+                raise CascadeError("adapters: this server offers none; start it with --loras FOLDER")
+            slots = adapted(self.adapters)
+            changed, record = replace(changed, adapted=lambda _: slots), replace(record, adapter_factor=1.0)
         plan = Planner(pipeline, changed).job(record)
         height, width = plan.sizes[-1]
         if height * width > MOST_PIXELS:
@@ -251,7 +272,8 @@ class Asked(Settings):
 
     def _enlarging(self, pipeline: CascadePipeline, record: PromptRecord, sources: Sources) -> EnlargedJob:
         given = [name for name in _OF_A_CHANGE if getattr(self, name) is not None]
-        given += [name for name in _OF_A_DRAWING if getattr(self, name) != type(self).model_fields[name].default]
+        usual = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in _OF_A_DRAWING}
+        given += [name for name, value in usual.items() if getattr(self, name) != value]
         if given or self.num_images_per_prompt > 1 or self.negative_prompt:
             name = given[0] if given else "num_images_per_prompt and negative_prompt"
             raise CascadeError(f"{name}: cannot be combined with `to`, which only enlarges a picture")

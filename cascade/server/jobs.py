@@ -244,7 +244,12 @@ class Piece:
         plan = self.job.plan
         if self.job.asked.trace:
             return self.job.id
-        return tuple(plan.sizes), tuple(plan.settings[slot.config.name].model_dump_json() for slot in plan.slots)
+        stages = tuple(map(id, plan.slots))  # adapters make other stages, whose weights are loaded for a batch
+        return (
+            stages,
+            tuple(plan.sizes),
+            tuple(plan.settings[slot.config.name].model_dump_json() for slot in plan.slots),
+        )
 
 
 class WaitingLine:

@@ -5,12 +5,15 @@ Source: https://platform.openai.com/docs/api-reference/images. cascade's setting
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -23,17 +26,21 @@ from cascade.batch.metadata import read_metadata
 from cascade.config.values import SETTINGS
 from cascade.errors import CascadeError, quoted
 from cascade.files.text import parse_json
-from cascade.server.api import check, drawn_size, finished, pictures_of, submitted, watched
+from cascade.pipeline import CascadePipeline
+from cascade.server.api import check, client_of, drawn_size, finished, pictures_of, switch, watched
 from cascade.server.asked import MOST_PICTURES, Asked
 from cascade.server.jobs import Job
-from cascade.server.queue import Queue
+from cascade.server.models import Models
+from cascade.server.queue import BusyError, Queue
 from cascade.server.sources import transparency
 from cascade.settings import parse
 
 _PRESETS = {"low": "fast", "medium": "default", "standard": "default", "high": "best", "hd": "best", "auto": None}
-_OURS = ("seed", "negative_prompt", "conditions", *SETTINGS, "strength", "extend", "resampling", "variation")
+_OF_A_CHANGE = ("strength", "extend", "resampling", "variation")
+_OURS = ("seed", "negative_prompt", "conditions", "adapters", *SETTINGS, *_OF_A_CHANGE)
 
 _MOST_FILES, _MOST_FIELDS = 17, 64
+_MODEL_SECONDS, _LOOK_SECONDS = 60.0, 0.2  # that a request for another model waits for the pictures of the current one
 
 
 class Generation(BaseModel):
@@ -61,9 +68,8 @@ class Generation(BaseModel):
             raise CascadeError(f"size: {quoted(self.size)}; expected WIDTHxHEIGHT, such as 1024x1024, or auto")
         return int(match[2]), int(match[1])
 
-    def asked(self, queue: Queue, given: Mapping[str, str] | None = None) -> Asked:
+    def asked(self, pipeline: CascadePipeline, given: Mapping[str, str] | None = None) -> Asked:
         """The request as a job. given: the names of a picture and a mask. Raises CascadeError."""
-        pipeline = queue.pipeline
         if self.quality not in (None, *_PRESETS):
             raise CascadeError(f"quality: {quoted(self.quality)}; expected {', '.join(_PRESETS)}")
         preset = _PRESETS.get(self.quality or "auto")
@@ -82,44 +88,111 @@ class Generation(BaseModel):
         return parse(Asked, values, "request")
 
 
-def openai_router(queue: Queue, *, keeps: bool = True) -> APIRouter:
-    """`/v1`. keeps: later requests reach the same pictures, so a response may hold URLs."""
+def openai_router(queue: Queue, models: Models | None = None, *, keeps: bool = True) -> APIRouter:
+    """`/v1`. models: those that a request may name; None: the loaded one alone.
+
+    keeps: later requests reach the same pictures, so a response may hold URLs.
+    """
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+    desk = _Desk(queue, models)
+
     @router.get("/models")
-    def models() -> dict[str, Any]:
-        """The loaded model."""
-        return {"object": "list", "data": [_model(queue)]}
+    def every() -> dict[str, Any]:
+        """The models that a request may name, the loaded one first."""
+        return {"object": "list", "data": [_model(id) for id in desk.ids()]}
 
     @router.get("/models/{name}")
     def model(name: str) -> dict[str, Any]:
-        """The loaded model, by its name."""
-        _check_model(queue, name)
-        return _model(queue)
+        """A model by its id."""
+        desk.place(name)
+        return _model(name)
 
     @router.post("/images/generations", response_model=None)
     async def generations(body: Generation, request: Request) -> Response:
         """Draw pictures; the response is the pictures, or a stream with partial ones."""
-        await run_in_threadpool(_check_model, queue, body.model)
         _check_format(body, keeps)
-        return await _drawn(queue, body, await run_in_threadpool(body.asked, queue), request)
+        return await _drawn(desk, body, None, request)
 
     @router.post("/images/edits", response_model=None)
     async def edits(request: Request) -> Response:
         """Edit a picture; the transparent part of the mask is redrawn."""
-        return await _changed(queue, request, keeps, variation=False)
+        return await _changed(desk, request, keeps, variation=False)
 
     @router.post("/images/variations", response_model=None)
     async def variations(request: Request) -> Response:
         """Draw variations of a picture."""
-        return await _changed(queue, request, keeps, variation=True)
+        return await _changed(desk, request, keeps, variation=True)
 
     return router
 
 
-async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request) -> Response:
-    """The pictures of a job, or a stream with partial ones."""
-    job = await submitted(queue, asked, request)
+@dataclass(frozen=True)
+class _Desk:
+    """The queue, and the models among which a request chooses by its field `model`."""
+
+    queue: Queue
+    models: Models | None
+
+    def ids(self) -> dict[str, str]:
+        """Names of models by id, the current one first."""
+        if self.models is None:
+            return {self.queue.pipeline.name: ""}
+        return self.models.ids(_pipeline_of(self.queue.worker.pipeline))
+
+    def place(self, id: str) -> str:
+        """The name of a model, by its id or by this name. Raises HTTPException for an unknown model."""
+        ids = self.ids()
+        own = _pipeline_of(self.queue.worker.pipeline)
+        if own is not None and id == own.name:
+            return next(iter(ids.values()))
+        if id not in ids and id not in ids.values():
+            known = ", ".join(map(quoted, ids))
+            raise HTTPException(404, f"model {quoted(id)} is not available; this server has {known}")
+        return ids.get(id, id)
+
+    def submit(self, body: Generation, given: Mapping[str, str] | None, client: str) -> Job:
+        """Add a request to the queue; another model than the current one is loaded first.
+
+        Raises BusyError while pictures of the current one are drawn, and as `Queue.submit`.
+        """
+        loaded = self._loaded(body.model)
+        return self.queue.submit(body.asked(loaded.result(), given), client, loaded)
+
+    def _loaded(self, id: str | None) -> Future[CascadePipeline]:
+        if id is None:
+            return self.queue.worker.pipeline
+        place = self.place(id)
+        if self.models is None:
+            return self.queue.worker.pipeline
+        with self.models.lock:
+            if place != self.models.current:
+                switch(self.queue, self.models, place)
+            return self.queue.worker.pipeline
+
+
+def _pipeline_of(loaded: Future[CascadePipeline]) -> CascadePipeline | None:
+    """A model once it is loaded; None if that failed."""
+    return loaded.result() if loaded.exception() is None else None
+
+
+async def _submitted(desk: _Desk, body: Generation, given: Mapping[str, str] | None, request: Request) -> Job:
+    """Add a request to the queue; with another model, once the pictures of the current one are drawn."""
+    until = time.monotonic() + _MODEL_SECONDS
+    while True:
+        try:
+            return await run_in_threadpool(desk.submit, body, given, client_of(request))
+        except BusyError:
+            if time.monotonic() > until:
+                raise
+        if await request.is_disconnected():
+            raise HTTPException(499, "the client disconnected")
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def _drawn(desk: _Desk, body: Generation, given: Mapping[str, str] | None, request: Request) -> Response:
+    """The pictures of a job, or a stream with partial ones. given: see `Generation.asked`."""
+    queue, job = desk.queue, await _submitted(desk, body, given, request)
     if body.stream:
         return StreamingResponse(_stream(queue, body, job, request), media_type="text/event-stream")
     await finished(queue, job, request)
@@ -129,7 +202,7 @@ async def _drawn(queue: Queue, body: Generation, asked: Asked, request: Request)
     return JSONResponse({"created": int(time.time()), **_said(body, job), "data": data})
 
 
-async def _changed(queue: Queue, request: Request, keeps: bool, *, variation: bool) -> Response:
+async def _changed(desk: _Desk, request: Request, keeps: bool, *, variation: bool) -> Response:
     """Read a form with a picture, and optionally a mask and a prompt; draw."""
     async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS) as form:
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
@@ -140,11 +213,10 @@ async def _changed(queue: Queue, request: Request, keeps: bool, *, variation: bo
     mask = next((content for name, content in files if name == "mask"), None)
     if len(pictures) != 1:
         raise CascadeError(f"image: {len(pictures)} pictures; expected one")
-    await run_in_threadpool(_check_model, queue, body.model)
-    given = await run_in_threadpool(_sources_of, queue, pictures[0], None if variation else mask)
+    given = await run_in_threadpool(_sources_of, desk.queue, pictures[0], None if variation else mask)
     if variation:
         body.prompt = await run_in_threadpool(_prompt_in, pictures[0])
-    return await _drawn(queue, body, await run_in_threadpool(body.asked, queue, given), request)
+    return await _drawn(desk, body, given, request)
 
 
 def _body_of(fields: Mapping[str, str], variation: bool) -> Generation:
@@ -235,14 +307,8 @@ def _datum(file: bytes, id: str | None, request: Request) -> dict[str, str]:
     return {"url": f"{request.base_url}api/pictures/{id}/file"}
 
 
-def _model(queue: Queue) -> dict[str, Any]:
-    return {"id": queue.pipeline.name, "object": "model", "created": 0, "owned_by": "cascade"}
-
-
-def _check_model(queue: Queue, name: str | None) -> None:
-    own = queue.pipeline.name
-    if name not in (None, own):
-        raise HTTPException(404, f"model {quoted(name)} is not available; this server has {quoted(own)}")
+def _model(id: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": 0, "owned_by": "cascade"}
 
 
 def _check_format(body: Generation, keeps: bool) -> None:

@@ -16,6 +16,7 @@ from cascade.pipeline import CascadePipeline
 from cascade.server.asked import Asked
 from cascade.server.gallery import Gallery
 from cascade.server.jobs import Event, Hub, Job, WaitingLine
+from cascade.server.models import Adapters
 from cascade.server.worker import Worker
 from cascade.settings import parse
 
@@ -33,8 +34,15 @@ class Queue:
     """Jobs of all clients. `load` loads the pipeline in the drawing thread, so that the page is available earlier."""
 
     def __init__(
-        self, load: Callable[[], CascadePipeline], gallery: Gallery, *, most_waiting: int = MOST_WAITING
+        self,
+        load: Callable[[], CascadePipeline],
+        gallery: Gallery,
+        *,
+        most_waiting: int = MOST_WAITING,
+        adapters: Callable[[CascadePipeline], Adapters | None] = lambda _: None,
     ) -> None:
+        """adapters: those that requests may add to a model."""
+        self._adapters = adapters
         self.hub, self.gallery = Hub(), gallery
         self.line = WaitingLine(most_waiting)
         self.sources = gallery.sources()
@@ -61,9 +69,17 @@ class Queue:
         """The model; waits while it is loading. Raises the error if loading failed."""
         return self.worker.pipeline.result()
 
-    def submit(self, asked: Asked, client: str) -> Job:
-        """Add a job. Raises CascadeError if it cannot be drawn, FullError when too much waits."""
-        return self._enter(asked.settled(), client)
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that requests may add to the model; None: the server offers none."""
+        return self._adapters(self.pipeline)
+
+    def submit(self, asked: Asked, client: str, loaded: Future[CascadePipeline] | None = None) -> Job:
+        """Add a job. loaded: the model to draw with; BusyError if it is no longer the current one.
+
+        Raises CascadeError if the job cannot be drawn, FullError when too much waits.
+        """
+        return self._enter(asked.settled(), client, loaded=loaded)
 
     def submit_all(self, several: Sequence[Asked], client: str) -> list[Job]:
         """Add jobs, all or none. Raises CascadeError for one that cannot be drawn, FullError when too much waits."""
@@ -109,10 +125,19 @@ class Queue:
         pace = self.worker.pace
         return sum(count * pace.seconds(job.targets()[0].task().passes) for job, count in open if count)
 
-    def _enter(self, asked: Asked, client: str, missing: set[int] | None = None) -> Job:
-        loaded = self.worker.pipeline
+    def _enter(
+        self,
+        asked: Asked,
+        client: str,
+        missing: set[int] | None = None,
+        loaded: Future[CascadePipeline] | None = None,
+    ) -> Job:
+        loaded = loaded or self.worker.pipeline
         # Outside the lock, because decoding a picture takes a while.
-        job = Job(asked, asked.plan(loaded.result(), self.gallery.next_index(), self.sources), client)
+        pipeline = loaded.result()
+        adapters = self._adapters(pipeline)
+        adapted = None if adapters is None else adapters.slots
+        job = Job(asked, asked.plan(pipeline, self.gallery.next_index(), self.sources, adapted), client)
         job.missing = job.missing if missing is None else missing
         if job.plan.edit is not None:
             self.sources.keep(job.plan.edit)

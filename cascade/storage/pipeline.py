@@ -105,32 +105,54 @@ def with_adapters_scaled(
 
     Stages without adapters are the pipeline's own. Of the others, the one that was used last stays in memory.
     """
-    stages = _with_adapters(read_index(model).stages, adapters)
-    newest = [_Newest() for _ in stages]
+    found = read_adapters(adapters, [slot.config.name for slot in pipeline.slots])
+    adapt = with_adapters(pipeline, model)
 
-    def slot(place: int, factor: float) -> StageSlot:
-        folder, several = stages[place]
+    def scaled(factor: float) -> list[StageSlot]:
+        return adapt(
+            {
+                name: tuple(replace(one, scale=round(one.scale * factor, 9)) for one in several)
+                for name, several in found.items()
+            }
+        )
+
+    return scaled
+
+
+def with_adapters(
+    pipeline: CascadePipeline, model: str | Path | None
+) -> Callable[[Mapping[str, tuple[Adapter, ...]]], list[StageSlot]]:
+    """A function of adapters by the name of their stage: the stages of `pipeline` with these in place of their own.
+
+    Stages without adapters are the pipeline's own. Of the others, the one that was used last stays in memory.
+    """
+    folders = read_index(model).stages
+    newest = [_Newest() for _ in folders]
+
+    def slot(place: int, several: tuple[Adapter, ...]) -> StageSlot:
         if not several:
             return pipeline.slots[place]
-        scaled = tuple(replace(one, scale=round(one.scale * factor, 9)) for one in several)
-        load = partial(load_stage, folder, pipeline.device, pipeline.dtype, scaled)
-        scales = {one.digest: one.scale for one in scaled}
-        return StageSlot(read_config(folder), lambda: newest[place].load(factor, load), adapters=scales)
+        scales = {one.digest: one.scale for one in several}
+        load = partial(load_stage, folders[place], pipeline.device, pipeline.dtype, several)
+        key = tuple(scales.items())
+        return StageSlot(read_config(folders[place]), lambda: newest[place].load(key, load), adapters=scales)
 
-    return lambda factor: [slot(place, factor) for place in range(len(stages))]
+    return lambda adapters: [
+        slot(place, adapters.get(own.config.name, ())) for place, own in enumerate(pipeline.slots[: len(folders)])
+    ]
 
 
 class _Newest:
     """One stage in memory, released before another one is loaded."""
 
     def __init__(self) -> None:
-        self._factor: float | None = None
+        self._key: object = None
         self._stage: Stage | None = None
 
-    def load(self, factor: float, load: Callable[[], Stage]) -> Stage:
-        if self._stage is None or factor != self._factor:
+    def load(self, key: object, load: Callable[[], Stage]) -> Stage:
+        if self._stage is None or key != self._key:
             self._stage = None
-            self._stage, self._factor = load(), factor
+            self._stage, self._key = load(), key
         return self._stage
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import shutil
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-import torch
 from helpers_model import make_tiny_cascade
-from helpers_server import Live, live
+from helpers_server import Live, live, make_adapter
 from PIL import Image
 
 from cascade import CascadePipeline
+from cascade.batch.metadata import read_metadata
 from cascade.cli.serve import Request
 from cascade.errors import CascadeError
+from cascade.server.jobs import Piece
 from cascade.server.models import Models
-from cascade.storage.stage import load_stage
-from cascade.training.weights import add_low_rank, save_adapter
 
 
 @pytest.fixture
@@ -85,6 +87,57 @@ def test_a_name_that_is_not_on_the_list_is_refused(
     assert server.client.get("/api/model").json()["name"] == "tiny"
 
 
+def openai_client(server: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def sent(client: openai.OpenAI, model: str) -> str:
+    """The model in the metadata of a picture."""
+    (datum,) = client.images.generate(prompt="a fox", model=model, extra_body={"seed": 1}).data or []
+    return str(read_metadata(io.BytesIO(base64.b64decode(str(datum.b64_json))))[0]["model"])
+
+
+def test_a_request_of_openais_client_names_its_model(two: tuple[Live, list[weakref.ref[CascadePipeline]]]) -> None:
+    server, loaded = two
+    with openai_client(server) as client:
+        ids = [model.id for model in client.models.list()]
+        assert ids[:3] == ["tiny", "broken", "other"]
+        assert len(ids) == 4  # and the bundled one, by its own name
+        assert [sent(client, "tiny"), sent(client, "other")] == ["tiny", "other"]
+        assert next(model.id for model in client.models.list()) == "other"
+        assert sent(client, "tiny") == "tiny"
+        assert len(loaded) == 3
+        with pytest.raises(openai.NotFoundError, match="'third' is not available; this server has 'tiny', 'broken'"):
+            sent(client, "third")
+        with pytest.raises(openai.BadRequestError, match=r"cascade\.json"):
+            sent(client, "broken")
+        assert sent(client, "other") == "other"
+
+
+def test_requests_for_several_models_wait_for_each_other(
+    two: tuple[Live, list[weakref.ref[CascadePipeline]]],
+) -> None:
+    server, _ = two
+    with openai_client(server) as client, ThreadPoolExecutor(6) as pool:
+        names = ["tiny", "other"] * 3
+        assert list(pool.map(lambda name: sent(client, name), names)) == names
+
+
+def test_a_request_for_another_model_is_refused_when_the_current_one_stays_busy(
+    two: tuple[Live, list[weakref.ref[CascadePipeline]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = two
+    monkeypatch.setattr("cascade.server.openai._MODEL_SECONDS", 0.0)
+    hub, held = server.queue.hub, threading.Event()
+    publish = type(hub).publish.__get__(hub)
+    hub.publish = lambda event: (publish(event), event.kind == "step" and held.wait(30))  # type: ignore[method-assign]
+    id = server.client.post("/api/jobs", json={"prompt": "a fox"}).json()["id"]
+    with openai_client(server) as client, pytest.raises(openai.ConflictError, match="choose another model"):
+        sent(client, "other")
+    held.set()
+    assert server.over(id)["state"] == "done"
+
+
 def test_a_model_that_cannot_be_loaded_is_reported_and_another_can_be_chosen(
     two: tuple[Live, list[weakref.ref[CascadePipeline]]],
 ) -> None:
@@ -115,15 +168,7 @@ def test_no_model_is_changed_while_pictures_are_drawn(two: tuple[Live, list[weak
 def test_an_adapter_of_the_command_line_belongs_to_the_first_model_and_is_in_the_recipe(
     model: Path, tmp_path: Path
 ) -> None:
-    network = load_stage(model / "base").network
-    add_low_rank(network, 2, "all")
-    weights = dict(network.named_parameters())
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in weights.values():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    save_adapter(tmp_path / "mascot", weights, 2)
+    make_adapter(tmp_path / "mascot", model)
     adapters = {"base": [f"{tmp_path / 'mascot'}:0.5"]}
     expected = CascadePipeline.from_pretrained(model, device="cpu", adapters=adapters)("a fox", seed=1).images[0]
 
@@ -136,3 +181,72 @@ def test_an_adapter_of_the_command_line_belongs_to_the_first_model_and_is_in_the
         (picture,) = server.client.get("/api/pictures").json()["pictures"]
         assert list(server.gallery.said(picture["id"])["adapters"]) == ["base"]
     assert not any(slot.adapters for slot in request._load(None).slots)
+
+
+@pytest.fixture
+def adapted(model: Path, tmp_path: Path) -> Iterator[Live]:
+    """A server that offers the adapters `mascot` and `hat`."""
+    for seed, name in enumerate(("mascot", "hat")):
+        make_adapter(tmp_path / "loras" / name, model, seed)
+    (tmp_path / "loras" / "no-adapter").mkdir()
+    options = {field.name: None for field in fields(Request)}
+    request = Request(**{**options, "model": str(model), "lora": (), "device": "cpu"})
+    models = Models(request._load, str(model), adapters=tmp_path / "loras", fixed=request._fixed)
+    with live(models.choose(models.current), tmp_path / "out", models=models) as server:
+        yield server
+
+
+def test_a_request_adds_adapters_at_its_own_scales(adapted: Live, model: Path, tmp_path: Path) -> None:
+    loras = tmp_path / "loras"
+    several = {"base": [f"{loras / 'hat'}:-0.5", f"{loras / 'mascot'}:1.5"]}
+    expected = CascadePipeline.from_pretrained(model, device="cpu", adapters=several)("a fox", seed=1).images[0]
+    assert adapted.client.get("/api/model").json()["loras"] == ["hat", "mascot"]
+    plain = pixels(adapted, seed=1)
+    asked = {"mascot": 1.5, "hat": -0.5}
+    (picture,) = adapted.draw(seed=1, adapters=asked)["pictures"].values()
+    content = adapted.gallery.read(picture["id"])[1]
+    assert Image.open(io.BytesIO(content)).tobytes() == expected.tobytes() != plain
+    assert pixels(adapted, seed=1, adapters={"mascot": 0}) == plain
+    assert adapted.client.get(f"/api/pictures/{picture['id']}/asked").json()["adapters"] == asked
+    assert adapted.client.post("/api/read", files={"picture": ("x.png", content)}).json()["adapters"] == asked
+    with openai_client(adapted) as client:
+        body = {"seed": 1, "adapters": asked}
+        (datum,) = client.images.generate(prompt="a fox", extra_body=body).data or []
+    assert Image.open(io.BytesIO(base64.b64decode(str(datum.b64_json)))).tobytes() == expected.tobytes()
+
+
+def test_requests_with_different_scales_share_no_batch(adapted: Live) -> None:
+    jobs = [
+        adapted.queue.job(adapted.client.post("/api/jobs", json={"prompt": "a fox", "adapters": scales}).json()["id"])
+        for scales in ({}, {"hat": 1}, {"hat": 1.0, "mascot": 0}, {"hat": 0.5}, {"mascot": 1})
+    ]
+    keys = []
+    for job in jobs:
+        keys.append((Piece(job, next(job.plan.targets())).agreement, tuple(map(id, job.plan.slots))))
+    for job in jobs:
+        job.result.result(60)
+    assert [[key == other for other in keys] for key in keys] == [
+        [place == other or {place, other} == {1, 2} for other in range(5)] for place in range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "said"),
+    [
+        ({"cat": 1}, "adapters: 'cat'; expected one of 'hat', 'mascot'"),
+        ({"../mascot": 1}, "expected one of 'hat', 'mascot'"),
+        ({"no-adapter": 1}, "expected one of 'hat', 'mascot'"),
+        ({"hat": 3}, "less than or equal to 2"),
+    ],
+)
+def test_adapters_have_names_of_the_list_and_scales_of_the_range(
+    adapted: Live, adapters: dict[str, float], said: str
+) -> None:
+    answer = adapted.client.post("/api/jobs", json={"prompt": "a fox", "adapters": adapters})
+    assert answer.status_code in (400, 422)
+    assert said in answer.json()["error"]
+
+
+def test_a_server_without_adapters_says_how_to_offer_some(server: Live) -> None:
+    answer = server.client.post("/api/jobs", json={"prompt": "a fox", "adapters": {"hat": 1}})
+    assert answer.json()["error"] == "adapters: this server offers none; start it with --loras FOLDER"

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from helpers_server import Live, live
+from helpers_server import Live, live, make_adapter
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -606,4 +606,33 @@ def test_another_model_is_chosen_on_the_page(browser: Browser, pipeline: Cascade
         expect(page.locator("#model")).to_contain_text("other")
         draw(page, "a fox of the other one")
         assert newest(server)["model"] == "other"
+        page.close()
+
+
+def test_adapters_have_sliders_and_settings_bring_their_scales_back(
+    browser: Browser, model: Path, pipeline: CascadePipeline, tmp_path: Path
+) -> None:
+    make_adapter(tmp_path / "loras" / "mascot", model)
+    models = Models(lambda _: pipeline, str(model), adapters=tmp_path / "loras")
+    with live(models.choose(models.current), tmp_path / "out", models=models) as server:
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        opened(page, server)
+        draw(page, "a fox")
+        plain = newest(server)
+        page.get_by_text("Advanced", exact=True).click()
+        slider = page.get_by_label("mascot")
+        expect(slider).to_have_attribute("min", "-2")
+        slider.fill("0.8")
+        expect(page.locator("#loras output")).to_have_text("× 0.8")
+        page.locator("#seed").fill(str(plain["seed"]))
+        draw(page, "a fox")
+        picture = newest(server)
+        assert server.queue.jobs()[-1].asked.adapters == {"mascot": 0.8}
+        assert server.gallery.read(picture["id"])[1] != server.gallery.read(plain["id"])[1]
+        slider.fill("-2")
+        page.locator(".tile button").first.click()
+        page.get_by_role("button", name="Use settings").click()
+        expect(slider).to_have_value("0.8")
+        page.get_by_role("button", name="Reset", exact=True).click()
+        expect(slider).to_have_value("0")
         page.close()

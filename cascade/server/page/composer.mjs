@@ -2,7 +2,7 @@
 
 import { Conditions } from "./conditions.mjs";
 import { $, el, icon, isPressed, press } from "./dom.mjs";
-import { Knobs } from "./knobs.mjs";
+import { Adapters, Knobs } from "./knobs.mjs";
 import { choose, chosen, segments } from "./segments.mjs";
 import { Start } from "./start.mjs";
 
@@ -24,6 +24,8 @@ export class Composer {
     this.lastSeed = "";
     this.knobs = new Knobs($("stages"), card);
     this.conditions = new Conditions(card);
+    this.adapters = new Adapters($("loras"), card.loras);
+    $("loras-part").hidden = !card.loras.length;
     $("prompt").closest(".prompt").hidden = !card.reads_text;
     segments("shapes", "shape", Object.entries(SHAPES).map(([name, [label]]) => [name, label, name]), "square");
     const sizes = card.stages.map(stage => [String(stage.resolution), `${stage.resolution}`]);
@@ -51,6 +53,8 @@ export class Composer {
     if ($("negative").value.trim()) asked.negative_prompt = $("negative").value.trim();
     if ($("seed").value) asked.seed = $("seed").value;
     const [width, height] = this.#size();
+    const adapters = this.adapters.values();
+    if (Object.keys(adapters).length) asked.adapters = adapters;
     if ($("language").checked) asked.prompt_language = true;
     const regions = $("regions").value.split("\n").filter(line => line.trim()).map(region);
     if (regions.length) asked.regions = regions;
@@ -78,8 +82,9 @@ export class Composer {
     this.start.fill(asked);
     this.knobs.fill(asked);
     this.conditions.fill(asked);
+    this.adapters.fill(asked);
     this.#keepSeed(asked.seed ?? "");
-    $("advanced").open ||= this.knobs.filled || Boolean(asked.prompt_language || asked.regions) || Boolean(asked.negative_prompt) || !(shape || asked.image);
+    $("advanced").open ||= this.knobs.filled || Boolean(asked.adapters) || Boolean(asked.prompt_language || asked.regions) || Boolean(asked.negative_prompt) || !(shape || asked.image);
     this.#show();
   }
 

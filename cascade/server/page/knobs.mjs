@@ -77,6 +77,33 @@ export class Knobs {
   }
 }
 
+// Low-rank adapters with their scales; 0 leaves one out.
+export class Adapters {
+  constructor(place, names) {
+    this.sliders = names.map((name, order) => el("input", {
+      id: `lora-${order}`, name, type: "range", min: -2, max: 2, step: 0.05, value: 0, oninput: () => this.#show(),
+    }));
+    this.said = this.sliders.map(slider => el("output", { htmlFor: slider.id }));
+    place.replaceChildren(...this.sliders.map((slider, order) => el("div", {},
+      el("label", { htmlFor: slider.id }, `${slider.name} `, this.said[order]), slider)));
+    this.#show();
+  }
+
+  // {name: scale} of those that count.
+  values() {
+    return Object.fromEntries(this.sliders.map(({ name, value }) => [name, Number(value)]).filter(([, scale]) => scale));
+  }
+
+  fill({ adapters = {} }) {
+    for (const slider of this.sliders) slider.value = adapters[slider.name] ?? 0;
+    this.#show();
+  }
+
+  #show() {
+    this.said.forEach((said, order) => { said.textContent = `× ${this.sliders[order].value}`; });
+  }
+}
+
 function labelled(text, input) {
   return el("div", {}, el("label", { htmlFor: input.id, textContent: text }), input);
 }
