@@ -143,11 +143,25 @@ DEFAULT_HOURS = 10.0
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=DEFAULT_HOURS, show_default=True)
 @path_option("--from", "start", metavar="MODEL", help="Start from a model's weights: bundled, a folder or a hub id.")
 @click.option("--whole", is_flag=True, help="With --from: train all weights, not a low-rank adapter.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PROMPT",
+    help="With --from: what must not be forgotten, with {a|b}, or none; default: for bundled, shapes and small art.",
+)
 @click.option("--name", help="Name of the cascade; default: that of the folder.")
 @click.option("--license", default="unstated", show_default=True, help="Licence of the weights, such as CC-BY-4.0.")
 @click.option("--plan", is_flag=True, help="Look, measure and write the YAML files, then stop.")
 def make(
-    pictures: str, out: str, hours: float, start: str | None, whole: bool, name: str | None, license: str, plan: bool
+    pictures: str,
+    out: str,
+    hours: float,
+    start: str | None,
+    whole: bool,
+    keep: tuple[str, ...],
+    name: str | None,
+    license: str,
+    plan: bool,
 ) -> int:
     """Make a cascade from a folder of pictures with captions.
 
@@ -159,12 +173,19 @@ def make(
     cascade make pictures --out my-cascade --hours 2
     cascade make pictures --out my-cascade --hours 1 --from bundled
     """
-    from cascade.making.make import Order
+    from cascade.making.make import KEPT, Order
     from cascade.making.make import make as make_cascade
 
+    if start is None and (whole or keep):
+        raise CascadeError(f"{'--whole' if whole else '--keep'}: needs the weights of a model; add --from MODEL")
+    if start == "bundled" and not keep:
+        keep = KEPT
+    elif keep == ("none",):
+        keep = ()
     keep_freed_memory()
     folder = Path(out)
-    order = Order(Path(pictures), folder, hours, name or folder.name, license, start, whole, lambda text: say(text))
+    licensed = (name or folder.name, license)
+    order = Order(Path(pictures), folder, hours, *licensed, start, whole, keep, lambda text: say(text))
     finished = make_cascade(order, plan_only=plan)
     if not finished:
         say("cascade: stopped; the same command continues", error=True)

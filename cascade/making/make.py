@@ -56,13 +56,23 @@ _FURTHER_SHARE = 0.8  # of the time, for training a given base stage further; th
 MOST_VIEWS = 500
 """Views of each picture in further training at most: ten pictures, for instance, are learned by then, and any more
 views only teach the stage to draw those ten."""
+_KEPT_PICTURES, _KEPT_SHARE = 128, 0.5  # drawings of what must not be forgotten, and their share of the views
+_FORWARD = 1 / 3  # of a training step's time
+KEPT = (
+    "a {red|blue|green|yellow|black|purple} {circle|square|triangle|star|heart|cross|ring}, drawn shapes",
+    "two {red|blue|green|yellow} {circles|squares|stars|hearts}, drawn shapes",
+    "{a cat|a dog|a fox|a bird|a fish|a face|a robot|an apple|a strawberry|a car|a house|a tree},"
+    " {noto style|twemoji style|fluent 3d style|fluent flat style}",
+)
+"""What the bundled base stage should not forget: of all that it draws, a little each."""
 
 
 @dataclass(frozen=True)
 class Order:
     """What to make. hours: for training and everything else. start: a model whose weights to start from, or None.
 
-    whole: with `start`, train all weights of its base stage and not a low-rank adapter. say: prints a line.
+    whole: with `start`, train all weights of its base stage and not a low-rank adapter. keep: with `start`, prompts of
+    what its base stage must not forget (prior preservation). say: prints a line.
     """
 
     pictures: Path
@@ -72,6 +82,7 @@ class Order:
     license: str
     start: str | None = None
     whole: bool = False
+    keep: tuple[str, ...] = ()
     say: Callable[[str], None] = print
 
 
@@ -172,9 +183,17 @@ def _continued(order: Order, look: Look, folder: Folder, seconds: float) -> list
         order.say(
             f"  the pictures are about {look.short_side} px, and {stage.name} draws {stage.resolution} px: blurred"
         )
-    pace = measure(_further(order, look, folder, source, LEAST_STEPS), folder.scratch)
-    steps = max(int(seconds * _FURTHER_SHARE / pace.seconds), LEAST_STEPS)
-    enough = max(MOST_VIEWS * look.usable // _BATCH, LEAST_STEPS)
+    pace = measure(_further(replace(order, keep=()), look, folder, source, LEAST_STEPS), folder.scratch)
+    steps, enough = int(seconds * _FURTHER_SHARE / pace.seconds), MOST_VIEWS * look.usable // _BATCH
+    if order.keep:
+        calls = stage.sampling.steps * (1 if stage.sampling.guidance == 1 else 2)
+        spent = int(calls * _FORWARD * _KEPT_PICTURES / _BATCH)
+        order.say(
+            f"  {stage.name} first draws {_KEPT_PICTURES} pictures of what is to be kept, in about"
+            f" {duration(spent * pace.seconds)}"
+        )
+        steps, enough = steps - spent, int(enough / (1 - _KEPT_SHARE))
+    steps, enough = max(steps, LEAST_STEPS), max(enough, LEAST_STEPS)
     if steps > enough:
         order.say(f"  {enough:,} steps show each picture {MOST_VIEWS} times; more would teach these pictures by heart")
     return [Planned(_further(order, look, folder, source, min(steps, enough)), pace)]
@@ -192,6 +211,13 @@ def _further(order: Order, look: Look, folder: Folder, source: Path, steps: int)
     }
     if not order.whole:
         more |= {"lora_rank": 16, "lora_layers": "all"}
+    if order.keep:
+        more["prior"] = {
+            "prompts": order.keep,
+            "count": _KEPT_PICTURES,
+            "share": _KEPT_SHARE,
+            "folder": str(folder.root / "kept"),
+        }
     if not stage.model.predicts_variance:
         levels = {"kind": "logit_normal", "mean": 1.4, "std": 1.4}
         more["loss"] = {"space": "velocity", "max_weight": 400, "levels": levels, "stratified": True}
@@ -365,6 +391,9 @@ def _training(order: Order, look: Look, folder: Folder) -> str:
         config = load_train_config(folder.settings(name)).training
         kind = f" of a low-rank adapter (rank {config.lora_rank})" if config.lora_rank else ""
         parts.append(f"Stage {name}: {config.steps:,} steps{kind} of {config.batch_size} pictures.")
+        if config.prior:
+            kept = "; ".join(f"`{prompt}`" for prompt in config.prior.prompts)
+            parts.append(f"{config.prior.share:.0%} of its views are drawings of its start, so that it keeps {kept}.")
     if order.start is not None:
         index = read_index(order.start)
         parts.append(

@@ -65,7 +65,7 @@ def test_every_path_of_the_command_line_is_one() -> None:
     plain |= {"shard", "batch_size", "host", "allowed_host", "steps", "guidance", "sampler", "aug_level", "threshold"}
     plain |= {"strength", "extend", "guidance_rescale", "projection", "regions", "travel", "word", "matrix"}
     plain |= {"conditions", "guidance_of"}
-    plain |= {"default_style"}
+    plain |= {"default_style", "keep"}
     for command in program.commands.values():
         for parameter in command.params:
             if parameter.type is click.STRING:

@@ -11,11 +11,13 @@ from unittest.mock import patch
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers_model import make_tiny_cascade, tiny_stage, tiny_stage_config
 from PIL import Image
 from test_plan import fill
 
 from cascade import CascadePipeline
+from cascade.cli.train import make as make_command
 from cascade.config.data import FolderSource
 from cascade.data.survey import Survey
 from cascade.errors import CascadeError
@@ -33,6 +35,7 @@ from cascade.storage.pipeline import load_encoder
 from cascade.storage.training import load_train_config
 from cascade.training.trainer import Trainer
 
+ROOT = Path(__file__).parent.parent.parent
 NETWORK = {"channels": [8], "blocks": [1], "strides": [1], "attention": [False], "embedding_dim": 16}
 TINY = Size((8, 16), 0, 4, NETWORK, NETWORK)
 
@@ -169,6 +172,47 @@ def test_from_a_model_the_base_stage_is_trained_further_and_the_others_stay(furt
     card = (model / "README.md").read_text()
     assert "its base stage trained further" in card
     assert ("low-rank adapter" in card) == (not whole)
+
+
+@pytest.mark.slow
+def test_what_is_to_be_kept_is_drawn_once_and_learned_as_well(further: Order) -> None:
+    with patch.object(making, "_KEPT_PICTURES", 3):
+        assert make(replace(further, keep=("a {red|blue} fox", "a cat")))
+    run = load_train_config(further.out / "base.yaml")
+    assert run.training.prior is not None
+    assert run.training.prior.prompts == ("a {red|blue} fox", "a cat")
+    assert len(list((further.out / "kept").glob("*.png"))) == 3
+    learned = load_train_config(further.out / "runs" / "base" / "config.yaml").data.sources
+    assert [source.weight for source in learned] == [1, 1]
+    card = (further.out / "model" / "README.md").read_text()
+    assert "50% of its views are drawings of its start, so that it keeps `a {red|blue} fox`; `a cat`." in card
+
+
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        (["--from=bundled"], making.KEPT),
+        (["--from=bundled", "--keep=none"], ()),
+        (["--from=bundled", "--keep=a cat", "--keep=a dog"], ("a cat", "a dog")),
+        (["--from=other"], ()),
+    ],
+)
+def test_the_bundled_stage_keeps_what_its_preset_names_unless_told(
+    options: list[str], keep: tuple[str, ...], tmp_path: Path
+) -> None:
+    with patch.object(making, "make", return_value=True) as called:
+        CliRunner().invoke(make_command, [str(tmp_path), "--out", str(tmp_path / "out"), *options])
+    assert called.call_args.args[0].keep == keep
+    preset = load_train_config(ROOT / "configs" / "fine-tune" / "preserved.yaml").training.prior
+    assert preset is not None
+    assert preset.prompts == making.KEPT
+
+
+@pytest.mark.parametrize("option", ["--whole", "--keep=a cat"])
+def test_options_of_further_training_need_a_model(option: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(make_command, [str(tmp_path), "--out", str(tmp_path / "out"), option])
+    assert isinstance(result.exception, CascadeError)
+    assert str(result.exception) == f"{option.partition('=')[0]}: needs the weights of a model; add --from MODEL"
 
 
 def test_a_plan_is_not_continued_from_other_weights(further: Order) -> None:
