@@ -160,8 +160,9 @@ def embeddings(config: TrainConfig) -> object:
 
 
 def contents_of(batch: Batch) -> tuple[str, str, tuple[str, ...]]:
-    """Pictures, smaller pictures that come with them, captions."""
+    """Pictures, smaller pictures and masks that come with them, captions."""
     lows = {str(place): low for place, low in batch.lows.items()}
+    lows |= {f"mask {place}": mask for place, mask in batch.masks.items()}
     return digest({"images": batch.images}), digest(lows), tuple(batch.captions)
 
 
@@ -554,6 +555,8 @@ ROWS: dict[str, Row] = {
     "data.sources[folder].path": Row("WORLD/other_pictures", views, (FOLDER,)),
     "data.sources[folder].caption_column": Row("other", views, (FOLDER,)),
     "data.sources[folder].names": Row("folder", views, ("data.sources=[{kind: folder, path: WORLD/nameless}]",)),
+    "data.sources[folder].masks": Row("true", views, ("data.sources=[{kind: folder, path: WORLD/masked}]",)),
+    "data.sources[parquet].mask_column": Row("photo", views, (PARQUET,)),
     "data.sources[folder].columns": Row("{c: other_number}", given_values, conditioned(NUMBER, "number")),
     "data.sources[folder].folder_condition": Row("c", given_values, FOLDER_CLASS),
     "data.sources[parquet].columns": Row("{c: other_number}", given_values, (NUMBER, PARQUET_NUMBERS)),
@@ -625,6 +628,9 @@ ROWS: dict[str, Row] = {
     "training.loss.levels[logit_normal].kind": Row("logit_normal", log, ("training.loss.levels={kind: uniform}",)),
     "training.loss.levels[logit_normal].mean": Row("1.0", log, ("training.loss.levels={kind: logit_normal}",)),
     "training.loss.levels[logit_normal].std": Row("2.0", log, ("training.loss.levels={kind: logit_normal}",)),
+    "training.loss.unmasked_weight": Row(
+        "0.5", log, ("data.sources=[{kind: folder, path: WORLD/masked, masks: true}]",)
+    ),
     "training.loss.stratified": Row("true", log),
     "training.optimizer.kind": Row("adafactor", trained_weights),
     "training.optimizer.learning_rate": Row("1e-3", trained_weights),
@@ -774,6 +780,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_pictures(world / "half_broken", shade=0, broken=2)
     write_pictures(world / "nameless", shade=0)
     (world / "nameless" / "metadata.jsonl").unlink()
+    write_pictures(world / "masked", shade=0)
+    picture(0, (24, 16)).save(world / "masked" / "1-masklabel.png")
     write_conditioned(world / "conditioned")
     write_tars(world / "tars")
     write_hub(world / "hub", shade=0)

@@ -107,6 +107,9 @@ class FolderSource(Settings):
     `red apple`."""
     columns: Columns = Field(default_factory=dict)
     """Columns of the stage's conditions whose column has another name; see conditions.md."""
+    masks: bool = False
+    """`cat-masklabel.png` next to `cat.png` is a mask for its loss, as in OneTrainer: white parts count, black ones
+    with `training.loss.unmasked_weight` alone. A picture without a mask counts entirely."""
     folder_condition: ConditionName | None = None
     """Condition of kind `class` whose label is the name of the folder that a picture is in. None: no such condition."""
     split: Split = "all"
@@ -132,6 +135,8 @@ class ParquetSource(Settings):
     low_column: str | None = None
     """Super-resolution: column of the smaller pictures, such as an earlier stage's output. None, or an empty cell: the
     area mean."""
+    mask_column: str | None = None
+    """Column of masks for the loss, of each picture's size; see `masks` of a folder. None, or an empty cell: none."""
     columns: Columns = Field(default_factory=dict)
     """Columns of the stage's conditions whose column has another name; see conditions.md."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -211,6 +216,11 @@ SourceConfig = Annotated[
 def own_lows(sources: Sequence[SourceConfig]) -> bool:
     """Whether a source has a column of smaller pictures."""
     return any(isinstance(source, ParquetSource) and source.low_column is not None for source in sources)
+
+
+def has_masks(sources: Sequence[SourceConfig]) -> bool:
+    """Whether a source has masks for the loss."""
+    return any(getattr(source, "masks", False) or getattr(source, "mask_column", None) for source in sources)
 
 
 class DataConfig(Settings):

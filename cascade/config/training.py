@@ -9,7 +9,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cascade.conditions.settings import ClassCondition, NumberCondition, PictureCondition
-from cascade.config.data import DataConfig, FolderSource, PathText, ScenesSource, SourceConfig, TextConfig, own_lows
+from cascade.config.data import (
+    DataConfig,
+    FolderSource,
+    Fraction,
+    PathText,
+    ScenesSource,
+    SourceConfig,
+    TextConfig,
+    has_masks,
+    own_lows,
+)
 from cascade.config.sampling import SamplingConfig, StepCount
 from cascade.config.stage import StageConfig
 from cascade.diffusion.noise import Prediction
@@ -49,6 +59,8 @@ class LossConfig(Settings):
     """Cap on the weight in x, for spaces whose weight grows without bound as the noise vanishes."""
     variance_weight: Annotated[float, Field(ge=0)] = 1.0
     """`if_unet`: weight of the variational bound, in bits per dimension; it alone trains the predicted variance."""
+    unmasked_weight: Fraction = 0.0
+    """Weight of the parts that a picture's mask leaves black, for sources with masks; white parts have 1."""
     levels: Annotated[UniformLevels | LogitNormalLevels, Field(discriminator="kind")] = UniformLevels()
     """Distribution of the noise levels."""
     stratified: bool = False
@@ -266,6 +278,8 @@ class TrainConfig(Settings):
         validation = self.training.validation
         sources = (*self.data.sources, *(validation.sources if validation else ()))
         _check_conditions(self.stage, self.data, sources)
+        if self.data.decoded is not None and has_masks(sources):
+            raise ValueError("data.decoded stores pictures without their masks; leave it out, or the sources' masks")
         if not self.stage.pictures.is_rgb and any(source.kind == "scenes" for source in self.data.sources):
             raise ValueError(f"data.sources: drawn scenes are rgb of uint8, not {self.stage.pictures}; give files")
         learns = self.stage.model.predicts_variance and self.training.loss.variance_weight

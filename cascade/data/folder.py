@@ -32,6 +32,8 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 USUAL_COLUMN, OTHER_COLUMN = "caption", "text"
 """Column of captions in metadata files unless a setting names another, and the column read if that does not exist."""
 SIDECARS = (".txt", ".TXT", ".caption", ".CAPTION")
+MASK = "-masklabel"
+"""End of the name, before its ending, of a picture's mask: OneTrainer's."""
 _HELD_OUT = 16
 _NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)  # a name may become too long with another ending
 
@@ -63,6 +65,14 @@ class FolderRecords:
                     if wanted.columns:
                         self._values[picture] = ({**self._values.get(picture, ({},))[0], **values}, path.parent)
         pictures = {path for path in found.files if path.suffix.lower() in suffixes}
+        self._masks = {
+            _stem(path).removesuffix(MASK): path
+            for path in (*found.files, *found.others)
+            if config.masks and path.stem.endswith(MASK) and path.suffix.lower() in PICTURE_SUFFIXES
+        }
+        pictures -= set(self._masks.values())
+        if config.masks and not self._masks:
+            raise CascadeError(f"data source {folder}: masks: true, but no picture is called NAME{MASK}.png")
         if wanted.columns and not self._values:
             raise CascadeError(
                 f"data source {folder}: no metadata.jsonl or metadata.csv with the columns of the stage's conditions,"
@@ -88,7 +98,9 @@ class FolderRecords:
         values, folder = self._values.get(path, ({}, path.parent))
         if self._wanted.folder_condition is not None:
             values = {**values, self._wanted.folder_condition: path.parent.name}
-        return Record(path, self._captions_of(path), str(path), values=values, folder=folder)
+        return Record(
+            path, self._captions_of(path), str(path), values=values, folder=folder, mask=self._masks.get(_stem(path))
+        )
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         for path in self._paths:

@@ -56,7 +56,7 @@ class View:
     image: (C, S, S) as stored, or (C, H, W) of its bucket.  sample: its number in the run.  bad: the problem of each
     bad record that was tried first for this view.  low: (C, s, s), its smaller picture where that is not the area mean.
     values: of the stage's conditions, after dropout.  lacks: what its record lacks, the caption or conditions; it
-    counts as dropped.
+    counts as dropped.  mask: (1, S, S) for the loss, 255 where the picture counts.
     """
 
     image: Tensor
@@ -66,6 +66,7 @@ class View:
     low: Tensor | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Batch:
     samples: their numbers in the run.  lows: (C, s, s), by index in the batch: smaller pictures that are not the area
     mean.
     of_captions: the result of the caller's function of the captions, computed in the process that read them.
-    given: the stage's conditions, by name.
+    given: the stage's conditions, by name.  masks: (1, S, S), by index in the batch.
     """
 
     images: Tensor
@@ -84,6 +85,7 @@ class Batch:
     lows: Mapping[int, Tensor] = field(default_factory=dict)
     of_captions: object = None
     given: Mapping[str, Given] = field(default_factory=dict)
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,6 +117,7 @@ class _Share:
             lows={place: view.low for place, view in enumerate(views) if view.low is not None},
             of_captions=None if of_captions is None else of_captions(captions),
             given=joined(stage.conditions, [view.values for view in views], size),
+            masks={place: view.mask for place, view in enumerate(views) if view.mask is not None},
         )
         lacks = dict.fromkeys(itertools.chain.from_iterable(view.lacks for view in views))
         return cls(batch, [view.bad for view in views], tuple(lacks))
@@ -169,7 +172,7 @@ class Views(Dataset[View]):
                     rng = random.Random(derive_seed(self._seed, "conditions", sample))
                     values, together = dropped(values, self._data, self._stage, rng)
                     caption = NULL_TEXT if together else caption
-                return View(shown.picture, caption, sample, tuple(bad), shown.low, values, lacks)
+                return View(shown.picture, caption, sample, tuple(bad), shown.low, values, lacks, shown.mask)
         raise CascadeError(f"data: {MAX_ATTEMPTS} records in a row are broken or have no caption; the first: {bad[0]}")
 
     def _caption(self, record: Record, rng: random.Random, wording: WordingConfig) -> str:

@@ -36,7 +36,7 @@ class Record:
 
     low: its smaller picture for super-resolution, where that is not the area mean. drawn: the picture was drawn for
     this view from its caption, which mirroring or moving the picture would make wrong. values: of the stage's
-    conditions by name, as stored; folder: of the relative paths among them.
+    conditions by name, as stored; folder: of the relative paths among them. mask: for the loss, white where it counts.
     """
 
     image: EncodedPicture
@@ -46,6 +46,7 @@ class Record:
     drawn: bool = False
     values: Mapping[str, object] = field(default_factory=dict)
     folder: Path | None = None
+    mask: EncodedPicture = None
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ class TableRecords:
         name_row: Callable[[int], str],
         low_column: str | None = None,
         wanted: Wanted = ALL,
+        mask_column: str | None = None,
     ) -> None:
         self._image_column, self._caption_column = columns
         self._wanted = wanted
-        self._low_column = low_column
+        self._low_column, self._mask_column = low_column, mask_column
         self._table = table
         self._name_row = name_row
 
@@ -55,6 +56,7 @@ class TableRecords:
             self._name_row(index),
             None if self._low_column is None else encoded_picture(row[self._low_column]),
             values=condition_values(row, self._wanted),
+            mask=None if self._mask_column is None else encoded_picture(row[self._mask_column]),
         )
 
     def captions(self) -> Iterator[tuple[str, ...]]:
@@ -81,7 +83,7 @@ def open_parquet(config: ParquetSource, files: list[str], wanted: Wanted = ALL) 
     import pyarrow.parquet as pq
 
     columns = (config.image_column, config.caption_column)
-    pictures = [config.image_column] if config.low_column is None else [config.image_column, config.low_column]
+    pictures = [name for name in (config.image_column, config.low_column, config.mask_column) if name is not None]
     needed = list(dict.fromkeys([*pictures, *([config.caption_column] * wanted.captions), *wanted.columns.values()]))
     starts, total, captioned = [], 0, True
     for path in files:
@@ -111,7 +113,9 @@ def open_parquet(config: ParquetSource, files: list[str], wanted: Wanted = ALL) 
         raise _of_types(files, read) or error from None
     for column in (*pictures, *wanted.columns.values()):
         table = _undecoded(table, column)
-    return TableRecords(table, columns, partial(_file_row, files, starts), config.low_column, wanted)
+    return TableRecords(
+        table, columns, partial(_file_row, files, starts), config.low_column, wanted, config.mask_column
+    )
 
 
 def _of_types(files: Sequence[str], columns: Sequence[str]) -> CascadeError | None:

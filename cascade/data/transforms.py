@@ -49,12 +49,14 @@ class Shown:
     """A record's pictures as a view shows them. picture, low: see `training_pair`.
 
     measures: what conditions may measure, by name. pictures: those of conditions, (C, S, S) uint8 like `picture`.
+    mask: for the loss, (1, S, S) uint8, 255 where the picture counts.
     """
 
     picture: Tensor
     low: Tensor | None = None
     measures: Mapping[Measure, float] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
 
 
 def prepared_pair(
@@ -89,6 +91,7 @@ def prepared(
         picture = picture if moves else resize(picture, size, form)
     flipped = rng.random() < data.flip and not record.drawn and not names_a_side(record.captions)
     picture = mirrored(picture) if flipped else picture
+    again = _copied(rng) if moves and record.mask is not None else None
     if moves:
         picture = jitter(picture, data.jitter, rng, form)
     if not data.tiles:
@@ -101,6 +104,7 @@ def prepared(
         if isinstance(config, PictureCondition) and not is_missing(record.values.get(name))
     }
     pictures = {name: own.flip(-1) if flipped else own for name, own in pictures.items()}
+    mask = None if record.mask is None else _mask(record, original, data, size, flipped, again)
     top, left = _cut_off(original, data, size)
     if data.crop is not None:
         if min(picture.shape[-2:]) < data.crop:
@@ -111,6 +115,7 @@ def prepared(
         picture = window(picture, down, right, data.crop)
         low = None if low is None else window(low, down // scale, right // scale, data.crop // scale)
         pictures = {name: window(own, down, right, data.crop) for name, own in pictures.items()}
+        mask = None if mask is None else window(mask, down, right, data.crop)
         top, left = top + down, left + right
     height, width = original
     measures: dict[Measure, float] = {"width": width, "height": height, "aspect": width / height}
@@ -119,7 +124,44 @@ def prepared(
         None if low is None else low.contiguous(),
         {**measures, "top": top, "left": left},
         {name: own.contiguous() for name, own in pictures.items()},
+        None if mask is None else mask.contiguous(),
     )
+
+
+def _copied(rng: random.Random) -> random.Random:
+    """A generator of the same numbers."""
+    copy = random.Random()
+    copy.setstate(rng.getstate())
+    return copy
+
+
+def _mask(
+    record: Record,
+    original: tuple[int, int],
+    data: DataConfig,
+    size: tuple[int, int],
+    flipped: bool,
+    moved: random.Random | None,
+) -> Tensor:
+    """The mask of a view before it is cropped, (1, H, W) uint8; what is padded around it does not count.
+
+    moved: the generator of the picture's moves, if it is moved. Raises BadRecordError.
+    """
+    try:
+        mask = decode(replace(record, image=record.mask))
+    except BadRecordError as error:
+        raise BadRecordError(record.origin, f"its mask: {error.reason}") from error
+    if tuple(mask.shape[-2:]) != original:
+        sizes = f"{mask.shape[-1]}x{mask.shape[-2]}, the picture {original[1]}x{original[0]}"
+        raise BadRecordError(record.origin, f"its mask has {sizes}; they must be equal")
+    mask = mask.float().mean(dim=0, keepdim=True).round().to(torch.uint8)
+    if not data.tiles:
+        mask = shaped(mask, data.aspect, size, _GROUND)
+        mask = mask if moved else resize(mask, size, _GROUND)
+    mask = mask.flip(-1) if flipped else mask
+    if moved:
+        mask = resize(jitter(mask, data.jitter, moved, _GROUND), size, _GROUND)
+    return mask
 
 
 def _cut_off(original: tuple[int, int], data: DataConfig, size: tuple[int, int]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ class Weighting:
     space: the quantity whose squared error has weight 1: eps, v, x or velocity. min_snr_gamma: weight min(SNR, gamma)
     on the squared error in x instead (Hang et al. 2023). max_weight: cap on the weight in x. variance: weight of the
     variational bound, for networks that predict their variance; step: the reverse step of the bound, set per batch.
+    pixels: (B, 1, H, W), weights of the pixels; None: 1.
     """
 
     space: Prediction = "eps"
@@ -27,6 +28,11 @@ class Weighting:
     max_weight: float | None = None
     variance: float = 0.0
     step: ReverseStep | None = None
+    pixels: Tensor | None = None
+
+    def mean(self, terms: Tensor) -> Tensor:
+        """The mean of terms (B, C, H, W) over all pixels and channels, each times its pixel's weight: (B,)."""
+        return (terms if self.pixels is None else self.pixels * terms).mean(dim=(1, 2, 3))
 
     def log_in_x(self, log_snr: Tensor) -> Tensor:
         """log of the weight on |x - x_hat|^2."""
@@ -59,11 +65,14 @@ def diffusion_loss(
     """
     z = diffuse(x, eps, log_snr)
     output, *spread = network(z, log_snr).float().split(x.shape[1], dim=1)
-    square = (output - target(kind, x, eps, log_snr)).square().mean(dim=(1, 2, 3))
-    loss = weighting.on_output(kind, log_snr).flatten() * square
+    square = (output - target(kind, x, eps, log_snr)).square()
+    loss = weighting.on_output(kind, log_snr).flatten() * weighting.mean(square)
     if spread and weighting.step is not None and weighting.variance:
         x_hat = to_x(kind, output.detach(), z, log_snr)  # the bound must not train the mean
-        loss = loss + weighting.variance * variational_bits((spread[0] + 1) / 2, x_hat, x, z, log_snr, weighting.step)
+        place = (spread[0] + 1) / 2
+        loss = loss + weighting.variance * (
+            weighting.mean(_nats(place, x_hat, x, z, log_snr, weighting.step)) / math.log(2)
+        )
     return loss
 
 
@@ -75,13 +84,17 @@ def variational_bits(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr
     clean picture, the negative log likelihood of x. Source: Ho et al. (2020) eq. 5 and 13; Nichol & Dhariwal (2021)
     eq. 15 for the variance.
     """
+    return _nats(place, x_hat, x, z, log_snr, step).mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def _nats(place: Tensor, x_hat: Tensor, x: Tensor, z: Tensor, log_snr: Tensor, step: ReverseStep) -> Tensor:
+    """The terms of `variational_bits` before the mean, in nats: (B, C, H, W)."""
     true_mean, _ = posterior(x, z, log_snr, step.before)
     mean, _ = posterior(x_hat, z, log_snr, step.before)
     log_variance = torch.lerp(step.small, step.large, place)
     ratio = step.small - log_variance
     divergence = 0.5 * (ratio.exp() - 1 - ratio + (true_mean - mean).square() * (-log_variance).exp())
-    nats = torch.where(step.before >= CLEAN, -log_likelihood(x, mean, log_variance), divergence)
-    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+    return torch.where(step.before >= CLEAN, -log_likelihood(x, mean, log_variance), divergence)
 
 
 def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class Distillation:
         with torch.no_grad():
             x = self.target(stage, network, z, cond, (before, after, end))
         loss = self.settings
-        weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
+        pixels = batch.weights(loss)
+        weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight, pixels=pixels)
         # z is the same mixture of this x and this noise, so algorithm 18.1's loss is the distance to the target.
         return stage.loss(network, weighting, base + scale * x, cond, level, predicted_eps(x, z, level)), level
 

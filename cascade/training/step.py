@@ -62,6 +62,7 @@ class TrainingBatch:
     x: (B, C, H, W) in [-1, 1]; text: (B, N, D); text_mask: (B, N) bool. samples: (B,) view numbers in the run, which
     determine the noise. positions: (B,) indices in the step of `batch_size`, over all passes and processes.
     lows: (C, h, w) in [-1, 1], by index in x: smaller pictures that are not the area mean. given: other conditions.
+    mask: (B, 1, H, W) in [0, 1], 1 where the loss counts; None: everywhere.
     """
 
     x: Tensor
@@ -72,6 +73,11 @@ class TrainingBatch:
     batch_size: int
     lows: Mapping[int, Tensor] = field(default_factory=dict)
     given: Mapping[str, Given] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+    def weights(self, loss: LossConfig) -> Tensor | None:
+        """Weight of each pixel in the loss, (B, 1, H, W); None: 1."""
+        return None if self.mask is None else self.mask + (1 - self.mask) * loss.unmasked_weight
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,18 @@ def training_batch(
             name: Given(on_device(one.value, device), on_device(one.present, device))
             for name, one in batch.given.items()
         },
+        mask=_mask(batch, device),
     )
+
+
+def _mask(batch: Batch, device: torch.device) -> Tensor | None:
+    """The masks of a batch, 1 for pictures without one; None if no picture has one."""
+    if not batch.masks:
+        return None
+    mask = torch.full_like(batch.images[:, :1], 255, dtype=torch.uint8)
+    for place, own in batch.masks.items():
+        mask[place] = own
+    return on_device(mask, device).float() / 255
 
 
 @dataclass(frozen=True)
@@ -233,5 +250,6 @@ def training_loss(
     u = stratify(draw.u, batch.positions, batch.batch_size) if loss.stratified else draw.u
     log_snr = on_device(noise_levels(stage, loss, u), batch.x.device)
     cond = conditions(stage, batch, draw)
-    weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight)
+    pixels = batch.weights(loss)
+    weighting = Weighting(loss.space, loss.min_snr_gamma, loss.max_weight, loss.variance_weight, pixels=pixels)
     return stage.loss(network, weighting, batch.x, cond, log_snr, draw.eps), log_snr
