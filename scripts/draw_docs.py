@@ -177,7 +177,10 @@ DRAWINGS = {
         "other-pictures.md",
         how="the runs of that page, and sheets of what they draw",
     ),
-    "make": Drawing(("make.png",), "make.md", how="`cascade make` as on that page: sheet.png of its folder"),
+    "make": Drawing(
+        ("make.png", "make-from.png"), "make.md", how="`cascade make` as on that page: sheet.png of its folder"
+    ),
+    "conditions": Drawing(("conditions.png",), "conditions.md", how="scripts/check_conditions.py, with --sheet"),
     "studio": Drawing(
         tuple(f"studio{part}.png" for part in ("", "-mask", "-think", "-training")), "studio.md", how=STUDIO
     ),

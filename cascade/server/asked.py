@@ -14,7 +14,7 @@ from cascade.batch.plan import DrawOptions, Job, Planner, Target
 from cascade.batch.plan import Job as Plan
 from cascade.conditions.settings import NONE, ConditionConfig, PictureCondition, VectorCondition
 from cascade.conditions.values import DIGEST
-from cascade.config.sampling import ProjectionConfig, SamplerConfig
+from cascade.config.sampling import ProjectionConfig, SamplerConfig, SamplingConfig
 from cascade.config.stage import StageConfig
 from cascade.config.values import SETTINGS
 from cascade.drawing.arguments import resolve_sampling
@@ -103,7 +103,16 @@ Name: TypeAlias = Annotated[str, Field(max_length=64)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Side: TypeAlias = Literal["left", "top", "right", "bottom"]
 Numbers: TypeAlias = Annotated[tuple[float, ...], Field(max_length=MOST_NUMBERS, strict=False)]
-_OF_A_DRAWING = ("prompt_language", "long_prompts", "regions", "guidance_rescale", "projection", "known", "adapters")
+_OF_A_DRAWING = (
+    "prompt_language",
+    "long_prompts",
+    "regions",
+    "guidance_rescale",
+    "guidance_of",
+    "projection",
+    "known",
+    "adapters",
+)
 _OF_A_CHANGE = ("mask", "strength", "extend", "variation", "until", "height", "width", "number")
 
 
@@ -149,6 +158,8 @@ class Asked(Settings):
     """A quantile, "clip" or "none"."""
     guidance_rescale: PerStage[Share] = None
     """How far guidance's increase of contrast is undone."""
+    guidance_of: Annotated[dict[Name, Annotated[float, Field(ge=0)]], Field(max_length=MOST_CONDITIONS)] | None = None
+    """Weights of single conditions in place of `guidance`, such as {"layout": 5}; `text` is one of them."""
     projection: PerStage[float | dict[str, Any]] = None
     """Adaptive projected guidance: the factor on what saturates colours, or a section such as {"parallel": 0}."""
     preset: str | None = None
@@ -218,6 +229,7 @@ class Asked(Settings):
         if isinstance(projection, dict) and not projection.keys() & ProjectionConfig.model_fields.keys():
             projection = {stage: _section(value) for stage, value in projection.items()}
         own = {name: getattr(self, name) for name in SETTINGS}
+        own |= {"guidance_of": self.guidance_of} if self.guidance_of else {}
         return {**own, "guidance_rescale": self.guidance_rescale, "projection": _section(projection)}
 
     def plan(
@@ -335,6 +347,16 @@ def _conditions_of(recipe: Recipe, stages: Sequence[StageConfig]) -> dict[str, A
     return values
 
 
+def _weights_of(recipe: Recipe, default: Mapping[str, SamplingConfig]) -> dict[str, float]:
+    """The weights of single conditions that differ from the stages' own."""
+    return {
+        name: weight
+        for stage, settings in recipe.stages.items()
+        for name, weight in settings.guidance_of.items()
+        if stage in default and default[stage].guidance_of.get(name) != weight
+    }
+
+
 def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Styles | None = None) -> dict[str, Any]:
     """`Asked.to_json` of a picture, from its line of a manifest or its own metadata.
 
@@ -367,6 +389,7 @@ def asked_of(said: Mapping[str, Any], stages: Sequence[StageConfig], styles: Sty
         "long_prompts": None if recipe.long_prompts == "cut" else recipe.long_prompts,
         "regions": [{"box": list(region.box), "prompt": region.prompt} for region in recipe.regions if region.box],
         "conditions": _conditions_of(recipe, stages),
+        "guidance_of": _weights_of(recipe, default),
         **sampling,
         **_change_of(recipe),
     }

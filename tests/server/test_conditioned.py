@@ -96,6 +96,24 @@ def test_the_settings_of_a_picture_draw_it_again_with_its_pictures(server: Live)
     assert np.array_equal(drawn(server, **asked["conditions"]), first)
 
 
+def test_single_weights_of_guidance_draw_as_by_the_pipeline_and_come_back(
+    server: Live, pipeline: CascadePipeline
+) -> None:
+    weights = {"shape": 5.0, "text": 2.0}
+    job = server.draw(seed=5, conditions={"shape": "star"}, guidance_of=weights)
+    assert job["state"] == "done", job
+    (picture,) = server.client.get("/api/pictures").json()["pictures"]
+    found = np.array(Image.open(io.BytesIO(server.gallery.read(picture["id"])[1])))
+    expected = pipeline("a fox", seed=5, conditions={"shape": "star"}, guidance_of=weights).images[0]
+    assert np.array_equal(found, np.array(expected))
+    assert server.client.get(f"/api/pictures/{picture['id']}/asked").json()["guidance_of"] == weights
+    answer = server.client.post(
+        "/api/jobs", json={"prompt": "a fox", "conditions": {"shape": "star"}, "guidance_of": {"colour": 3}}
+    )
+    assert answer.status_code == 400
+    assert "guidance_of" in answer.json()["error"]
+
+
 def test_a_vector_is_not_in_a_recipe_and_that_is_said(server: Live) -> None:
     drawn(server, shape="star", style=[1, 2])
     (picture,) = server.client.get("/api/pictures").json()["pictures"]
@@ -144,6 +162,8 @@ def test_the_page_has_a_field_for_each_condition(server: Live, pipeline: Cascade
         page.get_by_label("style", exact=True).fill("1,2")
         page.get_by_label("layout", exact=True).set_input_files(tmp_path / "layout.png")
         expect(page.locator(".given-picture img").first).to_be_visible()
+        page.get_by_text("Advanced").click()
+        page.get_by_label("Guidance of single conditions", exact=True).fill("layout=5")
         page.get_by_label("Seed", exact=True).fill("5")
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.locator(".tile")).to_have_count(1, timeout=20_000)
@@ -151,4 +171,6 @@ def test_the_page_has_a_field_for_each_condition(server: Live, pipeline: Cascade
     (entry,) = server.client.get("/api/pictures").json()["pictures"]
     found = np.array(Image.open(io.BytesIO(server.gallery.read(entry["id"])[1])))
     given = {"shape": "star", "age": 3, "style": [1, 2], "layout": layout()}
-    assert np.array_equal(found, np.array(pipeline("a fox", seed=5, conditions=given).images[0]))
+    assert np.array_equal(
+        found, np.array(pipeline("a fox", seed=5, conditions=given, guidance_of={"layout": 5.0}).images[0])
+    )

@@ -58,6 +58,8 @@ export class Composer {
     if ($("language").checked) asked.prompt_language = true;
     const regions = $("regions").value.split("\n").filter(line => line.trim()).map(region);
     if (regions.length) asked.regions = regions;
+    const weights = this.conditions.weights();
+    if (Object.keys(weights).length) asked.guidance_of = weights;
     return { ...asked, ...this.#preset(), ...(width ? { width, height } : {}), ...this.knobs.values() };
   }
 
@@ -84,7 +86,7 @@ export class Composer {
     this.conditions.fill(asked);
     this.adapters.fill(asked);
     this.#keepSeed(asked.seed ?? "");
-    $("advanced").open ||= this.knobs.filled || Boolean(asked.adapters) || Boolean(asked.prompt_language || asked.regions) || Boolean(asked.negative_prompt) || !(shape || asked.image);
+    $("advanced").open ||= this.knobs.filled || Boolean(asked.adapters) || Boolean(asked.prompt_language || asked.regions || asked.guidance_of) || Boolean(asked.negative_prompt) || !(shape || asked.image);
     this.#show();
   }
 

@@ -9,7 +9,7 @@ export class Conditions {
   constructor(card) {
     this.fields = card.conditions.map(condition => new FIELDS[condition.kind](condition));
     $("conditions").replaceChildren(...this.fields.map(field => field.node));
-    $("conditions-part").hidden = !this.fields.length;
+    $("conditions-part").hidden = $("weights-part").hidden = !this.fields.length;
   }
 
   // {name: value} of what was given. Throws an Error with a line for the user.
@@ -20,7 +20,17 @@ export class Conditions {
     return Object.fromEntries(given.filter(([, value]) => value !== ""));
   }
 
+  // {name: weight} as written: `layout=5, text=3`. Throws an Error with a line for the user.
+  weights() {
+    const pairs = $("weights").value.split(",").map(part => part.trim()).filter(Boolean).map(part => part.split("="));
+    if (pairs.some(([name, weight, more]) => !name || !weight?.trim() || Number.isNaN(Number(weight)) || more !== undefined)) {
+      throw new Error("Guidance of single conditions is written like layout=5, text=3");
+    }
+    return Object.fromEntries(pairs.map(([name, weight]) => [name.trim(), Number(weight)]));
+  }
+
   fill(asked) {
+    $("weights").value = Object.entries(asked.guidance_of ?? {}).map(([name, weight]) => `${name}=${weight}`).join(", ");
     for (const field of this.fields) field.value = asked.conditions?.[field.condition.name] ?? "";
   }
 }
