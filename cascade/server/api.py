@@ -22,7 +22,8 @@ from cascade.batch.metadata import read_metadata
 from cascade.config.stage import StageConfig
 from cascade.drawing.arguments import common_step
 from cascade.pipeline import CascadePipeline
-from cascade.server.asked import MOST_PIXELS, Asked, AskedMatrix, asked_of
+from cascade.server.again import asked_of
+from cascade.server.asked import MOST_PIXELS, Asked, AskedMatrix
 from cascade.server.jobs import Event, Job, State
 from cascade.server.models import Models, model_card
 from cascade.server.queue import BusyError, Queue
