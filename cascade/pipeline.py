@@ -31,7 +31,7 @@ from cascade.drawing.arguments import (
     stage_sizes,
 )
 from cascade.drawing.changes import Changes, GivenRegions, regions_of
-from cascade.drawing.edit import Edit, ImageLike, digest_of, fitted, read_picture, route, target_size, tile_of
+from cascade.drawing.edit import Edit, ImageLike, fitted, read_picture, route, target_size, tile_of
 from cascade.drawing.engine import Conduct, Engine, default_batch_size
 from cascade.drawing.output import Callback, CascadeOutput, Watcher, check_output_arguments
 from cascade.drawing.recipe import LONG_PROMPTS, Recipe
@@ -40,7 +40,7 @@ from cascade.drawing.task import Drawn, Pass, Shelf, Task, passes, with_conditio
 from cascade.drawing.texts import script_of
 from cascade.errors import CascadeError
 from cascade.pictures.format import PictureFormat
-from cascade.pictures.images import contact_sheet
+from cascade.pictures.images import contact_sheet, digest_of
 from cascade.resources.number_format import settled_dtype
 from cascade.settings import PICTURES
 from cascade.stage import Stage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from cascade.conditioning import Given
 from cascade.conditions.settings import NONE, ConditionConfig, Conditions, Measure, NumberCondition, Value
 from cascade.errors import CascadeError, quoted
+from cascade.pictures.images import digest_of
 
 DIGEST = "sha256:"
 
@@ -98,7 +98,9 @@ def _all_known(known: Conditions) -> str:
 
 def recorded(values: Mapping[str, Value]) -> dict[str, str | float | None]:
     """Values for a recipe: labels and numbers themselves, vectors and pictures by digest."""
-    return {name: f"{DIGEST}{_digest(value)}" if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {
+        name: f"{DIGEST}{digest_of(value)}" if isinstance(value, Tensor) else value for name, value in values.items()
+    }
 
 
 def restored(
@@ -121,11 +123,6 @@ def restored(
         if value != entries[name]:
             raise CascadeError(f"condition {name}: is not the one that the picture was drawn with")
     return found
-
-
-def _digest(value: Tensor) -> str:
-    plain = value.contiguous().numpy()
-    return hashlib.sha256(f"{plain.shape} {plain.dtype}".encode() + plain.tobytes()).hexdigest()
 
 
 def joined(conditions: Conditions, rows: Sequence[Mapping[str, Value]], size: tuple[int, int]) -> dict[str, Given]:

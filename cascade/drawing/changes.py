@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cascade.config.stage import StageConfig
 from cascade.drawing.arguments import PerStage, check_stages, common_step, integer, one_of, positive
-from cascade.drawing.edit import SIDES, Edit, ImageLike, digest_of, edit_of, extended, read_mask, read_picture
+from cascade.drawing.edit import SIDES, Edit, ImageLike, edit_of, extended, read_mask, read_picture
 from cascade.drawing.recipe import Region
 from cascade.errors import CascadeError, quoted
 from cascade.pictures.format import PictureFormat
+from cascade.pictures.images import digest_of
 from cascade.seeds import MAX_SEED
 from cascade.settings import ROUNDS
 

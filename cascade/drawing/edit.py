@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -166,12 +165,6 @@ def _covered(start: float, end: float, count: int) -> Tensor:
     edges = torch.arange(count + 1, dtype=torch.float64)
     inside = (edges[1:].clamp(max=end * count) - edges[:-1].clamp(min=start * count)).clamp(min=0)
     return inside.float()
-
-
-def digest_of(pixels: Tensor) -> str:
-    """SHA-256 of the shape and values of a picture or mask, for the recipe."""
-    values = pixels.contiguous().numpy()
-    return hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes()).hexdigest()
 
 
 # --- upscaling -------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from cascade.conditions.settings import PictureCondition, Value
 from cascade.conditions.values import joined, recorded, settled
 from cascade.config.sampling import SamplingConfig
 from cascade.config.stage import StageConfig
-from cascade.drawing.edit import Edit, digest_of
+from cascade.drawing.edit import Edit
 from cascade.drawing.recipe import Recipe
 from cascade.drawing.slots import StageSlot
 from cascade.errors import StorageError
 from cascade.files.atomic import atomic_file
 from cascade.files.text import open_regular
+from cascade.pictures.images import digest_of
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -33,6 +34,12 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [-1, 1], clamped there -> uint8 in 0..255, rounded half to even, any shape."""
     return ((images.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def digest_of(pixels: Tensor) -> str:
+    """SHA-256 of the shape, type and values of a picture, mask or vector, hexadecimal: its name in a recipe."""
+    values = pixels.contiguous().numpy()
+    return hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes()).hexdigest()
 
 
 def from_pil(image: Image.Image) -> Tensor:

@@ -298,7 +298,7 @@ class Asked(Settings):
         if height * width > MOST_PIXELS_ENLARGED:
             raise CascadeError(f"to: {width}x{height} would be drawn; expected at most {MOST_PIXELS_ENLARGED:,} pixels")
         ways = [drawing.slot for drawing in task.passes], [drawing.size for drawing in task.passes]
-        return EnlargedJob(record, "", 1, *ways, settings, task=task)
+        return EnlargedJob(record, "", 1, *ways, settings, conditions=task.conditions, task=task)
 
     @property
     def numbers(self) -> Sequence[int]:

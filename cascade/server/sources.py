@@ -19,10 +19,10 @@ from torch import Tensor
 from cascade.batch.metadata import encode_image
 from cascade.batch.stores import place
 from cascade.conditions.settings import Value
-from cascade.drawing.edit import Box, Edit, digest_of, read_mask, read_picture, resized
+from cascade.drawing.edit import Box, Edit, read_mask, read_picture, resized
 from cascade.errors import CascadeError, StorageError
 from cascade.files.text import content_of
-from cascade.pictures.images import downsample, to_float, to_pil, to_uint8
+from cascade.pictures.images import digest_of, downsample, to_float, to_pil, to_uint8
 from cascade.pictures.reading import open_picture, over_white, picture_errors, read_rgb, straight
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -94,17 +94,33 @@ def save_state(output: Path, state: RunState, config: TrainConfig, keep: int) ->
         }
         sums = {name: _checksum(folder / f"{name}.safetensors") for name in _FILES}
         write_json(folder / "state.json", {**meta, "sha256": {**sums, _META: _meta_checksum(meta)}})
-    try:
-        begun_mark(output).unlink(missing_ok=True)
-        _thin_out(output, state.step, keep)
-    except OSError as error:  # what the run was for is saved
-        logger.warning(
-            "%s: an old checkpoint cannot be removed (%s); the next save tries again", output, error.strerror or error
-        )
+    _thin_out(output, state.step, keep)
+
+
+def thin_out_resumed(output: Path, step: int, keep: int) -> None:
+    """Remove what a failure left after the save of `step`: the resumed run may have nothing more to save.
+
+    Nothing is removed beside a later checkpoint, which cannot be read now and perhaps can again.
+    """
+    if checkpoints(output)[-1:] == [_folder(output, step)]:
+        _thin_out(output, step, keep)
 
 
 def _thin_out(output: Path, step: int, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` up to `step`. Raises OSError, and then each is whole or hidden."""
+    """Remove all checkpoints but the newest `keep` up to `step`; a warning if the disk refuses."""
+    try:
+        begun_mark(output).unlink(missing_ok=True)
+        _remove_but(output, step, keep)
+    except OSError as error:  # what the run was for is saved
+        logger.warning(
+            "%s: an old checkpoint cannot be removed (%s); the next save or resume tries again",
+            output,
+            error.strerror or error,
+        )
+
+
+def _remove_but(output: Path, step: int, keep: int) -> None:
+    """See `_thin_out`. Raises OSError, and then each checkpoint is whole or hidden."""
     folders = checkpoints(output)
     kept = [folder for folder in folders if folder <= _folder(output, step)][-keep:]
     for folder in folders:

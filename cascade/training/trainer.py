@@ -62,6 +62,7 @@ from cascade.training.state import (
     read_state,
     remove_unfinished,
     save_state,
+    thin_out_resumed,
     write_settings,
 )
 from cascade.training.step import NoiseSource, Objective, TrainingBatch, training_batch
@@ -376,6 +377,8 @@ class Trainer:
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.meter, self._owes = Meter(state.meter), state.owes
+        keep = self.config.training.keep_checkpoints
+        from_main(self.accelerator, lambda: thin_out_resumed(self.output, state.step, keep))
         logger.info("%s: continuing after step %d", self.output, state.step)
         return state.step
 

@@ -167,10 +167,17 @@ def test_the_page_has_a_field_for_each_condition(server: Live, pipeline: Cascade
         page.get_by_label("Seed", exact=True).fill("5")
         page.get_by_role("button", name="Draw", exact=True).click()
         expect(page.locator(".tile")).to_have_count(1, timeout=20_000)
+        page.get_by_label("style", exact=True).fill("")  # a recipe holds no vector
+        page.get_by_label("age", exact=True).fill("none")
+        page.get_by_label("Seed", exact=True).fill("6")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.locator(".tile")).to_have_count(2, timeout=20_000)
         browser.close()
-    (entry,) = server.client.get("/api/pictures").json()["pictures"]
+    opened, entry = server.client.get("/api/pictures").json()["pictures"]
     found = np.array(Image.open(io.BytesIO(server.gallery.read(entry["id"])[1])))
     given = {"shape": "star", "age": 3, "style": [1, 2], "layout": layout()}
     assert np.array_equal(
         found, np.array(pipeline("a fox", seed=5, conditions=given, guidance_of={"layout": 5.0}).images[0])
     )
+    again = server.client.get(f"/api/pictures/{opened['id']}/asked").json()
+    assert again["conditions"]["age"] == "none"

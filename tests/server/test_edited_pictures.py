@@ -15,7 +15,8 @@ from PIL import Image
 
 from cascade import CascadePipeline
 from cascade.batch.metadata import read_metadata
-from cascade.drawing.edit import digest_of, read_picture
+from cascade.drawing.edit import read_picture
+from cascade.pictures.images import digest_of
 from cascade.server.jobs import Event
 from cascade.server.sources import Sources
 

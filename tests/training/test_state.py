@@ -21,6 +21,7 @@ from cascade.training.state import (
     read_state,
     remove_unfinished,
     save_state,
+    thin_out_resumed,
 )
 
 
@@ -130,6 +131,18 @@ def test_a_damaged_checkpoint_does_not_outlive_sound_ones(config: TrainConfig) -
     save_state(output, tiny_state(4), config, keep=1)
     assert names(output) == ["step-00000004"]
     assert load_newest(output, config).step == 4
+
+
+def test_a_resume_removes_what_a_failed_removal_left_but_nothing_beside_a_later_checkpoint(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    for step in (1, 2, 3):
+        save_state(output, tiny_state(step), config, keep=3)
+    thin_out_resumed(output, step=2, keep=1)
+    assert names(output) == ["step-00000001", "step-00000002", "step-00000003"]
+    thin_out_resumed(output, step=3, keep=2)
+    assert names(output) == ["step-00000002", "step-00000003"]
 
 
 def test_without_a_run_there_is_nothing_to_resume(config: TrainConfig, tmp_path: Path) -> None:

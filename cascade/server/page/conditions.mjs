@@ -58,11 +58,17 @@ class ClassField extends Field {
 class NumberField extends Field {
   build(id) {
     const [min, max] = this.condition.range;
-    return el("input", { id, type: "number", step: "any", min, max, placeholder: this.usual || `${min} to ${max}` });
+    const title = `${this.condition.values}; ${OPEN} leaves it open`;
+    return el("input", { id, title, inputMode: "decimal", placeholder: this.usual || `${min} to ${max}` });
   }
 
-  get value() { return this.input.value === "" ? "" : Number(this.input.value); }
-  set value(value) { this.input.value = value === OPEN ? "" : value; }
+  // What is no number goes to the server, which says what is wrong with it.
+  get value() {
+    const written = this.input.value.trim();
+    return written === "" || Number.isNaN(Number(written)) ? written : Number(written);
+  }
+
+  set value(value) { this.input.value = value; }
 }
 
 class VectorField extends Field {
@@ -90,10 +96,10 @@ class PictureField extends Field {
   get value() { return this.name; }
 
   set value(name) {
-    this.name = name === OPEN ? "" : name;
+    this.name = name; // also OPEN, of a picture that was drawn without one
     if (!this.name) this.input.value = "";
-    this.shown.hidden = !this.name;
-    if (this.name) this.shown.src = sourceOf(this.name);
+    this.shown.hidden = !this.name || this.name === OPEN;
+    if (!this.shown.hidden) this.shown.src = sourceOf(this.name);
   }
 }
 
